@@ -1,9 +1,10 @@
 """One training step of OLMo-core 3.0.0, in its own best form, as a peer to measure against.
 
-Run it with a Python that has ``ai2-olmo-core`` installed; it prints one JSON line. Everything inside the step is
-OLMo-core's own: model, LM head and loss, labels, per-block compilation, optimizer config. What is left out is its trainer
-(data loading, metrics, callbacks), and ``apply_compile`` is called on the model because the trainer skips compilation
-off-GPU. The Inductor cache is whatever ``TORCHINDUCTOR_CACHE_DIR`` says, so the caller decides cold or warm.
+Run it with a Python that has ``ai2-olmo-core`` installed; it prints one JSON line. Everything inside the step
+is OLMo-core's own: model, LM head and loss, labels, per-block compilation, optimizer config. What is left out
+is its trainer (data loading, metrics, callbacks), and ``apply_compile`` is called on the model because the
+trainer skips compilation off-GPU. The Inductor cache is whatever ``TORCHINDUCTOR_CACHE_DIR`` says, so the
+caller decides cold or warm.
 """
 
 import argparse

@@ -1,0 +1,26 @@
+"""Root-mean-square normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from olmo_fn.spec import Init, Spec
+
+
+def rms_norm_spec(size: int, axis: str = "embed") -> Spec:
+    """The gain of `rms_norm`, ones at the start."""
+    return Spec((size,), (axis,), Init("ones"))
+
+
+def rms_norm(weight: Tensor, x: Tensor, eps: float = 1e-6) -> Tensor:
+    """``x / sqrt(mean(x², last dim) + eps) · weight`` (Zhang & Sennrich 2019, eq. 4), computed in fp32.
+
+    ``weight`` (D,), ``x`` (..., D) of any float dtype; the result has ``x``'s dtype.
+
+    >>> rms_norm(torch.ones(2), torch.tensor([[3.0, 4.0]]), eps=0.0)
+    tensor([[0.8485, 1.1314]])
+    """
+    x32 = x if x.dtype == torch.float64 else x.float()
+    scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * scale * weight).to(x.dtype)
