@@ -1,0 +1,47 @@
+"""The settings of the data. Imports no torch, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+Dtype: TypeAlias = Literal["auto", "uint8", "uint16", "uint32", "uint64"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to train on and what to hold out."""
+
+    paths: tuple[str, ...] = ()
+    """Token files or globs, in this order. Empty: the sources of this Python's standard library,
+    tokenized on first use."""
+    heldout_paths: tuple[str, ...] = ()
+    """Token files or globs that are only evaluated on."""
+    heldout_fraction: float = 0.01
+    """Without heldout_paths: hold out the last windows of the data, this part of all and at most 4 Mi tokens.
+    0 holds out nothing; the order of the same files is then OLMo-core's."""
+    dtype: Dtype = "auto"
+    """Integer type of the token files. auto: as the tokenizing command wrote beside them, or else the
+    smallest that holds the vocabulary."""
+    label_mask_paths: tuple[str, ...] = ()
+    """For each token file a file of booleans, one byte a token; the prediction of a false one is not in the
+    loss."""
+    tokenizer: str = ""
+    """Path of a tokenizer.json, for samples and bits per byte."""
+    eos: str = ""
+    """Name of the end-of-document token in it. Empty: the usual names are tried."""
+    order_seed: int = 34521
+    """Seed of the order of the training windows, OLMo-core's data loader seed."""
+    cache_dir: str = ""
+    """Where the default corpus is kept. Empty: $OLMO_FN_CACHE or ~/.cache/olmo_fn."""
+
+
+def cache_dir(data: Data) -> Path:
+    """The folder that ``data`` caches in, not necessarily there yet.
+
+    >>> cache_dir(Data(cache_dir="/tmp/cache"))
+    PosixPath('/tmp/cache')
+    """
+    return Path(data.cache_dir or os.environ.get("OLMO_FN_CACHE") or "~/.cache/olmo_fn").expanduser()

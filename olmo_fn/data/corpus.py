@@ -1,0 +1,177 @@
+"""The default corpus: real text that every machine has, the sources of Python's own standard library.
+
+Tokenized on first use with a BPE learned from its training documents, then cached. A part of the documents is
+held out, and their text is compressed with gzip and xz: what a language model has to beat.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import platform
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from olmo_fn.data.progress import Advance, progress
+from olmo_fn.data.tokenizer import Tokenizer, train_bpe
+from olmo_fn.data.tokens import smallest_dtype
+
+VERSION = 1  # raise it when the same sources would give other tokens
+SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+HELDOUT = 0.07
+GENERATED = ("encodings/", "pydoc_data/")
+DOCUMENTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokenized corpus in ``folder``.
+
+    Bytes are of the text alone; tokens include the end-of-document token of each document.
+    """
+
+    folder: str
+    dtype: str
+    vocab_size: int
+    eos_id: int
+    train_documents: int
+    train_bytes: int
+    train_tokens: int
+    heldout_documents: int
+    heldout_bytes: int
+    heldout_tokens: int
+    gzip_bytes: int
+    """The held-out text, its documents joined without a separator, after ``gzip -9``."""
+    xz_bytes: int
+    """The same after ``xz -9``."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Token files to train on."""
+        return (str(Path(self.folder) / "part-00000.npy"),)
+
+    @property
+    def heldout_path(self) -> str:
+        """Token file to evaluate on."""
+        return str(Path(self.folder) / "heldout.npy")
+
+    @property
+    def tokenizer_path(self) -> str:
+        """The tokenizer.json."""
+        return str(Path(self.folder) / "tokenizer.json")
+
+
+def stdlib_corpus(cache_dir: str | Path, vocab_size: int = 4096, show: bool = True) -> Corpus:
+    """The standard library as a corpus under ``cache_dir``, made there with a progress bar if it is not yet.
+
+    ValueError if ``vocab_size`` is below 257, or if this Python has no sources.
+    """
+    sources = read_sources(sysconfig.get_paths()["stdlib"])
+    digest = sha256(f"{VERSION}".encode())
+    for name, text in sources.items():
+        digest.update(f"{name}\0{len(text)}\0".encode() + text.encode())
+    name = f"stdlib-{platform.python_version()}-{vocab_size}-{digest.hexdigest()[:12]}"
+    return tokenize_corpus(sources, Path(cache_dir) / name, vocab_size, show)
+
+
+def read_sources(folder: str | Path) -> dict[str, str]:
+    """The Python sources under ``folder`` by relative path, sorted, without tests and installed packages."""
+    root = Path(folder)
+    sources = {}
+    for parent, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if f not in SKIP]
+        for path in (Path(parent, name) for name in names):
+            # _sysconfigdata is about the machine that Python was built on.
+            if path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):
+                try:
+                    sources[path.relative_to(root).as_posix()] = path.read_bytes().decode("utf-8")
+                except UnicodeDecodeError:
+                    continue
+    if not sources:
+        raise ValueError(
+            f"this Python has no sources in {str(root)!r} to train on; give token files with --data.paths"
+        )
+    return dict(sorted(sources.items()))
+
+
+def is_heldout(name: str) -> bool:
+    """Whether the document of this relative path is held out: the same in every version of Python.
+
+    Generated files are always trained on: the tables of encodings/ are near-copies of each other and would
+    be easy marks, and the manual in pydoc_data/ is one document as large as all others that are held out.
+    """
+    share = int.from_bytes(sha256(name.encode()).digest()[:8], "big") / 2**64
+    return share < HELDOUT and not name.startswith(GENERATED)
+
+
+def tokenize_corpus(sources: Mapping[str, str], folder: Path, vocab_size: int, show: bool = True) -> Corpus:
+    """``sources`` tokenized in ``folder``, unless they are there already.
+
+    The folder appears at once and whole: a killed process leaves nothing half-made, and of two at a time
+    the second takes what the first made.
+    """
+    meta = folder / "meta.json"
+    if not meta.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+        try:
+            made = _make(sources, work, vocab_size, show)
+            (work / "meta.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+            work.chmod(0o755)
+            os.rename(work, folder)
+        except OSError:
+            if not meta.exists():  # else another process was first
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return Corpus(folder=str(folder), **json.loads(meta.read_text(encoding="utf-8")))
+
+
+def _make(sources: Mapping[str, str], work: Path, vocab_size: int, show: bool) -> dict[str, str | int]:
+    train = [text for name, text in sources.items() if not is_heldout(name)]
+    heldout = [text for name, text in sources.items() if is_heldout(name)]
+    size = sum(map(len, sources.values()))
+    learning = sum(map(len, train)) / 2  # learning the BPE takes about half as long as using it
+    with progress("preparing the default corpus", size + learning, show) as advance:
+        advance(0, f"learning a BPE of {vocab_size} from the standard library's sources")
+        tokenizer = train_bpe(train, vocab_size)
+        advance(learning, "tokenizing")
+        dtype = smallest_dtype(tokenizer.vocab_size)
+        train_ids, heldout_ids = (_encode(tokenizer, texts, dtype, advance) for texts in (train, heldout))
+    train_ids.tofile(work / "part-00000.npy")
+    heldout_ids.tofile(work / "heldout.npy")
+    tokenizer.save(work / "tokenizer.json")
+    text = "".join(heldout).encode()
+    corpus = Corpus(
+        folder="",
+        dtype=dtype,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        train_documents=len(train),
+        train_bytes=sum(len(t.encode()) for t in train),
+        train_tokens=len(train_ids),
+        heldout_documents=len(heldout),
+        heldout_bytes=len(text),
+        heldout_tokens=len(heldout_ids),
+        gzip_bytes=len(gzip.compress(text, 9)),
+        xz_bytes=len(lzma.compress(text, preset=9)),
+    )
+    return {key: value for key, value in asdict(corpus).items() if key != "folder"}
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str], dtype: str, advance: Advance) -> np.ndarray:
+    pieces = []
+    for i in range(0, len(texts), DOCUMENTS_AT_ONCE):
+        some = texts[i : i + DOCUMENTS_AT_ONCE]
+        pieces += tokenizer.encode_documents(some)
+        advance(sum(map(len, some)), "tokenizing")
+    return np.concatenate(pieces).astype(np.dtype(dtype).newbyteorder("<"))

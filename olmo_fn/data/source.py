@@ -1,0 +1,172 @@
+"""From the settings to the data of a run: what to train on, what to hold out, and how to count its bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olmo_fn.data.batches import Batch, Batches
+from olmo_fn.data.config import Data, cache_dir
+from olmo_fn.data.corpus import stdlib_corpus
+from olmo_fn.data.heldout import eval_batches
+from olmo_fn.data.tokenizer import Tokenizer, load
+from olmo_fn.data.tokens import SIZES, TokenFile, check_vocab, expand, open_tokens, smallest_dtype, view
+from olmo_fn.data.windows import Windows, open_masks
+
+CORPUS_VOCAB = 4096
+HELDOUT_TOKENS = 1 << 22  # the most that a fraction of the data holds out
+
+
+@dataclass(frozen=True)
+class Source:
+    """The data of a run."""
+
+    train: Batches
+    heldout: np.ndarray
+    """Tokens to evaluate on, (N,) of an unsigned type; N is 0 when nothing is held out."""
+    tokenizer: Tokenizer | None
+    eos_id: int | None
+    """The end-of-document token, if it is known."""
+    heldout_bytes: int | None
+    """UTF-8 bytes of the text behind ``heldout``, without the end-of-document tokens, which a model pays
+    for all the same. None without a tokenizer."""
+    heldout_compressed: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of that text after gzip and xz, for the default corpus."""
+
+
+def open_data(
+    data: Data, model_vocab_size: int, sequence_length: int, batch_size: int, show: bool = True
+) -> Source:
+    """Open and check the data for batches of ``batch_size`` windows of ``sequence_length``.
+
+    Without ``data.paths`` this makes or finds the default corpus, with a progress bar if ``show``.
+    ValueError, one line, for whatever cannot be trained on.
+    """
+    _check(data, sequence_length, batch_size)
+    compressed = {}
+    if not data.paths:
+        corpus = stdlib_corpus(cache_dir(data), min(CORPUS_VOCAB, model_vocab_size), show)
+        if not data.heldout_paths:
+            data = replace(data, heldout_paths=(corpus.heldout_path,))
+            compressed = {"gzip -9": corpus.gzip_bytes, "xz -9": corpus.xz_bytes}
+        data = replace(data, paths=corpus.paths, tokenizer=corpus.tokenizer_path)
+    tokenizer = load(data.tokenizer, data.eos) if data.tokenizer else None
+    if tokenizer and tokenizer.vocab_size > model_vocab_size:
+        raise ValueError(
+            f"the tokenizer {data.tokenizer!r} has {tokenizer.vocab_size:,} ids, the model a vocabulary of "
+            f"{model_vocab_size:,}; the model's vocab_size must be at least {tokenizer.vocab_size}"
+        )
+    vocab_size = tokenizer.vocab_size if tokenizer else model_vocab_size
+    files, heldout_files = (_open(p, data.dtype, vocab_size) for p in (data.paths, data.heldout_paths))
+    both = {Path(f.path).resolve() for f in files} & {Path(f.path).resolve() for f in heldout_files}
+    if both:
+        raise ValueError(
+            f"{str(min(both))!r} is in --data.paths and in --data.heldout-paths; take it out of one"
+        )
+    check_vocab(files + heldout_files, model_vocab_size)
+    masks = open_masks(expand(data.label_mask_paths), files)
+    windows = Windows(files, sequence_length, model_vocab_size, masks)
+    held = 0 if heldout_files else _num_heldout(len(windows), data.heldout_fraction, sequence_length)
+    train = Batches(windows, batch_size, data.order_seed, len(windows) - held)
+    _check_size(train)
+    heldout = _join(heldout_files) if heldout_files else _last(windows, held)
+    return Source(
+        train=train,
+        heldout=heldout,
+        tokenizer=tokenizer,
+        eos_id=tokenizer.eos_id if tokenizer else _written_beside(files[0].path).get("eos_id"),
+        heldout_bytes=tokenizer.count_bytes(heldout) if tokenizer else None,
+        heldout_compressed=compressed,
+    )
+
+
+def heldout_batches(
+    source: Source, sequence_length: int, stride: int, batch_size: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """`eval_batches` of the held-out tokens. Where the end-of-document token is not known, the first is
+    only context."""
+    stream = source.heldout
+    if source.eos_id is None:
+        context, stream = int(stream[0]) if len(stream) else 0, stream[1:]
+    else:
+        context = source.eos_id
+    return eval_batches(stream, sequence_length, stride, batch_size, context, rank, world)
+
+
+def _check(data: Data, sequence_length: int, batch_size: int) -> None:
+    if sequence_length < 2:
+        raise ValueError(
+            f"the sequence length must be at least 2, to have a token to predict, not {sequence_length}"
+        )
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1 instance, not {batch_size}")
+    if data.order_seed < 0:
+        raise ValueError(f"--data.order-seed must not be negative, it is {data.order_seed}")
+    if not 0 <= data.heldout_fraction < 1:
+        raise ValueError(f"--data.heldout-fraction must be from 0 to below 1, it is {data.heldout_fraction}")
+    if not data.paths and (data.tokenizer or data.label_mask_paths):
+        name = "tokenizer" if data.tokenizer else "label-mask-paths"
+        raise ValueError(f"--data.{name} needs --data.paths; the default corpus has a tokenizer of its own")
+
+
+def _open(patterns: tuple[str, ...], dtype: str, vocab_size: int) -> tuple[TokenFile, ...]:
+    """The token files; ``auto`` is what the tokenizing command wrote beside a file, or else OLMo-core's
+    choice."""
+    return tuple(
+        open_tokens(
+            path, _written_beside(path).get("dtype", smallest_dtype(vocab_size)) if dtype == "auto" else dtype
+        )
+        for path in expand(patterns)
+    )
+
+
+def _written_beside(path: str) -> dict[str, Any]:
+    """``dtype`` and ``eos_id`` from the meta.json in the file's folder, if it is one of ours."""
+    try:
+        meta = json.loads((Path(path).parent / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    ours = isinstance(meta, dict) and meta.get("dtype") in SIZES and isinstance(meta.get("eos_id"), int)
+    return {"dtype": meta["dtype"], "eos_id": meta["eos_id"]} if ours else {}
+
+
+def _num_heldout(num_windows: int, fraction: float, sequence_length: int) -> int:
+    """Windows to hold out: at least one if any."""
+    if not fraction:
+        return 0
+    most = max(1, HELDOUT_TOKENS // sequence_length)
+    return min(max(1, int(num_windows * fraction)), most)
+
+
+def _check_size(train: Batches) -> None:
+    length, files = train.windows.sequence_length, train.windows.files
+    if len(train.windows) == 0:
+        longest = max(files, key=lambda f: f.num_tokens)
+        raise ValueError(
+            f"the sequence length {length:,} is longer than every token file (the longest, {longest.path!r}, "
+            f"has {longest.num_tokens:,} tokens); use at most {longest.num_tokens}, or more data"
+        )
+    if train.num_instances >= 2**32:
+        raise ValueError(f"{train.num_instances:,} windows are more than the 2^32 that the order can hold")
+    if train.steps_per_epoch == 0:
+        raise ValueError(
+            f"a batch of {train.batch_size:,} windows is more than the {train.num_instances:,} of {length:,} tokens "
+            f"in the training data; use a smaller batch, a shorter sequence length, or more data"
+        )
+
+
+def _join(files: tuple[TokenFile, ...]) -> np.ndarray:
+    return view(files[0]) if len(files) == 1 else np.concatenate([view(file) for file in files])
+
+
+def _last(windows: Windows, count: int) -> np.ndarray:
+    """The tokens of the last ``count`` windows, in the smallest type."""
+    dtype = smallest_dtype(windows.vocab_size)
+    numbers = range(len(windows) - count, len(windows))
+    pieces = [windows.read(numbers[i : i + 64])[0].astype(dtype).reshape(-1) for i in range(0, count, 64)]
+    return np.concatenate([np.zeros(0, dtype), *pieces])

@@ -1,0 +1,221 @@
+"""``python -m olmo_fn.data.tokenize INPUT... --output DIR``: text to token files.
+
+Writes ``part-00000.npy``, ... and ``heldout.npy`` (headerless token files), ``tokenizer.json`` and, last,
+``meta.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from olmo_fn.data.config import Dtype
+from olmo_fn.data.documents import chunks, documents, expand
+from olmo_fn.data.encode import Job, Tokens, encode_all, is_heldout
+from olmo_fn.data.progress import progress
+from olmo_fn.data.tokenizer import Tokenizer, byte_level, load, train_bpe
+from olmo_fn.data.tokens import SIZES, smallest_dtype
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Tokenize text, jsonl, jsonl.gz and parquet files for training."""
+
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Files, globs and folders. A .jsonl, .jsonl.gz, .json.gz or .parquet has a document a line or row, any
+    other file is one document of text."""
+    output: str
+    """Folder for the token files."""
+    tokenizer: str = "bpe"
+    """Path of a tokenizer.json; or byte: each byte a token; or bpe: learn a byte-pair encoding from the
+    inputs."""
+    vocab_size: int = 4096
+    """Size of the vocabulary that bpe learns."""
+    eos: str = ""
+    """Name of the end-of-document token in a given tokenizer.json. Empty: the usual names are tried."""
+    text_field: str = "text"
+    """Field or column of the text in jsonl and parquet files."""
+    workers: int = 0
+    """Processes; 0: one a processor. The output is the same for any number."""
+    heldout: float = 0.01
+    """Part of the documents that goes to heldout.npy, chosen by their content."""
+    dtype: Dtype = "auto"
+    """Integer type of the token files; auto: the smallest that holds the vocabulary."""
+    part_tokens: int = 1 << 28
+    """Begin a new part after this many tokens."""
+    train_bytes: int = 100_000_000
+    """Bytes of training text that bpe learns from, evenly out of all files."""
+    overwrite: bool = False
+    """Replace the token files in the output folder."""
+
+
+def tokenize(config: Tokenize) -> dict[str, Any]:
+    """Write the token files of ``config``; what ``meta.json`` holds. ValueError for what cannot be done.
+
+    The files move to the output folder when all is done, meta.json last: a folder without it is not complete.
+    """
+    files = expand(config.inputs)
+    output = Path(config.output).expanduser()
+    _check(config, output)
+    output.mkdir(parents=True, exist_ok=True)
+    work = output / f".tmp-{os.getpid()}"
+    work.mkdir()
+    try:
+        tokenizer = _tokenizer(config, files)
+        tokenizer.save(work / "tokenizer.json")
+        meta = _write(config, files, tokenizer, work)
+        (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        _publish(work, output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return meta
+
+
+def _check(config: Tokenize, output: Path) -> None:
+    if not 0 <= config.heldout < 1:
+        raise ValueError(f"--heldout is a part of the documents, from 0 to below 1, not {config.heldout}")
+    for name in ("part_tokens", "train_bytes"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+    if config.workers < 0:
+        raise ValueError(f"--workers must be at least 1, or 0 for one a processor, not {config.workers}")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {config.output!r} is a file; give a folder")
+    if (
+        output.exists()
+        and not config.overwrite
+        and any(not p.name.startswith(".tmp-") for p in output.iterdir())
+    ):
+        raise ValueError(
+            f"--output {config.output!r} is not empty; give another folder, or --overwrite its token files"
+        )
+
+
+def _tokenizer(config: Tokenize, files: tuple[str, ...]) -> Tokenizer:
+    if config.tokenizer == "byte":
+        tokenizer = byte_level()
+    elif config.tokenizer == "bpe":
+        with progress(f"learning a BPE of {config.vocab_size}", 1) as advance:
+            tokenizer = train_bpe(_sample(config, files), config.vocab_size)
+            advance(1, f"{tokenizer.vocab_size} tokens")
+    else:
+        tokenizer = load(config.tokenizer, config.eos)
+    if config.dtype != "auto" and tokenizer.vocab_size > 256 ** SIZES[config.dtype]:
+        fits = smallest_dtype(tokenizer.vocab_size)
+        raise ValueError(
+            f"--dtype {config.dtype} does not hold a vocabulary of {tokenizer.vocab_size:,}; {fits} does"
+        )
+    return tokenizer
+
+
+def _sample(config: Tokenize, files: tuple[str, ...]) -> Iterator[str]:
+    """Training documents of about ``train_bytes``: the start of every file, or files spread evenly over
+    very many."""
+    left = config.train_bytes
+    share = -(-left // len(files))
+    spread = sorted(range(len(files)), key=lambda i: i * 2654435761 % 2**32)
+    for i in spread:
+        taken = 0
+        for text in (t for chunk in chunks([files[i]]) for t in documents(chunk, config.text_field)):
+            if not is_heldout(text, config.heldout):
+                yield text
+                taken += len(text.encode())
+            if taken >= min(share, left):
+                break
+        left -= taken
+        if left <= 0:
+            return
+
+
+def _write(config: Tokenize, files: tuple[str, ...], tokenizer: Tokenizer, work: Path) -> dict[str, Any]:
+    dtype = smallest_dtype(tokenizer.vocab_size) if config.dtype == "auto" else config.dtype
+    job = Job(str(work / "tokenizer.json"), config.eos, config.text_field, config.heldout, dtype)
+    workers = config.workers or os.cpu_count() or 1
+    counts: dict[str, dict[str, int]] = {}
+    part, tokens = 0, 0
+    with progress("tokenizing", sum(Path(f).stat().st_size for f in files)) as advance:
+        for chunk, (train, heldout) in encode_all(job, chunks(files), workers):
+            name = f"part-{part:05}.npy"
+            _append(work / name, train, counts)
+            _append(work / "heldout.npy", heldout, counts)
+            part += name in counts and counts[name]["tokens"] >= config.part_tokens
+            tokens += len(train.ids) + len(heldout.ids)
+            advance(chunk.size, f"{tokens:,} tokens")
+    parts = [name for name in counts if name.startswith("part-")]
+    if not parts:
+        raise ValueError(
+            f"no training documents in the {len(files)} input files; add text, or lower --heldout"
+        )
+    return {
+        "dtype": dtype,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "train": {key: sum(counts[name][key] for name in parts) for key in counts[parts[0]]},
+        "heldout": counts.get("heldout.npy", {"documents": 0, "tokens": 0, "bytes": 0}),
+        "files": dict(sorted(counts.items())),
+        "command": asdict(config),
+    }
+
+
+def _append(path: Path, tokens: Tokens, counts: dict[str, dict[str, int]]) -> None:
+    if not tokens.documents:
+        return
+    with open(path, "ab") as file:
+        tokens.ids.astype(np.dtype(tokens.ids.dtype).newbyteorder("<")).tofile(file)
+    old = counts.get(path.name, {"documents": 0, "tokens": 0, "bytes": 0})
+    new = {"documents": tokens.documents, "tokens": len(tokens.ids), "bytes": tokens.num_bytes}
+    counts[path.name] = {key: old[key] + new[key] for key in old}
+
+
+def _publish(work: Path, output: Path) -> None:
+    (output / "meta.json").unlink(missing_ok=True)
+    for old in [*output.glob("part-*.npy"), output / "heldout.npy"]:
+        old.unlink(missing_ok=True)
+    for new in sorted(work.iterdir(), key=lambda path: path.name == "meta.json"):
+        new.replace(output / new.name)
+
+
+def train_command(config: Tokenize, meta: dict[str, Any]) -> str:
+    """The command that trains on the token files."""
+    folder = Path(config.output)
+    flags = {"--data.paths": folder / "part-*.npy", "--data.tokenizer": folder / "tokenizer.json"}
+    if config.eos:
+        flags["--data.eos"] = Path(config.eos)
+    if meta["heldout"]["tokens"]:
+        flags["--data.heldout-paths"] = folder / "heldout.npy"
+    return "python train.py olmo2-tiny " + " ".join(
+        f"{flag} {shlex.quote(str(path))}" for flag, path in flags.items()
+    )
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """The command. 0, or 2 after one line about what is wrong with the input."""
+    try:
+        config = tyro.cli(
+            Tokenize,
+            prog="python -m olmo_fn.data.tokenize",
+            args=None if arguments is None else list(arguments),
+        )
+        meta = tokenize(config)
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    for side in ("train", "heldout"):
+        n = meta[side]
+        print(f"{side}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
+    print(train_command(config, meta))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
