@@ -6,7 +6,7 @@ the batch, so that splitting a batch in any way (accumulation, data parallelism)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -47,6 +47,7 @@ class Stage(NamedTuple):
     name: str
     params: tuple[str, ...]
     fn: Function
+    block: int | None = None  # the block of the model that it is part of
     vjp: Function | None = None
     compiled: bool = True  # False: leave it eager under `compile()`
 
@@ -110,49 +111,48 @@ class Grads:
 
 # --- rematerialisation ------------------------------------------------------------------------------------------------
 
-Remat: TypeAlias = str
 
-
-def remat_policy(remat: Remat) -> Callable[[int, Stage], bool]:
+def remat_policy(remat: str) -> Callable[[Stage], bool]:
     """Which stages keep only their input and run forward again in the backward sweep.
 
     ``none``; ``full``: every block; ``every-n``: every n-th block, such as ``every-2``; ``feed_forward``: the
-    feed-forward half of every block. The first stage (an embedding) and the last (the head) are never rerun.
+    feed-forward half of every block. Stages outside the blocks (embedding, head) are never rerun.
 
-    >>> remat_policy("every-2")(2, Stage("block", ("blocks.2",), print))
+    >>> remat_policy("every-2")(Stage("attention", ("blocks.2",), print, block=2))
     True
     """
     if remat == "none":
-        return lambda block, stage: False
+        return lambda stage: False
     if remat == "full":
-        return lambda block, stage: True
+        return lambda stage: stage.block is not None
     if remat == "feed_forward":
-        return lambda block, stage: stage.name == "feed_forward"
+        return lambda stage: stage.name == "feed_forward"
     kind, _, n = remat.partition("-")
     if kind == "every" and n.isdecimal() and int(n) > 0:
-        return lambda block, stage: block % int(n) == 0
+        return lambda stage: stage.block is not None and stage.block % int(n) == 0
     raise ValueError(f"remat {remat!r} is unknown; use none, full, feed_forward, or every-2, every-3, …")
 
 
 def fuse(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """Join neighbouring stages that use the same parameters, such as the two halves of a block, into one."""
+    """Join neighbouring stages of the same block into one: fewer calls, more for a compiler to fuse."""
     fused: list[Stage] = []
     for stage in stages:
         last = fused[-1] if fused else None
-        if last and last.params == stage.params and not (last.vjp or stage.vjp):
-            fused[-1] = last._replace(name="block", fn=_compose(last.fn, stage.fn))
+        if last is not None and last.block is not None and last.block == stage.block:
+            both = _compose(last.fn, len(last.params), stage.fn)
+            fused[-1] = last._replace(name="block", params=last.params + stage.params, fn=both)
         else:
             fused.append(stage)
     return tuple(fused)
 
 
 @cache
-def _compose(first: Function, second: Function) -> Function:
-    """``second ∘ first`` on the carry; cached, so that alike blocks share one function."""
+def _compose(first: Function, n: int, second: Function) -> Function:
+    """``second`` after ``first``, which takes the first ``n`` subtrees; cached, so that alike blocks share one function."""
 
     def both(*args: Any) -> Any:
         *params, carry, context = args
-        return second(*params, first(*params, carry, context), context)
+        return second(*params[n:], first(*params[:n], carry, context), context)
 
     return both
 
@@ -174,12 +174,12 @@ def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
     return gradients
 
 
-def tape_gradients(chain: Chain, remat: Remat, dtype: torch.dtype) -> GradFunction:
+def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction:
     """Sweep the chain: forward keeps one pullback a stage, backward walks them in reverse.
 
     Uses autograd on detached leaves inside each stage, which is what compiles right on torch 2.13.
     """
-    rerun = remat_policy(remat)
+    again = remat_policy(remat)
     stages = chain.stages if remat == "feed_forward" else fuse(chain.stages)
 
     def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
@@ -187,8 +187,10 @@ def tape_gradients(chain: Chain, remat: Remat, dtype: torch.dtype) -> GradFuncti
         context = chain.context(batch)
         carry: Any = None
         pullbacks: list[Pullback] = []
-        for stage, again in zip(stages, _remat_flags(stages, rerun), strict=True):
-            carry, pullback = pull(stage, subtrees(params, stage), carry, context, again, dtype, execution)
+        for stage in stages:
+            carry, pullback = pull(
+                stage, subtrees(params, stage), carry, context, again(stage), dtype, execution
+            )
             pullbacks.append(pullback)
         total, metrics = carry
         metrics = {"loss": total.detach(), **metrics}
@@ -264,13 +266,6 @@ def _to_fp32(grads: tuple[Tree, ...], carry: Tensor | None) -> tuple[tuple[Tree,
 
 def _detach(out: Any) -> Any:
     return (out[0].detach(), out[1]) if isinstance(out, tuple) else out.detach()
-
-
-def _remat_flags(stages: tuple[Stage, ...], rerun: Callable[[int, Stage], bool]) -> Iterator[bool]:
-    """One flag a stage; blocks are counted from 0, and the first and the last stage are never rerun."""
-    blocks = {path: i for i, path in enumerate(dict.fromkeys(s.params for s in stages[1:-1]))}
-    for i, stage in enumerate(stages):
-        yield 0 < i < len(stages) - 1 and rerun(blocks[stage.params], stage)
 
 
 def _per_token(metrics: Metrics, tokens: Tensor) -> Metrics:

@@ -14,18 +14,17 @@ Tree: TypeAlias = dict[str, Any]
 T = TypeVar("T")
 
 
-def items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ``(path, leaf)`` in the tree's own order.
+def items(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(path, leaf)`` in the tree's own order; a lone leaf has the path ``prefix``.
 
     >>> list(items({"a": {"x": 1, "y": 2}, "b": 3}))
     [('a.x', 1), ('a.y', 2), ('b', 3)]
     """
+    if not isinstance(tree, Mapping):
+        yield prefix, tree
+        return
     for key, value in tree.items():
-        path = f"{prefix}.{key}" if prefix else key
-        if isinstance(value, Mapping):
-            yield from items(value, path)
-        else:
-            yield path, value
+        yield from items(value, f"{prefix}.{key}" if prefix else key)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,18 +52,15 @@ def unflatten(flat: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Tree:
     return tree
 
 
-def map(f: Callable[..., Any], tree: Mapping[str, Any], *rest: Mapping[str, Any]) -> Tree:
+def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Apply ``f`` to each leaf of ``tree`` and to the leaves at the same place in ``rest``.
 
     >>> map(lambda a, b: a + b, {"a": {"x": 1}}, {"a": {"x": 2}})
     {'a': {'x': 3}}
     """
-    return {
-        key: map(f, value, *(r[key] for r in rest))
-        if isinstance(value, Mapping)
-        else f(value, *(r[key] for r in rest))
-        for key, value in tree.items()
-    }
+    if not isinstance(tree, Mapping):
+        return f(tree, *rest)
+    return {key: map(f, value, *(r[key] for r in rest)) for key, value in tree.items()}
 
 
 def map_with_path(f: Callable[..., Any], tree: Mapping[str, Any], *rest: Mapping[str, Any]) -> Tree:

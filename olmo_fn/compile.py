@@ -1,0 +1,72 @@
+"""Compilation: one compiled function a stage, kept on disk in a folder of the project's own.
+
+A process killed in the middle of a compile leaves empty or cut-off libraries in that folder, which would break every
+later run that needs them; `prepare_cache` drops them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from olmo_fn.grad import Function
+from olmo_fn.step import Step, Transform, _execute
+
+
+def compile() -> Transform:
+    """Compile every stage and every parameter update; invisible but for speed. Without a C++ compiler: a warning, eager.
+
+    Alike blocks share one compiled function. Updates that are elementwise see each parameter flattened, so that one
+    compiled function serves all shapes.
+    """
+
+    def apply(step: Step) -> Step:
+        if not has_compiler():
+            warnings.warn(
+                "no C++ compiler (c++, g++, clang++ or $CXX) found: running eager, which is slower", stacklevel=2
+            )
+            return step
+        wrap = cache(lambda fn: torch.compile(fn, fullgraph=True, dynamic=False))
+        wrap_leaf = cache(lambda fn: torch.compile(fn, fullgraph=True, dynamic=True))
+        return _execute(step, wrap=wrap, wrap_leaf=wrap_leaf)
+
+    return Transform("compile()", Step, Step, apply)
+
+
+def has_compiler() -> bool:
+    """Whether Inductor will find a C++ compiler, or the GPU needs none."""
+    candidates = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return torch.cuda.is_available() or any(shutil.which(c) for c in candidates if c)
+
+
+def prepare_cache(folder: Path) -> list[Path]:
+    """Make Inductor keep its files in ``folder``, and drop those that a killed compile left broken; returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    broken = [path for path in folder.rglob("*") if path.is_file() and not _whole(path)]
+    for path in broken:
+        path.unlink(missing_ok=True)
+    return broken
+
+
+def _whole(path: Path) -> bool:
+    """False for an empty file, and for an ELF library that ends before its section table does."""
+    size = path.stat().st_size
+    if path.suffix == ".lock":
+        return True
+    if size == 0:
+        return path.name.startswith(".") or path.suffix not in (".so", ".cpp", ".py", ".h", ".o", ".json", "")
+    if path.suffix not in (".so", ".o"):
+        return True
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":  # not 64-bit ELF: some other platform's library
+        return header[:4] != b"\x7fELF" or len(header) >= 52
+    table, entry, entries = struct.unpack_from("<Q", header, 40)[0], *struct.unpack_from("<HH", header, 58)
+    return size >= table + entry * entries

@@ -1,0 +1,350 @@
+"""The training step, composed: ``pipe(loss, grad(), clip(1.0), adamw(...), skip_spikes(), compile())``.
+
+Three kinds flow through a pipe, and each transform says which it takes and gives:
+
+    Loss   (params, batch) -> (sum of losses, metrics)
+    Grads  (params, batch) -> (gradients, metrics)
+    Step   (state, batch) -> (state, metrics)
+
+A Step is one pure function, kept in three parts so that transforms can work on any of them: ``grads``; ``control``, which turns
+metrics into the scalars of this step (learning rate, whether to skip); and ``leaf``, the update of one parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from olmo_fn import tree
+from olmo_fn.grad import (
+    EAGER,
+    Batch,
+    Chain,
+    Engine,
+    Execution,
+    Function,
+    Grads,
+    LossFunction,
+    Metrics,
+    func_gradients,
+    loss_tokens,
+    tape_gradients,
+)
+from olmo_fn.tree import Tree
+
+Scalars: TypeAlias = dict[str, Tensor]
+Slots: TypeAlias = dict[str, Tensor]
+
+
+class State(NamedTuple):
+    """Everything that training remembers; nothing else exists.
+
+    ``step`` () int64, counted from 0; ``params``; ``slots``: by name, either a tree shaped like the parameters
+    (``adamw_m``, ``ema``) or a small tree of its own (``skip_spikes``).
+    """
+
+    step: Tensor
+    params: Tree
+    slots: Tree
+
+
+class Leaf(NamedTuple):
+    """An optimizer of one parameter: a pair of pure functions.
+
+    ``init(param) -> slots``; ``update(param, grad, slots, scalars) -> (param, slots)``. ``elementwise`` updates may
+    see the parameter flattened. ``scalars`` are this leaf's own, on top of the step's.
+    """
+
+    init: Callable[[Tensor], Slots]
+    update: Callable[[Tensor, Tensor, Slots, Scalars], tuple[Tensor, Slots]]
+    elementwise: bool = True
+    scalars: Mapping[str, float] = {}
+
+
+Control: TypeAlias = Callable[[State, Metrics], tuple[Tree, Scalars, Metrics]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """How training starts, ``init(params) -> state``, and how it moves, ``(state, batch) -> (state, metrics)``."""
+
+    grads: Grads
+    init_control: Callable[[], Tree] = field(repr=False)
+    control: Control = field(repr=False)
+    leaf: Callable[[str], Leaf] = field(repr=False)
+    execution: Execution = EAGER
+
+    def init(self, params: Tree) -> State:
+        """The state before the first step. Its parameters are the ones given, not a copy."""
+        slots: dict[str, dict[str, Tensor]] = {}
+        for path, p in tree.items(params):
+            for name, value in self.leaf(path).init(p).items():
+                slots.setdefault(name, {})[path] = value
+        shaped = {name: tree.unflatten(values) for name, values in slots.items()}
+        device = next(p.device for _, p in tree.items(params))
+        own = tree.map(lambda value: value.to(device), {"step": torch.tensor(0), "slots": self.init_control()})
+        return State(own["step"], params, {**own["slots"], **shaped})
+
+    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        grads, metrics = self.grads(state.params, batch, self.execution)
+        return self.update(state, grads, metrics)
+
+    @torch.no_grad()
+    def update(self, state: State, grads: Tree, metrics: Metrics) -> tuple[State, Metrics]:
+        """The second half of a step: from gradients to the next state. Consumes ``grads``."""
+        if "grad_norm" not in metrics:
+            metrics = {**metrics, "grad_norm": global_norm(grads)}
+        control, scalars, metrics = self.control(state, metrics)
+        before = {name: tree.flatten(slot) for name, slot in state.slots.items() if name not in control}
+        after: dict[str, dict[str, Tensor]] = {name: {} for name in before}
+        params: dict[str, Tensor] = {}
+        flat = tree.flatten(grads)
+        grads.clear()  # so that each gradient is freed as soon as it is used
+        for path, p in tree.items(state.params):
+            slots = {name: values[path] for name, values in before.items()}
+            params[path], slots = self._update_leaf(self.leaf(path), p, flat.pop(path), slots, scalars)
+            for name, value in slots.items():
+                after[name][path] = value
+        shaped = {name: tree.unflatten(values) for name, values in after.items()}
+        return State(state.step + 1, tree.unflatten(params), {**control, **shaped}), metrics
+
+    def _update_leaf(self, leaf: Leaf, p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
+        run = self.execution.wrap_leaf(_guarded(leaf.update, self.execution.donate))
+        scalars = {**scalars, **{k: torch.tensor(v, dtype=torch.float64) for k, v in leaf.scalars.items()}}
+        shape = p.shape
+        if leaf.elementwise:  # one compiled function for all shapes
+            p, g, slots = p.view(-1), g.reshape(-1), {k: v.view(-1) for k, v in slots.items()}
+        p, slots = run(p, g, slots, scalars)
+        return p.view(shape), {k: v.view(shape) if leaf.elementwise else v for k, v in slots.items()}
+
+
+@cache
+def _guarded(update: Function, donate: bool) -> Function:
+    """The update of a leaf, with what holds for every one: a skipped step changes nothing; donation writes in place."""
+
+    def guarded(p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
+        new_p, new_slots = update(p, g, slots, scalars)
+        new_p = torch.where(scalars["skip"], p, new_p)
+        new_slots = {k: torch.where(scalars["skip"], slots[k], v) for k, v in new_slots.items()}
+        if not donate:
+            return new_p, new_slots
+        return p.copy_(new_p), {k: slots[k].copy_(v) for k, v in new_slots.items()}
+
+    return guarded
+
+
+def global_norm(grads: Tree) -> Tensor:
+    """√ of the sum of squares of all entries, 0-d.
+
+    >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for _, g in tree.items(grads)]))
+
+
+# --- pipe -------------------------------------------------------------------------------------------------------------
+
+LAWFUL_ORDER = "a loss, then grad(), then accumulate and clip, then an optimizer, then everything else"
+
+
+class Loss(NamedTuple):
+    """The first kind: ``(params, batch) -> (sum of losses, metrics)``. A `Chain` or a plain function becomes one."""
+
+    fn: LossFunction
+
+
+class Transform(NamedTuple):
+    """One element of a `pipe`: what it is called, which kind it takes, which it gives, and what it does."""
+
+    name: str
+    takes: type
+    gives: type
+    apply: Callable[[Any], Any]
+
+    def __call__(self, x: Any) -> Any:
+        if self.takes is Loss and callable(x) and not isinstance(x, (Loss, Grads, Step)):
+            x = Loss(x)
+        if not isinstance(x, self.takes):
+            raise ValueError(f"{self.name} takes a {self.takes.__name__}, not a {type(x).__name__}; the order is {LAWFUL_ORDER}")
+        return self.apply(x)
+
+
+def pipe(loss: LossFunction, *transforms: Transform) -> Any:
+    """Apply the transforms to the loss one after the other; a wrong order is refused here, before anything runs.
+
+    >>> from olmo_fn.optim import sgd
+    >>> def loss(params, batch):
+    ...     return ((params["w"] - batch["labels"]) ** 2).sum(), {}
+    >>> step = pipe(loss, grad(engine="func"), clip(1.0), sgd(lr=0.25))
+    >>> state = step.init({"w": torch.zeros(2)})
+    >>> state, metrics = step(state, {"labels": torch.tensor([3, 4])})
+    >>> state.params["w"]
+    tensor([0.1500, 0.2000])
+    >>> pipe(loss, clip(1.0))
+    Traceback (most recent call last):
+    ValueError: clip(1.0) takes a Grads, but it follows the loss, which is a Loss; the order is a loss, then grad(), ...
+    """
+    value: Any = loss if isinstance(loss, Loss) else Loss(loss)
+    before = "the loss"
+    for transform in transforms:
+        if not isinstance(value, transform.takes):
+            raise ValueError(
+                f"{transform.name} takes a {transform.takes.__name__}, but it follows {before}, which is a "
+                f"{type(value).__name__}; the order is {LAWFUL_ORDER}"
+            )
+        value, before = transform.apply(value), transform.name
+    return value
+
+
+# --- Loss -> Grads ----------------------------------------------------------------------------------------------------
+
+
+def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torch.float32) -> Transform:
+    """Differentiate the loss; the gradient is of the mean over all loss tokens of the batch.
+
+    ``tape`` sweeps a `Chain` stage by stage (see `olmo_fn.grad`), with ``remat`` none, full, feed_forward or every-n; ``func``
+    is ``torch.func.grad_and_value`` of any loss. ``dtype``: that of matrices and activations in the computation;
+    parameters and gradients keep their own.
+    """
+
+    def apply(loss: Loss) -> Grads:
+        if engine == "func":
+            if remat != "none":
+                raise ValueError(f"engine func keeps every activation; use engine tape for remat {remat!r}")
+            return Grads(func_gradients(loss.fn, dtype))
+        if not isinstance(loss.fn, Chain):
+            raise ValueError(
+                "engine tape sweeps a Chain of stages, and this loss is a plain function; use grad(engine='func')"
+            )
+        return Grads(tape_gradients(loss.fn, remat, dtype))
+
+    return Transform(f"grad({engine!r})", Loss, Grads, apply)
+
+
+# --- Grads -> Grads ---------------------------------------------------------------------------------------------------
+
+
+def accumulate(n: int) -> Transform:
+    """Split the batch in ``n`` parts along its first dim and add their gradients. Invisible, also with uneven masks."""
+
+    def apply(inner: Grads) -> Grads:
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
+            parts = split_batch(batch, n)
+            total, metrics = inner(params, parts[0], execution)
+            for part in parts[1:]:
+                grads, more = inner(params, part, execution)
+                tree.map(lambda a, b: a.add_(b), total, grads)
+                metrics = {name: value + more[name] for name, value in metrics.items()}
+            return total, metrics
+
+        return Grads(gradients)
+
+    return Transform(f"accumulate({n})", Grads, Grads, apply if n > 1 else lambda inner: inner)
+
+
+def split_batch(batch: Batch, n: int) -> list[Batch]:
+    """``n`` equal parts, each of which divides its loss by the tokens of the whole batch.
+
+    >>> [part["loss_tokens"].item() for part in split_batch({"labels": torch.tensor([[1, 2], [3, -100]])}, 2)]
+    [3, 3]
+    """
+    rows = len(batch["labels"])
+    if rows % n:
+        raise ValueError(f"accumulate({n}) cannot split a batch of {rows} sequences in equal parts")
+    tokens = loss_tokens(batch)
+    chunks = {name: value.chunk(n) for name, value in batch.items() if value.ndim}
+    return [{**{k: v[i] for k, v in chunks.items()}, "loss_tokens": tokens} for i in range(n)]
+
+
+def clip(max_norm: float) -> Transform:
+    """Scale the gradient so that its global norm is at most ``max_norm``; reports ``grad_norm`` from before."""
+
+    def apply(inner: Grads) -> Grads:
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
+            grads, metrics = inner(params, batch, execution)
+            norm = global_norm(grads)
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            tree.map(lambda g: g.mul_(scale), grads)
+            return grads, {**metrics, "grad_norm": norm}
+
+        return Grads(gradients)
+
+    return Transform(f"clip({max_norm})", Grads, Grads, apply)
+
+
+# --- Step -> Step: these change the numbers ---------------------------------------------------------------------------
+
+
+def skip_spikes(sigma: float = 6.0, window: int = 128) -> Transform:
+    """Skip the update when loss or gradient norm is more than ``sigma`` standard deviations above its recent mean.
+
+    OLMo-core's rule: mean and unbiased deviation of the last ``window`` steps, one-sided, active from half a window on.
+    Unlike there, the history is part of the state, and values that are not finite never enter it.
+    """
+    name = "skip_spikes"
+
+    def apply(inner: Step) -> Step:
+        def init_control() -> Tree:
+            history = torch.zeros(2, window, dtype=torch.float64)
+            return {**inner.init_control(), name: {"history": history, "count": torch.zeros((), dtype=torch.int64)}}
+
+        def control(state: State, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
+            history, count = state.slots[name]["history"], state.slots[name]["count"]
+            now = torch.stack([metrics.get("ce", metrics["loss"]), metrics["grad_norm"]]).to(history)
+            known = torch.arange(window, device=history.device) >= window - count  # newest last
+            n = count.clamp(min=1)
+            mean = (history * known).sum(1) / n
+            variance = ((history - mean[:, None]).square() * known).sum(1) / (n - 1).clamp(min=1)
+            spike = ((now - mean > sigma * variance.sqrt()).any()) & (count + 1 >= max(3, window // 2))
+            finite = now.isfinite().all()
+            pushed = torch.cat((history[:, 1:], now[:, None]), dim=1)
+            slot = {
+                "history": torch.where(finite, pushed, history),
+                "count": torch.where(finite, (count + 1).clamp(max=window), count),
+            }
+            control, scalars, metrics = inner.control(state, {**metrics, "skip": metrics.get("skip", False) | spike})
+            return {**control, name: slot}, scalars, metrics
+
+        return replace(inner, init_control=init_control, control=control)
+
+    return Transform(f"skip_spikes({sigma}, window={window})", Step, Step, apply)
+
+
+def ema(decay: float) -> Transform:
+    """Keep ``ema = decay · ema + (1 - decay) · params`` in the slot ``ema``; it starts at the initial parameters."""
+
+    def apply(inner: Step) -> Step:
+        @cache
+        def averaged(leaf_update: Function) -> Function:
+            def update(p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
+                average = slots["ema"]
+                new_p, new = leaf_update(p, g, {k: v for k, v in slots.items() if k != "ema"}, scalars)
+                return new_p, {**new, "ema": average + (1 - decay) * (new_p - average)}
+
+            return update
+
+        def leaf(path: str) -> Leaf:
+            plain = inner.leaf(path)
+            init = lambda p: {**plain.init(p), "ema": p.clone()}  # noqa: E731
+            return plain._replace(init=init, update=averaged(plain.update))
+
+        return replace(inner, leaf=leaf)
+
+    return Transform(f"ema({decay})", Step, Step, apply)
+
+
+# --- Step -> Step: these are invisible in the numbers -----------------------------------------------------------------
+
+
+def donate() -> Transform:
+    """Let each step write into the memory of the state that it replaces: the old state must not be used again."""
+    return Transform("donate()", Step, Step, partial(_execute, donate=True))
+
+
+def _execute(step: Step, **changes: Any) -> Step:
+    return replace(step, execution=replace(step.execution, **changes))

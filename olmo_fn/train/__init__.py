@@ -1,0 +1,1 @@
+"""Training runs: their config, the loop, what watches it."""
