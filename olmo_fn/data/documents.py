@@ -150,9 +150,9 @@ def _line_chunks(path: str, size: int) -> Iterator[Chunk]:
 
 
 def _row_groups(path: str) -> Iterator[Chunk]:
-    groups = _parquet(path).num_row_groups
+    groups, size = _parquet(path).num_row_groups, Path(path).stat().st_size
     for group in range(groups):
-        yield Chunk((path,), Path(path).stat().st_size // groups, first=group)
+        yield Chunk((path,), size * (group + 1) // groups - size * group // groups, first=group)
 
 
 def _parquet(path: str) -> Any:

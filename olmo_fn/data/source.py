@@ -68,9 +68,9 @@ def open_data(
         raise ValueError(
             f"{str(min(both))!r} is in --data.paths and in --data.heldout-paths; take it out of one"
         )
-    check_vocab(files + heldout_files, model_vocab_size)
+    check_vocab(files + heldout_files, vocab_size)
     masks = open_masks(expand(data.label_mask_paths), files)
-    windows = Windows(files, sequence_length, model_vocab_size, masks)
+    windows = Windows(files, sequence_length, vocab_size, masks)
     held = 0 if heldout_files else _num_heldout(len(windows), data.heldout_fraction, sequence_length)
     train = Batches(windows, batch_size, data.order_seed, len(windows) - held)
     _check_size(train)
@@ -79,7 +79,7 @@ def open_data(
         train=train,
         heldout=heldout,
         tokenizer=tokenizer,
-        eos_id=tokenizer.eos_id if tokenizer else _written_beside(files[0].path).get("eos_id"),
+        eos_id=tokenizer.eos_id if tokenizer else _written_beside(Path(files[0].path).parent).get("eos_id"),
         heldout_bytes=tokenizer.count_bytes(heldout) if tokenizer else None,
         heldout_compressed=compressed,
     )
@@ -88,8 +88,7 @@ def open_data(
 def heldout_batches(
     source: Source, sequence_length: int, stride: int, batch_size: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """`eval_batches` of the held-out tokens. Where the end-of-document token is not known, the first is
-    only context."""
+    """`eval_batches` of the held-out tokens; without a known ``eos_id`` the first is only context."""
     stream = source.heldout
     if source.eos_id is None:
         context, stream = int(stream[0]) if len(stream) else 0, stream[1:]
@@ -115,20 +114,19 @@ def _check(data: Data, sequence_length: int, batch_size: int) -> None:
 
 
 def _open(patterns: tuple[str, ...], dtype: str, vocab_size: int) -> tuple[TokenFile, ...]:
-    """The token files; ``auto`` is what the tokenizing command wrote beside a file, or else OLMo-core's
-    choice."""
-    return tuple(
-        open_tokens(
-            path, _written_beside(path).get("dtype", smallest_dtype(vocab_size)) if dtype == "auto" else dtype
-        )
-        for path in expand(patterns)
-    )
+    """The token files; ``auto`` is what meta.json beside them says, or else OLMo-core's choice."""
+    paths = expand(patterns)
+    if dtype != "auto":
+        return tuple(open_tokens(path, dtype) for path in paths)
+    folders = {folder: _written_beside(folder) for folder in {Path(path).parent for path in paths}}
+    default = smallest_dtype(vocab_size)
+    return tuple(open_tokens(path, folders[Path(path).parent].get("dtype", default)) for path in paths)
 
 
-def _written_beside(path: str) -> dict[str, Any]:
-    """``dtype`` and ``eos_id`` from the meta.json in the file's folder, if it is one of ours."""
+def _written_beside(folder: Path) -> dict[str, Any]:
+    """``dtype`` and ``eos_id`` from the meta.json in ``folder``, if it is one of ours."""
     try:
-        meta = json.loads((Path(path).parent / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     ours = isinstance(meta, dict) and meta.get("dtype") in SIZES and isinstance(meta.get("eos_id"), int)
@@ -155,8 +153,8 @@ def _check_size(train: Batches) -> None:
         raise ValueError(f"{train.num_instances:,} windows are more than the 2^32 that the order can hold")
     if train.steps_per_epoch == 0:
         raise ValueError(
-            f"a batch of {train.batch_size:,} windows is more than the {train.num_instances:,} of {length:,} tokens "
-            f"in the training data; use a smaller batch, a shorter sequence length, or more data"
+            f"a batch of {train.batch_size:,} windows is more than the {train.num_instances:,} of {length:,} "
+            f"tokens in the training data; use a smaller batch, a shorter sequence length, or more data"
         )
 
 

@@ -163,7 +163,7 @@ def _write(config: Tokenize, files: tuple[str, ...], tokenizer: Tokenizer, work:
         "train": {key: sum(counts[name][key] for name in parts) for key in counts[parts[0]]},
         "heldout": counts.get("heldout.npy", {"documents": 0, "tokens": 0, "bytes": 0}),
         "files": dict(sorted(counts.items())),
-        "command": asdict(config),
+        "command": {**asdict(config), "inputs": list(config.inputs)},
     }
 
 

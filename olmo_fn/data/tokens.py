@@ -113,7 +113,7 @@ def check_vocab(files: Iterable[TokenFile], vocab_size: int, scan_bytes: int = S
 def vocab_error(file: TokenFile, offset: int, vocab_size: int) -> ValueError:
     """The error for the token at ``offset`` of ``file``."""
     return ValueError(
-        f"token {int(view(file)[offset])} at offset {offset:,} of {file.path!r} (read as {file.dtype}) is not "
-        f"below the vocabulary size {vocab_size:,}; use a larger vocab_size, or --data.dtype if the file is of "
-        f"another type"
+        f"token {int(view(file)[offset])} at offset {offset:,} of {file.path!r} (read as {file.dtype}) is "
+        f"not below {vocab_size:,}, the vocabulary of the model or the tokenizer; use a larger vocab_size, "
+        f"the tokenizer of the data, or --data.dtype if the file is of another type"
     )

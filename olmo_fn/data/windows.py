@@ -16,7 +16,7 @@ from olmo_fn.data.tokens import TokenFile, open_tokens, view, vocab_error
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of ``files``, numbered in file order. ``masks`` is empty or one label mask for each file."""
+    """The windows of ``files``, numbered in file order. ``masks``: none, or a label mask for each file."""
 
     files: tuple[TokenFile, ...]
     sequence_length: int

@@ -1,0 +1,139 @@
+"""The default corpus: made once, whole or not at all, honest about its bytes."""
+
+import gzip
+import json
+import lzma
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from olmo_fn.data.corpus import Corpus, is_heldout, read_sources, tokenize_corpus
+from olmo_fn.data.tokenizer import load
+
+STDLIB = Path(json.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def sources():
+    """Some of the standard library, with documents on both sides."""
+    found = dict(read_sources(STDLIB / "json"))
+    found |= {f"email/{name}": text for name, text in read_sources(STDLIB / "email").items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def corpus(sources, tmp_path_factory):
+    return tokenize_corpus(sources, tmp_path_factory.mktemp("cache") / "corpus", 400, show=False)
+
+
+def test_the_tokens_are_the_text(sources, corpus):
+    tokenizer = load(corpus.tokenizer_path)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (corpus.vocab_size, corpus.eos_id) == (400, 0)
+    held = [text for name, text in sources.items() if is_heldout(name)]
+    train = [text for name, text in sources.items() if not is_heldout(name)]
+    assert held
+    for texts, path, documents, size, count in (
+        (train, corpus.paths[0], corpus.train_documents, corpus.train_bytes, corpus.train_tokens),
+        (held, corpus.heldout_path, corpus.heldout_documents, corpus.heldout_bytes, corpus.heldout_tokens),
+    ):
+        ids = np.fromfile(path, corpus.dtype)
+        assert len(ids) == count
+        assert (ids == corpus.eos_id).sum() == documents == len(texts)
+        assert tokenizer.decode(ids) == "".join(texts)
+        assert tokenizer.count_bytes(ids) == size == len("".join(texts).encode())
+    text = "".join(held).encode()
+    assert corpus.gzip_bytes == len(gzip.compress(text, 9))
+    assert corpus.xz_bytes == len(lzma.compress(text, preset=9))
+
+
+def test_the_bpe_never_sees_held_out_text(sources, tmp_path):
+    """Text on the held-out side does not change the tokenizer."""
+    other = {n: ("zyx " * 5000 if is_heldout(n) else t) for n, t in sources.items()}
+    a, b = (tokenize_corpus(s, tmp_path / k, 400, False) for k, s in (("a", sources), ("b", other)))
+    assert Path(a.tokenizer_path).read_bytes() == Path(b.tokenizer_path).read_bytes()
+    assert Path(a.paths[0]).read_bytes() == Path(b.paths[0]).read_bytes()
+    assert Path(a.heldout_path).read_bytes() != Path(b.heldout_path).read_bytes()
+
+
+def test_sources_are_text_without_tests(tmp_path):
+    for name in (
+        "a.py",
+        "test/b.py",
+        "x/tests/c.py",
+        "site-packages/d.py",
+        "x/e.py",
+        "x/f.txt",
+        "_sysconfigdata_x.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "latin.py").write_bytes(b"# \xe9")
+    assert list(read_sources(tmp_path)) == ["a.py", "x/e.py"]
+    with pytest.raises(ValueError, match=r"no sources in .* give token files with --data.paths"):
+        read_sources(tmp_path / "test" / "nothing")
+
+
+def test_the_split_of_this_python():
+    """About 5 % of the standard library's text is held out, no generated file among it."""
+    sources = read_sources(STDLIB)
+    held = {name: len(text.encode()) for name, text in sources.items() if is_heldout(name)}
+    assert 300_000 < sum(held.values()) < 800_000
+    assert max(held.values()) < sum(held.values()) / 4
+    assert not [name for name in held if name.startswith(("encodings/", "pydoc_data/"))]
+    assert sum(len(text.encode()) for text in sources.values()) > 8_000_000
+
+
+def test_cached(sources, corpus):
+    start = time.perf_counter()
+    again = tokenize_corpus({}, Path(corpus.folder), 400)
+    assert again == corpus
+    assert isinstance(again, Corpus)
+    assert time.perf_counter() - start < 0.1
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from olmo_fn.data.corpus import read_sources, tokenize_corpus
+print("ready", flush=True)
+tokenize_corpus(read_sources(sys.argv[1]), Path(sys.argv[2]), 2000, show=False)
+"""
+
+
+def start(folder):
+    command = [sys.executable, "-c", SCRIPT, str(STDLIB / "email"), str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_two_at_once(tmp_path):
+    both = [start(tmp_path / "corpus") for _ in range(2)]
+    for process in both:
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
+    assert sorted(p.name for p in (tmp_path / "corpus").iterdir()) == [
+        "heldout.npy",
+        "meta.json",
+        "part-00000.npy",
+        "tokenizer.json",
+    ]
+
+
+def test_killed_while_it_is_made(tmp_path):
+    process = start(tmp_path / "corpus")
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob(".tmp-*")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "corpus").exists()
+    made = tokenize_corpus(read_sources(STDLIB / "email"), tmp_path / "corpus", 2000, show=False)
+    assert made.train_tokens > 0

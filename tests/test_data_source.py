@@ -1,0 +1,175 @@
+"""From settings to data: what is held out, and every mistake caught before anything is allocated."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import olmo_fn.data.source as source_module
+from olmo_fn.data.config import Data, cache_dir
+from olmo_fn.data.corpus import tokenize_corpus
+from olmo_fn.data.source import heldout_batches, open_data
+from olmo_fn.data.tokenize import Tokenize, tokenize
+from olmo_fn.data.tokenizer import byte_level
+
+
+def write(path, values, dtype="<u2"):
+    np.array(values, dtype).tofile(path)
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files of 105 and 57 tokens: 10 and 5 windows of 10; token = 1000 file + position."""
+    return [write(tmp_path / f"{f}.npy", 1000 * f + np.arange(n)) for f, n in ((1, 105), (2, 57))]
+
+
+def test_the_last_windows_are_held_out(files, tmp_path):
+    source = open_data(Data((str(tmp_path / "*.npy"),), heldout_fraction=0.2), 3000, 10, 4)
+    assert source.heldout.tolist() == [*range(2020, 2050)]
+    seen = {
+        int(t) for step in range(source.train.steps_per_epoch) for t in source.train(step)["input_ids"][:, 0]
+    }
+    assert seen == {*range(1000, 1100, 10), 2000, 2010}
+    assert source.train.num_instances == 12
+    assert (source.tokenizer, source.eos_id, source.heldout_bytes) == (None, None, None)
+
+
+def test_nothing_is_held_out_at_0(files):
+    source = open_data(Data(tuple(files), heldout_fraction=0.0), 3000, 10, 4)
+    assert (source.train.num_instances, len(source.heldout)) == (15, 0)
+    assert list(heldout_batches(source, 10, 5, 2)) == []
+
+
+def test_a_small_fraction_still_holds_out_a_window_and_a_large_one_is_capped(files, monkeypatch):
+    assert len(open_data(Data(tuple(files), heldout_fraction=1e-9), 3000, 10, 4).heldout) == 10
+    monkeypatch.setattr(source_module, "HELDOUT_TOKENS", 25)
+    assert len(open_data(Data(tuple(files), heldout_fraction=0.5), 3000, 10, 4).heldout) == 20
+
+
+def test_heldout_files(files):
+    source = open_data(Data((files[0],), heldout_paths=(files[1],)), 3000, 10, 4)
+    assert source.train.num_instances == 10
+    assert source.heldout.tolist() == [*range(2000, 2057)]
+    labels = torch.cat([b["labels"].reshape(-1) for b in heldout_batches(source, 10, 5, 2)])
+    assert sorted(labels[labels >= 0].tolist()) == [*range(2001, 2057)]  # no known context for the first
+
+
+@pytest.fixture
+def tokenized(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"é{i} " * (i + 5))
+    out = tmp_path / "out"
+    meta = tokenize(Tokenize((str(tmp_path / "*.txt"),), str(out), "byte", workers=1, heldout=0.2))
+    return out, meta
+
+
+def test_what_the_command_wrote(tokenized):
+    """Bytes are those of the raw text; the type is meta.json's, not that of a model of 70,000 ids."""
+    out, meta = tokenized
+    data = Data((f"{out}/part-*.npy",), (f"{out}/heldout.npy",), tokenizer=f"{out}/tokenizer.json")
+    for size in (257, 70_000):
+        source = open_data(data, size, 16, 4)
+        assert source.heldout_bytes == meta["heldout"]["bytes"]
+        assert len(source.heldout) == meta["heldout"]["tokens"]
+        assert source.eos_id == 256
+    labels = torch.cat([b["labels"].reshape(-1) for b in heldout_batches(source, 16, 4, 3)])
+    assert (labels >= 0).sum() == meta["heldout"]["tokens"]  # the first token and every end of a document too
+    without = open_data(Data((f"{out}/part-*.npy",)), 70_000, 16, 4)
+    assert (without.train.windows.files[0].dtype, without.eos_id) == ("uint16", 256)
+
+
+def test_another_meta_json_is_left_alone(files, tmp_path):
+    for other in ("[1]", "{}", "{", '{"dtype": "float32", "eos_id": 0}', '{"dtype": "uint8"}'):
+        (tmp_path / "meta.json").write_text(other)
+        assert open_data(Data((files[0],)), 3000, 10, 4).train.windows.files[0].dtype == "uint16"
+
+
+def test_mistakes(files, tokenized, tmp_path):
+    out, _ = tokenized
+    one, two = files
+    tokenizer = f"{out}/tokenizer.json"
+    (tmp_path / "empty.npy").touch()
+    narrow = write(tmp_path / "narrow.npy", range(11), "u1")
+    for data, (vocab, length, batch), message in [
+        (Data(("no-*.npy",)), (3000, 10, 4), "no token file matches 'no-*.npy' (from "),
+        (Data((one, str(tmp_path / "empty.npy"))), (3000, 10, 4), "empty.npy' is empty"),
+        (Data((narrow,)), (3000, 5, 1), "narrow.npy' has 11 bytes, not a multiple of the 2 bytes of uint16"),
+        (Data((one, two)), (2040, 10, 4), "token 2040 at offset 40 of '" + two),
+        (Data((one,), (two,)), (2040, 10, 4), "token 2040 at offset 40 of '" + two),
+        (
+            Data((one, two)),
+            (3000, 106, 4),
+            f"106 is longer than every token file (the longest, '{one}', has 105 tokens)",
+        ),
+        (Data((one, two)), (3000, 10, 15), "a batch of 15 windows is more than the 14 of 10 tokens"),
+        (Data((one, two), (two,)), (3000, 10, 4), "2.npy' is in --data.paths and in --data.heldout-paths"),
+        (
+            Data((one,), tokenizer=tokenizer),
+            (200, 10, 4),
+            "tokenizer.json' has 257 ids, the model a vocabulary of 200",
+        ),
+        (Data((one,), tokenizer=tokenizer), (3000, 10, 4), "token 1000 at offset 0"),
+        (Data((one, two), label_mask_paths=(narrow,)), (3000, 10, 4), "1 label mask files for 2 token files"),
+        (Data((one,), order_seed=-1), (3000, 10, 4), "--data.order-seed must not be negative"),
+        (
+            Data((one,), heldout_fraction=1.0),
+            (3000, 10, 4),
+            "--data.heldout-fraction must be from 0 to below 1",
+        ),
+        (Data((one,)), (3000, 1, 4), "the sequence length must be at least 2"),
+        (Data((one,)), (3000, 10, 0), "the batch size must be at least 1"),
+        (Data(tokenizer=tokenizer), (3000, 10, 4), "--data.tokenizer needs --data.paths"),
+        (Data(cache_dir=str(tmp_path)), (200, 10, 4), "a byte-level BPE has at least 257 tokens"),
+    ]:
+        with pytest.raises(ValueError, match=r".") as e:
+            open_data(data, vocab, length, batch)
+        assert message in str(e.value)
+        assert "\n" not in str(e.value)
+
+
+def test_the_default_corpus(tmp_path, monkeypatch):
+    """Without paths: the corpus, its held-out file, its tokenizer, and what gzip and xz make of it."""
+    asked = []
+
+    def small(folder, vocab_size, show):
+        asked.append((folder, vocab_size, show))
+        sources = {f"{i}.py": f"value_{i} = {i}\n" * 20 for i in range(60)}
+        return tokenize_corpus(sources, folder / "small", vocab_size, show)
+
+    monkeypatch.setattr(source_module, "stdlib_corpus", small)
+    source = open_data(Data(cache_dir=str(tmp_path)), 300, 16, 4, show=False)
+    assert asked == [(tmp_path, 300, False)]
+    meta = json.loads((tmp_path / "small" / "meta.json").read_text())
+    assert source.heldout_compressed == {"gzip -9": meta["gzip_bytes"], "xz -9": meta["xz_bytes"]}
+    assert (source.heldout_bytes, len(source.heldout)) == (meta["heldout_bytes"], meta["heldout_tokens"])
+    assert source.train.windows.files[0].num_tokens == meta["train_tokens"]
+    open_data(Data(cache_dir=str(tmp_path)), 100_352, 16, 4, show=False)
+    assert asked[1][1] == 4096
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("OLMO_FN_CACHE", str(tmp_path))
+    assert cache_dir(Data()) == tmp_path
+    assert cache_dir(Data(cache_dir="/x")).as_posix() == "/x"
+    monkeypatch.delenv("OLMO_FN_CACHE")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_dir(Data()).as_posix() == "/home/someone/.cache/olmo_fn"
+
+
+def test_settings_and_command_import_no_torch():
+    script = "import olmo_fn.data.config, olmo_fn.data.tokenize, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_bytes_of_text_cut_inside_a_character(tmp_path):
+    """A held-out fraction may begin inside a document, even inside a character: bytes are still exact."""
+    byte_level().save(tmp_path / "tokenizer.json")
+    path = write(tmp_path / "t.npy", list("é".encode() * 50))
+    source = open_data(
+        Data((path,), tokenizer=str(tmp_path / "tokenizer.json"), heldout_fraction=0.2), 257, 5, 2
+    )
+    assert source.heldout_bytes == len(source.heldout) == 20
