@@ -95,6 +95,11 @@ def logits(cfg: Model, params: Tree, batch: Batch) -> Tensor:
     for stage in chain.stages[:-1]:
         x = stage.fn(*subtrees(params, stage), x, ctx)
     assert x is not None
+    return head_logits(cfg, params, x)
+
+
+def head_logits(cfg: Model, params: Tree, x: Tensor) -> Tensor:
+    """Logits (..., V) of the last block's output ``x`` (..., D)."""
     return rms_norm(params["head"]["norm"], x, cfg.norm_eps) @ output_matrix(params).T
 
 
@@ -150,7 +155,7 @@ def block_stages(cfg: Model, layer: int) -> tuple[Stage, Stage]:
 def _attention_half(head_dim: int, eps: float, window: int | None) -> Function:
     def attention_half(p: Tree, norm: Tensor, x: Tensor, ctx: Context) -> Tensor:
         tables = ctx["cos"], ctx["sin"], ctx.get("documents")
-        return x + rms_norm(norm, attention(p, x, *tables, head_dim=head_dim, eps=eps, window=window), eps)
+        return residual(norm, x, attention(p, x, *tables, head_dim=head_dim, eps=eps, window=window), eps)
 
     return attention_half
 
@@ -158,9 +163,14 @@ def _attention_half(head_dim: int, eps: float, window: int | None) -> Function:
 @cache
 def _feed_forward_half(eps: float) -> Function:
     def feed_forward_half(p: Tree, norm: Tensor, x: Tensor, ctx: Context) -> Tensor:
-        return x + rms_norm(norm, feed_forward(p, x), eps)
+        return residual(norm, x, feed_forward(p, x), eps)
 
     return feed_forward_half
+
+
+def residual(norm: Tensor, x: Tensor, out: Tensor, eps: float) -> Tensor:
+    """The stream ``x`` plus the normed output of a sublayer, both (B, T, D)."""
+    return x + rms_norm(norm, out, eps)
 
 
 def _head(norm: Tensor, w_out: Tensor, x: Tensor, ctx: Context, *, eps: float, z_loss: float) -> Any:

@@ -75,7 +75,7 @@ def attend(
         if documents is not None:
             same = documents[:, start:stop, None] == documents[:, None, first:stop]
             mask = (mask & same)[:, None]
-        out.append(_attend_block(q[..., start:stop, :], k[:, :, first:stop], v[:, :, first:stop], mask))
+        out.append(attend_masked(q[..., start:stop, :], k[:, :, first:stop], v[:, :, first:stop], mask))
     return torch.cat(out, dim=2)
 
 
@@ -84,8 +84,12 @@ def row_block(length: int) -> int:
     return max(128, -(-length // 8))
 
 
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """``q`` (B, H, R, K) or (B, N, G, R, K); ``k``, ``v`` (B, N, S, K); ``mask`` (R, S) or (B, 1, R, S) of booleans."""
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Softmax attention of R rows of queries to S keys where ``mask`` is true; returns (B, H, R, K).
+
+    ``q`` (B, H, R, K) or (B, N, G, R, K); ``k``, ``v`` (B, N, S, K); ``mask`` (R, S) or (B, 1, R, S) of booleans, with
+    at least one true in each row.
+    """
     *lead, R, K = q.shape
     grouped = len(lead) == 3
     rows = q.flatten(2, 3) if grouped else q
@@ -114,4 +118,9 @@ def attention(
     """Self-attention of ``x`` (B, T, D) with the rotary table of its positions; returns (B, T, D)."""
     q, k, v = project(p, x, cos, sin, head_dim=head_dim, eps=eps)
     out = attend(q, k, v, window=window, documents=documents)
+    return merge_heads(p, out)
+
+
+def merge_heads(p: Tree, out: Tensor) -> Tensor:
+    """The heads' results (B, H, T, K) side by side through ``w_out``: (B, T, D)."""
     return out.transpose(1, 2).flatten(2) @ p["w_out"]
