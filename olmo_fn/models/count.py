@@ -1,0 +1,77 @@
+"""How many parameters a model has, and how many floating-point operations a token costs."""
+
+from __future__ import annotations
+
+from olmo_fn import spec, tree
+from olmo_fn.models.config import Model
+from olmo_fn.models.transformer import specs
+
+
+def num_params(cfg: Model) -> int:
+    """Entries of all parameters; tied embeddings count once.
+
+    >>> from olmo_fn.models.config import OLMO2
+    >>> f"{num_params(OLMO2['olmo2-32b']):,}"
+    '32,234,279,936'
+    """
+    return spec.count(specs(cfg))
+
+
+def num_non_embedding_params(cfg: Model) -> int:
+    """Entries of all parameters but the embedding; the head counts, unless it is tied.
+
+    >>> from olmo_fn.models.config import OLMO2
+    >>> f"{num_non_embedding_params(OLMO2['olmo2-32b']):,}"
+    '31,720,477,696'
+    """
+    return num_params(cfg) - cfg.vocab_size * cfg.d_model
+
+
+def num_matrix_params(cfg: Model) -> int:
+    """Entries of the matrices of attention, feed-forward and head (also a tied one), which multiply every token.
+
+    >>> from olmo_fn.models.config import OLMO2
+    >>> f"{num_matrix_params(OLMO2['olmo2-32b']):,}"
+    '31,719,424,000'
+    """
+    matrices = sum(s.size for path, s in tree.items(specs(cfg)) if len(s.shape) == 2 and path != "embed")
+    return matrices + cfg.vocab_size * cfg.d_model * cfg.tie_embeddings
+
+
+def causal_pairs(length: int, window: int | None = None) -> int:
+    """Pairs of a query and a key that it sees, in one sequence: ``S (S + 1) / 2``, or with a window w below S
+    ``w (w + 1) / 2 + (S - w) w``.
+
+    >>> causal_pairs(4), causal_pairs(4, window=2)
+    (10, 7)
+    """
+    w = length if window is None else min(window, length)
+    return w * (w + 1) // 2 + (length - w) * w
+
+
+def flops_per_sequence(cfg: Model, sequence_length: int) -> int:
+    """Training FLOPs of one sequence of S tokens, an exact integer: forward, and twice that for backward.
+
+        6 · matrix parameters · S  +  Σ over layers of 12 · heads · head_dim · pairs
+
+    A matrix costs a multiplication and an addition per entry and token; a pair of query and key costs
+    2 · head_dim per head for its score, and as many for its value. What is not a matrix product (norms,
+    rotation, softmax, look-up of embeddings) counts as nothing, and so does what an implementation does on
+    top: masked scores, rematerialisation, padding. Documents that do not see each other are not subtracted.
+
+    OLMo-core 3.0 counts in addition 6 per gain of the query, key and final norms, and rounds each layer's
+    attention down to whole FLOPs per token. OLMo-core 2.5 counted all of S (or the window) instead of
+    pairs / S, about twice as much attention, and the gains of all norms.
+    """
+    pairs = sum(causal_pairs(sequence_length, cfg.window(layer)) for layer in range(cfg.n_layers))
+    return 6 * num_matrix_params(cfg) * sequence_length + 12 * cfg.n_heads * cfg.k * pairs
+
+
+def flops_per_token(cfg: Model, sequence_length: int) -> float:
+    """Training FLOPs per token, averaged over a sequence; see `flops_per_sequence` for what is counted.
+
+    >>> from olmo_fn.models.config import OLMO2, OLMO3
+    >>> [f"{flops_per_token(family, 8192):.4g}" for family in (OLMO2["olmo2-7b"], OLMO3["olmo3-7b"])]
+    ['4.777e+10', '4.656e+10']
+    """
+    return flops_per_sequence(cfg, sequence_length) / sequence_length
