@@ -1,0 +1,66 @@
+"""``python -m olmo_fn.checkpoint FOLDER``: list the checkpoints of a run, and say which are whole."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from olmo_fn.checkpoint import BrokenCheckpoint, read_index, step_path, steps, verify
+
+
+def checkpoints(where: Path) -> list[Path]:
+    """The checkpoints meant by ``where``: one of them, a folder of them, or a run; else ValueError."""
+    if not where.is_dir():
+        raise ValueError(
+            f"{where}: no such folder; give a run's folder, its checkpoints folder or one checkpoint"
+        )
+    if (where / "index.json").exists():
+        return [where]
+    for folder in (where, where / "checkpoints"):
+        if found := steps(folder):
+            return [step_path(folder, step) for step in found]
+    raise ValueError(f"{where}: no checkpoints in it (no step* folder, neither there nor in checkpoints/)")
+
+
+def row(path: Path, problems: list[str]) -> tuple[str, str, str, str]:
+    """One line of the table: name, size, number of tensors, whole or broken."""
+    try:
+        index = read_index(path)
+        size, tensors = (
+            f"{sum(file.bytes for file in index.files.values()) / 1e6:,.1f}",
+            str(len(index.tensors)),
+        )
+    except BrokenCheckpoint:
+        size, tensors = "?", "?"
+    return path.name, size, tensors, "[red]broken[/]" if problems else "[green]whole[/]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if all checkpoints are whole, 1 if one is broken, 2 for a wrong folder."""
+    parser = argparse.ArgumentParser(prog="python -m olmo_fn.checkpoint", description=__doc__)
+    parser.add_argument("folder", type=Path, help="a run's folder, its checkpoints folder, or one checkpoint")
+    parser.add_argument("--quick", action="store_true", help="look at the index, lengths and headers only")
+    args = parser.parse_args(argv)
+    try:
+        paths = checkpoints(args.folder)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    table = Table(title=str(paths[0].parent), title_justify="left")
+    for column in ("checkpoint", "MB", "tensors", "state"):
+        table.add_column(column, justify="right" if column in ("MB", "tensors") else "left")
+    problems = {path: verify(path, deep=not args.quick) for path in paths}
+    for path in paths:
+        table.add_row(*row(path, problems[path]))
+    Console().print(table)
+    for problem in (line for lines in problems.values() for line in lines):
+        print(problem)
+    return 1 if any(problems.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

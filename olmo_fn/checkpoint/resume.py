@@ -1,0 +1,67 @@
+"""Which checkpoint to go on from: the newest that is whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olmo_fn.checkpoint.folder import step_path, steps
+from olmo_fn.checkpoint.index import BrokenCheckpoint
+from olmo_fn.checkpoint.reading import load, verify
+from olmo_fn.tree import Tree
+
+log = logging.getLogger(__name__)
+
+
+def newest_whole(
+    folder: str | Path, *, deep: bool = True, on_skip: Callable[[str], None] = log.warning
+) -> Path | None:
+    """The newest checkpoint in ``folder`` that `verify` finds whole; None without any.
+
+    ``on_skip`` gets one line for each newer one that is not, with its first problem; the default logs a
+    warning.
+
+    >>> newest_whole("/nowhere") is None
+    True
+    """
+    for step in reversed(steps(folder)):
+        path = step_path(folder, step)
+        problems = verify(path, deep=deep)
+        if not problems:
+            return path
+        on_skip(_skipped(path, problems))
+    return None
+
+
+def load_newest(
+    folder: str | Path,
+    like: Mapping[str, Any] | None = None,
+    *,
+    select: Collection[str] | None = None,
+    device: torch.device | str = "cpu",
+    on_skip: Callable[[str], None] = log.warning,
+) -> tuple[Path, Tree, dict[str, Any]] | None:
+    """Path, tree and ``meta`` of the newest whole checkpoint, as `load` gives them; None without any.
+
+    It reads each byte once, so it is the way to resume. A checkpoint that is damaged is skipped, and
+    ``on_skip`` told why; one that is whole but not like ``like`` is the caller's error and raises ValueError.
+
+    >>> load_newest("/nowhere") is None
+    True
+    """
+    for step in reversed(steps(folder)):
+        path = step_path(folder, step)
+        try:
+            return path, *load(path, like, select=select, device=device)
+        except BrokenCheckpoint as error:
+            on_skip(_skipped(path, [str(error)]))
+    return None
+
+
+def _skipped(path: Path, problems: list[str]) -> str:
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"skipping {path}, it is broken: {problems[0]}{more}"

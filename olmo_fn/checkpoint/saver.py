@@ -1,0 +1,114 @@
+"""Saving in the background: the state is copied, training goes on, a thread writes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from olmo_fn.checkpoint.folder import delete, step_path, steps, sweep, writing
+from olmo_fn.checkpoint.leaves import Leaves, check_meta, take_apart
+from olmo_fn.checkpoint.reading import verify
+from olmo_fn.checkpoint.retention import Retention, to_delete
+from olmo_fn.checkpoint.writing import check_storable, save_leaves
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves one checkpoint at a time into ``folder``, in a thread, then deletes what ``retention`` gives up.
+
+    `submit` returns when the state is copied. The copy is made into the same buffers each time, so a saver
+    takes the memory of one state, once. An error of the background is logged when it happens and raised by
+    the next `submit` or `wait`. Used as a context, a saver waits at the end. What a killed run left half
+    written is removed at the start.
+
+    >>> import tempfile
+    >>> with Saver(tempfile.mkdtemp(), retention=Retention(keep_last=1)) as saver:
+    ...     for step in (10, 20):
+    ...         saver.submit({"params": {"w": torch.full((2,), step)}}, step=step)
+    ...     saver.wait().name, steps(saver.folder)
+    ('step20', [20])
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        retention: Retention | None = None,
+        replace: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.retention = retention or Retention()
+        self.replace = replace
+        self.threads = threads
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[Path] | None = None
+        sweep(self.folder)
+
+    def submit(self, tree: Mapping[str, Any], *, step: int, meta: Mapping[str, Any] | None = None) -> None:
+        """Save ``tree`` as it is now; waits for the previous checkpoint, raises its error if it had any."""
+        leaves, meta = check_storable(take_apart(tree)), check_meta(meta)
+        self.wait()
+        self._buffers = {path: _copy(leaf, self._buffers.get(path)) for path, leaf in leaves.by_path.items()}
+        self._running = self._pool.submit(self._save, Leaves(dict(self._buffers), leaves.empty), step, meta)
+
+    def wait(self) -> Path | None:
+        """The path of the submitted checkpoint when it is committed, or its error; None if there is none."""
+        running, self._running = self._running, None
+        return running.result() if running is not None else None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except Exception:
+            # It is in the log already, and must not hide why the block ended.
+            if error is None:
+                raise
+        finally:
+            self._pool.shutdown()
+            self._buffers = {}
+
+    def _save(self, leaves: Leaves, step: int, meta: dict[str, Any]) -> Path:
+        try:
+            path = save_leaves(leaves, self.folder, step, meta, replace=self.replace, threads=self.threads)
+            retire(self.folder, self.retention, protected=step)
+            return path
+        except Exception as error:
+            log.error("checkpoint of step %d: %s", step, error)
+            raise
+
+
+def retire(folder: str | Path, retention: Retention, *, protected: int) -> list[int]:
+    """Delete what ``retention`` gives up in ``folder``, never ``protected``; the deleted steps.
+
+    Only what looks whole (index, lengths, headers) counts and is deleted: a broken checkpoint neither takes
+    the place of a whole one among the last k, nor is it removed.
+    """
+    if retention == Retention():
+        return []
+    folder = Path(folder)
+    with writing(folder):
+        whole = [step for step in steps(folder) if not verify(step_path(folder, step), deep=False)]
+        gone = to_delete(whole, retention, protected=[protected])
+        for step in gone:
+            delete(step_path(folder, step), step)
+    return gone
+
+
+def _copy(leaf: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    if buffer is None or buffer.shape != leaf.shape or buffer.dtype != leaf.dtype:
+        buffer = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=leaf.is_cuda)
+    return buffer.copy_(leaf.detach())
