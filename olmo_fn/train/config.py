@@ -119,3 +119,5 @@ class Config:
     """How a step computes."""
     run: Run = field(default_factory=Run)
     """Where the run lives, how long it is, what it reports."""
+    dry_run: bool = False
+    """Only print the resolved config, parameters, FLOPs and memory; read no data, allocate no weights."""

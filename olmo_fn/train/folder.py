@@ -1,0 +1,88 @@
+"""The folder of a run: its config, and whether this run may go on in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from olmo_fn.checkpoint import steps
+from olmo_fn.train.config import Config
+from olmo_fn.train.serialize import from_yaml, to_yaml
+
+INVISIBLE = ("recipe.accumulate", "recipe.remat", "recipe.engine", "recipe.compile", "data.cache_dir")
+NUMERIC_RUN_FIELDS = ("run.steps", "run.seed", "run.start_from")
+
+
+def read_config(run: Path) -> Config:
+    """The config that a run folder, or a config file, holds."""
+    path = run / "config.yaml" if run.is_dir() else run
+    if not path.is_file():
+        raise ValueError(f"{str(run)!r} is no run folder: there is no config.yaml in it")
+    try:
+        return from_yaml(path.read_text(), Config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def claim(cfg: Config) -> Path:
+    """Make the run's folder, or check that this config may go on in it; returns the folder.
+
+    Fields that cannot change the numbers may differ from those of the run that is there; any other is an error that
+    names the flags.
+    """
+    folder = Path(cfg.run.folder)
+    there = folder / "config.yaml"
+    if not there.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists and is no run folder; choose another with --run.folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(cfg, folder)
+        return folder
+    found = steps(folder / "checkpoints")
+    if not cfg.run.resume:
+        raise ValueError(f"{folder} already holds a run; choose another --run.folder, or leave out --run.no-resume")
+    changed = list(differences(read_config(folder), cfg))
+    if changed:
+        flags = ", ".join(f"--{name.replace('_', '-')} was {old}, is {new}" for name, old, new in changed)
+        raise ValueError(
+            f"{folder} holds a run of another config ({flags}); choose another --run.folder"
+            + (f", with --run.start-from {folder} to go on from its state" if found else "")
+        )
+    write_config(cfg, folder)
+    return folder
+
+
+def write_config(cfg: Config, folder: Path) -> None:
+    """Write ``config.yaml``, whole or not at all."""
+    beside = folder / "config.yaml.new"
+    beside.write_text(to_yaml(cfg))
+    os.replace(beside, folder / "config.yaml")
+
+
+def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
+    """``(field, old, new)`` for each field that differs and can change the numbers of a run.
+
+    >>> from dataclasses import replace
+    >>> from olmo_fn.models.config import OLMO2
+    >>> from olmo_fn.train.config import Run
+    >>> a = Config(OLMO2["olmo2-1m"])
+    >>> list(differences(a, replace(a, run=Run(steps=5, log_every=3))))
+    [('run.steps', 1000, 5)]
+    """
+    for name, before, after in _leaves(old, new, ""):
+        irrelevant = name in INVISIBLE or (name.startswith("run.") and name not in NUMERIC_RUN_FIELDS)
+        if before != after and not irrelevant:
+            yield name, before, after
+
+
+def _leaves(a: Any, b: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    for field in fields(a):
+        old, new = getattr(a, field.name), getattr(b, field.name)
+        if is_dataclass(old):
+            yield from _leaves(old, new, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", old, new
+

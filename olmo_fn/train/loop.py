@@ -1,0 +1,194 @@
+"""The loop of a run: state, batch → state, until the steps are done or somebody says stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from olmo_fn import tree
+from olmo_fn.checkpoint import Retention, Saver, load, load_newest
+from olmo_fn.compile import prepare_cache
+from olmo_fn.data.config import cache_dir
+from olmo_fn.data.prefetch import prefetch
+from olmo_fn.data.source import Source, heldout_batches, open_data
+from olmo_fn.eval.heldout import Heldout, evaluate
+from olmo_fn.models import transformer
+from olmo_fn.models.count import flops_per_token
+from olmo_fn.spec import init
+from olmo_fn.step import State, Step
+from olmo_fn.train import machine
+from olmo_fn.train.config import Config
+from olmo_fn.train.folder import claim
+from olmo_fn.train.metrics import MetricsFile
+from olmo_fn.train.progress import Progress
+from olmo_fn.train.recipe import recipe
+
+
+@dataclass
+class Stop:
+    """Set by SIGINT or SIGTERM; a second SIGINT interrupts at once."""
+
+    signal: int = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Catch the signals inside the block."""
+
+        def catch(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: its state, where it is, and the number of the signal that stopped it, or 0."""
+
+    state: State = field(repr=False)
+    source: Source = field(repr=False)
+    folder: Path
+    heldout: Heldout | None
+    stopped_by: int
+
+
+def train(cfg: Config, watch: Callable[[Progress], Progress] = lambda progress: progress) -> Result:
+    """Train ``cfg`` to its end, going on from the newest whole checkpoint of its folder if there is one."""
+    device = machine.pick_device(cfg.run.device)
+    dtype = machine.compute_dtype(cfg.recipe.dtype, device)
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+    machine.keep_freed_memory()
+    step = recipe(cfg, dtype)  # a wrong recipe is refused here, before anything is read or written
+    source = open_data(cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, cfg.recipe.batch_size)
+    folder = claim(cfg)
+    if source.tokenizer:
+        source.tokenizer.save(folder / "tokenizer.json")
+    broken = prepare_cache(cache_dir(cfg.data) / "compiled")
+    state, found = first_state(cfg, step, device)
+    start = int(state.step)
+    retention = Retention(keep_last=cfg.run.keep_last or None, keep_every=cfg.run.keep_every or None)
+    with ExitStack() as stack:
+        stop = stack.enter_context(Stop().listening())
+        saver = stack.enter_context(Saver(folder / "checkpoints", retention=retention))
+        metrics_file = stack.enter_context(MetricsFile(folder / "metrics.jsonl", start))
+        progress = stack.enter_context(watch(Progress(cfg.run.steps, start, cfg.run.log_every)))
+        if broken:
+            progress.say(f"dropped {len(broken)} files that a killed compilation left broken")
+        if found:
+            progress.say(f"going on from {found}")
+        meter = Meter(cfg, machine.gemm_rate(device, dtype), device)
+        batches = prefetch(source.train, start, cfg.run.steps)
+        stack.callback(batches.close)  # type: ignore[attr-defined]
+        for batch in batches:
+            state, metrics = step(state, {name: value.to(device) for name, value in batch.items()})
+            line = meter.read(int(state.step), metrics)
+            metrics_file.write(line)
+            progress.show(line)
+            done = line["step"]
+            last = done == cfg.run.steps or stop.signal != 0
+            if last or (cfg.run.checkpoint_every and done % cfg.run.checkpoint_every == 0):
+                saver.submit(as_tree(state), step=done, meta={"tokens": meter.tokens(done)})
+            if stop.signal:
+                break
+            if not last and cfg.run.eval_every and done % cfg.run.eval_every == 0:
+                say_heldout(progress, done, heldout(cfg, step, state, source, dtype))
+        saver.wait()
+        result = heldout(cfg, step, state, source, dtype) if not stop.signal else None
+        if result:
+            say_heldout(progress, int(state.step), result)
+    return Result(state, source, folder, result, stop.signal)
+
+
+def as_tree(state: State) -> tree.Tree:
+    """The state as one tree, as checkpoints hold it."""
+    return {"step": state.step, "params": state.params, "slots": state.slots}
+
+
+def first_state(cfg: Config, step: Step, device: torch.device) -> tuple[State, Path | None]:
+    """The state to go on from and the checkpoint it is from, or a new one and None."""
+    like = abstract_state(cfg, step)
+    found = load_newest(Path(cfg.run.folder) / "checkpoints", like, device=device)
+    if found is None and cfg.run.start_from:
+        source = Path(cfg.run.start_from)
+        if (source / "checkpoints").is_dir():
+            found = load_newest(source / "checkpoints", like, device=device)
+        elif source.is_dir():
+            found = (source, *load(source, like, device=device))
+        if found is None:
+            raise ValueError(f"--run.start-from {str(source)!r}: there is no whole checkpoint")
+    if found is None:
+        return step.init(init(transformer.specs(cfg.model), cfg.run.seed, device=device)), None
+    path, state, _ = found
+    return State(state["step"], state["params"], state["slots"]), path
+
+
+def abstract_state(cfg: Config, step: Step) -> tree.Tree:
+    """The state's names, shapes and dtypes on the meta device."""
+    from olmo_fn.spec import abstract
+
+    return as_tree(step.init(abstract(transformer.specs(cfg.model))))
+
+
+class Meter:
+    """Turns a step's metrics into a line of numbers, with the speed since the last one."""
+
+    def __init__(self, cfg: Config, rate: float, device: torch.device) -> None:
+        r = cfg.recipe
+        self.per_step = r.batch_size * r.sequence_length
+        self.flops = flops_per_token(cfg.model, r.sequence_length)
+        self.rate, self.device = rate, device
+        self.last = time.perf_counter()
+
+    def tokens(self, step: int) -> int:
+        """Tokens seen after ``step`` steps."""
+        return step * self.per_step
+
+    def read(self, step: int, metrics: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The line of ``metrics.jsonl`` of this step."""
+        values = {name: float(value) for name, value in metrics.items()}
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        speed = self.per_step / seconds
+        return {
+            "step": step,
+            **values,
+            "tokens": self.tokens(step),
+            "seconds": round(seconds, 4),
+            "tokens_per_s": round(speed, 1),
+            "mfu": round(speed * self.flops / self.rate, 4),
+            "peak_mb": round(machine.peak_memory(self.device) / 1e6, 1),
+        }
+
+
+def heldout(cfg: Config, step: Step, state: State, source: Source, dtype: torch.dtype) -> Heldout | None:
+    """Evaluate on the held-out tokens, at most ``run.eval_tokens`` of them; None when nothing is held out."""
+    tokens = source.heldout[: cfg.run.eval_tokens]
+    if not len(tokens):
+        return None
+    T = cfg.recipe.sequence_length
+    rows = max(1, cfg.recipe.batch_size // cfg.recipe.accumulate)
+    batches = heldout_batches(replace(source, heldout=tokens), T, max(1, T // 2), rows)
+    num_bytes = source.tokenizer.count_bytes(tokens) if source.tokenizer else None
+    loss = transformer.loss(cfg.model)
+    return evaluate(loss, state.params, batches, num_bytes, dtype=dtype, execution=step.execution)
+
+
+def say_heldout(progress: Progress, step: int, result: Heldout | None) -> None:
+    """Print an evaluation."""
+    if result:
+        bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte else ""
+        progress.say(f"held-out after step {step}: loss {result.loss:.4f}{bits} ({result.tokens:,} tokens)")

@@ -1,0 +1,81 @@
+"""What machine this is: device, compute dtype, matrix-product rate, memory."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is cuda when there is one.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--run.device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``float32``, ``bfloat16``, or for ``auto`` bfloat16 where the processor has bf16 matrix instructions.
+
+    >>> compute_dtype("float32", torch.device("cpu"))
+    torch.float32
+    """
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+    """FLOP/s of a square matrix product, the median over ``seconds``: what MFU is measured against."""
+    size = size if device.type == "cpu" else 8 * size
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 4:
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process has had resident, or allocated on its accelerator."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks instead of returning them to the kernel; elsewhere, nothing.
+
+    A step frees and allocates the same large tensors again and again; without this each gets fresh pages, and the
+    kernel's zeroing of them costs a tenth of a CPU step.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, ctypes.c_int(-1).value)
+    except (OSError, AttributeError):
+        return

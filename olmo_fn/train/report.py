@@ -1,0 +1,137 @@
+"""What a run says in words: the dry run, the end, and a picture of the loss."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from olmo_fn.data.source import Source
+from olmo_fn.models import transformer
+from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
+from olmo_fn.step import State
+from olmo_fn.train.config import Config
+from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.serialize import to_yaml
+
+
+def dry_run(cfg: Config) -> str:
+    """The resolved config, parameters, FLOPs, and the memory of the state, without allocating anything."""
+    cfg.model.check()
+    r, total = cfg.recipe, num_params(cfg.model)
+    tokens = r.batch_size * r.sequence_length
+    flops = flops_per_token(cfg.model, r.sequence_length)
+    moment = 2 if cfg.optim.moments == "bfloat16" else 4
+    parts = {"parameters": 4 * total, "gradients": 4 * total, "moments": 2 * moment * total}
+    if cfg.recipe.ema:
+        parts["ema"] = 4 * total
+    shapes = transformer.specs(cfg.model)
+    largest = max((spec.size, path) for path, spec in _items(shapes))
+    return "\n".join(
+        (
+            to_yaml(cfg).rstrip(),
+            "",
+            f"parameters        {total:>20,}",
+            f"  not embedding   {num_non_embedding_params(cfg.model):>20,}",
+            f"  largest         {largest[0]:>20,}  {largest[1]}",
+            f"tokens a step     {tokens:>20,}  in {cfg.run.steps:,} steps: {tokens * cfg.run.steps:,}",
+            f"FLOPs a token     {flops:>20,.0f}  forward and backward, causal pairs only",
+            f"FLOPs of the run  {flops * tokens * cfg.run.steps:>20.3e}",
+            f"memory of state   {gib(sum(parts.values())):>20}  "
+            + ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+            + "; activations come on top",
+        )
+    )
+
+
+def gib(size: float) -> str:
+    """Bytes in words.
+
+    >>> gib(3 * 2**30)
+    '3.00 GiB'
+    """
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _items(shapes: dict) -> list:
+    from olmo_fn import tree
+
+    return [(path, spec) for path, spec in tree.items(shapes)]
+
+
+def comparison(source: Source, bits_per_byte: float | None) -> str:
+    """The model's held-out bits per byte beside those of gzip and xz on the same text; empty where unknown."""
+    if bits_per_byte is None or not source.heldout_bytes or not source.heldout_compressed:
+        return ""
+    others = {name: 8 * size / source.heldout_bytes for name, size in source.heldout_compressed.items()}
+    rows = [("this model", bits_per_byte), *others.items()]
+    lines = "\n".join(f"  {name:<12} {bits:.3f}" for name, bits in rows)
+    return f"bits per byte of the held-out text ({source.heldout_bytes:,} bytes):\n{lines}"
+
+
+def next_commands(cfg: Config, folder: Path) -> str:
+    """What a user may type after a run."""
+    return (
+        f"sample more:   python -m olmo_fn.generate {folder} 'def ' --temperature 0.7\n"
+        f"checkpoints:   python -m olmo_fn.checkpoint {folder}\n"
+        f"train again:   python train.py {folder}/config.yaml --optim.lr {cfg.optim.lr / 2:g} --run.folder {folder}-2"
+    )
+
+
+def plot_loss(folder: Path) -> Path | None:
+    """Draw ``loss.png`` from ``metrics.jsonl``; None without matplotlib (extra ``plot``) or without steps."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    if not lines:
+        return None
+    tokens = [line["tokens"] / 1e6 for line in lines]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    axes[0].plot(tokens, [line["ce"] for line in lines], linewidth=0.8, color="tab:blue")
+    axes[0].set_ylabel("cross entropy (nats a token)")
+    axes[0].set_title(folder.name)
+    axes[1].plot(tokens, [line["grad_norm"] for line in lines], linewidth=0.8, color="tab:orange")
+    axes[1].set_ylabel("gradient norm")
+    axes[1].set_yscale("log")
+    axes[2].plot(tokens, [line["lr"] for line in lines], linewidth=1.2, color="tab:green")
+    axes[2].set_ylabel("learning rate")
+    axes[2].set_xlabel("million tokens")
+    for line in lines:
+        if line["skipped"]:
+            axes[0].axvline(line["tokens"] / 1e6, color="tab:red", linewidth=0.5)
+    for one in axes:
+        one.grid(alpha=0.3)
+    path = folder / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def sample(cfg: Config, state: State, source: Source, tokens: int = 160) -> str:
+    """A sample of text that goes on from ``run.sample``; empty without a tokenizer or a prompt."""
+    if not cfg.run.sample or source.tokenizer is None:
+        return ""
+    from olmo_fn.generate import generate_text
+
+    return generate_text(cfg.model, state.params, source.tokenizer, cfg.run.sample, max_tokens=tokens)
+
+
+def stopped(signal_number: int, cfg: Config, step: int) -> str:
+    """What to say when a signal ended a run."""
+    import signal
+
+    name = signal.Signals(signal_number).name
+    return (
+        f"stopped by {name} after step {step} of {cfg.run.steps}; the state is saved. To go on:\n"
+        f"  python train.py {cfg.run.folder}/config.yaml"
+    )
+
+
+def say(text: str) -> None:
+    """Print a paragraph unless it is empty."""
+    if text:
+        print(text, flush=True)
+        sys.stdout.flush()
