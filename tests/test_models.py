@@ -1,4 +1,4 @@
-"""The dense model computes what OLMo-core and transformers compute; counts are exact; bad sizes are refused."""
+"""The dense model computes what OLMo-core and transformers do; counts are exact; bad sizes are refused."""
 
 import json
 import time

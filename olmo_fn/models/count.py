@@ -28,7 +28,7 @@ def num_non_embedding_params(cfg: Model) -> int:
 
 
 def num_matrix_params(cfg: Model) -> int:
-    """Entries of the matrices of attention, feed-forward and head (also a tied one), which multiply every token.
+    """Entries of the matrices that multiply every token: attention, feed-forward and head, also a tied one.
 
     >>> from olmo_fn.models.config import OLMO2
     >>> f"{num_matrix_params(OLMO2['olmo2-32b']):,}"
@@ -61,7 +61,7 @@ def flops_per_sequence(cfg: Model, sequence_length: int) -> int:
 
     OLMo-core 3.0 counts in addition 6 per gain of the query, key and final norms, and rounds each layer's
     attention down to whole FLOPs per token. OLMo-core 2.5 counted all of S (or the window) instead of
-    pairs / S, about twice as much attention, and the gains of all norms.
+    pairs / S, about twice as much attention.
     """
     pairs = sum(causal_pairs(sequence_length, cfg.window(layer)) for layer in range(cfg.n_layers))
     return 6 * num_matrix_params(cfg) * sequence_length + 12 * cfg.n_heads * cfg.k * pairs
