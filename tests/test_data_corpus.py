@@ -15,6 +15,7 @@ import pytest
 from olmo_fn.data.corpus import Corpus, is_heldout, read_sources, tokenize_corpus
 from olmo_fn.data.tokenizer import load
 
+FILES = ["heldout.npy", "meta.json", "part-00000.npy", "tokenizer.json"]
 STDLIB = Path(json.__file__).parent.parent
 
 
@@ -112,18 +113,29 @@ def start(folder):
     return process
 
 
+def test_it_appears_whole(sources, tmp_path, monkeypatch):
+    """One rename, of a folder with everything in it, is the moment at which the corpus is there."""
+    renames = []
+
+    def rename(source, target):
+        renames.append(sorted(p.name for p in Path(source).iterdir()))
+        assert not Path(target).exists()
+        raise OSError("no rename today")
+
+    monkeypatch.setattr("os.rename", rename)
+    with pytest.raises(OSError, match="no rename today"):
+        tokenize_corpus(sources, tmp_path / "corpus", 400, show=False)
+    assert renames == [FILES]
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_at_once(tmp_path):
     both = [start(tmp_path / "corpus") for _ in range(2)]
     for process in both:
         _, error = process.communicate(timeout=60)
         assert process.returncode == 0, error
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
-    assert sorted(p.name for p in (tmp_path / "corpus").iterdir()) == [
-        "heldout.npy",
-        "meta.json",
-        "part-00000.npy",
-        "tokenizer.json",
-    ]
+    assert sorted(p.name for p in (tmp_path / "corpus").iterdir()) == FILES
 
 
 def test_killed_while_it_is_made(tmp_path):

@@ -2,9 +2,12 @@
 
 import gzip
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from olmo_fn.data.documents import chunks, documents, expand
+from olmo_fn.data.encode import is_heldout
 from olmo_fn.data.tokenize import Tokenize, main, tokenize
 from olmo_fn.data.tokenizer import byte_level, load, train_bpe
 
@@ -130,6 +134,44 @@ def test_the_command_end_to_end_and_any_number_of_workers(inputs, tmp_path):
     assert {"part-00000.npy", "part-00001.npy", "heldout.npy", "tokenizer.json"} <= set(outputs[0])
 
 
+def test_the_bpe_never_sees_held_out_documents(tmp_path):
+    """Other text on the held-out side does not change the tokenizer or the training tokens."""
+    texts = some_texts(100)
+    others = iter([t for i in range(1000) if is_heldout(t := f"{i} " + "zyx " * 300, 0.2)])
+    changed = [next(others) if is_heldout(t, 0.2) else t for t in texts]
+    assert texts != changed
+    written = []
+    for name, side in {"a": texts, "b": changed}.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(side))
+        out = tmp_path / name
+        tokenize(Tokenize((f"{out}.jsonl",), str(out), "bpe", vocab_size=320, workers=1, heldout=0.2))
+        written.append([(out / f).read_bytes() for f in ("tokenizer.json", "part-00000.npy", "heldout.npy")])
+    assert written[0][:2] == written[1][:2]
+    assert written[0][2] != written[1][2]
+
+
+def test_interrupted(tmp_path):
+    """Ctrl-C: one line, exit code 130, nothing left in the output folder."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(some_texts(3000)) * 30)
+    command = [
+        sys.executable,
+        "-m",
+        "olmo_fn.data.tokenize",
+        str(tmp_path / "a.jsonl"),
+        "--tokenizer",
+        "byte",
+    ]
+    command += ["--output", str(tmp_path / "out"), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/.tmp-*/part-00000.npy")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "interrupted; nothing is written\n")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_copies_of_a_document_are_on_one_side(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(some_texts(50) * 4))
     meta = tokenize(
@@ -227,6 +269,7 @@ def test_bad_settings(tmp_path, capsys):
     }.items():
         code, error = run(capsys, *common, *flags)
         assert (code, message in error) == (2, True), error
+    assert "no input; name the files" in run(capsys, "--output", str(tmp_path / "out"))[1]
     assert "no such file" in run(capsys, "missing-*.txt", "--output", str(tmp_path / "out"))[1]
 
 
@@ -251,6 +294,20 @@ def test_overwriting(tmp_path, capsys):
     assert (code, "is not empty; give another folder, or --overwrite" in error) == (2, True)
     assert run(capsys, *first, "--overwrite", "--heldout", "0.1")[0] == 0
     before = {p.name: p.read_bytes() for p in out.iterdir()}
+    (tmp_path / "killed" / ".tmp-1").mkdir(parents=True)
+    assert (
+        run(
+            capsys,
+            str(tmp_path / "b.txt"),
+            "--output",
+            str(tmp_path / "killed"),
+            "--heldout",
+            "0",
+            "--workers",
+            "1",
+        )[0]
+        == 0
+    )
     bad = (str(tmp_path / "no.txt"), "--output", str(out), "--overwrite")
     assert run(capsys, *bad)[0] == 2
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before

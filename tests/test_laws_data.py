@@ -16,8 +16,8 @@ sizes = st.tuples(st.integers(1, 12), st.integers(1, 300), st.integers(0, 2**40)
 
 
 def law_order(order, batch_size, num_instances, seed):
-    """``order`` visits no instance twice in an epoch, leaves out less than a batch, differs between epochs, and
-    depends on nothing but its arguments."""
+    """``order`` visits no instance twice in an epoch, leaves out less than a batch, differs between epochs,
+    and depends on nothing but its arguments."""
     per_epoch = batches_per_epoch(num_instances, batch_size)
     steps = range(2 * per_epoch)
     forward = [order(step, batch_size, num_instances, seed).tolist() for step in steps]

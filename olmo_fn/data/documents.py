@@ -57,6 +57,8 @@ def expand(inputs: Iterable[str]) -> tuple[str, ...]:
             )
             raise ValueError(f"input {name!r}: {what}")
         files.update(found)
+    if not files:
+        raise ValueError("no input; name the files, globs or folders to tokenize")
     return tuple(sorted(files))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -66,7 +67,7 @@ def encode_all(
     spawn = multiprocessing.get_context(
         "spawn"
     )  # a fork would copy the tokenizer library's threads in mid-air
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_one_thread)
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_worker)
     waiting: deque[tuple[Chunk, Future[tuple[Tokens, Tokens]]]] = deque()
     try:
         for chunk in chunks:
@@ -80,8 +81,9 @@ def encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to answer
 
 
 @lru_cache(maxsize=1)

@@ -199,7 +199,7 @@ def train_command(config: Tokenize, meta: dict[str, Any]) -> str:
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    """The command. 0, or 2 after one line about what is wrong with the input."""
+    """The command. 0; 2 after one line about what is wrong with the input; 130 when interrupted."""
     try:
         config = tyro.cli(
             Tokenize,
@@ -210,6 +210,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing is written", file=sys.stderr)
+        return 130
     for side in ("train", "heldout"):
         n = meta[side]
         print(f"{side}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
