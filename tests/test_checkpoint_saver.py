@@ -50,8 +50,8 @@ def test_broken_ones_and_strangers_are_neither_counted_nor_deleted(tmp_path: Pat
     (tmp_path / "step6" / "state-00000.safetensors").unlink()
     (tmp_path / "step0").mkdir()
     (tmp_path / "step0" / "mine.txt").write_text("")
-    assert retire(tmp_path, Retention(keep_last=2), protected=5) == [1, 3]
-    assert steps(tmp_path) == [0, 2, 4, 5, 6]
+    assert retire(tmp_path, Retention(keep_last=1), protected=3) == [1, 4]
+    assert steps(tmp_path) == [0, 2, 3, 5, 6]
 
 
 def test_keep_everything_is_the_default(tmp_path: Path) -> None:
