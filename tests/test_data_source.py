@@ -123,6 +123,7 @@ def test_mistakes(files, tokenized, tmp_path):
         (Data((one,)), (3000, 1, 4), "the sequence length must be at least 2"),
         (Data((one,)), (3000, 10, 0), "the batch size must be at least 1"),
         (Data(tokenizer=tokenizer), (3000, 10, 4), "--data.tokenizer needs --data.paths"),
+        (Data(cache_dir=one), (300, 10, 4), f"cannot keep the default corpus in '{one}' ("),
         (Data(cache_dir=str(tmp_path)), (200, 10, 4), "a byte-level BPE has at least 257 tokens"),
     ]:
         with pytest.raises(ValueError, match=r".") as e:

@@ -295,19 +295,16 @@ def test_overwriting(tmp_path, capsys):
     assert run(capsys, *first, "--overwrite", "--heldout", "0.1")[0] == 0
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     (tmp_path / "killed" / ".tmp-1").mkdir(parents=True)
-    assert (
-        run(
-            capsys,
-            str(tmp_path / "b.txt"),
-            "--output",
-            str(tmp_path / "killed"),
-            "--heldout",
-            "0",
-            "--workers",
-            "1",
-        )[0]
-        == 0
+    killed = (
+        str(tmp_path / "b.txt"),
+        "--output",
+        str(tmp_path / "killed"),
+        "--tokenizer",
+        "byte",
+        "--workers",
+        "1",
     )
+    assert run(capsys, *killed, "--heldout", "0")[0] == 0
     bad = (str(tmp_path / "no.txt"), "--output", str(out), "--overwrite")
     assert run(capsys, *bad)[0] == 2
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
@@ -330,6 +327,21 @@ def test_overwriting(tmp_path, capsys):
         "tokenizer.json",
     ]
     assert np.fromfile(out / "part-00000.npy", np.uint16).tolist() == [*b"hello", 256]
+    bpe = (
+        str(tmp_path / "b.txt"),
+        "--output",
+        str(out),
+        "--tokenizer",
+        "bpe",
+        "--workers",
+        "1",
+        "--heldout",
+        "0",
+    )
+    assert run(capsys, *bpe, "--overwrite")[0] == 0
+    assert load(out / "tokenizer.json").decode(np.fromfile(out / "part-00000.npy", np.uint16)) == "hello"
+    under_a_file = (str(tmp_path / "b.txt"), "--output", str(tmp_path / "b.txt" / "out"))
+    assert "cannot write to --output" in run(capsys, *under_a_file)[1]
     assert run(capsys, str(tmp_path / "b.txt"), "--output", str(tmp_path / "b.txt"))[1].count(
         "is a file; give a folder"
     )

@@ -121,8 +121,14 @@ def tokenize_corpus(sources: Mapping[str, str], folder: Path, vocab_size: int, s
     """
     meta = folder / "meta.json"
     if not meta.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+        except OSError as e:
+            raise ValueError(
+                f"cannot keep the default corpus in {str(folder.parent)!r} ({e.strerror}); name another "
+                f"folder with --data.cache-dir, or token files with --data.paths"
+            ) from None
         try:
             made = _make(sources, work, vocab_size, show)
             (work / "meta.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")

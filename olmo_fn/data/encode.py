@@ -29,10 +29,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Job:
-    """How to encode: tokenizer file, end-of-document token, field of the text, part to hold out, type of
-    the ids."""
+    """How to encode, in values that another process can be told."""
 
     tokenizer: str
+    """Path of a tokenizer.json, never of another one than before."""
     eos: str
     field: str
     heldout: float

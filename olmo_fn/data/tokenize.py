@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,9 +68,11 @@ def tokenize(config: Tokenize) -> dict[str, Any]:
     files = expand(config.inputs)
     output = Path(config.output).expanduser()
     _check(config, output)
-    output.mkdir(parents=True, exist_ok=True)
-    work = output / f".tmp-{os.getpid()}"
-    work.mkdir()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=output))
+    except OSError as e:
+        raise ValueError(f"cannot write to --output {config.output!r}: {e.strerror}") from None
     try:
         tokenizer = _tokenizer(config, files)
         tokenizer.save(work / "tokenizer.json")
