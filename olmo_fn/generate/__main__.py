@@ -1,0 +1,95 @@
+"""``python -m olmo_fn.generate RUN "def "``: what a trained model makes of a prompt."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from olmo_fn.generate.config import Sampling
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Print a prompt and what a trained model makes of it."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Folder of a run, or one of its checkpoints."""
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")] = ""
+    """Text to go on from; without one, a new document."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    """How to sample."""
+    weights: Literal["params", "ema"] = "params"
+    """The weights, or their moving average if the run kept one."""
+    step: int | None = None
+    """Take the checkpoint of this step instead of the newest whole one."""
+    stream: bool = True
+    """Print the text as it comes, not at the end."""
+    healing: bool = True
+    """Let the first token replace the prompt's last by one that begins with it: "def " ends in a lone space,
+    but " name" is one token."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype."""
+    threads: int = 0
+    """CPU threads; 0 leaves it to torch (all cores)."""
+    device: str = "auto"
+    """Device to run on: auto takes cuda when there is one."""
+
+
+def generate(args: Generate) -> None:
+    """Print the text on stdout, and its speed on stderr."""
+    args.sampling.check()
+    import torch
+
+    from olmo_fn.generate.load import load_model
+    from olmo_fn.generate.text import prepare, stream_text
+    from olmo_fn.train.machine import pick_device
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+    model, path = load_model(
+        args.run, step=args.step, weights=args.weights, dtype=dtype, device=pick_device(args.device)
+    )
+    prompt = prepare(model, args.prompt, args.healing)
+    times = [time.perf_counter()]
+    pieces = stream_text(model, prompt, args.sampling, lambda token: times.append(time.perf_counter()))
+    print(args.prompt, end="", flush=True)
+    try:
+        for text in pieces if args.stream else ["".join(pieces)]:
+            print(text, end="", flush=True)
+    finally:
+        print(flush=True)
+    count, first = len(times) - 1, times[1] - times[0]
+    rate = (count - 1) / (times[-1] - times[1]) if count > 1 else 1 / first
+    full = model.context is not None and len(prompt.ids) + count >= model.context
+    note = f"; stopped at the model's context of {model.context:,} tokens" if full else ""
+    print(
+        f"{path}: {count:,} tokens, the first after {first:.2f} s, {rate:.0f} tokens/s{note}", file=sys.stderr
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 2 for what cannot be done, told in one line; 130 after Ctrl-C."""
+    args = tyro.cli(
+        Generate, prog="python -m olmo_fn.generate", args=argv, config=(tyro.conf.UseAppendAction,)
+    )
+    try:
+        generate(args)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read the text has enough of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
