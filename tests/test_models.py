@@ -21,6 +21,8 @@ from olmo_fn.nn import head
 from olmo_fn.nn.attention import attend, row_block
 from olmo_fn.step import grad, pipe
 
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
 FIXTURES = Path(__file__).parent / "fixtures" / "models"
 NAMES = ("olmo2_mha", "olmo2_gqa", "olmo2_headdim", "olmo3_swa", "swa_default_flags")
 ENGINES = ("tape", "func")

@@ -16,6 +16,8 @@ from olmo_fn.grad import Grads
 from olmo_fn.optim import adamw, sgd
 from olmo_fn.step import clip, donate, ema, global_norm, grad, pipe, skip_spikes
 
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
 FIXTURES = Path(__file__).parent / "fixtures" / "optim"
 CASES = json.loads((FIXTURES / "optim.json").read_text())
 TENSORS = load_file(FIXTURES / "optim.safetensors")

@@ -40,7 +40,7 @@ def ours(case):
 def test_olmo_core(case):
     """From step 0 to beyond the end, but for two flaws of OLMo-core's WSD.
 
-    Without warm-up it divides by zero at step 0; beyond the end its rate goes on falling, below 0. Ours stays.
+    Without warm-up it divides by zero at step 0; beyond the end its rate falls below 0. Ours stays.
     """
     schedule = ours(case)
     points = [(step, lr) for step, lr in zip(case["current"], case["lr"], strict=True) if lr is not None]
