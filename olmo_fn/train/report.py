@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
+from olmo_fn import tree
 from olmo_fn.data.source import Source
+from olmo_fn.generate.config import Sampling
+from olmo_fn.generate.text import LanguageModel, generate_text
 from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
 from olmo_fn.step import State
@@ -25,7 +29,7 @@ def dry_run(cfg: Config) -> str:
     if cfg.recipe.ema:
         parts["ema"] = 4 * total
     shapes = transformer.specs(cfg.model)
-    largest = max((spec.size, path) for path, spec in _items(shapes))
+    largest = max((spec.size, path) for path, spec in tree.items(shapes))
     return "\n".join(
         (
             to_yaml(cfg).rstrip(),
@@ -50,12 +54,6 @@ def gib(size: float) -> str:
     '3.00 GiB'
     """
     return f"{size / 2**30:.2f} GiB"
-
-
-def _items(shapes: dict) -> list:
-    from olmo_fn import tree
-
-    return [(path, spec) for path, spec in tree.items(shapes)]
 
 
 def comparison(source: Source, bits_per_byte: float | None) -> str:
@@ -114,15 +112,13 @@ def sample(cfg: Config, state: State, source: Source, tokens: int = 160) -> str:
     """A sample of text that goes on from ``run.sample``; empty without a tokenizer or a prompt."""
     if not cfg.run.sample or source.tokenizer is None:
         return ""
-    from olmo_fn.generate import generate_text
-
-    return generate_text(cfg.model, state.params, source.tokenizer, cfg.run.sample, max_tokens=tokens)
+    model = LanguageModel(cfg.model, state.params, source.tokenizer)
+    text = generate_text(model, cfg.run.sample, Sampling(max_tokens=tokens))
+    return f"sample of {tokens} tokens:\n{cfg.run.sample}{text}\n"
 
 
 def stopped(signal_number: int, cfg: Config, step: int) -> str:
     """What to say when a signal ended a run."""
-    import signal
-
     name = signal.Signals(signal_number).name
     return (
         f"stopped by {name} after step {step} of {cfg.run.steps}; the state is saved. To go on:\n"
