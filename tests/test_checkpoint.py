@@ -7,6 +7,7 @@ import os
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,7 @@ def state() -> Tree:
 def test_select_loads_only_what_matches(tmp_path: Path) -> None:
     path = save(state(), tmp_path, step=5)
     assert_same(load(path, select=["params.*"])[0], {"params": state()["params"]})
+    assert_same(load(path, select="params.*")[0], {"params": state()["params"]})
     other = {**state(), "slots": {"v": torch.zeros(9)}}
     assert_same(
         load(path, like=other, select=["params.*", "step"])[0],
@@ -174,7 +176,7 @@ def test_like_decides_the_order_and_says_all_the_differences(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("tree", "meta", "message"),
     [
-        ({"step": 5}, {}, "step is a int; a checkpoint holds plain dense tensors, other values go into meta"),
+        ({"step": 5}, {}, "step is a int; a checkpoint holds dense tensors, other values go into meta"),
         ({"a": {"w.x": torch.ones(1)}}, {}, r"key 'w\.x' in a of the tree: must be a str"),
         ({"a": {0: torch.ones(1)}}, {}, "key 0 in a of the tree"),
         ({"a": torch.ones(1, device="meta")}, {}, r"a is a Tensor \(torch.strided, meta\)"),
@@ -196,6 +198,12 @@ def test_what_cannot_be_stored_is_refused_by_name(
     with pytest.raises(ValueError, match=message):
         save(tree, tmp_path / "checkpoints", step=1, meta=meta)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, "1"])
+def test_a_step_is_a_number_that_is_found_again(tmp_path: Path, step: Any) -> None:
+    with pytest.raises(ValueError, match=r"step=.*: must be an int, 0 or more"):
+        save({}, tmp_path, step=step)
 
 
 def test_a_whole_checkpoint_is_only_replaced_when_asked(tmp_path: Path) -> None:

@@ -14,10 +14,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from olmo_fn.checkpoint import BrokenCheckpoint, load, load_newest, newest_whole, save, steps, verify
+from olmo_fn.checkpoint import (
+    BrokenCheckpoint,
+    load,
+    load_newest,
+    newest_whole,
+    read_index,
+    save,
+    steps,
+    verify,
+)
 from olmo_fn.checkpoint.__main__ import main
-from olmo_fn.checkpoint.reading import read_index
-from olmo_fn.checkpoint.tensorfile import open_file
+from olmo_fn.checkpoint.tensorfile import open_file, read_chunk
 from olmo_fn.tree import Tree
 
 
@@ -99,6 +107,19 @@ def test_missing_and_grown_files_are_named(tmp_path: Path) -> None:
     assert verify(path) == [f"{first}: missing", f"{second}: too long, {size:,} bytes of {size - 1:,}"]
     (path / "index.json").unlink()
     assert verify(path) == [f"{path / 'index.json'}: missing, so {path} is not a whole checkpoint"]
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(), reason="reads of it are input/output errors on Linux"
+)
+def test_what_the_disk_cannot_read_is_named(tmp_path: Path) -> None:
+    path = save(state(), tmp_path, step=1)
+    for file in ("state-00000.safetensors", "index.json"):
+        (path / file).unlink()
+        (path / file).symlink_to("/proc/self/mem")
+        assert verify(path) == [f"{path / file}: cannot be read from the disk (input/output error)"]
+    with open("/proc/self/mem", "rb") as memory:
+        assert read_chunk(memory.fileno(), 0, 10, "") == "cannot be read from the disk (input/output error)"
 
 
 def flip_in(path: Path, name: str) -> None:

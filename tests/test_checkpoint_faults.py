@@ -198,10 +198,12 @@ def small_disk(where: Path, options: str) -> Iterator[Path]:
 def test_a_full_disk_is_refused_with_the_numbers(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "size=4m") as disk:
         old = save({"w": torch.ones(1 << 18)}, disk, step=1)
+        touched = disk.stat().st_mtime_ns
         with pytest.raises(
             SaveFailed, match=r"No space left on device; the checkpoint needs 4,194,304 bytes, 3,\d{3},"
         ):
             save({"w": torch.ones(1 << 20)}, disk, step=2)
+        assert disk.stat().st_mtime_ns == touched, "refused before anything was written"
         assert names(disk) == [".lock", "step1"]
         assert verify(old) == []
 

@@ -11,7 +11,8 @@ import torch
 
 from olmo_fn.checkpoint.folder import step_path, steps
 from olmo_fn.checkpoint.index import BrokenCheckpoint
-from olmo_fn.checkpoint.reading import load, verify
+from olmo_fn.checkpoint.reading import load
+from olmo_fn.checkpoint.verifying import verify
 from olmo_fn.tree import Tree
 
 log = logging.getLogger(__name__)

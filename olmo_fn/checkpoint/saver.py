@@ -13,8 +13,8 @@ import torch
 
 from olmo_fn.checkpoint.folder import delete, step_path, steps, sweep, writing
 from olmo_fn.checkpoint.leaves import Leaves, check_meta, take_apart
-from olmo_fn.checkpoint.reading import verify
 from olmo_fn.checkpoint.retention import Retention, to_delete
+from olmo_fn.checkpoint.verifying import verify
 from olmo_fn.checkpoint.writing import check_storable, save_leaves
 
 log = logging.getLogger(__name__)
@@ -29,10 +29,10 @@ class Saver:
     written is removed at the start.
 
     >>> import tempfile
-    >>> with Saver(tempfile.mkdtemp(), retention=Retention(keep_last=1)) as saver:
+    >>> with tempfile.TemporaryDirectory() as folder, Saver(folder, retention=Retention(keep_last=1)) as save:
     ...     for step in (10, 20):
-    ...         saver.submit({"params": {"w": torch.full((2,), step)}}, step=step)
-    ...     saver.wait().name, steps(saver.folder)
+    ...         save.submit({"params": {"w": torch.full((2,), step)}}, step=step)
+    ...     save.wait().name, steps(folder)
     ('step20', [20])
     """
 

@@ -6,20 +6,18 @@ import errno
 import json
 import os
 import zlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from olmo_fn.checkpoint.index import CHUNK_BYTES, BrokenCheckpoint, File, crc32
-
-T = TypeVar("T")
+from olmo_fn.checkpoint.pool import in_order
 
 DTYPES = {
     "F64": torch.float64,
@@ -74,22 +72,6 @@ def host_bytes(tensor: torch.Tensor) -> memoryview:
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-def in_order(pool: Executor, jobs: Iterable[Callable[[], T]], window: int = 16) -> Generator[T]:
-    """Results of ``jobs`` in their order, at most ``window`` of them under way; none runs on at the end."""
-    pending: deque[Future[T]] = deque()
-    try:
-        for job in jobs:
-            pending.append(pool.submit(job))
-            if len(pending) >= window:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()
-        wait(pending)
-
-
 def write_file(path: Path, pieces: Sequence[Piece], pool: Executor) -> tuple[File, list[tuple[str, ...]]]:
     """Write ``pieces`` as a new file and fsync it; the file's record and each piece's chunk checksums."""
     header, starts, size = _header(pieces)
@@ -119,6 +101,17 @@ def write_file(path: Path, pieces: Sequence[Piece], pool: Executor) -> tuple[Fil
 
 
 @contextmanager
+def unreadable_is_broken(path: Path) -> Iterator[None]:
+    """Turn the disk's input/output error, and no other (it might be passing), into `BrokenCheckpoint`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise BrokenCheckpoint(f"{path}: cannot be read from the disk (input/output error)") from error
+
+
+@contextmanager
 def open_file(path: Path, file: File) -> Iterator[tuple[int, dict[str, Any]]]:
     """Descriptor and ``{key: (dtype, shape, start, stop)}`` of a file with the length and header of ``file``.
 
@@ -129,7 +122,8 @@ def open_file(path: Path, file: File) -> Iterator[tuple[int, dict[str, Any]]]:
     except FileNotFoundError:
         raise BrokenCheckpoint(f"{path}: missing") from None
     try:
-        header = os.pread(fd, file.header_bytes, 0)
+        with unreadable_is_broken(path):
+            header = os.pread(fd, file.header_bytes, 0)
         if (size := os.fstat(fd).st_size) != file.bytes:
             found = "truncated" if size < file.bytes else "too long"
             lost = _lost(header, size) if crc32(header) == file.header_crc32 else ""
@@ -158,11 +152,6 @@ def read_chunk(fd: int, start: int, size: int, checksum: str, into: memoryview |
         crc = zlib.crc32(step[:n], crc)
         at += n
     return "" if f"{crc:08x}" == checksum else "does not match its checksum"
-
-
-def default_threads() -> int:
-    """Threads that read or write: as many as this process may use cores, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)))
 
 
 def _header(pieces: Sequence[Piece]) -> tuple[bytes, list[int], int]:
@@ -212,5 +201,5 @@ def _write_chunk(fd: int, data: memoryview, start: int, piece: int, sync: bool) 
         crc = zlib.crc32(step, crc)
         _write(fd, step, start + at)
     if sync:
-        os.fdatasync(fd)
+        getattr(os, "fdatasync", os.fsync)(fd)
     return piece, f"{crc:08x}"

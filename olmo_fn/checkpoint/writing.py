@@ -16,8 +16,9 @@ import torch
 from olmo_fn.checkpoint.folder import hidden, step_path, sync_folder, writing
 from olmo_fn.checkpoint.index import Box, Entry, File, Index
 from olmo_fn.checkpoint.leaves import Leaves, check_meta, take_apart
-from olmo_fn.checkpoint.reading import verify
-from olmo_fn.checkpoint.tensorfile import DTYPE_NAMES, Piece, default_threads, write_file
+from olmo_fn.checkpoint.pool import default_threads
+from olmo_fn.checkpoint.tensorfile import DTYPE_NAMES, Piece, write_file
+from olmo_fn.checkpoint.verifying import verify
 
 log = logging.getLogger(__name__)
 
@@ -51,29 +52,22 @@ def save(
     full or fails.
 
     >>> import tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> save({"params": {"w": torch.ones(2, 3)}}, folder, step=5, meta={"tokens": 80}).name
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save({"params": {"w": torch.ones(2, 3)}}, folder, step=5, meta={"tokens": 80}).name
     'step5'
     """
-    leaves = check_storable(take_apart(tree))
-    return save_leaves(
-        leaves, folder, step, check_meta(meta), replace=replace, file_bytes=file_bytes, threads=threads
-    )
+    leaves, meta = check_storable(take_apart(tree)), check_meta(meta)
+    return save_leaves(leaves, folder, step, meta, replace=replace, file_bytes=file_bytes, threads=threads)
 
 
 def check_storable(leaves: Leaves) -> Leaves:
     """``leaves`` as they are; ValueError that names the first that is not a tensor a checkpoint can hold."""
     for path, leaf in leaves.by_path.items():
-        if (
-            type(leaf) not in (torch.Tensor, torch.nn.Parameter)
-            or leaf.layout != torch.strided
-            or leaf.is_meta
-        ):
-            kind = f"{type(leaf).__name__}" + (
-                f" ({leaf.layout}, {leaf.device})" if hasattr(leaf, "layout") else ""
-            )
+        plain = type(leaf) in (torch.Tensor, torch.nn.Parameter)
+        if not plain or leaf.layout != torch.strided or leaf.is_meta:
+            kind = f"Tensor ({leaf.layout}, {leaf.device})" if plain else type(leaf).__name__
             raise ValueError(
-                f"{path} is a {kind}; a checkpoint holds plain dense tensors, other values go into meta"
+                f"{path} is a {kind}; a checkpoint holds dense tensors, other values go into meta"
             )
         if leaf.dtype not in DTYPE_NAMES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
@@ -92,6 +86,8 @@ def save_leaves(
     threads: int | None = None,
 ) -> Path:
     """`save` for a tree that is already taken apart."""
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step={step!r}: must be an int, 0 or more")
     folder, final = Path(folder), step_path(folder, step)
     need = sum(tensor.nbytes for tensor in leaves.by_path.values())
     pieces = [
@@ -107,7 +103,7 @@ def save_leaves(
                     f"{final} is there already, and whole; pass replace=True to put this state in its place, "
                     "or save into another folder"
                 )
-            if (free := shutil.disk_usage(folder).free) < need:
+            if shutil.disk_usage(folder).free < need:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             partial = hidden(folder, "partial", step)
             try:
