@@ -154,6 +154,16 @@ def test_distribution(kind):
     assert (x[1:] * x[:-1]).mean().item() == pytest.approx(0, abs=4 / math.sqrt(n))  # neighbours
 
 
+@pytest.mark.parametrize(("kind", "largest"), [("normal", 5.294704), ("trunc_normal", TRUNCATION)])
+def test_ends_of_the_generator_are_finite(kind, largest):
+    """The smallest and the largest of its 2²³ numbers; this stream has both, at these places."""
+    ends = 203_569, 172_030
+    uniform = torch.cat(list(_uniform(0, "w", 0, 2**18)))
+    assert [uniform[i].item() for i in ends] == [2.0**-24, 1 - 2.0**-24] == [uniform.min(), uniform.max()]
+    x = init_leaf(Spec((2**18,), ("embed",), Init(kind, 1.0)), 0, "w")
+    assert [x[i].item() for i in ends] == pytest.approx([-largest, largest], rel=1e-3)
+
+
 def test_seeds_and_paths_differ():
     """Every (seed, path) has a stream of its own, uncorrelated with the others."""
     leaf = Spec((20_000,), ("embed",), Init("normal", 1.0))

@@ -327,17 +327,25 @@ def test_skip_spikes_waits_for_half_a_window():
 
 
 @QUICK
-@given(st.lists(st.floats(-5, 5, width=32), min_size=3, max_size=30), st.floats(0.5, 6), st.integers(4, 12))
-def test_skip_spikes_rule(losses, sigma, window):
-    """Skipped exactly when the loss is more than sigma deviations above the mean of the window before it."""
+@given(
+    st.lists(st.floats(-5, 5), min_size=3, max_size=20),
+    st.floats(0.5, 6),
+    st.integers(4, 12),
+    st.sampled_from(["loss", "grad_norm"]),
+)
+def test_skip_spikes_rule(values, sigma, window, of):
+    """The border is ``sigma`` unbiased deviations above the mean of the window before, for either value."""
     step = make(sgd(0.1), skip_spikes(sigma, window))
     state = step.init(random(0))
-    for i, loss in enumerate(losses):
-        past = torch.tensor(losses[max(0, i - window) : i], dtype=torch.float64)
-        state, report = step.update(state, random(i), metrics(loss))
-        if i + 1 < max(3, window // 2):
-            assert not report["skipped"]
-            continue
-        above = loss - past.mean() - sigma * past.std()
-        if above.abs() > 1e-9:  # on the border rounding decides
-            assert report["skipped"].item() == (above > 0)
+    for i, value in enumerate(values):
+        past = torch.tensor(values[max(0, i - window) : i], dtype=torch.float64)
+        judged = i + 1 >= max(3, window // 2)
+        if judged:
+            border, room = past.mean() + sigma * past.std(), 1e-3 * sigma * past.std() + 1e-12
+            for near, skipped in ((border - room, 0), (border + room, 1)):
+                report = step.update(state, random(i), {**metrics(), of: near})[1]
+                assert report["skipped"] == skipped
+        state, report = step.update(
+            state, random(i), {**metrics(), of: torch.tensor(value, dtype=torch.float64)}
+        )
+        assert judged or not report["skipped"]
