@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from olmo_fn.grad import Function
 from olmo_fn.step import Step, Transform, _execute
 
 

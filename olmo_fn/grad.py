@@ -22,7 +22,7 @@ Batch: TypeAlias = dict[str, Tensor]
 Metrics: TypeAlias = dict[str, Tensor]
 Context: TypeAlias = dict[str, Tensor]
 Function: TypeAlias = Callable[..., Any]
-Pullback: TypeAlias = Callable[[Tensor], tuple[tuple[Tree, ...], Tensor | None]]
+Pullback: TypeAlias = Callable[[Tensor], tuple[tuple[Any, ...], Tensor | None]]
 
 
 def loss_tokens(batch: Batch) -> Tensor:
@@ -188,9 +188,7 @@ def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction
         carry: Any = None
         pullbacks: list[Pullback] = []
         for stage in stages:
-            carry, pullback = pull(
-                stage, subtrees(params, stage), carry, context, again(stage), dtype, execution
-            )
+            carry, pullback = pull(stage, subtrees(params, stage), carry, context, again(stage), dtype, execution)
             pullbacks.append(pullback)
         total, metrics = carry
         metrics = {"loss": total.detach(), **metrics}

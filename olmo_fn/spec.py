@@ -62,18 +62,14 @@ def abstract(specs: Tree, dtype: torch.dtype = torch.float32) -> Tree:
     return tree.map(lambda spec: torch.empty(spec.shape, dtype=dtype, device="meta"), specs)
 
 
-def init(
-    specs: Tree, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Tree:
+def init(specs: Tree, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tree:
     """Parameters for ``specs``; each leaf depends on ``(seed, path)`` alone.
 
     >>> specs = {"w": Spec((2, 3), ("embed", "mlp"), Init("normal", 1.0))}
     >>> torch.equal(init(specs, 0)["w"], init(specs, 0)["w"])
     True
     """
-    return tree.map_with_path(
-        lambda path, spec: init_leaf(spec, seed, path).to(device=device, dtype=dtype), specs
-    )
+    return tree.map_with_path(lambda path, spec: init_leaf(spec, seed, path).to(device=device, dtype=dtype), specs)
 
 
 def init_leaf(spec: Spec, seed: int, path: str, rows: tuple[int, int] | None = None) -> Tensor:

@@ -170,7 +170,9 @@ class Transform(NamedTuple):
         if self.takes is Loss and callable(x) and not isinstance(x, (Loss, Grads, Step)):
             x = Loss(x)
         if not isinstance(x, self.takes):
-            raise ValueError(f"{self.name} takes a {self.takes.__name__}, not a {type(x).__name__}; the order is {LAWFUL_ORDER}")
+            raise ValueError(
+                f"{self.name} takes a {self.takes.__name__}, not a {type(x).__name__}; the order is {LAWFUL_ORDER}"
+            )
         return self.apply(x)
 
 
@@ -268,7 +270,7 @@ def clip(max_norm: float) -> Transform:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
             grads, metrics = inner(params, batch, execution)
             norm = global_norm(grads)
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            scale = (max_norm / norm).clamp(max=1.0)
             tree.map(lambda g: g.mul_(scale), grads)
             return grads, {**metrics, "grad_norm": norm}
 

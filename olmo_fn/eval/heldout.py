@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from olmo_fn.grad import EAGER, Batch, Chain, Execution, Stage, fuse, loss_tokens, pull, subtrees
+from olmo_fn.grad import EAGER, Batch, Chain, Context, Execution, Stage, fuse, loss_tokens, pull, subtrees
 from olmo_fn.tree import Tree
 
 
@@ -39,7 +39,8 @@ def evaluate(
     total, tokens = 0.0, 0
     stages = fuse(loss.stages)
     for batch in batches:
-        context, carry = loss.context(batch), None
+        context: Context = loss.context(batch)
+        carry: Any = None
         for stage in stages[:-1]:
             carry, _ = pull(stage, subtrees(params, stage), carry, context, False, dtype, execution)
         total += cross_entropy(stages[-1], params, carry, context["labels"])

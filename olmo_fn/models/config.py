@@ -59,9 +59,7 @@ class Model:
         >>> [replace(OLMO3["olmo3-1m"], n_layers=5).window(i) for i in range(5)]
         [4096, 4096, 4096, None, None]
         """
-        forced = (self.first_layer_full and layer == 0) or (
-            self.last_layer_full and layer == self.n_layers - 1
-        )
+        forced = (self.first_layer_full and layer == 0) or (self.last_layer_full and layer == self.n_layers - 1)
         if not self.window_pattern or forced:
             return None
         size = self.window_pattern[(layer - self.first_layer_full) % len(self.window_pattern)]
@@ -86,7 +84,9 @@ class Model:
             )
         for size in self.window_pattern:
             if size != -1 and size < 1:
-                raise ValueError(f"--model.window-pattern has {size}; use sizes of at least 1, or -1 for full attention")
+                raise ValueError(
+                    f"--model.window-pattern has {size}; use sizes of at least 1, or -1 for full attention"
+                )
 
 
 def _divisors(n: int) -> str:

@@ -8,13 +8,12 @@ The norm is on each sublayer's *output* ("reordered norm", OLMo 2 report, sectio
 from __future__ import annotations
 
 from functools import cache, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmo_fn.grad import Batch, Chain, Context, Function, Stage, subtrees
+from olmo_fn.grad import Batch, Chain, Context, Function, Metrics, Pullback, Stage, subtrees
 from olmo_fn.models.config import Model
 from olmo_fn.nn.attention import attention, attention_specs
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_specs
@@ -55,9 +54,7 @@ def block_specs(cfg: Model, layer: int) -> Tree:
     return {
         "attention": attention_specs(cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.k, std=std, std_out=std_out),
         "attention_norm": rms_norm_spec(cfg.d_model),
-        "feed_forward": feed_forward_specs(
-            cfg.d_model, cfg.hidden_size, std=std, std_up=std_up, std_down=std_down
-        ),
+        "feed_forward": feed_forward_specs(cfg.d_model, cfg.hidden_size, std=std, std_up=std_up, std_down=std_down),
         "feed_forward_norm": rms_norm_spec(cfg.d_model),
     }
 
@@ -75,7 +72,6 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     documents of a row apart. With them attention stays inside a document and positions restart in each.
     """
     cfg.check()
-    head = {"eps": cfg.norm_eps, "z_loss": z_loss}
     blocks = [half for layer in range(cfg.n_layers) for half in block_stages(cfg, layer)]
     w_out = "embed" if cfg.tie_embeddings else "head.w_out"
     return Chain(
@@ -83,7 +79,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
         (
             Stage("embed", ("embed",), embed, compiled=False),  # compiled scatter-add is not deterministic
             *blocks,
-            Stage("head", ("head.norm", w_out), partial(_head, **head), vjp=partial(_head_vjp, **head)),
+            Stage("head", ("head.norm", w_out), *_head(cfg.norm_eps, z_loss)),
         ),
     )
 
@@ -173,16 +169,20 @@ def residual(norm: Tensor, x: Tensor, out: Tensor, eps: float) -> Tensor:
     return x + rms_norm(norm, out, eps)
 
 
-def _head(norm: Tensor, w_out: Tensor, x: Tensor, ctx: Context, *, eps: float, z_loss: float) -> Any:
-    return head_loss(norm, w_out, x, ctx["labels"], eps=eps, z_loss=z_loss)
+@cache
+def _head(eps: float, z_loss: float) -> tuple[Function, None, Function]:
+    """``fn``, ``block`` and ``vjp`` of the head's stage."""
 
+    def fn(norm: Tensor, w_out: Tensor, x: Tensor, ctx: Context) -> tuple[Tensor, Metrics]:
+        return head_loss(norm, w_out, x, ctx["labels"], eps=eps, z_loss=z_loss)
 
-def _head_vjp(norm: Tensor, w_out: Tensor, x: Tensor, ctx: Context, *, eps: float, z_loss: float) -> Any:
-    out, pullback = head_vjp(norm, w_out, x, ctx["labels"], eps=eps, z_loss=z_loss)
+    def vjp(norm: Tensor, w_out: Tensor, x: Tensor, ctx: Context) -> tuple[tuple[Tensor, Metrics], Pullback]:
+        out, pullback = head_vjp(norm, w_out, x, ctx["labels"], eps=eps, z_loss=z_loss)
 
-    def stage_pullback(cotangent: Tensor) -> Any:
-        d_norm, d_w, d_x = pullback(cotangent)
-        return (d_norm, d_w), d_x
+        def stage_pullback(cotangent: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+            d_norm, d_w, d_x = pullback(cotangent)
+            return (d_norm, d_w), d_x
 
-    return out, stage_pullback
+        return out, stage_pullback
 
+    return fn, None, vjp

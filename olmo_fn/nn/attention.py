@@ -14,9 +14,7 @@ from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
 
-def attention_specs(
-    d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, *, std: float, std_out: float
-) -> Tree:
+def attention_specs(d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, *, std: float, std_out: float) -> Tree:
     """Weights are (in, out); the norms of queries and keys span all heads, as in OLMo 2."""
     heads, kv = n_heads * head_dim, n_kv_heads * head_dim
     return {
@@ -51,9 +49,7 @@ def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (distance < window)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, documents: Tensor | None = None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, documents: Tensor | None = None) -> Tensor:
     """Causal softmax(q kᵀ / √K) v by blocks of rows, each of which multiplies only with keys that it may see.
 
     ``q`` (B, H, T, K), ``k`` and ``v`` (B, N, T, K) with N dividing H; ``documents`` (B, T): positions of different

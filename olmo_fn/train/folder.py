@@ -85,4 +85,3 @@ def _leaves(a: Any, b: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
             yield from _leaves(old, new, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", old, new
-

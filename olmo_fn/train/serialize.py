@@ -64,9 +64,7 @@ def _build(kind: Any, value: Any, name: str) -> Any:
     if origin is tuple and isinstance(value, list):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) == len(value):
-            return tuple(
-                _build(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-            )
+            return tuple(_build(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     elif origin in (Union, UnionType):
         for member in args:
             try:
@@ -129,12 +127,19 @@ def _shown(value: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Tuples on one line, and no anchors: a value that occurs twice is written twice."""
+    """Tuples on one line, exact texts, and no anchors: a value that occurs twice is written twice."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
+# In quotes, line breaks are escaped; plain, PyYAML would fold some of them into spaces.
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),
+)
 _Dumper.add_representer(
     tuple, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
 )
@@ -147,7 +152,5 @@ class _Loader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value]
         for name in names:
             if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{name} is given twice", problem_mark=node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(problem=f"{name} is given twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
