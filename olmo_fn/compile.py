@@ -27,9 +27,7 @@ def compile() -> Transform:
 
     def apply(step: Step) -> Step:
         if not has_compiler():
-            warnings.warn(
-                "no C++ compiler (c++, g++, clang++ or $CXX) found: running eager, which is slower", stacklevel=2
-            )
+            warnings.warn("no C++ compiler (c++, g++, clang++ or $CXX) found: running eager, which is slower", stacklevel=2)
             return step
         wrap = cache(lambda fn: torch.compile(fn, fullgraph=True, dynamic=False))
         wrap_leaf = cache(lambda fn: torch.compile(fn, fullgraph=True, dynamic=True))

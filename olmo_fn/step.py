@@ -220,9 +220,7 @@ def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torc
                 raise ValueError(f"engine func keeps every activation; use engine tape for remat {remat!r}")
             return Grads(func_gradients(loss.fn, dtype))
         if not isinstance(loss.fn, Chain):
-            raise ValueError(
-                "engine tape sweeps a Chain of stages, and this loss is a plain function; use grad(engine='func')"
-            )
+            raise ValueError("engine tape sweeps a Chain of stages, and this loss is a plain function; use grad(engine='func')")
         return Grads(tape_gradients(loss.fn, remat, dtype))
 
     return Transform(f"grad({engine!r})", Loss, Grads, apply)

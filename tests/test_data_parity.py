@@ -54,9 +54,7 @@ def test_labels(key):
     }
     chosen = {"plain": [], "all": list(masks)}.get(key, [key])
     ids = np.array(case["input_ids"])
-    mask = np.logical_and.reduce(
-        [np.ones_like(ids, bool), *(np.broadcast_to(masks[m], ids.shape) for m in chosen)]
-    )
+    mask = np.logical_and.reduce([np.ones_like(ids, bool), *(np.broadcast_to(masks[m], ids.shape) for m in chosen)])
     assert labels_of(ids, mask if chosen else None).tolist() == case["get_labels"][key]
 
 

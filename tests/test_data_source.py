@@ -30,9 +30,7 @@ def files(tmp_path):
 def test_the_last_windows_are_held_out(files, tmp_path):
     source = open_data(Data((str(tmp_path / "*.npy"),), heldout_fraction=0.2), 3000, 10, 4)
     assert source.heldout.tolist() == [*range(2020, 2050)]
-    seen = {
-        int(t) for step in range(source.train.steps_per_epoch) for t in source.train(step)["input_ids"][:, 0]
-    }
+    seen = {int(t) for step in range(source.train.steps_per_epoch) for t in source.train(step)["input_ids"][:, 0]}
     assert seen == {*range(1000, 1100, 10), 2000, 2010}
     assert source.train.num_instances == 12
     assert (source.tokenizer, source.eos_id, source.heldout_bytes) == (None, None, None)
@@ -170,7 +168,5 @@ def test_bytes_of_text_cut_inside_a_character(tmp_path):
     """A held-out fraction may begin inside a document, even inside a character: bytes are still exact."""
     byte_level().save(tmp_path / "tokenizer.json")
     path = write(tmp_path / "t.npy", list("é".encode() * 50))
-    source = open_data(
-        Data((path,), tokenizer=str(tmp_path / "tokenizer.json"), heldout_fraction=0.2), 257, 5, 2
-    )
+    source = open_data(Data((path,), tokenizer=str(tmp_path / "tokenizer.json"), heldout_fraction=0.2), 257, 5, 2)
     assert source.heldout_bytes == len(source.heldout) == 20

@@ -27,9 +27,7 @@ def some_texts(n, seed=0):
 
 
 def jsonl(texts):
-    return "".join(
-        json.dumps({"id": i, "text": t}, ensure_ascii=i % 2 == 0) + "\n" for i, t in enumerate(texts)
-    ).encode()
+    return "".join(json.dumps({"id": i, "text": t}, ensure_ascii=i % 2 == 0) + "\n" for i, t in enumerate(texts)).encode()
 
 
 @pytest.fixture
@@ -40,9 +38,7 @@ def inputs(tmp_path):
     texts = some_texts(400)
     (folder / "a.jsonl").write_bytes(jsonl(texts[:100]))
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(texts[100:200])))
-    pq.write_table(
-        pa.table({"text": texts[200:300], "n": range(100)}), folder / "c.parquet", row_group_size=30
-    )
+    pq.write_table(pa.table({"text": texts[200:300], "n": range(100)}), folder / "c.parquet", row_group_size=30)
     for i, text in enumerate(texts[300:]):
         (folder / "sub" / f"{i:03}.txt").write_text(text, newline="")
     (folder / ".hidden").write_bytes(b"\xff")
@@ -74,9 +70,7 @@ def test_round_trip(inputs, tmp_path, tokenizer):
         train_bpe(texts, 400).save(tmp_path / "given.json")
         tokenizer = str(tmp_path / "given.json")
     out = tmp_path / "out"
-    config = Tokenize(
-        (str(folder),), str(out), tokenizer, vocab_size=300, workers=1, heldout=0.1, part_tokens=3000
-    )
+    config = Tokenize((str(folder),), str(out), tokenizer, vocab_size=300, workers=1, heldout=0.1, part_tokens=3000)
     meta = tokenize(config)
     assert meta == json.loads((out / "meta.json").read_text())
     backend = load(out / "tokenizer.json")
@@ -103,9 +97,7 @@ def test_round_trip(inputs, tmp_path, tokenizer):
 
 def test_parts_begin_anew(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(some_texts(8000)))
-    config = Tokenize(
-        (str(tmp_path / "a.jsonl"),), str(tmp_path / "out"), "byte", workers=1, heldout=0, part_tokens=500_000
-    )
+    config = Tokenize((str(tmp_path / "a.jsonl"),), str(tmp_path / "out"), "byte", workers=1, heldout=0, part_tokens=500_000)
     meta = tokenize(config)
     assert sorted(meta["files"]) == ["part-00000.npy", "part-00001.npy"]
     assert meta["files"]["part-00000.npy"]["tokens"] >= 500_000
@@ -174,13 +166,8 @@ def test_interrupted(tmp_path):
 
 def test_copies_of_a_document_are_on_one_side(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(some_texts(50) * 4))
-    meta = tokenize(
-        Tokenize((str(tmp_path / "a.jsonl"),), str(tmp_path / "out"), "byte", workers=1, heldout=0.3)
-    )
-    ids = {
-        s: np.fromfile(tmp_path / "out" / f, meta["dtype"])
-        for s, f in (("t", "part-00000.npy"), ("h", "heldout.npy"))
-    }
+    meta = tokenize(Tokenize((str(tmp_path / "a.jsonl"),), str(tmp_path / "out"), "byte", workers=1, heldout=0.3))
+    ids = {s: np.fromfile(tmp_path / "out" / f, meta["dtype"]) for s, f in (("t", "part-00000.npy"), ("h", "heldout.npy"))}
     train, heldout = ({bytes(d.tolist()) for d in split(ids[side], 256)} for side in "th")
     assert train
     assert heldout
@@ -213,9 +200,7 @@ def run(capsys, *arguments):
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, name, content, message):
     (tmp_path / name).write_bytes(content)
     out = tmp_path / "out"
-    code, error = run(
-        capsys, str(tmp_path / name), "--output", str(out), "--tokenizer", "byte", "--workers", "1"
-    )
+    code, error = run(capsys, str(tmp_path / name), "--output", str(out), "--tokenizer", "byte", "--workers", "1")
     assert code == 2
     assert error.startswith("error: ")
     assert message in error
@@ -245,9 +230,7 @@ def test_parquet_columns(tmp_path, capsys):
 def test_parquet_without_pyarrow(tmp_path, capsys, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    code, error = run(
-        capsys, str(tmp_path / "a.parquet"), "--output", str(tmp_path / "out"), "--tokenizer", "byte"
-    )
+    code, error = run(capsys, str(tmp_path / "a.parquet"), "--output", str(tmp_path / "out"), "--tokenizer", "byte")
     assert (code, "pip install 'olmo-fn[parquet]'" in error) == (2, True)
 
 
@@ -342,9 +325,7 @@ def test_overwriting(tmp_path, capsys):
     assert load(out / "tokenizer.json").decode(np.fromfile(out / "part-00000.npy", np.uint16)) == "hello"
     under_a_file = (str(tmp_path / "b.txt"), "--output", str(tmp_path / "b.txt" / "out"))
     assert "cannot write to --output" in run(capsys, *under_a_file)[1]
-    assert run(capsys, str(tmp_path / "b.txt"), "--output", str(tmp_path / "b.txt"))[1].count(
-        "is a file; give a folder"
-    )
+    assert run(capsys, str(tmp_path / "b.txt"), "--output", str(tmp_path / "b.txt"))[1].count("is a file; give a folder")
 
 
 def test_half_a_surrogate_pair_does_not_stop_the_run(tmp_path):

@@ -87,9 +87,7 @@ def test_a_tokenizer_with_habits_is_made_plain(tmp_path):
     backend = tokenizers.Tokenizer.from_str(BPE.backend.to_str())
     backend.enable_truncation(4)
     backend.enable_padding(length=50)
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{EOS} $A {EOS}", special_tokens=[(EOS, 0)]
-    )
+    backend.post_processor = processors.TemplateProcessing(single=f"{EOS} $A {EOS}", special_tokens=[(EOS, 0)])
     backend.save(str(tmp_path / "t.json"))
     assert load(tmp_path / "t.json").encode(TEXTS[0]) == BPE.encode(TEXTS[0])
 

@@ -45,14 +45,10 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the token file '.*/no\.npy': No such file"):
         open_tokens(str(tmp_path / "no.npy"), "uint16")
     (tmp_path / "empty.npy").touch()
-    with pytest.raises(
-        ValueError, match=r"empty\.npy' is empty; write one with python -m olmo_fn\.data\.tokenize"
-    ):
+    with pytest.raises(ValueError, match=r"empty\.npy' is empty; write one with python -m olmo_fn\.data\.tokenize"):
         open_tokens(str(tmp_path / "empty.npy"), "uint16")
     (tmp_path / "odd.npy").write_bytes(bytes(6))
-    with pytest.raises(
-        ValueError, match=r"odd\.npy' has 6 bytes.* 4 bytes of uint32; .* uint8 or uint16 would fit"
-    ):
+    with pytest.raises(ValueError, match=r"odd\.npy' has 6 bytes.* 4 bytes of uint32; .* uint8 or uint16 would fit"):
         open_tokens(str(tmp_path / "odd.npy"), "uint32")
     np.save(tmp_path / "numpy.npy", np.arange(4))
     with pytest.raises(ValueError, match=r"numpy\.npy' has a NumPy header, token files have none"):
@@ -77,9 +73,7 @@ def test_check_vocab_names_file_offset_value(tmp_path):
     good = open_tokens(write(tmp_path / "good.npy", [1, 2, 99]), "uint16")
     bad = open_tokens(write(tmp_path / "bad.npy", [1, 100, 2, 300]), "uint16")
     check_vocab([good, bad], 301)
-    with pytest.raises(
-        ValueError, match=r"token 100 at offset 1 of '.*bad\.npy' \(read as uint16\) is not below 100"
-    ):
+    with pytest.raises(ValueError, match=r"token 100 at offset 1 of '.*bad\.npy' \(read as uint16\) is not below 100"):
         check_vocab([good, bad], 100)
 
 

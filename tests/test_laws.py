@@ -58,8 +58,7 @@ def distance(a, b):
 def bitwise(a, b):
     a, b = tree.flatten(a), tree.flatten(b)
     return a.keys() == b.keys() and all(
-        a[p].dtype == b[p].dtype and torch.equal(a[p].view(-1).view(torch.uint8), b[p].view(-1).view(torch.uint8))
-        for p in a
+        a[p].dtype == b[p].dtype and torch.equal(a[p].view(-1).view(torch.uint8), b[p].view(-1).view(torch.uint8)) for p in a
     )
 
 
@@ -246,9 +245,7 @@ def test_law_5_compile_catches():
     def lossy(fn):
         return lambda *args: fn(*args) * (1 + 1e-7) if fn.__name__ == "both" else fn(*args)
 
-    execution = Transform(
-        "lossy()", Step, Step, lambda step: replace(step, execution=replace(step.execution, wrap=lossy))
-    )
+    execution = Transform("lossy()", Step, Step, lambda step: replace(step, execution=replace(step.execution, wrap=lossy)))
     with pytest.raises(AssertionError):
         law_compile(transformer.loss(ALIKE), execution)
 
@@ -346,9 +343,7 @@ LIARS = Chain(
 
 def law_custom_backward(gradients):
     """Two liars in a row: the gradient of the first parameter has both factors, that of the second one."""
-    params = {
-        name: torch.rand(3, generator=torch.Generator().manual_seed(i), dtype=DOUBLE) for i, name in enumerate("abc")
-    }
+    params = {name: torch.rand(3, generator=torch.Generator().manual_seed(i), dtype=DOUBLE) for i, name in enumerate("abc")}
     batch = {"labels": torch.tensor([1])}
     a, b, c = params.values()
     inner = a.sin()

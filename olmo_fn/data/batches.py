@@ -33,9 +33,7 @@ def share(batch_size: int, rank: int, world: int) -> slice:
     [[0, 2, 4], [1, 3, 5]]
     """
     if batch_size % world:
-        raise ValueError(
-            f"a batch of {batch_size} instances does not divide over {world} data-parallel ranks"
-        )
+        raise ValueError(f"a batch of {batch_size} instances does not divide over {world} data-parallel ranks")
     return slice(rank, None, world)
 
 

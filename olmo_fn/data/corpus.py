@@ -97,9 +97,7 @@ def read_sources(folder: str | Path) -> dict[str, str]:
                 except UnicodeDecodeError:
                     continue
     if not sources:
-        raise ValueError(
-            f"this Python has no sources in {str(root)!r} to train on; give token files with --data.paths"
-        )
+        raise ValueError(f"this Python has no sources in {str(root)!r} to train on; give token files with --data.paths")
     return dict(sorted(sources.items()))
 
 

@@ -44,17 +44,9 @@ def expand(inputs: Iterable[str]) -> tuple[str, ...]:
                 if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
             ]
         else:
-            found = (
-                [str(path)]
-                if path.is_file()
-                else [f for f in glob.glob(str(path), recursive=True) if Path(f).is_file()]
-            )
+            found = [str(path)] if path.is_file() else [f for f in glob.glob(str(path), recursive=True) if Path(f).is_file()]
         if not found:
-            what = (
-                "the folder has no files"
-                if path.is_dir()
-                else "no such file, and no file matches it as a pattern"
-            )
+            what = "the folder has no files" if path.is_dir() else "no such file, and no file matches it as a pattern"
             raise ValueError(f"input {name!r}: {what}")
         files.update(found)
     if not files:
@@ -93,15 +85,11 @@ def documents(chunk: Chunk, field: str) -> Iterator[str]:
         file = _parquet(path)
         if field not in file.schema_arrow.names:
             there = ", ".join(file.schema_arrow.names)
-            raise ValueError(
-                f"{path!r} has no column {field!r}; there is: {there}; name the column with --text-field"
-            )
+            raise ValueError(f"{path!r} has no column {field!r}; there is: {there}; name the column with --text-field")
         column = file.read_row_group(chunk.first, columns=[field]).column(field)
         for number, text in enumerate(column.to_pylist()):
             if not isinstance(text, str):
-                raise ValueError(
-                    f"{path!r} row group {chunk.first} row {number}: {field!r} is not text but {text!r:.40}"
-                )
+                raise ValueError(f"{path!r} row group {chunk.first} row {number}: {field!r} is not text but {text!r:.40}")
             yield text
     else:
         for name in chunk.paths:
@@ -116,9 +104,7 @@ def _parse(line: bytes, field: str, where: str) -> str:
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(
-            f"{where} has no text in {field!r}; there is: {there}; name the field with --text-field"
-        )
+        raise ValueError(f"{where} has no text in {field!r}; there is: {there}; name the field with --text-field")
     # JSON can escape half a surrogate pair, which UTF-8 cannot hold.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

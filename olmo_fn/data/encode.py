@@ -57,16 +57,12 @@ def encode(job: Job, chunk: Chunk) -> tuple[Tokens, Tokens]:
     return train, heldout
 
 
-def encode_all(
-    job: Job, chunks: Iterable[Chunk], workers: int
-) -> Iterator[tuple[Chunk, tuple[Tokens, Tokens]]]:
+def encode_all(job: Job, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[Chunk, tuple[Tokens, Tokens]]]:
     """`encode` every chunk in ``workers`` processes; the results come in the order of ``chunks``."""
     if workers == 1:
         yield from ((chunk, encode(job, chunk)) for chunk in chunks)
         return
-    spawn = multiprocessing.get_context(
-        "spawn"
-    )  # a fork would copy the tokenizer library's threads in mid-air
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer library's threads in mid-air
     pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_worker)
     waiting: deque[tuple[Chunk, Future[tuple[Tokens, Tokens]]]] = deque()
     try:

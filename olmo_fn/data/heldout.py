@@ -44,9 +44,7 @@ def eval_batches(
     ([[0, 7], [7, 8]], [[7, 8], [-100, 9]])
     """
     if not 1 <= stride <= sequence_length:
-        raise ValueError(
-            f"the evaluation stride must be from 1 to the sequence length {sequence_length}, not {stride}"
-        )
+        raise ValueError(f"the evaluation stride must be from 1 to the sequence length {sequence_length}, not {stride}")
     rows = share(batch_size, rank, world)
     windows = range(num_windows(len(tokens), sequence_length, stride))
 

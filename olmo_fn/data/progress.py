@@ -39,9 +39,7 @@ def progress(label: str, total: float, show: bool = True) -> Iterator[Advance]:
             TimeElapsedColumn(),
             TextColumn("left"),
         )
-        with Progress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
-        ) as bar:
+        with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console) as bar:
             task = bar.add_task(label, total=total, note="")
             yield lambda units, note: bar.update(task, advance=units, note=note)
     else:

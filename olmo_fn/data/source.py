@@ -39,9 +39,7 @@ class Source:
     """Bytes of that text after gzip and xz, for the default corpus."""
 
 
-def open_data(
-    data: Data, model_vocab_size: int, sequence_length: int, batch_size: int, show: bool = True
-) -> Source:
+def open_data(data: Data, model_vocab_size: int, sequence_length: int, batch_size: int, show: bool = True) -> Source:
     """Open and check the data for batches of ``batch_size`` windows of ``sequence_length``.
 
     Without ``data.paths`` this makes or finds the default corpus, with a progress bar if ``show``.
@@ -65,9 +63,7 @@ def open_data(
     files, heldout_files = (_open(p, data.dtype, vocab_size) for p in (data.paths, data.heldout_paths))
     both = {Path(f.path).resolve() for f in files} & {Path(f.path).resolve() for f in heldout_files}
     if both:
-        raise ValueError(
-            f"{str(min(both))!r} is in --data.paths and in --data.heldout-paths; take it out of one"
-        )
+        raise ValueError(f"{str(min(both))!r} is in --data.paths and in --data.heldout-paths; take it out of one")
     check_vocab(files + heldout_files, vocab_size)
     masks = open_masks(expand(data.label_mask_paths), files)
     windows = Windows(files, sequence_length, vocab_size, masks)
@@ -99,9 +95,7 @@ def heldout_batches(
 
 def _check(data: Data, sequence_length: int, batch_size: int) -> None:
     if sequence_length < 2:
-        raise ValueError(
-            f"the sequence length must be at least 2, to have a token to predict, not {sequence_length}"
-        )
+        raise ValueError(f"the sequence length must be at least 2, to have a token to predict, not {sequence_length}")
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1 instance, not {batch_size}")
     if data.order_seed < 0:

@@ -94,14 +94,8 @@ def _check(config: Tokenize, output: Path) -> None:
         raise ValueError(f"--workers must be at least 1, or 0 for one a processor, not {config.workers}")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {config.output!r} is a file; give a folder")
-    if (
-        output.exists()
-        and not config.overwrite
-        and any(not p.name.startswith(".tmp-") for p in output.iterdir())
-    ):
-        raise ValueError(
-            f"--output {config.output!r} is not empty; give another folder, or --overwrite its token files"
-        )
+    if output.exists() and not config.overwrite and any(not p.name.startswith(".tmp-") for p in output.iterdir()):
+        raise ValueError(f"--output {config.output!r} is not empty; give another folder, or --overwrite its token files")
 
 
 def _tokenizer(config: Tokenize, files: tuple[str, ...]) -> Tokenizer:
@@ -115,9 +109,7 @@ def _tokenizer(config: Tokenize, files: tuple[str, ...]) -> Tokenizer:
         tokenizer = load(config.tokenizer, config.eos)
     if config.dtype != "auto" and tokenizer.vocab_size > 256 ** SIZES[config.dtype]:
         fits = smallest_dtype(tokenizer.vocab_size)
-        raise ValueError(
-            f"--dtype {config.dtype} does not hold a vocabulary of {tokenizer.vocab_size:,}; {fits} does"
-        )
+        raise ValueError(f"--dtype {config.dtype} does not hold a vocabulary of {tokenizer.vocab_size:,}; {fits} does")
     return tokenizer
 
 
@@ -156,9 +148,7 @@ def _write(config: Tokenize, files: tuple[str, ...], tokenizer: Tokenizer, work:
             advance(chunk.size, f"{tokens:,} tokens")
     parts = [name for name in counts if name.startswith("part-")]
     if not parts:
-        raise ValueError(
-            f"no training documents in the {len(files)} input files; add text, or lower --heldout"
-        )
+        raise ValueError(f"no training documents in the {len(files)} input files; add text, or lower --heldout")
     return {
         "dtype": dtype,
         "vocab_size": tokenizer.vocab_size,
@@ -196,9 +186,7 @@ def train_command(config: Tokenize, meta: dict[str, Any]) -> str:
         flags["--data.eos"] = Path(config.eos)
     if meta["heldout"]["tokens"]:
         flags["--data.heldout-paths"] = folder / "heldout.npy"
-    return "python train.py olmo2-tiny " + " ".join(
-        f"{flag} {shlex.quote(str(path))}" for flag, path in flags.items()
-    )
+    return "python train.py olmo2-tiny " + " ".join(f"{flag} {shlex.quote(str(path))}" for flag, path in flags.items())
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

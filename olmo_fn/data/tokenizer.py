@@ -137,9 +137,7 @@ def load(path: str | Path, eos: str = "") -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
-        raise ValueError(
-            f"cannot read the tokenizer {str(path)!r}: {e.strerror}; give the path of a tokenizer.json"
-        ) from None
+        raise ValueError(f"cannot read the tokenizer {str(path)!r}: {e.strerror}; give the path of a tokenizer.json") from None
     except Exception as e:  # the library raises bare Exceptions
         raise ValueError(f"{str(path)!r} is not a tokenizer.json: {e}") from None
     names = (eos,) if eos else EOS_NAMES

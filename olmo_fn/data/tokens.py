@@ -73,9 +73,7 @@ def open_tokens(path: str, dtype: str) -> TokenFile:
     if not head:
         raise ValueError(f"the token file {path!r} is empty; write one with python -m olmo_fn.data.tokenize")
     if head == b"\x93NUMPY":
-        raise ValueError(
-            f"{path!r} has a NumPy header, token files have none; rewrite it: np.load({path!r}).tofile(...)"
-        )
+        raise ValueError(f"{path!r} has a NumPy header, token files have none; rewrite it: np.load({path!r}).tofile(...)")
     if stat.st_size % size:
         fits = [name for name, s in SIZES.items() if stat.st_size % s == 0]
         raise ValueError(

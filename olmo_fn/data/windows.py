@@ -56,14 +56,11 @@ class Windows:
 def open_masks(paths: Sequence[str], files: Sequence[TokenFile]) -> tuple[TokenFile, ...]:
     """The label masks ``paths`` of ``files``. ValueError when they do not go together."""
     if paths and len(paths) != len(files):
-        raise ValueError(
-            f"{len(paths)} label mask files for {len(files)} token files; give one for each, in their order"
-        )
+        raise ValueError(f"{len(paths)} label mask files for {len(files)} token files; give one for each, in their order")
     masks = tuple(open_tokens(path, "bool") for path in paths)
     for mask, file in zip(masks, files, strict=False):
         if mask.num_tokens != file.num_tokens:
             raise ValueError(
-                f"the label mask {mask.path!r} has {mask.num_tokens:,} entries, "
-                f"{file.path!r} has {file.num_tokens:,} tokens"
+                f"the label mask {mask.path!r} has {mask.num_tokens:,} entries, {file.path!r} has {file.num_tokens:,} tokens"
             )
     return masks

@@ -84,9 +84,7 @@ class Model:
             )
         for size in self.window_pattern:
             if size != -1 and size < 1:
-                raise ValueError(
-                    f"--model.window-pattern has {size}; use sizes of at least 1, or -1 for full attention"
-                )
+                raise ValueError(f"--model.window-pattern has {size}; use sizes of at least 1, or -1 for full attention")
 
 
 def _divisors(n: int) -> str:

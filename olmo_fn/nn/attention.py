@@ -27,9 +27,7 @@ def attention_specs(d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, 
     }
 
 
-def project(
-    p: Tree, x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def project(p: Tree, x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, H, T, K), keys and values (B, N, T, K) of ``x`` (B, T, D): projected, normalised, rotated."""
     B, T, _ = x.shape
     q = rotate(rms_norm(p["q_norm"], x @ p["w_q"], eps).view(B, T, -1, head_dim), cos, sin)

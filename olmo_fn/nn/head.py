@@ -17,9 +17,7 @@ LOGITS_BYTES = 1 << 27  # logits that live at once: enough rows for fast matrix 
 CACHE_BYTES = 1 << 23  # logits that one pass of the softmax touches: they stay in the processor's cache
 
 
-def head_loss(
-    norm: Tensor, w_out: Tensor, x: Tensor, labels: Tensor, *, eps: float, z_loss: float
-) -> tuple[Tensor, Metrics]:
+def head_loss(norm: Tensor, w_out: Tensor, x: Tensor, labels: Tensor, *, eps: float, z_loss: float) -> tuple[Tensor, Metrics]:
     """Summed cross entropy plus ``z_loss · logsumexp²`` (PaLM, section 5) over the labels that count.
 
     ``norm`` (D,), ``w_out`` (V, D), ``x`` (..., D), ``labels`` (...) with `IGNORE` where there is no loss. Returns the sum
