@@ -52,14 +52,12 @@ def generate(args: Generate) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-    model, path = load_model(
-        args.run, step=args.step, weights=args.weights, dtype=dtype, device=pick_device(args.device)
-    )
+    model, path = load_model(args.run, step=args.step, weights=args.weights, dtype=dtype, device=pick_device(args.device))
     prompt = prepare(model, args.prompt, args.healing)
     times = [time.perf_counter()]
     pieces = stream_text(model, prompt, args.sampling, lambda token: times.append(time.perf_counter()))
-    print(args.prompt, end="", flush=True)
     try:
+        print(args.prompt, end="", flush=True)
         for text in pieces if args.stream else ["".join(pieces)]:
             print(text, end="", flush=True)
     finally:
@@ -68,16 +66,12 @@ def generate(args: Generate) -> None:
     rate = (count - 1) / (times[-1] - times[1]) if count > 1 else 1 / first
     full = model.context is not None and len(prompt.ids) + count >= model.context
     note = f"; stopped at the model's context of {model.context:,} tokens" if full else ""
-    print(
-        f"{path}: {count:,} tokens, the first after {first:.2f} s, {rate:.0f} tokens/s{note}", file=sys.stderr
-    )
+    print(f"{path}: {count:,} tokens, the first after {first:.2f} s, {rate:.0f} tokens/s{note}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """0; 2 for what cannot be done, told in one line; 130 after Ctrl-C."""
-    args = tyro.cli(
-        Generate, prog="python -m olmo_fn.generate", args=argv, config=(tyro.conf.UseAppendAction,)
-    )
+    args = tyro.cli(Generate, prog="python -m olmo_fn.generate", args=argv, config=(tyro.conf.UseAppendAction,))
     try:
         generate(args)
     except (ValueError, OSError) as error:

@@ -102,9 +102,7 @@ def _extend(cfg: Model, params: Tree, ids: Tensor, cache: Cache) -> tuple[Tensor
     return x, cache._replace(length=stop)
 
 
-def _seen(
-    start: int, stop: int, window: int | None, pads: Tensor | None, device: torch.device
-) -> tuple[int, Tensor]:
+def _seen(start: int, stop: int, window: int | None, pads: Tensor | None, device: torch.device) -> tuple[int, Tensor]:
     """The first column that any of columns ``start`` to ``stop`` sees, and the mask from there.
 
     The mask is (T, stop - first), or with padding (B, 1, T, stop - first).

@@ -41,9 +41,7 @@ def load_model(
     folder, path = find(Path(run), step)
     cfg = read_config(folder)
     if weights == "ema" and not cfg.recipe.ema:
-        raise ValueError(
-            f"{run} kept no moving average of its weights (--recipe.ema was 0); use --weights params"
-        )
+        raise ValueError(f"{run} kept no moving average of its weights (--recipe.ema was 0); use --weights params")
     at = "params" if weights == "params" else "slots.ema"
     expected = tree.items(abstract(specs(cfg.model)), prefix=at)
     like, select = tree.unflatten(expected), [f"{at}.*"]
@@ -52,9 +50,7 @@ def load_model(
     else:
         found = load_newest(folder / "checkpoints", like, select=select, device=device, on_skip=say)
         if found is None:
-            raise ValueError(
-                f"{run} holds no whole checkpoint; one is written every --run.checkpoint-every steps"
-            )
+            raise ValueError(f"{run} holds no whole checkpoint; one is written every --run.checkpoint-every steps")
         path, state, _ = found
     params = tree.map(lambda leaf: leaf.to(dtype), tree.at(state, at))
     return LanguageModel(cfg.model, params, _tokenizer(folder, cfg), cfg.recipe.sequence_length), path
@@ -75,9 +71,7 @@ def find(where: Path, step: int | None) -> tuple[Path, Path | None]:
     if step is None:
         return inside, None
     if step not in (found := steps(inside / "checkpoints")):
-        raise ValueError(
-            f"{where} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}"
-        )
+        raise ValueError(f"{where} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
     return inside, step_path(inside / "checkpoints", step)
 
 
@@ -86,9 +80,7 @@ def _tokenizer(folder: Path, cfg: Config) -> Tokenizer:
     own = folder / "tokenizer.json"
     path = own if own.is_file() else cfg.data.tokenizer
     if not path:
-        raise ValueError(
-            f"{folder} holds no tokenizer.json; put the one there that its data was tokenized with"
-        )
+        raise ValueError(f"{folder} holds no tokenizer.json; put the one there that its data was tokenized with")
     tokenizer = load_tokenizer(path, cfg.data.eos)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ValueError(

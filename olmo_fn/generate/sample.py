@@ -45,9 +45,7 @@ def sample(
     sampling.check()
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(
-                f"prompt {i} is empty; a model needs a token to go on from, such as end of document"
-            )
+            raise ValueError(f"prompt {i} is empty; a model needs a token to go on from, such as end of document")
         if bad := [t for t in prompt if not 0 <= t < cfg.vocab_size]:
             raise ValueError(f"prompt {i} has the id {bad[0]}; the model's ids are 0 to {cfg.vocab_size - 1}")
     if not prompts:
@@ -72,9 +70,7 @@ def _sample(
         with torch.inference_mode():  # not around the yield, where it would reach the caller
             logits, cache = extend(cfg, params, ids, cache)
             if not torch.isfinite(logits).all():
-                raise ValueError(
-                    "the model computes NaN or infinity; its weights are broken, take other ones"
-                )
+                raise ValueError("the model computes NaN or infinity; its weights are broken, take other ones")
             for mask in (allowed, first_allowed if n == 0 else None):
                 if mask is not None:
                     logits = logits.masked_fill(~mask.to(logits.device), float("-inf"))

@@ -51,9 +51,7 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     return torch.zeros_like(p).scatter_(1, order, likeliest / likeliest.sum(1, keepdim=True))
 
 
-def choose(
-    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> Tensor:
+def choose(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Ids (B,) int64 from logits (B, V): where the cumulative probability first exceeds ``uniform`` (B,).
 
     Probabilities accumulate in the order of the ids, not of likelihood, so that a rounding error that swaps

@@ -36,9 +36,7 @@ class Prompt(NamedTuple):
     first_allowed: Tensor | None = None
 
 
-def generate_text(
-    model: LanguageModel, prompt: str, sampling: Sampling | None = None, *, healing: bool = True
-) -> str:
+def generate_text(model: LanguageModel, prompt: str, sampling: Sampling | None = None, *, healing: bool = True) -> str:
     """What follows ``prompt``; an empty one begins a document.
 
     It ends with the document, before any text of ``sampling.stop``, after ``sampling.max_tokens`` tokens, or
@@ -83,9 +81,7 @@ def stream_text(
         how = replace(how, max_tokens=min(how.max_tokens, model.context - len(prompt.ids)))
     known, eos = torch.arange(model.cfg.vocab_size) < model.tokenizer.vocab_size, model.tokenizer.eos_id
     first = None if prompt.first_allowed is None else prompt.first_allowed[None]
-    steps = sample(
-        model.cfg, model.params, [prompt.ids], how, stop_ids=(eos,), allowed=known, first_allowed=first
-    )
+    steps = sample(model.cfg, model.params, [prompt.ids], how, stop_ids=(eos,), allowed=known, first_allowed=first)
     ids = _seen_by(on_token, (step[0] for step in steps if step[0] is not None))
     pieces = decoded(model.tokenizer, (i for i in ids if i != eos))
     return until(without(pieces, len(prompt.text)), how.stop)
