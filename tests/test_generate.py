@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,15 @@ from olmo_fn.tree import Tree
 REPO = Path(__file__).parents[1]
 VOCAB = 257
 TEXT = "def grüßen(name: str) -> None:\n    print(f'你好, {name} 👋🏽')\n\n\nclass Ωmega:\n    pass\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these gain nothing from threads, and on a busy machine lose much by waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def random_params(cfg: Model, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tree:
