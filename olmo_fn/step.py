@@ -80,7 +80,8 @@ class Step:
     execution: Execution = EAGER
 
     def init(self, params: Tree) -> State:
-        """The state before the first step. Its parameters are the ones given, not a copy."""
+        """The state before the first step. Its parameters are the ones given, not a copy, if they are contiguous."""
+        params = tree.map(torch.Tensor.contiguous, params)
         slots: dict[str, dict[str, Tensor]] = {}
         for path, p in tree.items(params):
             for name, value in self.leaf(path).init(p).items():
@@ -125,12 +126,15 @@ class Step:
 
 @cache
 def _guarded(update: Function, donate: bool) -> Function:
-    """The update of a leaf, with what holds for every one: a skipped step changes nothing; donation writes in place."""
+    """The update of a leaf, with what holds for every one.
+
+    A skipped step changes nothing, dtypes stay what they are, donation writes in place.
+    """
 
     def guarded(p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
         new_p, new_slots = update(p, g, slots, scalars)
-        new_p = torch.where(scalars["skip"], p, new_p)
-        new_slots = {k: torch.where(scalars["skip"], slots[k], v) for k, v in new_slots.items()}
+        new_p = torch.where(scalars["skip"], p, new_p.to(p.dtype))
+        new_slots = {k: torch.where(scalars["skip"], slots[k], v.to(slots[k].dtype)) for k, v in new_slots.items()}
         if not donate:
             return new_p, new_slots
         return p.copy_(new_p), {k: slots[k].copy_(v) for k, v in new_slots.items()}

@@ -28,7 +28,7 @@ def adamw(
 
     As in PyTorch and OLMo-core, the decay is multiplied by the learning rate. Parameters whose path matches
     ``no_decay`` are not decayed; ``("embed",)`` is OLMo-core's rule. ``moments``: dtype of m and v, the parameter's if
-    not given; they are computed in at least fp32 all the same. Slots ``adamw_m`` and ``adamw_v``.
+    not given; all is computed in at least fp32. Slots ``adamw_m`` and ``adamw_v``.
     """
     beta1, beta2 = betas
 
@@ -37,14 +37,14 @@ def adamw(
 
     def update(p: Tensor, g: Tensor, slots: Slots, s: Scalars) -> tuple[Tensor, Slots]:
         t = s["count"].double()
-        m = slots["adamw_m"].to(p.dtype)
-        v = slots["adamw_v"].to(p.dtype)
+        wide = torch.promote_types(p.dtype, torch.float32)
+        p, g, m, v = (x.to(wide) for x in (p, g, slots["adamw_m"], slots["adamw_v"]))
         m = m + (1 - beta1) * (g - m)
         v = v * beta2 + (1 - beta2) * g * g
         step_size = s["lr"] / (1 - beta1**t)
         root = (v.sqrt() / (1 - beta2**t).sqrt()) + eps
         p = p * (1 - s["lr"] * s["weight_decay"]) - step_size * (m / root)
-        return p, {"adamw_m": m.to(slots["adamw_m"].dtype), "adamw_v": v.to(slots["adamw_v"].dtype)}
+        return p, {"adamw_m": m, "adamw_v": v}
 
     decayed = Leaf(init, update, scalars={"weight_decay": weight_decay})
     free = Leaf(init, update, scalars={"weight_decay": 0.0})
