@@ -48,7 +48,7 @@ def run(cfg: Config) -> int:
     from olmo_fn.checkpoint import SaveFailed
     from olmo_fn.train import report
 
-    cfg.model.check()
+    cfg.check()
     if cfg.dry_run:
         report.say(report.dry_run(cfg))
         return 0

@@ -25,9 +25,7 @@ from olmo_fn.tree import Tree
 
 
 def bits(tensor: Tensor) -> bytes:
-    return bytes(
-        tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
-    )
+    return bytes(tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy())
 
 
 def assert_same(a: Tree, b: Tree) -> None:
@@ -61,34 +59,26 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 keys = st.text("abcxyz_0129ß\"\\ /'", min_size=1, max_size=6)
-state_trees = st.recursive(
-    tensors(), lambda children: st.dictionaries(keys, children, max_size=4), max_leaves=12
-).map(lambda leaf: leaf if isinstance(leaf, dict) else {"w": leaf})
+state_trees = st.recursive(tensors(), lambda children: st.dictionaries(keys, children, max_size=4), max_leaves=12).map(
+    lambda leaf: leaf if isinstance(leaf, dict) else {"w": leaf}
+)
 
 
 @given(tree=state_trees, file_bytes=st.sampled_from([1, 100, 1 << 30]))
 @settings(max_examples=60, deadline=None)
 def test_any_tree_comes_back_bitwise(tree: Tree, file_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = save(
-            tree, folder, step=3, meta={"tokens": 7, "nested": {"a": [1, None]}}, file_bytes=file_bytes
-        )
+        path = save(tree, folder, step=3, meta={"tokens": 7, "nested": {"a": [1, None]}}, file_bytes=file_bytes)
         back, meta = load(path)
         assert_same(back, tree)
-        assert list(trees.flatten(back)) == list(trees.flatten(tree)), (
-            "the order of the leaves is part of the state"
-        )
+        assert list(trees.flatten(back)) == list(trees.flatten(tree)), "the order of the leaves is part of the state"
         assert meta == {"tokens": 7, "nested": {"a": [1, None]}}
         assert verify(path) == []
         assert_same(load(path, like=trees.map(lambda x: x.to("meta"), tree))[0], tree)
 
 
 def test_the_files_are_plain_safetensors(tmp_path: Path) -> None:
-    state = {
-        f"x{i}": torch.arange(24, dtype=torch.uint8).view(dtype)
-        for i, dtype in enumerate(DTYPES.values())
-        if i < 14
-    }
+    state = {f"x{i}": torch.arange(24, dtype=torch.uint8).view(dtype) for i, dtype in enumerate(DTYPES.values()) if i < 14}
     state = {"step": torch.tensor(3), "deep": {"er": state}}
     path = save(state, tmp_path, step=3, file_bytes=100)
     files = sorted(path.glob("*.safetensors"))
@@ -192,9 +182,7 @@ def test_like_decides_the_order_and_says_all_the_differences(tmp_path: Path) -> 
         ({}, {"by": {1: 2}}, r"meta\['by'\] is \{1: 2\}, JSON gives back \{'1': 2\}"),
     ],
 )
-def test_what_cannot_be_stored_is_refused_by_name(
-    tmp_path: Path, tree: Tree, meta: Tree, message: str
-) -> None:
+def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path, tree: Tree, meta: Tree, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         save(tree, tmp_path / "checkpoints", step=1, meta=meta)
     assert not (tmp_path / "checkpoints").exists()
@@ -232,9 +220,7 @@ def test_a_broken_one_of_the_same_step_is_moved_aside_and_kept(tmp_path: Path) -
     seed=st.integers(0, 99),
 )
 @settings(max_examples=25, deadline=None)
-def test_a_tensor_stored_as_boxes_comes_back_bitwise(
-    shape: tuple[int, int], cuts: tuple[int, int], seed: int
-) -> None:
+def test_a_tensor_stored_as_boxes_comes_back_bitwise(shape: tuple[int, int], cuts: tuple[int, int], seed: int) -> None:
     """The format of sharded writers: the same reader puts boxes of uneven shards together."""
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     rows, columns = ([0, min(cut, n), n] for cut, n in zip(cuts, shape, strict=True))

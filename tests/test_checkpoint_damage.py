@@ -109,9 +109,7 @@ def test_missing_and_grown_files_are_named(tmp_path: Path) -> None:
     assert verify(path) == [f"{path / 'index.json'}: missing, so {path} is not a whole checkpoint"]
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/mem").exists(), reason="reads of it are input/output errors on Linux"
-)
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="reads of it are input/output errors on Linux")
 def test_what_the_disk_cannot_read_is_named(tmp_path: Path) -> None:
     path = save(state(), tmp_path, step=1)
     for file in ("state-00000.safetensors", "index.json"):
@@ -169,9 +167,7 @@ def test_skipping_is_never_silent(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 def test_a_whole_checkpoint_of_another_model_is_not_skipped(tmp_path: Path) -> None:
     save(state(), tmp_path, step=1)
     save({"step": torch.tensor(2)}, tmp_path, step=2)
-    with pytest.raises(
-        ValueError, match=r"step2 does not hold the state asked for:\n  asked for but not there"
-    ):
+    with pytest.raises(ValueError, match=r"step2 does not hold the state asked for:\n  asked for but not there"):
         load_newest(tmp_path, like=state())
 
 
@@ -197,9 +193,7 @@ def test_the_command_lists_and_finds_broken_ones(tmp_path: Path, capsys: pytest.
 def test_the_command_refuses_a_wrong_folder_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "olmo_fn.checkpoint", str(tmp_path / "no")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    message = (
-        f"{tmp_path}/no: no such folder; give a run's folder, its checkpoints folder or one checkpoint\n"
-    )
+    message = f"{tmp_path}/no: no such folder; give a run's folder, its checkpoints folder or one checkpoint\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 

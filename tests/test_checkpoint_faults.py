@@ -184,9 +184,7 @@ def test_a_write_that_fails_halfway_leaves_the_old_one_whole(tmp_path: Path) -> 
 @contextmanager
 def small_disk(where: Path, options: str) -> Iterator[Path]:
     where.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", where], capture_output=True, check=False
-    )
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", where], capture_output=True, check=False)
     if done.returncode:
         pytest.skip("mounting is not permitted here")
     try:
@@ -199,9 +197,7 @@ def test_a_full_disk_is_refused_with_the_numbers(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "size=4m") as disk:
         old = save({"w": torch.ones(1 << 18)}, disk, step=1)
         touched = disk.stat().st_mtime_ns
-        with pytest.raises(
-            SaveFailed, match=r"No space left on device; the checkpoint needs 4,194,304 bytes, 3,\d{3},"
-        ):
+        with pytest.raises(SaveFailed, match=r"No space left on device; the checkpoint needs 4,194,304 bytes, 3,\d{3},"):
             save({"w": torch.ones(1 << 20)}, disk, step=2)
         assert disk.stat().st_mtime_ns == touched, "refused before anything was written"
         assert names(disk) == [".lock", "step1"]
@@ -213,9 +209,7 @@ def test_a_disk_that_fills_while_saving(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "size=64m,nr_inodes=8") as disk:
         old = save({"w": torch.ones(100)}, disk, step=1)
         many = {f"w{i}": torch.ones(100) for i in range(9)}
-        with pytest.raises(
-            SaveFailed, match=r"No space left on device; the checkpoint needs 3,600 bytes, 6\d,\d{3}"
-        ):
+        with pytest.raises(SaveFailed, match=r"No space left on device; the checkpoint needs 3,600 bytes, 6\d,\d{3}"):
             save(many, disk, step=2, file_bytes=1)
         assert names(disk) == [".lock", "step1"]
         assert verify(old) == []

@@ -20,9 +20,7 @@ rules = st.builds(Retention, st.none() | st.integers(1, 6), st.none() | st.integ
 
 
 @given(there=step_sets, retention=rules, protected=step_sets)
-def test_retention_gives_up_only_what_no_rule_keeps(
-    there: set[int], retention: Retention, protected: set[int]
-) -> None:
+def test_retention_gives_up_only_what_no_rule_keeps(there: set[int], retention: Retention, protected: set[int]) -> None:
     gone = to_delete(there, retention, protected)
     assert gone == sorted(set(gone))
     kept = there - set(gone)
@@ -110,9 +108,7 @@ def fail_once(saver: Saver, step: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_an_error_of_the_background_is_logged_and_raised_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_error_of_the_background_is_logged_and_raised_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Saver(tmp_path, retention=Retention(keep_last=1)) as saver, caplog.at_level(logging.ERROR):
         saver.submit({"w": torch.ones(3)}, step=1)
         saver.wait()

@@ -142,9 +142,7 @@ def test_distribution(kind):
     cdf = (torch.special.ndtr(x.sort().values) - tail) / (1 - 2 * tail)
     distance = (cdf - (torch.arange(n) + 0.5) / n).abs().max().item()
     assert distance < 1.95 / math.sqrt(n)  # exceeded once in a thousand
-    density = (
-        0.0 if kind == "normal" else math.exp(-(TRUNCATION**2) / 2) / math.sqrt(2 * math.pi) / (1 - 2 * tail)
-    )
+    density = 0.0 if kind == "normal" else math.exp(-(TRUNCATION**2) / 2) / math.sqrt(2 * math.pi) / (1 - 2 * tail)
     variance = 1 - 2 * TRUNCATION * density
     fourth = 3 - 2 * (TRUNCATION**3 + 3 * TRUNCATION) * density
     assert x.mean().item() == pytest.approx(0, abs=4 / math.sqrt(n))

@@ -73,9 +73,7 @@ def assert_grads(ours, theirs, params, rtol=1e-4, atol=1e-5):
     assert tree.flatten(ours).keys() == tree.flatten(params).keys()
     for path, g in tree.items(ours):
         expected = tree.at(theirs, path)
-        assert_close(
-            g, expected, rtol=rtol, atol=atol * expected.abs().max().item(), msg=lambda m, p=path: f"{p}: {m}"
-        )
+        assert_close(g, expected, rtol=rtol, atol=atol * expected.abs().max().item(), msg=lambda m, p=path: f"{p}: {m}")
 
 
 # --- OLMo-core ----------------------------------------------------------------------------------------------
@@ -106,9 +104,7 @@ def test_loss_per_token(case):
 
     parts = torch.vmap(torch.vmap(one))(x, batch["labels"])
     assert_close(parts["ce"], tensors["ce_per_token"], **CLOSE)
-    unmasked = tensors[
-        "z_per_token"
-    ]  # OLMo-core's z of a token without label is not 0 here, but does not enter its loss
+    unmasked = tensors["z_per_token"]  # OLMo-core's z of a token without label is not 0 here, but does not enter its loss
     assert_close(parts["z"], unmasked.where(batch["labels"] != IGNORE, 0), rtol=1e-5, atol=1e-8)
 
 
@@ -130,9 +126,7 @@ def test_document_masking(engine):
     lengths = tensors["doc.doc_lens"]
     batch["documents"] = torch.stack([torch.arange(row.numel()).repeat_interleave(row) for row in lengths])
     assert_close(transformer.logits(cfg, params, batch), tensors["doc.logits"], **CLOSE)
-    grads, metrics = pipe(transformer.loss(cfg, z_loss=facts["z_loss_multiplier"]), grad(engine))(
-        params, batch
-    )
+    grads, metrics = pipe(transformer.loss(cfg, z_loss=facts["z_loss_multiplier"]), grad(engine))(params, batch)
     assert metrics["loss"].item() == pytest.approx(facts["doc"]["loss"], rel=1e-5)
     assert_grads(grads, load(under("doc.grad.", tensors), params, "olmo_core"), params)
     assert (tensors["doc.logits"] - tensors["logits"]).abs().max() > 0.1  # masking matters here
@@ -184,12 +178,9 @@ def test_head_by_chunks(monkeypatch):
     """The head's own pullback, over several chunks of logits, is the derivative of its loss."""
     g = torch.Generator().manual_seed(0)
     norm, w_out, x = (
-        torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()
-        for shape in ((8,), (11, 8), (3, 7, 8))
+        torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((8,), (11, 8), (3, 7, 8))
     )
-    labels = torch.randint(0, 11, (3, 7), generator=g).masked_fill(
-        torch.rand(3, 7, generator=g) < 0.3, IGNORE
-    )
+    labels = torch.randint(0, 11, (3, 7), generator=g).masked_fill(torch.rand(3, 7, generator=g) < 0.3, IGNORE)
     monkeypatch.setattr(head, "LOGITS_BYTES", 4 * 11 * 5)  # five rows at once, and the last chunk has one
     monkeypatch.setattr(head, "CACHE_BYTES", 4 * 11 * 2)
     total, parts = head.head_loss(norm, w_out, x, labels, eps=1e-6, z_loss=0.01)
@@ -264,9 +255,7 @@ def test_transformers(case):
         spec.init(transformer.specs(cfg), seed=5),
     )
     ids = torch.randint(0, cfg.vocab_size, (2, length), generator=g)
-    targets = ids.masked_fill(
-        torch.rand(ids.shape, generator=g) < 0.2, IGNORE
-    )  # transformers shifts them itself
+    targets = ids.masked_fill(torch.rand(ids.shape, generator=g) < 0.2, IGNORE)  # transformers shifts them itself
     labels = torch.cat((targets[:, 1:], torch.full((2, 1), IGNORE)), dim=1)
     theirs = peer(cfg, params, attention)
     out = theirs(input_ids=ids, labels=targets)
@@ -321,14 +310,10 @@ def test_parameters_of_the_fixtures(case):
 def test_flops_of_the_fixtures(case):
     """OLMo-core 3.0's FLOPs per token, exactly, after what it counts differently is put in."""
     cfg, _, facts, params, _ = case
-    gains = sum(
-        p.numel() for path, p in tree.items(params) if path.endswith(("q_norm", "k_norm", "head.norm"))
-    )
+    gains = sum(p.numel() for path, p in tree.items(params) if path.endswith(("q_norm", "k_norm", "head.norm")))
     for length, theirs in facts["counts"]["flops_per_token"].items():
         S = int(length)
-        attention = [
-            12 * cfg.n_heads * cfg.k * count.causal_pairs(S, cfg.window(i)) for i in range(cfg.n_layers)
-        ]
+        attention = [12 * cfg.n_heads * cfg.k * count.causal_pairs(S, cfg.window(i)) for i in range(cfg.n_layers)]
         rounded_away = sum(a % S for a in attention)
         assert count.flops_per_sequence(cfg, S) == S * (theirs - 6 * gains) + rounded_away
         assert count.flops_per_token(cfg, S) == pytest.approx(theirs - 6 * gains, abs=cfg.n_layers)
@@ -340,9 +325,7 @@ def test_matrix_flops_are_those_of_the_multiplications(case):
     with FlopCounterMode(display=False) as counter:
         transformer.logits(cfg, params, batch)
     B, T = batch["input_ids"].shape
-    scores_and_values = (
-        4 * B * cfg.n_heads * cfg.k * T * T * cfg.n_layers
-    )  # T is below a block of rows: no key left out
+    scores_and_values = 4 * B * cfg.n_heads * cfg.k * T * T * cfg.n_layers  # T is below a block of rows: no key left out
     assert counter.get_total_flops() == 2 * B * T * count.num_matrix_params(cfg) + scores_and_values
 
 

@@ -16,9 +16,7 @@ torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 MODELS = {
     "gqa": Model(16, 2, 4, 24, vocab_size=30, n_kv_heads=2, init_std=0.3),
-    "tied_windows": Model(
-        16, 2, 2, 24, vocab_size=30, tie_embeddings=True, window_pattern=(3, -1), init_std=0.3
-    ),
+    "tied_windows": Model(16, 2, 2, 24, vocab_size=30, tie_embeddings=True, window_pattern=(3, -1), init_std=0.3),
 }
 
 
@@ -29,9 +27,7 @@ def case(request):
     g = torch.Generator().manual_seed(0)
     batch = {
         "input_ids": torch.randint(0, 30, (2, 9), generator=g),
-        "labels": torch.randint(0, 30, (2, 9), generator=g).masked_fill(
-            torch.rand(2, 9, generator=g) < 0.2, IGNORE
-        ),
+        "labels": torch.randint(0, 30, (2, 9), generator=g).masked_fill(torch.rand(2, 9, generator=g) < 0.2, IGNORE),
         "documents": torch.tensor([[0] * 4 + [1] * 5, [0] * 9]),
     }
     return transformer.loss(cfg, z_loss=1e-2), params_of(cfg, 0), batch

@@ -91,9 +91,7 @@ def test_trajectory(engine, remat):
     expected = saved("param8.")
     for path, p in tree.items(state.params):
         largest = tree.at(expected, path).abs().max().item()
-        assert_close(
-            p, tree.at(expected, path), rtol=1e-4, atol=1e-4 * largest, msg=lambda m, n=path: f"{n}: {m}"
-        )
+        assert_close(p, tree.at(expected, path), rtol=1e-4, atol=1e-4 * largest, msg=lambda m, n=path: f"{n}: {m}")
     for slot, prefix in (("adamw_m", "exp_avg8."), ("adamw_v", "exp_avg_sq8.")):
         for path, name, turn in (
             ("embed", "embeddings.weight", lambda x: x),

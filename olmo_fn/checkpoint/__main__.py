@@ -15,9 +15,7 @@ from olmo_fn.checkpoint import BrokenCheckpoint, read_index, step_path, steps, v
 def checkpoints(where: Path) -> list[Path]:
     """The checkpoints meant by ``where``: one of them, a folder of them, or a run; else ValueError."""
     if not where.is_dir():
-        raise ValueError(
-            f"{where}: no such folder; give a run's folder, its checkpoints folder or one checkpoint"
-        )
+        raise ValueError(f"{where}: no such folder; give a run's folder, its checkpoints folder or one checkpoint")
     if (where / "index.json").exists():
         return [where]
     for folder in (where, where / "checkpoints"):

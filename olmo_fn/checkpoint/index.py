@@ -125,8 +125,7 @@ def _index(raw: dict[str, Any], where: str) -> Index:
             dtype=entry["dtype"],
             shape=tuple(entry["shape"]),
             boxes=tuple(
-                Box(box["file"], tuple(box["offset"]), tuple(box["shape"]), tuple(box["crc32"]))
-                for box in entry["boxes"]
+                Box(box["file"], tuple(box["offset"]), tuple(box["shape"]), tuple(box["crc32"])) for box in entry["boxes"]
             ),
         )
         for name, entry in raw["tensors"].items()
@@ -148,10 +147,7 @@ def _tiles(entry: Entry) -> bool:
     # No quadratic search for overlaps: boxes that overlap must also leave a gap to have the right volume.
     inside = all(
         len(box.offset) == len(box.shape) == len(entry.shape)
-        and all(
-            start >= 0 and start + n <= size
-            for start, n, size in zip(box.offset, box.shape, entry.shape, strict=True)
-        )
+        and all(start >= 0 and start + n <= size for start, n, size in zip(box.offset, box.shape, entry.shape, strict=True))
         for box in entry.boxes
     )
     distinct = len({box.offset for box in entry.boxes}) == len(entry.boxes)

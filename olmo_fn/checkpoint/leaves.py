@@ -63,13 +63,10 @@ def check_meta(meta: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
         copy: dict[str, Any] = json.loads(json.dumps(meta, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"meta is not JSON: {error}; use str, int, finite float, bool, None, list, dict"
-        ) from None
+        raise ValueError(f"meta is not JSON: {error}; use str, int, finite float, bool, None, list, dict") from None
     for name, value in meta.items():
         if name not in copy or copy[name] != value:
             raise ValueError(
-                f"meta[{name!r}] is {value!r}, JSON gives back {copy.get(str(name))!r}; "
-                "use lists for tuples and str for keys"
+                f"meta[{name!r}] is {value!r}, JSON gives back {copy.get(str(name))!r}; use lists for tuples and str for keys"
             )
     return copy

@@ -53,9 +53,7 @@ def load(
     if select is not None:
         names, empty = _select(path, names, select), ()
     if wanted is not None:
-        expected = {
-            name: leaf for name, leaf in wanted.by_path.items() if select is None or matches(name, select)
-        }
+        expected = {name: leaf for name, leaf in wanted.by_path.items() if select is None or matches(name, select)}
         _check_like(path, index, names, expected)
         names = list(expected)
     devices = dict.fromkeys(names, device)

@@ -18,9 +18,7 @@ from olmo_fn.tree import Tree
 log = logging.getLogger(__name__)
 
 
-def newest_whole(
-    folder: str | Path, *, deep: bool = True, on_skip: Callable[[str], None] = log.warning
-) -> Path | None:
+def newest_whole(folder: str | Path, *, deep: bool = True, on_skip: Callable[[str], None] = log.warning) -> Path | None:
     """The newest checkpoint in ``folder`` that `verify` finds whole; None without any.
 
     ``on_skip`` gets one line for each newer one that is not, with its first problem; the default logs a

@@ -19,9 +19,7 @@ class Retention:
     def __post_init__(self) -> None:
         for name, value in (("keep_last", self.keep_last), ("keep_every", self.keep_every)):
             if value is not None and value < 1:
-                raise ValueError(
-                    f"{name}={value}: must be 1 or more; leave it out (None) to do without this rule"
-                )
+                raise ValueError(f"{name}={value}: must be 1 or more; leave it out (None) to do without this rule")
 
 
 def to_delete(steps: Collection[int], retention: Retention, protected: Collection[int] = ()) -> list[int]:

@@ -67,6 +67,5 @@ class Files:
         if (dtype, shape, stop - start, count) != (entry.dtype, box.shape, size, len(box.crc32)):
             raise BrokenCheckpoint(f"{where} is not in this file as the index says")
         return [
-            Chunk(where, fd, start + i * step, i * step, min(step, size - i * step), crc)
-            for i, crc in enumerate(box.crc32)
+            Chunk(where, fd, start + i * step, i * step, min(step, size - i * step), crc) for i, crc in enumerate(box.crc32)
         ]

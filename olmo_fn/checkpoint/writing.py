@@ -66,9 +66,7 @@ def check_storable(leaves: Leaves) -> Leaves:
         plain = type(leaf) in (torch.Tensor, torch.nn.Parameter)
         if not plain or leaf.layout != torch.strided or leaf.is_meta:
             kind = f"Tensor ({leaf.layout}, {leaf.device})" if plain else type(leaf).__name__
-            raise ValueError(
-                f"{path} is a {kind}; a checkpoint holds dense tensors, other values go into meta"
-            )
+            raise ValueError(f"{path} is a {kind}; a checkpoint holds dense tensors, other values go into meta")
         if leaf.dtype not in DTYPE_NAMES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
             raise ValueError(f"{path} is {leaf.dtype}; a checkpoint holds {known}")
@@ -90,10 +88,7 @@ def save_leaves(
         raise ValueError(f"step={step!r}: must be an int, 0 or more")
     folder, final = Path(folder), step_path(folder, step)
     need = sum(tensor.nbytes for tensor in leaves.by_path.values())
-    pieces = [
-        Piece(path, tensor, tuple(tensor.shape), (0,) * tensor.ndim)
-        for path, tensor in leaves.by_path.items()
-    ]
+    pieces = [Piece(path, tensor, tuple(tensor.shape), (0,) * tensor.ndim) for path, tensor in leaves.by_path.items()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with writing(folder):
@@ -146,10 +141,7 @@ def _write_files(
             files[name], checksums = write_file(partial / name, group, pool)
             for piece, crc in zip(group, checksums, strict=True):
                 boxes[piece.name].append(Box(name, piece.offset, tuple(piece.data.shape), crc))
-    tensors = {
-        piece.name: Entry(DTYPE_NAMES[piece.data.dtype], piece.shape, tuple(boxes[piece.name]))
-        for piece in pieces
-    }
+    tensors = {piece.name: Entry(DTYPE_NAMES[piece.data.dtype], piece.shape, tuple(boxes[piece.name])) for piece in pieces}
     return Index(step=step, tensors=tensors, files=files, empty=empty, meta=meta)
 
 

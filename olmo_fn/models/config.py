@@ -73,21 +73,26 @@ class Model:
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
                 f"--model.n-heads {self.n_heads} does not divide --model.d-model {self.d_model}; "
-                f"choose one of {_divisors(self.d_model)}, or give --model.head-dim"
+                f"choose one of {divisors(self.d_model)}, or give --model.head-dim"
             )
         if self.k % 2:
             raise ValueError(f"the head width is {self.k}; rotary positions need an even one (--model.head-dim)")
         if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"--model.n-kv-heads {self.kv_heads} does not divide --model.n-heads {self.n_heads}; "
-                f"choose one of {_divisors(self.n_heads)}"
+                f"choose one of {divisors(self.n_heads)}"
             )
         for size in self.window_pattern:
             if size != -1 and size < 1:
                 raise ValueError(f"--model.window-pattern has {size}; use sizes of at least 1, or -1 for full attention")
 
 
-def _divisors(n: int) -> str:
+def divisors(n: int) -> str:
+    """The divisors of ``n``, in words.
+
+    >>> divisors(6)
+    '1, 2, 3, 6'
+    """
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 

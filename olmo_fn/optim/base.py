@@ -15,8 +15,8 @@ from olmo_fn.tree import Tree
 def optimizer(name: str, leaf: Callable[[str], Leaf], lr: Schedule | float) -> Transform:
     """A transform from gradients to a Step that updates each parameter with ``leaf(path)``.
 
-    Every update gets the scalars ``lr``, ``count`` (updates done, this one included) and ``skip`` (0-d tensors). A step whose loss
-    or gradient norm is not finite is skipped: parameters and slots stay as they are, bit for bit. The metrics gain
+    Every update gets the scalars ``lr``, ``count`` (updates done, this one included) and ``skip`` (0-d tensors). A step
+    whose loss or gradient norm is not finite is skipped: parameters and slots stay as they are, bit for bit. The metrics gain
     ``lr`` and ``skipped``.
     """
     schedule = lr if callable(lr) else constant(lr)

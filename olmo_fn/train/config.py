@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from olmo_fn.data.config import Data
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import Model, divisors
 
 
 @dataclass(frozen=True)
@@ -121,3 +121,21 @@ class Config:
     """Where the run lives, how long it is, what it reports."""
     dry_run: bool = False
     """Only print the resolved config, parameters, FLOPs and memory; read no data, allocate no weights."""
+
+    def check(self) -> None:
+        """Raise ValueError, in one line with the fix, if the numbers do not fit together."""
+        self.model.check()
+        r = self.recipe
+        for name in ("recipe.batch_size", "recipe.sequence_length", "recipe.accumulate", "run.steps"):
+            part, field_name = name.split(".")
+            if getattr(getattr(self, part), field_name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if r.batch_size % r.accumulate:
+            raise ValueError(
+                f"--recipe.accumulate {r.accumulate} does not divide --recipe.batch-size {r.batch_size}; "
+                f"choose one of {divisors(r.batch_size)}"
+            )
+        if not 0 <= r.ema < 1:
+            raise ValueError(f"--recipe.ema {r.ema} is no decay; it must be at least 0 and below 1")
+        if not self.optim.lr > 0:
+            raise ValueError(f"--optim.lr {self.optim.lr} must be positive")

@@ -27,36 +27,29 @@ def read_config(run: Path) -> Config:
         raise ValueError(f"{path}: {error}") from None
 
 
-def claim(cfg: Config) -> Path:
-    """Make the run's folder, or check that this config may go on in it; returns the folder.
+def check_folder(cfg: Config) -> None:
+    """Raise ValueError unless this config may begin, or go on, in its folder. Writes nothing.
 
     Fields that cannot change the numbers may differ from those of the run that is there; any other is an error that
     names the flags.
     """
     folder = Path(cfg.run.folder)
-    there = folder / "config.yaml"
-    if not there.exists():
+    if not (folder / "config.yaml").exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} exists and is no run folder; choose another with --run.folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(cfg, folder)
-        return folder
-    found = steps(folder / "checkpoints")
+        return
     if not cfg.run.resume:
         raise ValueError(f"{folder} already holds a run; choose another --run.folder, or leave out --run.no-resume")
     changed = list(differences(read_config(folder), cfg))
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')} was {old}, is {new}" for name, old, new in changed)
-        raise ValueError(
-            f"{folder} holds a run of another config ({flags}); choose another --run.folder"
-            + (f", with --run.start-from {folder} to go on from its state" if found else "")
-        )
-    write_config(cfg, folder)
-    return folder
+        hint = f", with --run.start-from {folder} to go on from its state" if steps(folder / "checkpoints") else ""
+        raise ValueError(f"{folder} holds a run of another config ({flags}); choose another --run.folder{hint}")
 
 
 def write_config(cfg: Config, folder: Path) -> None:
-    """Write ``config.yaml``, whole or not at all."""
+    """Make the folder and write its ``config.yaml``, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
     beside = folder / "config.yaml.new"
     beside.write_text(to_yaml(cfg))
     os.replace(beside, folder / "config.yaml")

@@ -22,11 +22,11 @@ from olmo_fn.data.source import Source, heldout_batches, open_data
 from olmo_fn.eval.heldout import Heldout, evaluate
 from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token
-from olmo_fn.spec import init
+from olmo_fn.spec import abstract, init
 from olmo_fn.step import State, Step
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
-from olmo_fn.train.folder import claim
+from olmo_fn.train.folder import check_folder, write_config
 from olmo_fn.train.metrics import MetricsFile
 from olmo_fn.train.progress import Progress
 from olmo_fn.train.recipe import recipe
@@ -74,11 +74,13 @@ def train(cfg: Config, watch: Callable[[Progress], Progress] = lambda progress: 
     machine.keep_freed_memory()
     step = recipe(cfg, dtype)  # a wrong recipe is refused here, before anything is read or written
     source = open_data(cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, cfg.recipe.batch_size)
-    folder = claim(cfg)
+    check_folder(cfg)
+    state, found = first_state(cfg, step, device)
+    folder = Path(cfg.run.folder)
+    write_config(cfg, folder)
     if source.tokenizer:
         source.tokenizer.save(folder / "tokenizer.json")
     broken = prepare_cache(cache_dir(cfg.data) / "compiled")
-    state, found = first_state(cfg, step, device)
     start = int(state.step)
     retention = Retention(keep_last=cfg.run.keep_last or None, keep_every=cfg.run.keep_every or None)
     with ExitStack() as stack:
@@ -138,8 +140,6 @@ def first_state(cfg: Config, step: Step, device: torch.device) -> tuple[State, P
 
 def abstract_state(cfg: Config, step: Step) -> tree.Tree:
     """The state's names, shapes and dtypes on the meta device."""
-    from olmo_fn.spec import abstract
-
     return as_tree(step.init(abstract(transformer.specs(cfg.model))))
 
 

@@ -20,7 +20,6 @@ from olmo_fn.train.serialize import to_yaml
 
 def dry_run(cfg: Config) -> str:
     """The resolved config, parameters, FLOPs, and the memory of the state, without allocating anything."""
-    cfg.model.check()
     r, total = cfg.recipe, num_params(cfg.model)
     tokens = r.batch_size * r.sequence_length
     flops = flops_per_token(cfg.model, r.sequence_length)
