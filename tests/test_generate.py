@@ -140,6 +140,7 @@ logit_rows = st.lists(st.floats(-8, 8, width=32) | st.sampled_from([0.0, 1.0, -m
 )
 
 
+@settings(deadline=None)
 @given(logit_rows, st.floats(0.05, 4), st.integers(0, 13), st.floats(0.01, 1))
 def test_top_k_and_top_p_keep_the_likeliest_and_no_more_than_they_must(
     row: list[float], temperature: float, top_k: int, top_p: float
@@ -159,6 +160,7 @@ def test_top_k_and_top_p_keep_the_likeliest_and_no_more_than_they_must(
     assert len(kept) == 1 or reached[len(kept) - 2] < top_p + 1e-9  # and with one fewer it would not be
 
 
+@settings(deadline=None)
 @given(logit_rows, st.floats(0, 1, exclude_max=True), st.integers(0, 5), st.floats(0.1, 1))
 def test_the_choice_is_the_inverse_of_the_cumulative_distribution(
     row: list[float], uniform: float, top_k: int, top_p: float
@@ -301,16 +303,19 @@ def bpe() -> Tokenizer:
     return train_bpe([TEXT] * 3, 300)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 256), max_size=40) | st.text(max_size=20).map(lambda t: list(t.encode())))
 def test_streamed_text_of_bytes_is_the_whole_text(ids: list[int]) -> None:
     assert "".join(decoded(byte_level(), ids)) == byte_level().decode(ids)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 299), max_size=40))
 def test_streamed_text_of_a_bpe_is_the_whole_text(ids: list[int]) -> None:
     assert "".join(decoded(bpe(), ids)) == bpe().decode(ids)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_no_character_is_ever_broken(text: str) -> None:
     for tokenizer in (byte_level(), bpe()):
@@ -360,7 +365,7 @@ def reference_cut(text: str, stops: list[str]) -> str:
     return text
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(cuts, st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 def test_stops_cut_the_same_text_wherever_the_pieces_are_cut(pieces: list[str], stops: list[str]) -> None:
     text = "".join(pieces)
@@ -368,6 +373,7 @@ def test_stops_cut_the_same_text_wherever_the_pieces_are_cut(pieces: list[str], 
     assert "".join(until(list(text), stops)) == reference_cut(text, stops)
 
 
+@settings(deadline=None)
 @given(cuts, st.text("ab", min_size=1, max_size=4))
 def test_only_a_beginning_of_a_stop_is_held_back(pieces: list[str], stop: str) -> None:
     given_out, taken = "", ""
@@ -386,6 +392,7 @@ def test_only_a_beginning_of_a_stop_is_held_back(pieces: list[str], stop: str) -
         given_out += text
 
 
+@settings(deadline=None)
 @given(cuts, st.integers(0, 30))
 def test_without(pieces: list[str], count: int) -> None:
     assert "".join(without(pieces, count)) == "".join(pieces)[count:]
