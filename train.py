@@ -14,6 +14,7 @@ import tyro
 
 from configs import CONFIGS
 from olmo_fn.train.config import Config
+from olmo_fn.train.environment import prepare_environment
 
 
 def main(arguments: list[str]) -> int:
@@ -71,4 +72,5 @@ def run(cfg: Config) -> int:
 
 
 if __name__ == "__main__":
+    prepare_environment()
     sys.exit(main(sys.argv[1:]))

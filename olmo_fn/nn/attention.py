@@ -87,15 +87,19 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     *lead, R, K = q.shape
     grouped = len(lead) == 3
     rows = q.flatten(2, 3) if grouped else q
-    scores = (rows @ k.transpose(-1, -2)) * K**-0.5
+    scores = (rows * K**-0.5) @ k.transpose(-1, -2)
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    bias = torch.where(mask, 0.0, float("-inf")).to(scores.dtype)
     if grouped:
         scores = scores.view(*lead, R, -1)
-        mask = mask[:, :, None] if mask.ndim == 4 else mask
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
+        bias = bias[:, :, None] if bias.ndim == 4 else bias
+    scores = scores + bias
+    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    total = weights.sum(-1, keepdim=True)
+    weights = weights.to(v.dtype)
     if grouped:
-        return (weights.flatten(2, 3) @ v).view(*lead, R, K).flatten(1, 2)
-    return weights @ v
+        return ((weights.flatten(2, 3) @ v).view(*lead, R, K) / total).to(v.dtype).flatten(1, 2)
+    return ((weights @ v) / total).to(v.dtype)
 
 
 def attention(
