@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -42,15 +41,6 @@ from olmo_fn.tree import Tree
 REPO = Path(__file__).parents[1]
 VOCAB = 257
 TEXT = "def grüßen(name: str) -> None:\n    print(f'你好, {name} 👋🏽')\n\n\nclass Ωmega:\n    pass\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models as small as these gain nothing from threads, and on a busy machine lose much by waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random_params(cfg: Model, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tree:
@@ -181,6 +171,11 @@ def test_extreme_logits_and_numbers(uniform: float) -> None:
         assert int(choose(logits, u, temperature)) == 1
     assert int(choose(torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]]), u)) == 1 + (uniform >= 0.5)
     assert int(choose(torch.zeros(1, 5), u, top_k=1)) == 0
+
+
+def test_top_p_that_is_reached_exactly() -> None:
+    assert probabilities(torch.zeros(1, 4), top_p=0.5).tolist() == [[0.5, 0.5, 0.0, 0.0]]
+    assert probabilities(torch.zeros(1, 4), top_k=2, top_p=0.5).tolist() == [[1.0, 0.0, 0.0, 0.0]]
 
 
 def chi_square(counts: Tensor, expected: Tensor) -> float:
@@ -421,6 +416,9 @@ def test_healing_lets_the_first_token_begin_with_the_last_of_the_prompt() -> Non
         untouched = bpe().encode(prompt)[:1]
         assert heal(bpe(), untouched, 300) == (untouched, "", None)
     assert heal(bpe(), [5, 0], 300) == ([5, 0], "", None)  # end of document
+    begins = heal(bpe(), bpe().encode("a<"), 300)[2]
+    assert begins is not None
+    assert not begins[0]  # its name begins with <, it does not
     assert heal(byte_level(), list("aé".encode()), 257)[2] is None  # half a character
 
 
@@ -442,6 +440,15 @@ def test_the_text_ends_before_a_stop(seed: int, at: int, length: int) -> None:
     whole = generate_text(tiny(), "def ", how)
     if stop := whole[at : at + length]:
         assert generate_text(tiny(), "def ", replace(how, stop=("zzzz", stop))) == whole[: whole.index(stop)]
+
+
+def test_the_end_of_a_document_is_not_printed() -> None:
+    # Not even by a tokenizer in which it is an ordinary token.
+    model, seen = tiny()._replace(tokenizer=Tokenizer(byte_level().backend, ord("q"))), list[int]()
+    hot = Sampling(max_tokens=3000, temperature=5.0)
+    text = "".join(stream_text(model, prepare(model, "a"), hot, seen.append))
+    assert seen[-1] == ord("q")
+    assert text == byte_level().decode(seen[:-1])
 
 
 def test_a_stop_ends_the_computation_too() -> None:
@@ -479,6 +486,13 @@ def test_ids_that_the_tokenizer_does_not_know_are_not_chosen() -> None:
 # --- runs and the command ---------------------------------------------------------------------------------
 
 
+def saved(seed: int) -> Tree:
+    """Parameters whose likeliest token is never the end of the document: its logit is 0, and others are above."""
+    params = random_params(tiny().cfg, seed, torch.float32)
+    params["head"]["w_out"][byte_level().eos_id] = 0.0
+    return params
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 5 and 10, of which the moving average differs."""
@@ -488,8 +502,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text(to_yaml(cfg))
     byte_level().save(folder / "tokenizer.json")
     for step in (5, 10):
-        params, ema = (random_params(tiny().cfg, seed, torch.float32) for seed in (step, step + 1))
-        state = {"step": torch.tensor(step), "params": params, "slots": {"ema": ema}}
+        state = {"step": torch.tensor(step), "params": saved(step), "slots": {"ema": saved(step + 1)}}
         save(state, folder / "checkpoints", step=step)
     return folder
 
@@ -503,7 +516,7 @@ def test_a_run_is_loaded_as_it_was_saved(run: Path) -> None:
     ]:
         model, path = load_model(where, step=step, weights=weights)  # type: ignore[arg-type]
         assert path.name == f"step{step or (5 if where != run else 10)}"
-        expected = tree.flatten(random_params(tiny().cfg, seed, torch.float32))
+        expected = tree.flatten(saved(seed))
         loaded = tree.flatten(model.params)
         assert loaded.keys() == expected.keys()
         assert all(torch.equal(loaded[name], leaf) for name, leaf in expected.items())
@@ -597,7 +610,7 @@ def test_the_command_in_its_own_process(run: Path) -> None:
 
 
 def test_ctrl_c_ends_cleanly(run: Path) -> None:
-    endless = command(str(run), "def ", "--max-tokens", "1900", "--threads", "1")
+    endless = command(str(run), "def ", "--max-tokens", "1900", "--temperature", "0")
     process = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPO)
     assert process.stdout is not None
     os.read(process.stdout.fileno(), 8)

@@ -75,7 +75,6 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
     if temperature == 0:
         return logits.argmax(1)
     cumulative = probabilities(logits, temperature, top_k, top_p).cumsum(1)
-    total = cumulative[:, -1:]
-    # Below the total even after rounding, so that no token of probability 0 is ever at its end.
-    target = torch.minimum(uniform.to(total)[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    # A number below 1 times the total is below the total, so no token of probability 0 is ever chosen.
+    target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
