@@ -569,6 +569,7 @@ def test_wrong_requests_are_told_in_one_line(run: Path, capsys: pytest.CaptureFi
         ([str(run), "x", "--top-p", "1.5"], "--top-p is 1.5"),
         ([str(run), "x", "--top-k", "-3"], "--top-k is -3"),
         ([str(run), "x", "--max-tokens", "0"], "--max-tokens is 0"),
+        ([str(run), "x", "--threads", "-1"], "--threads is -1"),
         ([str(run), "x", "--stop", ""], "--stop has an empty text"),
         ([str(run), "x" * 2000], "2,000 tokens, and the model's context 2,000; shorten it"),
     ]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -35,7 +36,7 @@ class Generate:
     """Let the first token replace the prompt's last by one that begins with it: "def " ends in a lone space,
     but " name" is one token."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype."""
+    """Compute dtype; bfloat16 is for accelerators, a CPU is mostly slower with it, a token at a time."""
     threads: int = 0
     """CPU threads; 0 is one for a small model, which more do not make faster, and all cores for others."""
     device: str = "auto"
@@ -45,6 +46,8 @@ class Generate:
 def generate(args: Generate) -> None:
     """Print the text on stdout, and its speed on stderr."""
     args.sampling.check()
+    if args.threads < 0:
+        raise ValueError(f"--threads is {args.threads}; it must be positive, or 0 to leave the choice to the command")
     import torch
 
     from olmo_fn.generate.load import load_model
@@ -81,6 +84,8 @@ def _threads(params: Tree) -> int:
 def main(argv: list[str] | None = None) -> int:
     """0; 2 for what cannot be done, told in one line; 130 after Ctrl-C."""
     args = tyro.cli(Generate, prog="python -m olmo_fn.generate", args=argv, config=(tyro.conf.UseAppendAction,))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets a ? instead of no text at all
     try:
         generate(args)
     except (ValueError, OSError) as error:
