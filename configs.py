@@ -10,11 +10,11 @@ from olmo_fn.models.config import OLMO2, OLMO3, Model
 from olmo_fn.train.config import AdamW, Config, Recipe, Run, Schedule
 
 TINY = Config(
-    model=Model(d_model=256, n_layers=4, n_heads=4, hidden_size=768, vocab_size=4096),
-    optim=AdamW(lr=6e-3),
-    schedule=Schedule("linear", warmup=40, final=0.02),
-    recipe=Recipe(batch_size=8, sequence_length=256, z_loss=1e-5),
-    run=Run(steps=600, checkpoint_every=200),
+    model=Model(d_model=192, n_layers=4, n_heads=3, hidden_size=512, vocab_size=4096, init_method="llama"),
+    optim=AdamW(lr=3e-2),
+    schedule=Schedule("linear", warmup=30, final=0.02),
+    recipe=Recipe(batch_size=4, sequence_length=256, z_loss=1e-5),
+    run=Run(steps=1000, checkpoint_every=250, log_every=50),
 )
 """Learns Python from the standard library's sources in a few minutes on two cores."""
 
