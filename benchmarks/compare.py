@@ -2,8 +2,8 @@
 
     python benchmarks/compare.py --sizes A B C --rounds 3
 
-OLMo-core runs in an environment of its own (made on first use, or given with ``--peer-python``) and at its best of the modes asked
-for. Every round runs each program once, so that both see the same machine; the figures are medians over the rounds.
+OLMo-core runs in an environment of its own (made on first use, or given with ``--peer-python``) and at its best of the modes
+asked for. Every round runs each program once, so that both see the same machine; the figures are medians over the rounds.
 """
 
 from __future__ import annotations

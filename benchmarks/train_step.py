@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py --d-model 256 --n-layers 4 --n-heads 8 --hidden-size 768 --vocab-size 4096
 
-The step is the library's own recipe (loss, gradient, clip, AdamW, spike guard, donation, compilation) on random tokens, a new batch
-every step. ``warmup_s`` is from the first step's start to the second's end, cold with an empty compilation cache and warm with the
-full one, each in a process of its own. ``mfu`` is against ``gemm_peak_gflops``, the rate of a 1024³ product in the same run.
+The step is the library's own recipe (loss, gradient, clip, AdamW, spike guard, donation, compilation) on random tokens, a
+new batch every step. ``warmup_s`` is from the first step's start to the second's end, cold with an empty compilation cache
+and warm with the full one, each in a process of its own. ``mfu`` is against ``gemm_peak_gflops``, the rate of a 1024³ product in the same run.
 """
 
 from __future__ import annotations

@@ -111,9 +111,9 @@ def sample(cfg: Config, state: State, source: Source, tokens: int = 160) -> str:
     """A sample of text that goes on from ``run.sample``; empty without a tokenizer or a prompt."""
     if not cfg.run.sample or source.tokenizer is None:
         return ""
-    model = LanguageModel(cfg.model, state.params, source.tokenizer)
+    model = LanguageModel(cfg.model, state.params, source.tokenizer, cfg.recipe.sequence_length)
     text = generate_text(model, cfg.run.sample, Sampling(max_tokens=tokens))
-    return f"sample of {tokens} tokens:\n{cfg.run.sample}{text}\n"
+    return f"sample:\n{cfg.run.sample}{text}\n"
 
 
 def stopped(signal_number: int, cfg: Config, step: int) -> str:

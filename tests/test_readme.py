@@ -1,0 +1,36 @@
+"""What the README shows is what happens."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_recipe_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert found.returncode == 0, found.stderr
+    assert re.fullmatch(r"step 3, loss 5\.\d\n", found.stdout)
+
+
+COMMANDS = re.findall(r"`(python [^`]+)`", README)
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_commands_exist(command, tmp_path):
+    """Dry or with --help, so that the test is quick; the rest of each is run by the tests of its module."""
+    words = shlex.split(command)
+    if "olmo2-1b" in words and "--help" not in words:
+        words += ["--dry-run"]
+    elif "--help" not in words and "--dry-run" not in words:
+        if words[1] == "train.py" and words[2] != "olmo2-tiny":
+            pytest.skip("needs the folder of a run; tests/test_train.py runs it")
+        words = [*words[:3], "--help"] if words[1] in ("-m", "train.py") else [*words[:2], "--help"]
+    found = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert found.returncode == 0, found.stderr
