@@ -4,7 +4,8 @@
 
 The step is the library's own recipe (loss, gradient, clip, AdamW, spike guard, donation, compilation) on random tokens, a
 new batch every step. ``warmup_s`` is from the first step's start to the second's end, cold with an empty compilation cache
-and warm with the full one, each in a process of its own. ``mfu`` is against ``gemm_peak_gflops``, the rate of a 1024³ product in the same run.
+and warm with the full one, each in a process of its own. ``mfu``
+is against ``gemm_peak_gflops``, the rate of a 1024³ product in the same run.
 """
 
 from __future__ import annotations
