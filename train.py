@@ -62,8 +62,7 @@ def run(cfg: Config) -> int:
     if result.stopped_by:
         report.say(report.stopped(result.stopped_by, cfg, int(result.state.step)))
         return 128 + result.stopped_by
-    heldout = result.heldout
-    report.say(report.comparison(result.source, heldout.bits_per_byte if heldout else None))
+    report.say(report.comparison(result.source, result.heldout))
     report.say(report.sample(cfg, result.state, result.source))
     picture = report.plot_loss(result.folder)
     report.say(f"loss curve:    {picture}" if picture else "")

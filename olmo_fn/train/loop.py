@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,7 +65,7 @@ class Result:
     stopped_by: int
 
 
-def train(cfg: Config, watch: Callable[[Progress], Progress] = lambda progress: progress) -> Result:
+def train(cfg: Config) -> Result:
     """Train ``cfg`` to its end, going on from the newest whole checkpoint of its folder if there is one."""
     device = machine.pick_device(cfg.run.device)
     dtype = machine.compute_dtype(cfg.recipe.dtype, device)
@@ -87,7 +87,7 @@ def train(cfg: Config, watch: Callable[[Progress], Progress] = lambda progress: 
         stop = stack.enter_context(Stop().listening())
         saver = stack.enter_context(Saver(folder / "checkpoints", retention=retention))
         metrics_file = stack.enter_context(MetricsFile(folder / "metrics.jsonl", start))
-        progress = stack.enter_context(watch(Progress(cfg.run.steps, start, cfg.run.log_every)))
+        progress = stack.enter_context(Progress(cfg.run.steps, start, cfg.run.log_every))
         if broken:
             progress.say(f"dropped {len(broken)} files that a killed compilation left broken")
         if found:
@@ -107,11 +107,10 @@ def train(cfg: Config, watch: Callable[[Progress], Progress] = lambda progress: 
             if stop.signal:
                 break
             if not last and cfg.run.eval_every and done % cfg.run.eval_every == 0:
-                say_heldout(progress, done, heldout(cfg, step, state, source, dtype))
+                with meter.paused():
+                    heldout(cfg, step, state, source, dtype, progress)
         saver.wait()
-        result = heldout(cfg, step, state, source, dtype) if not stop.signal else None
-        if result:
-            say_heldout(progress, int(state.step), result)
+        result = heldout(cfg, step, state, source, dtype, progress) if not stop.signal else None
     return Result(state, source, folder, result, stop.signal)
 
 
@@ -157,6 +156,13 @@ class Meter:
         """Tokens seen after ``step`` steps."""
         return step * self.per_step
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside the block does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - start
+
     def read(self, step: int, metrics: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The line of ``metrics.jsonl`` of this step."""
         values = {name: float(value) for name, value in metrics.items()}
@@ -174,21 +180,18 @@ class Meter:
         }
 
 
-def heldout(cfg: Config, step: Step, state: State, source: Source, dtype: torch.dtype) -> Heldout | None:
-    """Evaluate on the held-out tokens, at most ``run.eval_tokens`` of them; None when nothing is held out."""
+def heldout(cfg: Config, step: Step, state: State, source: Source, dtype: torch.dtype, progress: Progress) -> Heldout | None:
+    """Evaluate on the held-out tokens, at most ``run.eval_tokens`` of them, and say so; None when nothing is held out."""
     tokens = source.heldout[: cfg.run.eval_tokens]
     if not len(tokens):
         return None
+    progress.say(f"evaluating on {len(tokens):,} held-out tokens")
     T = cfg.recipe.sequence_length
     rows = max(1, cfg.recipe.batch_size // cfg.recipe.accumulate)
     batches = heldout_batches(replace(source, heldout=tokens), T, max(1, T // 2), rows)
     num_bytes = source.tokenizer.count_bytes(tokens) if source.tokenizer else None
     loss = transformer.loss(cfg.model)
-    return evaluate(loss, state.params, batches, num_bytes, dtype=dtype, execution=step.execution)
-
-
-def say_heldout(progress: Progress, step: int, result: Heldout | None) -> None:
-    """Print an evaluation."""
-    if result:
-        bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte else ""
-        progress.say(f"held-out after step {step}: loss {result.loss:.4f}{bits} ({result.tokens:,} tokens)")
+    found = evaluate(loss, state.params, batches, num_bytes, dtype=dtype, execution=step.execution)
+    bits = f", {found.bits_per_byte:.4f} bits per byte" if found.bits_per_byte else ""
+    progress.say(f"held-out after step {int(state.step)}: loss {found.loss:.4f}{bits} ({found.tokens:,} tokens)")
+    return found

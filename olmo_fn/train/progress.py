@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 
-def describe(line: Mapping[str, Any], steps: int, seconds_left: float) -> str:
+def describe(line: Mapping[str, Any], steps: int, seconds_left: float | None) -> str:
     """One line of a run's metrics as text.
 
     >>> describe({"step": 3, "loss": 4.5, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 5000.0, "mfu": 0.81,
@@ -20,10 +20,11 @@ def describe(line: Mapping[str, Any], steps: int, seconds_left: float) -> str:
     'step 3/10  loss 4.5000  lr 1.00e-03  |g| 0.50  5,000 tok/s  MFU 81 %  0.9 GB  1:05 left'
     """
     skipped = "  SKIPPED" if line["skipped"] else ""
+    left = "" if seconds_left is None else f"  {clock(seconds_left)} left"
     mfu = f"  MFU {line['mfu']:.0%}".replace("%", " %") if line.get("mfu") else ""
     return (
         f"step {line['step']}/{steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  |g| {line['grad_norm']:.2f}  "
-        f"{line['tokens_per_s']:,.0f} tok/s{mfu}  {line['peak_mb'] / 1000:.1f} GB  {clock(seconds_left)} left{skipped}"
+        f"{line['tokens_per_s']:,.0f} tok/s{mfu}  {line['peak_mb'] / 1000:.1f} GB{left}{skipped}"
     )
 
 
@@ -63,9 +64,9 @@ class Progress:
     def show(self, line: Mapping[str, Any]) -> None:
         """Show the metrics of one step."""
         done = line["step"] - self.first
+        left = None
         if self.started is None:  # the first step compiles; it would spoil the estimate
-            self.started, left = time.monotonic(), 0.0
-            left = line["seconds"] * (self.steps - line["step"])
+            self.started = time.monotonic()
         else:
             left = (time.monotonic() - self.started) / (done - 1) * (self.steps - line["step"])
         text = describe(line, self.steps, left)

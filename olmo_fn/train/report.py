@@ -8,6 +8,7 @@ from pathlib import Path
 
 from olmo_fn import tree
 from olmo_fn.data.source import Source
+from olmo_fn.eval.heldout import Heldout
 from olmo_fn.generate.config import Sampling
 from olmo_fn.generate.text import LanguageModel, generate_text
 from olmo_fn.models import transformer
@@ -55,12 +56,14 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def comparison(source: Source, bits_per_byte: float | None) -> str:
-    """The model's held-out bits per byte beside those of gzip and xz on the same text; empty where unknown."""
-    if bits_per_byte is None or not source.heldout_bytes or not source.heldout_compressed:
+def comparison(source: Source, found: Heldout | None) -> str:
+    """The model's bits per byte beside those of gzip and xz on the same text; empty unless all of it was evaluated."""
+    if found is None or found.bits_per_byte is None or found.tokens != len(source.heldout):
+        return ""
+    if not source.heldout_bytes or not source.heldout_compressed:
         return ""
     others = {name: 8 * size / source.heldout_bytes for name, size in source.heldout_compressed.items()}
-    rows = [("this model", bits_per_byte), *others.items()]
+    rows = [("this model", found.bits_per_byte), *others.items()]
     lines = "\n".join(f"  {name:<12} {bits:.3f}" for name, bits in rows)
     return f"bits per byte of the held-out text ({source.heldout_bytes:,} bytes):\n{lines}"
 
