@@ -213,7 +213,8 @@ def tiny(tokens, folder, *more):
     flags = {
         "data.paths": tokens, "data.dtype": "uint8", "data.heldout-fraction": 0.05, "model.d-model": 16, "model.n-layers": 1,
         "model.n-heads": 2, "model.hidden-size": 32, "model.vocab-size": 64, "recipe.batch-size": 4,
-        "recipe.sequence-length": 16, "run.steps": 6, "schedule.warmup": 2, "optim.lr": 0.006, "run.folder": folder, "run.threads": 1,
+        "recipe.sequence-length": 16, "run.steps": 6, "schedule.warmup": 2, "optim.lr": 0.006,
+        "run.folder": folder, "run.threads": 1,
     }  # fmt: skip
     given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return ("olmo2-tiny", *given, "--recipe.no-compile", *more)
