@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 
 from olmo_fn import tree
@@ -132,4 +131,3 @@ def say(text: str) -> None:
     """Print a paragraph unless it is empty."""
     if text:
         print(text, flush=True)
-        sys.stdout.flush()
