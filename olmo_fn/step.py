@@ -33,8 +33,8 @@ from olmo_fn.grad import (
     Metrics,
     func_gradients,
     loss_tokens,
-    tape_gradients,
 )
+from olmo_fn.tape import tape_gradients
 from olmo_fn.tree import Tree
 
 Scalars: TypeAlias = dict[str, Tensor]

@@ -181,10 +181,10 @@ def test_law_5_remat_catches():
     torch.manual_seed(0)
     chain = transformer.loss(SMALL)
 
-    def noisy(p, norm, x, ctx):
-        return x + 0.1 * torch.randn_like(x)
+    def noisy(norm, carry, ctx):
+        return carry[0] + 0.1 * torch.randn_like(carry[0])
 
-    stages = tuple(s._replace(fn=noisy, params=s.params) if s.name == "feed_forward" else s for s in chain.stages)
+    stages = tuple(s._replace(fn=noisy) if s.name == "feed_forward_out" else s for s in chain.stages)
     with pytest.raises((AssertionError, RuntimeError)):
         law_invisible(replace(chain, stages=stages), SMALL, batch_of(SMALL), remat="full")
 
@@ -243,7 +243,7 @@ def test_law_5_compile_catches():
     from olmo_fn.step import Step
 
     def lossy(fn):
-        return lambda *args: fn(*args) * (1 + 1e-7) if fn.__name__ == "both" else fn(*args)
+        return lambda *args: fn(*args) * (1 + 1e-7) if fn.__name__ == "feed_forward_out" else fn(*args)
 
     execution = Transform("lossy()", Step, Step, lambda step: replace(step, execution=replace(step.execution, wrap=lossy)))
     with pytest.raises(AssertionError):

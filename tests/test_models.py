@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from olmo_fn.grad import IGNORE, subtrees
 from olmo_fn.models import count, transformer
 from olmo_fn.models.config import OLMO2, OLMO3, Model
 from olmo_fn.nn import head
-from olmo_fn.nn.attention import attend, row_block
+from olmo_fn.nn.attend import TILE, attend, attend_vjp
+from olmo_fn.nn.feed_forward import feed_forward, feed_forward_vjp
+from olmo_fn.nn.norm import rms_norm
 from olmo_fn.step import grad, pipe
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
@@ -86,9 +89,8 @@ def test_logits_and_hidden_states(case):
     context = chain.context(batch)
     for stage in chain.stages[:-1]:
         x = stage.fn(*subtrees(params, stage), x, context)
-        if stage.name == "feed_forward":
+        if stage.name == "feed_forward_out":
             assert_close(x, tensors[f"hidden.{stage.block}"], **CLOSE)
-    assert stage.block == cfg.n_layers - 1
     assert_close(transformer.logits(cfg, params, batch), tensors["logits"], **CLOSE)
 
 
@@ -99,10 +101,10 @@ def test_loss_per_token(case):
     w_out = transformer.output_matrix(params)
 
     def one(x, label):
-        kw = {"eps": cfg.norm_eps, "z_loss": facts["z_loss_multiplier"]}
-        return head.head_loss(params["head"]["norm"], w_out, x, label, **kw)[1]
+        return head.head_loss(w_out, x, label, z_loss=facts["z_loss_multiplier"])[1]
 
-    parts = torch.vmap(torch.vmap(one))(x, batch["labels"])
+    h = rms_norm(params["head"]["norm"], x, cfg.norm_eps)
+    parts = torch.vmap(torch.vmap(one))(h, batch["labels"])
     assert_close(parts["ce"], tensors["ce_per_token"], **CLOSE)
     unmasked = tensors["z_per_token"]  # OLMo-core's z of a token without label is not 0 here, but does not enter its loss
     assert_close(parts["z"], unmasked.where(batch["labels"] != IGNORE, 0), rtol=1e-5, atol=1e-8)
@@ -147,8 +149,7 @@ def test_windows_of_the_fixtures():
 def test_attend_is_softmax_attention(heads, kv_heads, window):
     """By blocks of rows, each with its own keys, it is still one softmax over what a row may see."""
     g = torch.Generator().manual_seed(0)
-    T = 2 * row_block(300) + 44
-    assert row_block(T) < T
+    T = 2 * TILE + 44
     q = torch.randn(2, heads, T, 6, generator=g, dtype=torch.float64)
     k, v = torch.randn(2, 2, kv_heads, T, 6, generator=g, dtype=torch.float64)
     documents = torch.randint(0, 40, (2, T), generator=g).sort(-1).values
@@ -158,7 +159,50 @@ def test_attend_is_softmax_attention(heads, kv_heads, window):
     for docs in (None, documents):
         allowed = sees if docs is None else sees & (docs[:, None, :, None] == docs[:, None, None, :])
         scores = (q @ k_all.mT / 6**0.5).masked_fill(~allowed, -torch.inf)
-        assert_close(attend(q, k, v, window=window, documents=docs), scores.softmax(-1) @ v_all)
+        expected = scores.softmax(-1) @ v_all
+        assert_close(attend(q, k, v, window=window, documents=docs), expected)
+        law_pullback(
+            partial(attend, window=window, documents=docs), partial(attend_vjp, window=window, documents=docs), q, k, v
+        )
+
+
+def law_pullback(fn, vjp, *inputs):
+    """A faster form gives the value of the plain one, and its pullback the plain one's derivative."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = fn(*leaves)
+    cotangent = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out, pullback = vjp(*inputs)
+        found = pullback(cotangent)
+    assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for one, other in zip(found, torch.autograd.grad(expected, leaves, cotangent), strict=True):
+        assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_the_pullback_law_catches():
+    """Mutants: a pullback that sees no mask, and one that forgets the scale."""
+    q, k, v = torch.randn(3, 1, 2, 150, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wide_window = partial(attend_vjp, window=151)
+    with pytest.raises(AssertionError):
+        law_pullback(partial(attend, window=7), lambda *x: (attend(*x, window=7), wide_window(*x)[1]), q, k, v)
+    with pytest.raises(AssertionError):
+        law_pullback(attend, lambda *x: (attend(*x), lambda c: tuple(2 * g for g in attend_vjp(*x)[1](c))), q, k, v)
+
+
+def test_feed_forward_pullback():
+    g = torch.Generator().manual_seed(0)
+    x, gate, up, down = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((2, 5, 6), (6, 9), (6, 9), (9, 6)))
+
+    def vjp(x, gate, up, down):
+        out, pullback = feed_forward_vjp({"w_gate": gate, "w_up": up, "w_down": down}, x)
+
+        def flat(cotangent):
+            d_p, d_x = pullback(cotangent)
+            return d_x, d_p["w_gate"], d_p["w_up"], d_p["w_down"]
+
+        return out, flat
+
+    law_pullback(lambda x, a, b, c: feed_forward({"w_gate": a, "w_up": b, "w_down": c}, x), vjp, x, gate, up, down)
 
 
 @pytest.mark.parametrize("pattern", [(), (5, -1)])
@@ -177,16 +221,14 @@ def test_documents_do_not_see_each_other(pattern):
 def test_head_by_chunks(monkeypatch):
     """The head's own pullback, over several chunks of logits, is the derivative of its loss."""
     g = torch.Generator().manual_seed(0)
-    norm, w_out, x = (
-        torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((8,), (11, 8), (3, 7, 8))
-    )
+    w_out, h = (torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((11, 8), (3, 7, 8)))
     labels = torch.randint(0, 11, (3, 7), generator=g).masked_fill(torch.rand(3, 7, generator=g) < 0.3, IGNORE)
-    monkeypatch.setattr(head, "LOGITS_BYTES", 4 * 11 * 5)  # five rows at once, and the last chunk has one
-    monkeypatch.setattr(head, "CACHE_BYTES", 4 * 11 * 2)
-    total, parts = head.head_loss(norm, w_out, x, labels, eps=1e-6, z_loss=0.01)
-    expected = torch.autograd.grad(total * 0.7, (norm, w_out, x))
+    monkeypatch.setattr(head, "LOGITS_BYTES", 0)
+    monkeypatch.setattr(head, "LOGITS_ROWS", 5)  # five rows at once, and the last chunk has one
+    total, parts = head.head_loss(w_out, h, labels, z_loss=0.01)
+    expected = torch.autograd.grad(total * 0.7, (w_out, h))
     with torch.no_grad():
-        (by_chunks, more), pullback = head.head_vjp(norm, w_out, x, labels, eps=1e-6, z_loss=0.01)
+        (by_chunks, more), pullback = head.head_vjp(w_out, h, labels, z_loss=0.01)
     assert_close((by_chunks, more), (total.detach(), parts))
     assert_close(pullback(torch.tensor(0.7, dtype=torch.float64)), expected)
 

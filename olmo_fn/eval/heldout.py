@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from olmo_fn.grad import EAGER, Batch, Chain, Context, Execution, Stage, fuse, loss_tokens, pull, subtrees
+from olmo_fn import tree
+from olmo_fn.grad import EAGER, Batch, Chain, Context, Execution, Stage, loss_tokens, subtrees
+from olmo_fn.tape import compute_copies, pull, segments
 from olmo_fn.tree import Tree
 
 
@@ -37,13 +39,14 @@ def evaluate(
     compilation of its own; ``show`` gets the tokens done after each batch.
     """
     total, tokens = 0.0, 0
-    stages = fuse(loss.stages)
+    parts = segments(loss.stages[:-1])
     for batch in batches:
         context: Context = loss.context(batch)
         carry: Any = None
-        for stage in stages[:-1]:
-            carry, _ = pull(stage, subtrees(params, stage), carry, context, False, dtype, execution)
-        total += cross_entropy(stages[-1], params, carry, context["labels"])
+        for segment in parts:
+            weights = {path: compute_copies(tree.at(params, path), dtype) for path in segment.params}
+            carry, _ = pull(segment, weights, carry, context, execution)
+        total += cross_entropy(loss.stages[-1], params, carry, context["labels"])
         tokens += int(loss_tokens(batch))
         show(tokens)
     bits = total / math.log(2) / num_bytes if num_bytes else None

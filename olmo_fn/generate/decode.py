@@ -15,7 +15,8 @@ from torch import Tensor
 
 from olmo_fn.models.config import Model
 from olmo_fn.models.transformer import embed, head_logits, residual
-from olmo_fn.nn.attention import attend_masked, merge_heads, project, visible
+from olmo_fn.nn.attend import attend_masked, visible
+from olmo_fn.nn.attention import merge_heads, project
 from olmo_fn.nn.feed_forward import feed_forward
 from olmo_fn.nn.rope import rope_table
 from olmo_fn.tree import Tree
@@ -97,7 +98,7 @@ def _extend(cfg: Model, params: Tree, ids: Tensor, cache: Cache) -> tuple[Tensor
         kept["k"][:, :, start:stop] = k
         kept["v"][:, :, start:stop] = v
         out = attend_masked(q, kept["k"][:, :, first:stop], kept["v"][:, :, first:stop], mask)
-        x = residual(p["attention_norm"], x, merge_heads(p["attention"], out), cfg.norm_eps)
+        x = residual(p["attention_norm"], x, merge_heads(p["attention"]["w_out"], out), cfg.norm_eps)
         x = residual(p["feed_forward_norm"], x, feed_forward(p["feed_forward"], x), cfg.norm_eps)
     return x, cache._replace(length=stop)
 

@@ -8,15 +8,17 @@ The norm is on each sublayer's *output* ("reordered norm", OLMo 2 report, sectio
 from __future__ import annotations
 
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmo_fn.grad import Batch, Chain, Context, Function, Metrics, Pullback, Stage, subtrees
+from olmo_fn.grad import Batch, Chain, Context, Function, Kernel, Metrics, Pullback, Stage, subtrees
 from olmo_fn.models.config import Model
-from olmo_fn.nn.attention import attention, attention_specs
-from olmo_fn.nn.feed_forward import feed_forward, feed_forward_specs
+from olmo_fn.nn.attend import attend, attend_vjp
+from olmo_fn.nn.attention import attention_specs, merge_heads, project
+from olmo_fn.nn.feed_forward import feed_forward, feed_forward_specs, feed_forward_vjp
 from olmo_fn.nn.head import head_loss, head_vjp
 from olmo_fn.nn.norm import rms_norm, rms_norm_spec
 from olmo_fn.nn.rope import rope_table
@@ -72,14 +74,16 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     documents of a row apart. With them attention stays inside a document and positions restart in each.
     """
     cfg.check()
-    blocks = [half for layer in range(cfg.n_layers) for half in block_stages(cfg, layer)]
+    blocks = [stage for layer in range(cfg.n_layers) for stage in block_stages(cfg, layer)]
     w_out = "embed" if cfg.tie_embeddings else "head.w_out"
+    head, head_vjp_ = _head(z_loss)
     return Chain(
         partial(context, cfg),
         (
             Stage("embed", ("embed",), embed, compiled=False),  # compiled scatter-add is not deterministic
             *blocks,
-            Stage("head", ("head.norm", w_out), *_head(cfg.norm_eps, z_loss)),
+            Stage("head_norm", ("head.norm",), _head_norm(cfg.norm_eps)),
+            Stage("head", (w_out,), head, vjp=head_vjp_),
         ),
     )
 
@@ -91,7 +95,7 @@ def logits(cfg: Model, params: Tree, batch: Batch) -> Tensor:
     for stage in chain.stages[:-1]:
         x = stage.fn(*subtrees(params, stage), x, ctx)
     assert x is not None
-    return head_logits(cfg, params, x)
+    return x @ output_matrix(params).T
 
 
 def head_logits(cfg: Model, params: Tree, x: Tensor) -> Tensor:
@@ -137,31 +141,81 @@ def embed(weight: Tensor, carry: None, ctx: Context) -> Tensor:
     return F.embedding(ctx["input_ids"], weight)
 
 
-def block_stages(cfg: Model, layer: int) -> tuple[Stage, Stage]:
-    """The two halves of a block. Blocks with the same window share their functions, so they compile once."""
-    at = f"blocks.{layer}"
-    mix, feed = _attention_half(cfg.k, cfg.norm_eps, cfg.window(layer)), _feed_forward_half(cfg.norm_eps)
+def block_stages(cfg: Model, layer: int) -> tuple[Stage, ...]:
+    """The stages of a block. Blocks with the same window share their functions, so they compile once.
+
+    The carry is x (B, T, D), and between the projections and the output of attention also what attention works on.
+    """
+    at, attention = f"blocks.{layer}", f"blocks.{layer}.attention"
+    projections = tuple(f"{attention}.{name}" for name in PROJECTIONS)
+    mix, mix_vjp = _attend(cfg.window(layer))
     return (
-        Stage("attention", (f"{at}.attention", f"{at}.attention_norm"), mix, layer),
-        Stage("feed_forward", (f"{at}.feed_forward", f"{at}.feed_forward_norm"), feed, layer),
+        Stage("project", projections, _project(cfg.k, cfg.norm_eps), layer),
+        Stage("attend", (), mix, layer, mix_vjp),
+        Stage("attention_out", (f"{attention}.w_out", f"{at}.attention_norm"), _attention_out(cfg.norm_eps), layer),
+        Stage("feed_forward", (f"{at}.feed_forward",), _feed_forward, layer, _feed_forward_vjp),
+        Stage("feed_forward_out", (f"{at}.feed_forward_norm",), _feed_forward_out(cfg.norm_eps), layer),
     )
 
 
-@cache
-def _attention_half(head_dim: int, eps: float, window: int | None) -> Function:
-    def attention_half(p: Tree, norm: Tensor, x: Tensor, ctx: Context) -> Tensor:
-        tables = ctx["cos"], ctx["sin"], ctx.get("documents")
-        return residual(norm, x, attention(p, x, *tables, head_dim=head_dim, eps=eps, window=window), eps)
-
-    return attention_half
+PROJECTIONS = ("w_q", "w_k", "w_v", "q_norm", "k_norm")
 
 
 @cache
-def _feed_forward_half(eps: float) -> Function:
-    def feed_forward_half(p: Tree, norm: Tensor, x: Tensor, ctx: Context) -> Tensor:
-        return residual(norm, x, feed_forward(p, x), eps)
+def _project(head_dim: int, eps: float) -> Function:
+    def project_heads(*args: Any) -> tuple[Tensor, ...]:
+        *weights, x, ctx = args
+        p = dict(zip(PROJECTIONS, weights, strict=True))
+        return x, *project(p, x, ctx["cos"], ctx["sin"], head_dim=head_dim, eps=eps)
 
-    return feed_forward_half
+    return project_heads
+
+
+@cache
+def _attend(window: int | None) -> tuple[Function, Function]:
+    """``fn`` and ``vjp`` of the stage between the projections and the output of attention."""
+
+    def fn(carry: tuple[Tensor, ...], ctx: Context) -> tuple[Tensor, ...]:
+        x, q, k, v = carry
+        return x, attend(q, k, v, window=window, documents=ctx.get("documents"))
+
+    def vjp(carry: tuple[Tensor, ...], ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
+        x, q, k, v = carry
+        out, pullback = attend_vjp(q, k, v, window=window, documents=ctx.get("documents"), kernel=kernel)
+        return (x, out), lambda cotangent: ((), (cotangent[0], *pullback(cotangent[1])))
+
+    return fn, vjp
+
+
+@cache
+def _attention_out(eps: float) -> Function:
+    def attention_out(w_out: Tensor, norm: Tensor, carry: tuple[Tensor, Tensor], ctx: Context) -> Tensor:
+        x, heads = carry
+        return residual(norm, x, merge_heads(w_out, heads), eps)
+
+    return attention_out
+
+
+def _feed_forward(p: Tree, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    return x, feed_forward(p, x)
+
+
+def _feed_forward_vjp(p: Tree, x: Tensor, ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
+    out, pullback = feed_forward_vjp(p, x, kernel)
+
+    def stage_pullback(cotangent: tuple[Tensor, Tensor]) -> tuple[tuple[Tree], Tensor]:
+        d_p, d_x = pullback(cotangent[1])
+        return (d_p,), d_x.add_(cotangent[0])
+
+    return (x, out), stage_pullback
+
+
+@cache
+def _feed_forward_out(eps: float) -> Function:
+    def feed_forward_out(norm: Tensor, carry: tuple[Tensor, Tensor], ctx: Context) -> Tensor:
+        return residual(norm, *carry, eps)
+
+    return feed_forward_out
 
 
 def residual(norm: Tensor, x: Tensor, out: Tensor, eps: float) -> Tensor:
@@ -170,19 +224,27 @@ def residual(norm: Tensor, x: Tensor, out: Tensor, eps: float) -> Tensor:
 
 
 @cache
-def _head(eps: float, z_loss: float) -> tuple[Function, None, Function]:
-    """``fn``, ``block`` and ``vjp`` of the head's stage."""
+def _head_norm(eps: float) -> Function:
+    def head_norm(norm: Tensor, x: Tensor, ctx: Context) -> Tensor:
+        return rms_norm(norm, x, eps)
 
-    def fn(norm: Tensor, w_out: Tensor, x: Tensor, ctx: Context) -> tuple[Tensor, Metrics]:
-        return head_loss(norm, w_out, x, ctx["labels"], eps=eps, z_loss=z_loss)
+    return head_norm
 
-    def vjp(norm: Tensor, w_out: Tensor, x: Tensor, ctx: Context) -> tuple[tuple[Tensor, Metrics], Pullback]:
-        out, pullback = head_vjp(norm, w_out, x, ctx["labels"], eps=eps, z_loss=z_loss)
 
-        def stage_pullback(cotangent: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-            d_norm, d_w, d_x = pullback(cotangent)
-            return (d_norm, d_w), d_x
+@cache
+def _head(z_loss: float) -> tuple[Function, Function]:
+    """``fn`` and ``vjp`` of the head's stage."""
+
+    def fn(w_out: Tensor, h: Tensor, ctx: Context) -> tuple[Tensor, Metrics]:
+        return head_loss(w_out, h, ctx["labels"], z_loss=z_loss)
+
+    def vjp(w_out: Tensor, h: Tensor, ctx: Context, kernel: Kernel) -> tuple[tuple[Tensor, Metrics], Pullback]:
+        out, pullback = head_vjp(w_out, h, ctx["labels"], z_loss=z_loss, kernel=kernel)
+
+        def stage_pullback(cotangent: Tensor) -> tuple[tuple[Tensor], Tensor]:
+            d_w, d_h = pullback(cotangent)
+            return (d_w,), d_h
 
         return out, stage_pullback
 
-    return fn, None, vjp
+    return fn, vjp

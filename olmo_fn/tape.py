@@ -1,0 +1,213 @@
+"""The tape engine: a chain swept segment by segment, forward keeping one pullback each, backward in reverse.
+
+A *segment* is what is rematerialised, and brought into use, as one: a block, or a part of it. Autograd runs on detached
+leaves inside each stage, which is what compiles right on torch 2.13 (a compiled ``torch.func.grad`` can drop the backward of a
+custom function).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from olmo_fn import tree
+from olmo_fn.grad import (
+    Batch,
+    Carry,
+    Chain,
+    Context,
+    Execution,
+    Function,
+    GradFunction,
+    Metrics,
+    Stage,
+    compute_copy,
+    loss_tokens,
+    per_token,
+)
+from olmo_fn.tree import Tree
+
+SegmentPullback = Callable[[Any], tuple[dict[str, Tree], Any]]
+
+
+class Segment(NamedTuple):
+    """Neighbouring stages that share one fate; ``again``: keep only the input and run forward twice."""
+
+    stages: tuple[Stage, ...]
+    again: bool = False
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Paths of the subtrees that its stages use."""
+        return tuple(dict.fromkeys(path for stage in self.stages for path in stage.params))
+
+
+def remat_policy(remat: str) -> Callable[[Stage], bool]:
+    """Which stages keep only their input and run forward again in the backward sweep.
+
+    ``none``; ``full``: every block; ``every-n``: every n-th block, such as ``every-2``; ``feed_forward``: the
+    feed-forward half of every block. Stages outside the blocks (embedding, head) are never rerun.
+
+    >>> remat_policy("every-2")(Stage("attend", (), print, block=2))
+    True
+    """
+    if remat == "none":
+        return lambda stage: False
+    if remat == "full":
+        return lambda stage: stage.block is not None
+    if remat == "feed_forward":
+        return lambda stage: stage.name == "feed_forward"
+    kind, _, n = remat.partition("-")
+    if kind == "every" and n.isdecimal() and int(n) > 0:
+        return lambda stage: stage.block is not None and stage.block % int(n) == 0
+    raise ValueError(f"remat {remat!r} is unknown; use none, full, feed_forward, or every-2, every-3, …")
+
+
+def segments(stages: tuple[Stage, ...], remat: str = "none") -> tuple[Segment, ...]:
+    """Cut a chain where the block, or whether to rematerialise, changes; inside a segment join what one function can do."""
+    again = remat_policy(remat)
+    alike = groupby(stages, key=lambda stage: (stage.block, again(stage)))
+    return tuple(Segment(_join(tuple(group)), key[1]) for key, group in alike)
+
+
+def _join(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Make one stage of neighbours without a pullback of their own: fewer calls, more for a compiler to fuse."""
+    joined: list[Stage] = []
+    for stage in stages:
+        last = joined[-1] if joined else None
+        if last is not None and last.vjp is None and stage.vjp is None and last.compiled == stage.compiled:
+            both = _compose(last.fn, len(last.params), stage.fn)
+            joined[-1] = last._replace(name=f"{last.name}+{stage.name}", params=last.params + stage.params, fn=both)
+        else:
+            joined.append(stage)
+    return tuple(joined)
+
+
+@cache
+def _compose(first: Function, n: int, second: Function) -> Function:
+    """``second`` after ``first``, which takes the first ``n`` subtrees; cached, so that alike blocks share one function."""
+
+    def both(*args: Any) -> Any:
+        *params, carry, context = args
+        return second(*params[n:], first(*params[:n], carry, context), context)
+
+    return both
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction:
+    """Gradients of a chain's loss per token by one sweep forward and one backward."""
+    parts = segments(chain.stages, remat)
+
+    def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
+        tokens = loss_tokens(batch)
+        context = chain.context(batch)
+        carry: Carry = None
+        pullbacks: list[SegmentPullback] = []
+        for segment in parts:
+            weights = {path: compute_copies(tree.at(params, path), dtype) for path in segment.params}
+            carry, pullback = pull(segment, weights, carry, context, execution)
+            pullbacks.append(pullback)
+        total, metrics = carry
+        cotangent = 1.0 / tokens.to(total.dtype)
+        flat: dict[str, Tensor] = {}
+        while pullbacks:
+            grads, cotangent = pullbacks.pop()(cotangent)
+            for path, subtree in grads.items():
+                for name, g in tree.items(subtree, path):
+                    flat[name] = flat[name] + wide(g) if name in flat else wide(g)  # used by two segments: tied weights
+        metrics = {"loss": total.detach(), **metrics}
+        return tree.map_with_path(lambda path, _: flat.pop(path), params), per_token(metrics, tokens)
+
+    return gradients
+
+
+def pull(
+    segment: Segment, weights: dict[str, Tree], carry: Carry, context: Context, execution: Execution
+) -> tuple[Carry, SegmentPullback]:
+    """Run a segment with ``weights`` (path -> subtree in the compute dtype); return its carry and its pullback.
+
+    The pullback takes the cotangent of the carry to those of the weights (in the compute dtype) and of the incoming carry.
+    """
+
+    def forward() -> tuple[Carry, list[tuple[Stage, Callable[[Any], tuple[tuple[Tree, ...], Any]]]]]:
+        x, pullbacks = carry, []
+        for stage in segment.stages:
+            x, pullback = pull_stage(stage, tuple(weights[path] for path in stage.params), x, context, execution)
+            pullbacks.append((stage, pullback))
+        return x, pullbacks
+
+    def backward(pullbacks: list[Any], cotangent: Any) -> tuple[dict[str, Tree], Any]:
+        found: dict[str, Tree] = {}
+        while pullbacks:
+            stage, pullback = pullbacks.pop()
+            grads, cotangent = pullback(cotangent)
+            for path, g in zip(stage.params, grads, strict=True):
+                found[path] = tree.map(torch.add, found[path], g) if path in found else g
+        return found, cotangent
+
+    if segment.again:
+        out, _ = forward()
+        return out, lambda cotangent: backward(forward()[1], cotangent)
+    out, pullbacks = forward()
+    return out, lambda cotangent: backward(pullbacks, cotangent)
+
+
+def pull_stage(
+    stage: Stage, params: tuple[Tree, ...], carry: Carry, context: Context, execution: Execution
+) -> tuple[Carry, Callable[[Any], tuple[tuple[Tree, ...], Any]]]:
+    """Run one stage; return its carry with its pullback."""
+    if stage.vjp is not None:
+        with torch.no_grad():
+            return stage.vjp(*params, carry, context, execution.wrap_leaf)
+    fn = execution.wrap(stage.fn) if stage.compiled else stage.fn
+    with torch.enable_grad():
+        leaves = tuple(tree.map(_leaf, p) for p in params)
+        x = _leaves(carry)
+        out = fn(*leaves, x, context)
+    inputs = [*(leaf for p in leaves for _, leaf in tree.items(p)), *_tensors(x)]
+
+    def pullback(cotangent: Any) -> tuple[tuple[Tree, ...], Any]:
+        roots = _tensors(out)
+        found = torch.autograd.grad(roots, inputs, [c.to(r.dtype) for c, r in zip(_tensors(cotangent), roots, strict=True)])
+        values: Iterator[Tensor] = iter(found)
+        grads = tuple(tree.map(lambda _: next(values), p) for p in leaves)
+        rest = tuple(values)
+        return grads, rest if isinstance(x, tuple) else (rest[0] if rest else None)
+
+    return _detach(out), pullback
+
+
+def _leaf(p: Tensor) -> Tensor:
+    return p.detach().requires_grad_()
+
+
+def _leaves(carry: Carry) -> Carry:
+    return None if carry is None else tuple(map(_leaf, carry)) if isinstance(carry, tuple) else _leaf(carry)
+
+
+def _tensors(carry: Carry) -> tuple[Tensor, ...]:
+    """The differentiable part of a carry or cotangent: a loss comes with metrics, which are not."""
+    parts = carry if isinstance(carry, tuple) else () if carry is None else (carry,)
+    return tuple(part for part in parts if isinstance(part, Tensor))
+
+
+def _detach(out: Carry) -> Carry:
+    return tuple(p.detach() if isinstance(p, Tensor) else p for p in out) if isinstance(out, tuple) else out.detach()
+
+
+def compute_copies(subtree: Tree, dtype: torch.dtype) -> Tree:
+    """`compute_copy` of every leaf."""
+    return tree.map(lambda p: compute_copy(p, dtype), subtree)
+
+
+def wide(g: Tensor) -> Tensor:
+    """A gradient in at least fp32."""
+    return g if g.dtype == torch.float64 else g.float()
