@@ -126,24 +126,31 @@ class _World:
         answers: dict[int, bytes] = {}
         failures: dict[int, str] = {}
         while len(answers) < len(self.pipes) and not failures:
-            waiting = {id(pipe): rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
-            ready = wait([self.pipes[rank] for rank in waiting.values()], max(0.0, end - time.monotonic()))
+            ready = self._ready({*answers}, end - time.monotonic())
             if not ready:
-                silent = ", ".join(map(str, waiting.values()))
-                raise RankFailed(min(waiting.values()), f"no answer from rank {silent} within {timeout:g} s")
-            for pipe in ready:
-                self._read(waiting[id(pipe)], answers, failures)
+                silent = [rank for rank in range(len(self.pipes)) if rank not in answers]
+                raise RankFailed(silent[0], f"no answer from rank {', '.join(map(str, silent))} within {timeout:g} s")
+            for rank in ready:
+                self._read(rank, answers, failures)
         if failures:  # a rank that died makes others fail: name it, not them
-            for pipe in wait([pipe for rank, pipe in enumerate(self.pipes) if rank not in {*answers, *failures}], 0.1):
-                self._read(self.pipes.index(pipe), answers, failures)
+            for rank in self._ready({*answers, *failures}, 0.1):
+                self._read(rank, answers, failures)
             rank = min(failures, key=lambda rank: not failures[rank].startswith(DIED))
             raise RankFailed(rank, failures[rank])
         return [pickle.loads(answers[rank]) for rank in range(len(self.pipes))]
 
+    def _ready(self, known: set[int], seconds: float) -> list[int]:
+        """The ranks with something to read, those in ``known`` left out; waits for the first."""
+        ready = set(wait([pipe for rank, pipe in enumerate(self.pipes) if rank not in known], max(0.0, seconds)))
+        return [rank for rank, pipe in enumerate(self.pipes) if pipe in ready]
+
     def _read(self, rank: int, answers: dict[int, bytes], failures: dict[int, str]) -> None:
         try:
             kind, value = pickle.loads(self.pipes[rank].recv_bytes())
-            (answers if kind == "result" else failures)[rank] = value
+            if kind == "result":
+                answers[rank] = value
+            else:
+                failures[rank] = value.decode()
         except (EOFError, ConnectionResetError):
             self.processes[rank].join(1)
             failures[rank] = f"{DIED}, exit code {self.processes[rank].exitcode}"
@@ -197,8 +204,8 @@ def _serve(pipe: Pipe, rank: int, size: int, port: int, cache: Path) -> None:
             mesh, fn, args = pickle.loads(message)
             if mesh not in connections:
                 connections[mesh] = connect(mesh)
-            answer = ("result", pickle.dumps(fn(connections[mesh], *args)))
+            kind, answer = "result", pickle.dumps(fn(connections[mesh], *args))
         except BaseException:
-            answer = ("failure", traceback.format_exc())
+            kind, answer = "failure", traceback.format_exc().encode()
         with suppress(BrokenPipeError):
-            pipe.send_bytes(pickle.dumps(answer))
+            pipe.send_bytes(pickle.dumps((kind, answer)))
