@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
+from olmo_fn.layout import SINGLE
+from olmo_fn.parallel.axis import Axes
 from olmo_fn.tree import Tree
 
 IGNORE = -100  # the label of a position that has no loss
@@ -63,6 +65,8 @@ class Chain:
 
     context: Callable[[Batch], Context]
     stages: tuple[Stage, ...]
+    on: Callable[[Axes, Any], Chain] | None = None
+    """The same chain as one rank of a mesh computes it, by axes and method of context parallelism; None: data-parallel only."""
 
     def __call__(self, params: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
         context, carry = self.context(batch), None
@@ -89,12 +93,14 @@ class Execution:
     """How a step is carried out, never what it computes.
 
     ``wrap`` goes around every stage function, and ``wrap_leaf`` around every parameter update and other kernels that see
-    tensors of many shapes (compilation); ``donate`` lets an update write into the memory of the state it replaces.
+    tensors of many shapes (compilation); ``donate`` lets an update write into the memory of the state it replaces;
+    ``layout`` is where parameters live (`olmo_fn.layout`).
     """
 
     wrap: Callable[[Function], Function] = identity
     wrap_leaf: Callable[[Function], Function] = identity
     donate: bool = False
+    layout: Any = SINGLE
 
 
 EAGER = Execution()
@@ -117,20 +123,20 @@ class Grads:
 def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
     """``torch.func.grad_and_value`` of the whole loss: short, and the reference for the other engine."""
 
-    def scaled(params: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
-        total, metrics = loss(tree.map(lambda p: compute_copy(p, dtype), params), batch)
-        return total / loss_tokens(batch), {"loss": total, **metrics}
-
     def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-        grads, (_, metrics) = torch.func.grad_and_value(scaled, has_aux=True)(params, batch)
-        return grads, per_token(metrics, loss_tokens(batch))
+        layout, tokens = execution.layout, loss_tokens(batch)
+        fn = layout.chain(loss) if isinstance(loss, Chain) else loss
+
+        def scaled(weights: Tree, part: Batch) -> tuple[Tensor, Metrics]:
+            total, metrics = fn(weights, part)
+            return total / tokens, {"loss": total, **metrics}
+
+        weights = layout.fetch(params, tuple(params), dtype).ready()
+        grads, (_, sums) = torch.func.grad_and_value(scaled, has_aux=True)(weights, layout.part(batch))
+        flat = layout.finish(layout.reduce(tree.flatten(grads))())
+        return tree.map_with_path(lambda path, _: flat[path], params), per_token(layout.total(sums), tokens)
 
     return gradients
-
-
-def compute_copy(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrices in the compute dtype; vectors (the gains of norms) stay in fp32. A no-op when nothing changes."""
-    return p.to(dtype) if p.ndim > 1 else p
 
 
 def per_token(metrics: Metrics, tokens: Tensor) -> Metrics:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +18,8 @@ from olmo_fn import tree
 from olmo_fn.tree import Tree
 
 TRUNCATION = 3.0  # OLMo-core cuts its normals at three standard deviations
+BLOCK = 1 << 22  # numbers that are drawn at once
+Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape of a part
 
 
 class Init(NamedTuple):
@@ -72,25 +73,28 @@ def init(specs: Tree, seed: int, dtype: torch.dtype = torch.float32, device: tor
     return tree.map_with_path(lambda path, spec: init_leaf(spec, seed, path).to(device=device, dtype=dtype), specs)
 
 
-def init_leaf(spec: Spec, seed: int, path: str, rows: tuple[int, int] | None = None) -> Tensor:
-    """One fp32 leaf, or only its rows ``[start, stop)`` of dim 0, which equal the same rows of the whole leaf."""
-    start, stop = rows if rows is not None else (0, spec.shape[0])
-    shape = (stop - start, *spec.shape[1:])
+def init_leaf(spec: Spec, seed: int, path: str, box: Box | None = None) -> Tensor:
+    """One fp32 leaf, or only the part of it that starts at ``box[0]`` and has the shape ``box[1]``, which equals the same
+    part of the whole leaf; memory beyond the result is bounded.
+    """
+    offset, shape = box or ((0,) * len(spec.shape), spec.shape)
     if spec.init.kind in ("ones", "zeros"):
         return torch.full(shape, 1.0 if spec.init.kind == "ones" else 0.0)
-    per_row = math.prod(spec.shape[1:])
-    out = torch.empty(math.prod(shape))
+    row = math.prod(spec.shape[1:])
+    columns = tuple(slice(start, start + length) for start, length in zip(offset[1:], shape[1:], strict=True))
+    out, many = torch.empty(shape), max(1, BLOCK // row)
     tail = 0.5 * math.erfc(TRUNCATION / math.sqrt(2)) if spec.init.kind == "trunc_normal" else 0.0
-    done = 0
-    for block in _uniform(seed, path, start * per_row, stop * per_row):
-        p = block.mul_(1 - 2 * tail).add_(tail)
-        torch.erfinv(p.mul_(2).sub_(1), out=out[done : done + len(p)])
-        done += len(p)
-    return out.mul_(spec.init.std * math.sqrt(2)).reshape(shape)
+    for first in range(0, shape[0] if out.numel() else 0, many):
+        rows = min(many, shape[0] - first)
+        start = (offset[0] + first) * row
+        p = _uniform(seed, path, start, start + rows * row).mul_(1 - 2 * tail).add_(tail)
+        normal = torch.erfinv(p.mul_(2).sub_(1)).mul_(spec.init.std * math.sqrt(2))
+        out[first : first + rows] = normal.view(rows, *spec.shape[1:])[(slice(None), *columns)]
+    return out
 
 
-def _uniform(seed: int, path: str, start: int, stop: int, block: int = 1 << 22) -> Iterator[Tensor]:
-    """Blocks of numbers ``start..stop`` of the stream of ``(seed, path)``, in the open interval (0, 1), 23 bits each.
+def _uniform(seed: int, path: str, start: int, stop: int) -> Tensor:
+    """Numbers ``start..stop`` of the stream of ``(seed, path)``, in the open interval (0, 1), 23 bits each.
 
     Philox makes four 64-bit words a counter, which are eight numbers here, so any place is reached without drawing
     what is before it. 23 bits and a half are exact in fp32: no number rounds to 0 or 1.
@@ -98,9 +102,6 @@ def _uniform(seed: int, path: str, start: int, stop: int, block: int = 1 << 22) 
     digest = hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, np.uint64))
     generator.advance(start // 8)
-    skip = start % 8  # only the first block begins inside a counter
-    while start < stop:
-        n = min(block - skip, stop - start)
-        words = generator.random_raw((skip + n + 7) // 8 * 4).view(np.uint32)[skip : skip + n]
-        yield torch.from_numpy((words >> 9).astype(np.int32)).float().add_(0.5).mul_(2.0**-23)
-        start, skip = start + n, 0
+    skip = start % 8
+    words = generator.random_raw((skip + stop - start + 7) // 8 * 4).view(np.uint32)[skip : skip + stop - start]
+    return torch.from_numpy((words >> 9).astype(np.int32)).float().add_(0.5).mul_(2.0**-23)

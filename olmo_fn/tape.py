@@ -26,10 +26,10 @@ from olmo_fn.grad import (
     GradFunction,
     Metrics,
     Stage,
-    compute_copy,
     loss_tokens,
     per_token,
 )
+from olmo_fn.layout import Weights
 from olmo_fn.tree import Tree
 
 SegmentPullback = Callable[[Any], tuple[dict[str, Tree], Any]]
@@ -68,6 +68,7 @@ def remat_policy(remat: str) -> Callable[[Stage], bool]:
     raise ValueError(f"remat {remat!r} is unknown; use none, full, feed_forward, or every-2, every-3, …")
 
 
+@cache
 def segments(stages: tuple[Stage, ...], remat: str = "none") -> tuple[Segment, ...]:
     """Cut a chain where the block, or whether to rematerialise, changes; inside a segment join what one function can do."""
     again = remat_policy(remat)
@@ -104,43 +105,75 @@ def _compose(first: Function, n: int, second: Function) -> Function:
 
 def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction:
     """Gradients of a chain's loss per token by one sweep forward and one backward."""
-    parts = segments(chain.stages, remat)
+    remat_policy(remat)  # refuses an unknown one now
 
     def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-        tokens = loss_tokens(batch)
-        context = chain.context(batch)
-        carry: Carry = None
-        pullbacks: list[SegmentPullback] = []
-        for segment in parts:
-            weights = {path: compute_copies(tree.at(params, path), dtype) for path in segment.params}
-            carry, pullback = pull(segment, weights, carry, context, execution)
-            pullbacks.append(pullback)
-        total, metrics = carry
-        cotangent = 1.0 / tokens.to(total.dtype)
-        flat: dict[str, Tensor] = {}
-        while pullbacks:
-            grads, cotangent = pullbacks.pop()(cotangent)
-            for path, subtree in grads.items():
-                for name, g in tree.items(subtree, path):
-                    flat[name] = flat[name] + wide(g) if name in flat else wide(g)  # used by two segments: tied weights
-        metrics = {"loss": total.detach(), **metrics}
-        return tree.map_with_path(lambda path, _: flat.pop(path), params), per_token(metrics, tokens)
+        layout, tokens = execution.layout, loss_tokens(batch)
+        ours = layout.chain(chain)
+        context = ours.context(layout.part(batch))
+        flat, sums = sweep(segments(ours.stages, remat), params, context, tokens, dtype, execution)
+        return tree.map_with_path(lambda path, _: flat[path], params), per_token(layout.total(sums), tokens)
 
     return gradients
 
 
+def sweep(
+    parts: tuple[Segment, ...], params: Tree, context: Context, tokens: Tensor, dtype: torch.dtype, execution: Execution
+) -> tuple[dict[str, Tensor], Metrics]:
+    """Gradients by path of the loss divided by ``tokens``, as the layout keeps them, and the sums of this rank's tokens.
+
+    While a segment computes, the next one's weights are on their way, and the last one's gradients.
+    """
+    layout = execution.layout
+    held: list[tuple[Weights, SegmentPullback]] = []
+    carry: Carry = None
+    ahead = layout.fetch(params, parts[0].params, dtype)
+    for i, segment in enumerate(parts):
+        weights = ahead
+        weights.ready()
+        if i + 1 < len(parts):
+            ahead = layout.fetch(params, parts[i + 1].params, dtype)
+        carry, pullback = pull(segment, weights, carry, context, execution)
+        if i + 1 < len(parts):  # the last one's are needed again at once
+            weights.free()
+        held.append((weights, pullback))
+    total, metrics = carry
+    cotangent: Any = 1.0 / tokens.to(total.dtype)
+    found: dict[str, Tensor] = {}
+    arriving: Callable[[], dict[str, Tensor]] = dict
+    while held:
+        weights, pullback = held.pop()
+        weights.ready()
+        if held:
+            held[-1][0].again()
+        grads, cotangent = pullback(cotangent)
+        weights.free()
+        del pullback
+        leaving = layout.reduce({name: g for path, subtree in grads.items() for name, g in tree.items(subtree, path)})
+        _add(found, arriving())
+        arriving = leaving
+    _add(found, arriving())
+    return layout.finish(found), {"loss": total.detach(), **metrics}
+
+
+def _add(found: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    """Tied weights have gradients from two segments."""
+    for path, g in more.items():
+        found[path] = found[path] + g if path in found else g
+
+
 def pull(
-    segment: Segment, weights: dict[str, Tree], carry: Carry, context: Context, execution: Execution
+    segment: Segment, weights: Weights, carry: Carry, context: Context, execution: Execution
 ) -> tuple[Carry, SegmentPullback]:
-    """Run a segment with ``weights`` (path -> subtree in the compute dtype); return its carry and its pullback.
+    """Run a segment; return its carry and its pullback.
 
     The pullback takes the cotangent of the carry to those of the weights (in the compute dtype) and of the incoming carry.
     """
 
     def forward() -> tuple[Carry, list[tuple[Stage, Callable[[Any], tuple[tuple[Tree, ...], Any]]]]]:
-        x, pullbacks = carry, []
+        x, pullbacks, tensors = carry, [], weights.ready()
         for stage in segment.stages:
-            x, pullback = pull_stage(stage, tuple(weights[path] for path in stage.params), x, context, execution)
+            x, pullback = pull_stage(stage, tuple(tensors[path] for path in stage.params), x, context, execution)
             pullbacks.append((stage, pullback))
         return x, pullbacks
 
@@ -201,13 +234,3 @@ def _tensors(carry: Carry) -> tuple[Tensor, ...]:
 
 def _detach(out: Carry) -> Carry:
     return tuple(p.detach() if isinstance(p, Tensor) else p for p in out) if isinstance(out, tuple) else out.detach()
-
-
-def compute_copies(subtree: Tree, dtype: torch.dtype) -> Tree:
-    """`compute_copy` of every leaf."""
-    return tree.map(lambda p: compute_copy(p, dtype), subtree)
-
-
-def wide(g: Tensor) -> Tensor:
-    """A gradient in at least fp32."""
-    return g if g.dtype == torch.float64 else g.float()

@@ -44,3 +44,15 @@ def batches(draw: st.DrawFn, vocab_size: int, rows: int = 4) -> Batch:
         steps = torch.rand(rows, length, generator=generator) < 0.3
         batch["documents"] = steps.long().cumsum(1)
     return batch
+
+
+@st.composite
+def boxes(draw, shape):
+    """A part of a tensor: offset and shape, empty ones included."""
+    bounds = [sorted((draw(st.integers(0, n)), draw(st.integers(0, n)))) for n in shape]
+    return tuple(a for a, _ in bounds), tuple(b - a for a, b in bounds)
+
+
+def part_of(tensor, box):
+    """That part of a tensor."""
+    return tensor[tuple(slice(start, start + n) for start, n in zip(*box, strict=True))]

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from olmo_fn import tree
 from olmo_fn.grad import EAGER, Batch, Chain, Context, Execution, Stage, loss_tokens, subtrees
-from olmo_fn.tape import compute_copies, pull, segments
+from olmo_fn.tape import pull, segments
 from olmo_fn.tree import Tree
 
 
@@ -44,7 +43,7 @@ def evaluate(
         context: Context = loss.context(batch)
         carry: Any = None
         for segment in parts:
-            weights = {path: compute_copies(tree.at(params, path), dtype) for path in segment.params}
+            weights = execution.layout.fetch(params, segment.params, dtype)
             carry, _ = pull(segment, weights, carry, context, execution)
         total += cross_entropy(loss.stages[-1], params, carry, context["labels"])
         tokens += int(loss_tokens(batch))

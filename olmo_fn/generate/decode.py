@@ -89,7 +89,7 @@ def _extend(cfg: Model, params: Tree, ids: Tensor, cache: Cache) -> tuple[Tensor
     cos, sin = rope_table(positions, cfg.k, cfg.rope_theta)
     windows = [cfg.window(layer) for layer in range(cfg.n_layers)]
     sees = {window: _seen(start, stop, window, pads, ids.device) for window in set(windows)}
-    x = embed(params["embed"], None, {"input_ids": ids})
+    x = embed(params["embed"], ids)
     for layer, window in enumerate(windows):
         p, kept, (first, mask) = params["blocks"][str(layer)], cache.blocks[str(layer)], sees[window]
         q, k, v = project(p["attention"], x, cos, sin, head_dim=cfg.k, eps=cfg.norm_eps)

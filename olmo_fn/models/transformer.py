@@ -16,12 +16,14 @@ from torch import Tensor
 
 from olmo_fn.grad import Batch, Chain, Context, Function, Kernel, Metrics, Pullback, Stage, subtrees
 from olmo_fn.models.config import Model
-from olmo_fn.nn.attend import attend, attend_vjp
+from olmo_fn.nn.attend_over import CPMethod, attend_over, attend_over_vjp, positions_of
 from olmo_fn.nn.attention import attention_specs, merge_heads, project
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_specs, feed_forward_vjp
-from olmo_fn.nn.head import head_loss, head_vjp
+from olmo_fn.nn.head import head_loss, head_vjp, own_rows
 from olmo_fn.nn.norm import rms_norm, rms_norm_spec
 from olmo_fn.nn.rope import rope_table
+from olmo_fn.parallel.axis import ALONE, Axes, Axis
+from olmo_fn.parallel.collectives import all_gather, enter, reduce_scatter
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
@@ -67,24 +69,30 @@ def _embed_init(cfg: Model) -> Init:
     return Init("normal", cfg.d_model**-0.5 if cfg.init_method == "normalized" else 1.0)
 
 
-def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
+def loss(cfg: Model, *, z_loss: float = 0.0, axes: Axes = ALONE, cp_method: CPMethod = "gather") -> Chain:
     """The training loss as a chain: ``(params, batch) -> (sum of losses, metrics)``.
 
     ``batch`` holds ``input_ids`` and ``labels`` (B, T) int64, and optionally ``documents`` (B, T): numbers that tell the
     documents of a row apart. With them attention stays inside a document and positions restart in each.
+
+    On ``axes`` it is one rank's share: with tensor parallelism the residual stream between stages is a rank's part of the
+    sequence (Korthikanti et al. 2022, sequence parallelism), with context parallelism everything but attention is. The
+    sum is that of this rank's tokens.
     """
     cfg.check()
-    blocks = [stage for layer in range(cfg.n_layers) for stage in block_stages(cfg, layer)]
+    tp, cp = axes.tp, axes.cp
+    blocks = [stage for layer in range(cfg.n_layers) for stage in block_stages(cfg, layer, tp, cp, cp_method)]
     w_out = "embed" if cfg.tie_embeddings else "head.w_out"
-    head, head_vjp_ = _head(z_loss)
+    head, head_pullback = _head(z_loss, tp)
     return Chain(
-        partial(context, cfg),
+        partial(context, cfg, cp=cp),
         (
-            Stage("embed", ("embed",), embed, compiled=False),  # compiled scatter-add is not deterministic
+            Stage("embed", ("embed",), _embed(tp), compiled=False),  # compiled scatter-add is not deterministic
             *blocks,
-            Stage("head_norm", ("head.norm",), _head_norm(cfg.norm_eps)),
-            Stage("head", (w_out,), head, vjp=head_vjp_),
+            Stage("head_norm", ("head.norm",), _head_norm(cfg.norm_eps, tp)),
+            Stage("head", (w_out,), head, vjp=head_pullback),
         ),
+        on=lambda axes, cp_method: loss(cfg, z_loss=z_loss, axes=axes, cp_method=cp_method),
     )
 
 
@@ -108,16 +116,17 @@ def output_matrix(params: Tree) -> Tensor:
     return params["head"].get("w_out", params["embed"])
 
 
-def context(cfg: Model, batch: Batch) -> Context:
-    """What all stages share: ids, labels, the rotary table of the positions, and the documents if there are any."""
-    ids = batch["input_ids"]
+def context(cfg: Model, batch: Batch, cp: Axis = Axis()) -> Context:  # noqa: B008
+    """What all stages share: ids, labels, the rotary table of the positions, and the documents if there are any.
+
+    On an axis ``cp``, those of this rank's positions; documents are whole, for the masks.
+    """
+    T = batch["input_ids"].shape[1]
+    own = positions_of(T, cp, batch["input_ids"].device)
     documents = batch.get("documents")
-    if documents is None:
-        positions = torch.arange(ids.shape[1], device=ids.device)
-    else:
-        positions = restarting_positions(documents)
+    positions = own if documents is None else restarting_positions(documents)[:, own]
     cos, sin = rope_table(positions, cfg.k, cfg.rope_theta)
-    shared = {"input_ids": ids, "labels": batch["labels"], "cos": cos, "sin": sin}
+    shared = {"input_ids": batch["input_ids"][:, own], "labels": batch["labels"][:, own], "cos": cos, "sin": sin}
     return shared if documents is None else {**shared, "documents": documents}
 
 
@@ -136,84 +145,97 @@ def restarting_positions(documents: Tensor) -> Tensor:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def embed(weight: Tensor, carry: None, ctx: Context) -> Tensor:
-    """Rows of ``weight`` (V, D) for the ids (B, T): (B, T, D)."""
-    return F.embedding(ctx["input_ids"], weight)
-
-
-def block_stages(cfg: Model, layer: int) -> tuple[Stage, ...]:
-    """The stages of a block. Blocks with the same window share their functions, so they compile once.
-
-    The carry is x (B, T, D), and between the projections and the output of attention also what attention works on.
+def embed(weight: Tensor, ids: Tensor, tp: Axis = Axis()) -> Tensor:  # noqa: B008
+    """Rows of ``weight`` (V, D) for the ids (B, T): (B, T, D); on an axis ``tp``, where each rank has some rows, this rank's
+    part of the sequence.
     """
-    at, attention = f"blocks.{layer}", f"blocks.{layer}.attention"
-    projections = tuple(f"{attention}.{name}" for name in PROJECTIONS)
-    mix, mix_vjp = _attend(cfg.window(layer))
-    return (
-        Stage("project", projections, _project(cfg.k, cfg.norm_eps), layer),
-        Stage("attend", (), mix, layer, mix_vjp),
-        Stage("attention_out", (f"{attention}.w_out", f"{at}.attention_norm"), _attention_out(cfg.norm_eps), layer),
-        Stage("feed_forward", (f"{at}.feed_forward",), _feed_forward, layer, _feed_forward_vjp),
-        Stage("feed_forward_out", (f"{at}.feed_forward_norm",), _feed_forward_out(cfg.norm_eps), layer),
-    )
+    if tp.size == 1:
+        return F.embedding(ids, weight)
+    own, here = own_rows(ids, weight.shape[0], tp)
+    return reduce_scatter(F.embedding(own, weight) * here[..., None].to(weight.dtype), 1, tp)
+
+
+@cache
+def _embed(tp: Axis) -> Function:
+    return lambda weight, carry, ctx: embed(weight, ctx["input_ids"], tp)
 
 
 PROJECTIONS = ("w_q", "w_k", "w_v", "q_norm", "k_norm")
 
 
+def block_stages(cfg: Model, layer: int, tp: Axis, cp: Axis, cp_method: CPMethod) -> tuple[Stage, ...]:
+    """The stages of a block. Blocks with the same window share their functions, so they compile once.
+
+    The carry is x (B, T, D), inside the block also what a sublayer works on: queries, keys and values; its whole sequence.
+    """
+    at, attention = f"blocks.{layer}", f"blocks.{layer}.attention"
+    projections = tuple(f"{attention}.{name}" for name in PROJECTIONS)
+    mix, mix_pullback = _attend(cfg.window(layer), cp, cp_method)
+    return (
+        Stage("project", projections, _project(cfg.k, cfg.norm_eps, tp), layer),
+        Stage("attend", (), mix, layer, mix_pullback),
+        Stage("attention_out", (f"{attention}.w_out", f"{at}.attention_norm"), _attention_out(cfg.norm_eps, tp), layer),
+        Stage("feed_forward", (f"{at}.feed_forward",), _feed_forward, layer, _feed_forward_pullback),
+        Stage("feed_forward_out", (f"{at}.feed_forward_norm",), _feed_forward_out(cfg.norm_eps, tp), layer),
+    )
+
+
 @cache
-def _project(head_dim: int, eps: float) -> Function:
+def _project(head_dim: int, eps: float, tp: Axis) -> Function:
     def project_heads(*args: Any) -> tuple[Tensor, ...]:
         *weights, x, ctx = args
         p = dict(zip(PROJECTIONS, weights, strict=True))
-        return x, *project(p, x, ctx["cos"], ctx["sin"], head_dim=head_dim, eps=eps)
+        return x, *project(p, all_gather(x, 1, tp), ctx["cos"], ctx["sin"], head_dim=head_dim, eps=eps, tp=tp)
 
     return project_heads
 
 
 @cache
-def _attend(window: int | None) -> tuple[Function, Function]:
+def _attend(window: int | None, cp: Axis, cp_method: CPMethod) -> tuple[Function, Function]:
     """``fn`` and ``vjp`` of the stage between the projections and the output of attention."""
 
     def fn(carry: tuple[Tensor, ...], ctx: Context) -> tuple[Tensor, ...]:
-        x, q, k, v = carry
-        return x, attend(q, k, v, window=window, documents=ctx.get("documents"))
+        x, *qkv = carry
+        return x, attend_over(*qkv, cp=cp, method=cp_method, window=window, documents=ctx.get("documents"))
 
     def vjp(carry: tuple[Tensor, ...], ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
-        x, q, k, v = carry
-        out, pullback = attend_vjp(q, k, v, window=window, documents=ctx.get("documents"), kernel=kernel)
+        x, *qkv = carry
+        documents = ctx.get("documents")
+        out, pullback = attend_over_vjp(*qkv, cp=cp, method=cp_method, window=window, documents=documents, kernel=kernel)
         return (x, out), lambda cotangent: ((), (cotangent[0], *pullback(cotangent[1])))
 
     return fn, vjp
 
 
 @cache
-def _attention_out(eps: float) -> Function:
-    def attention_out(w_out: Tensor, norm: Tensor, carry: tuple[Tensor, Tensor], ctx: Context) -> Tensor:
+def _attention_out(eps: float, tp: Axis) -> Function:
+    def attention_out(w_out: Tensor, norm: Tensor, carry: tuple[Tensor, Tensor], ctx: Context) -> tuple[Tensor, Tensor]:
         x, heads = carry
-        return residual(norm, x, merge_heads(w_out, heads), eps)
+        x = residual(enter(norm, tp), x, reduce_scatter(merge_heads(w_out, heads), 1, tp), eps)
+        return x, all_gather(x, 1, tp)
 
     return attention_out
 
 
-def _feed_forward(p: Tree, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-    return x, feed_forward(p, x)
+def _feed_forward(p: Tree, carry: tuple[Tensor, Tensor], ctx: Context) -> tuple[Tensor, Tensor]:
+    return carry[0], feed_forward(p, carry[1])
 
 
-def _feed_forward_vjp(p: Tree, x: Tensor, ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
-    out, pullback = feed_forward_vjp(p, x, kernel)
+def _feed_forward_pullback(p: Tree, carry: tuple[Tensor, Tensor], ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
+    out, pullback = feed_forward_vjp(p, carry[1], kernel)
 
-    def stage_pullback(cotangent: tuple[Tensor, Tensor]) -> tuple[tuple[Tree], Tensor]:
+    def stage_pullback(cotangent: tuple[Tensor, Tensor]) -> tuple[tuple[Tree], tuple[Tensor, Tensor]]:
         d_p, d_x = pullback(cotangent[1])
-        return (d_p,), d_x.add_(cotangent[0])
+        return (d_p,), (cotangent[0], d_x)
 
-    return (x, out), stage_pullback
+    return (carry[0], out), stage_pullback
 
 
 @cache
-def _feed_forward_out(eps: float) -> Function:
+def _feed_forward_out(eps: float, tp: Axis) -> Function:
     def feed_forward_out(norm: Tensor, carry: tuple[Tensor, Tensor], ctx: Context) -> Tensor:
-        return residual(norm, *carry, eps)
+        x, out = carry
+        return residual(enter(norm, tp), x, reduce_scatter(out, 1, tp), eps)
 
     return feed_forward_out
 
@@ -224,22 +246,22 @@ def residual(norm: Tensor, x: Tensor, out: Tensor, eps: float) -> Tensor:
 
 
 @cache
-def _head_norm(eps: float) -> Function:
+def _head_norm(eps: float, tp: Axis) -> Function:
     def head_norm(norm: Tensor, x: Tensor, ctx: Context) -> Tensor:
-        return rms_norm(norm, x, eps)
+        return all_gather(rms_norm(enter(norm, tp), x, eps), 1, tp)
 
     return head_norm
 
 
 @cache
-def _head(z_loss: float) -> tuple[Function, Function]:
+def _head(z_loss: float, tp: Axis) -> tuple[Function, Function]:
     """``fn`` and ``vjp`` of the head's stage."""
 
     def fn(w_out: Tensor, h: Tensor, ctx: Context) -> tuple[Tensor, Metrics]:
-        return head_loss(w_out, h, ctx["labels"], z_loss=z_loss)
+        return head_loss(w_out, h, ctx["labels"], z_loss=z_loss, tp=tp)
 
     def vjp(w_out: Tensor, h: Tensor, ctx: Context, kernel: Kernel) -> tuple[tuple[Tensor, Metrics], Pullback]:
-        out, pullback = head_vjp(w_out, h, ctx["labels"], z_loss=z_loss, kernel=kernel)
+        out, pullback = head_vjp(w_out, h, ctx["labels"], z_loss=z_loss, kernel=kernel, tp=tp)
 
         def stage_pullback(cotangent: Tensor) -> tuple[tuple[Tensor], Tensor]:
             d_w, d_h = pullback(cotangent)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from olmo_fn.grad import Kernel, identity
 
+UNSEEN = -1e30  # added to scores: finite, so that a row that sees nothing has a log-sum-exp that weighs nothing, and no NaN
 TILE = 128  # rows or columns of a tile: its scores stay in the processor's cache between two products
 
 
@@ -28,21 +30,24 @@ def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (distance < window)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, documents: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, documents: Tensor | None = None, offset: int = 0
+) -> Tensor:
     """Causal softmax(q kᵀ / √K) v, in plain differentiable operations: the definition.
 
-    ``q`` (B, H, T, K), ``k`` and ``v`` (B, N, T, K) with N dividing H; ``documents`` (B, T): positions of different
-    documents do not see each other. Returns (B, H, T, K). The softmax is in fp32. By blocks of rows, each of which
-    multiplies only with keys that it may see.
+    ``q`` (B, H, R, K) for the positions from ``offset`` on, ``k`` and ``v`` (B, N, T, K), N dividing H, for those from 0 on.
+    ``documents`` (B, T): positions of different documents do not see each other. Returns (B, H, R, K). The softmax is in fp32.
+    By blocks of rows, each of which multiplies only with keys that it may see.
     """
-    T, N = q.shape[2], k.shape[1]
+    R, N = q.shape[2], k.shape[1]
     q = q if q.shape[1] == N else q.unflatten(1, (N, -1))
-    block, out = max(TILE, -(-T // 8)), []  # few blocks, so that a traced program stays short
-    for start in range(0, T, block):
-        stop = min(start + block, T)
-        first = 0 if window is None else max(0, start - window + 1)
-        mask = _mask((start, stop), (first, stop), window, documents, q.device)
-        out.append(attend_masked(q[..., start:stop, :], k[:, :, first:stop], v[:, :, first:stop], mask))
+    block, out = max(TILE, -(-R // 8)), []  # few blocks, so that a traced program stays short
+    for start in range(0, R, block):
+        stop = min(start + block, R)
+        rows = (offset + start, offset + stop)
+        columns = (0 if window is None else max(0, rows[0] - window + 1), rows[1])
+        mask, keys = _mask(rows, columns, window, documents, q.device), slice(*columns)
+        out.append(attend_masked(q[..., start:stop, :], k[:, :, keys], v[:, :, keys], mask))
     return torch.cat(out, dim=2)
 
 
@@ -90,67 +95,118 @@ def attend_vjp(
     *,
     window: int | None = None,
     documents: Tensor | None = None,
+    offset: int = 0,
     kernel: Kernel = identity,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """`attend` with its pullback, which takes the result's cotangent to those of ``q``, ``k`` and ``v``.
 
     Keeps only the result and each row's log-sum-exp, and computes the weights again (Dao et al. 2022, FlashAttention,
-    algorithms 1 and 4). Forward goes by tiles of rows and backward by tiles of columns, whose scores are transposed, so that
-    the large operand of four products in five is contiguous and only the queries' gradient is added up. ``kernel`` compiles
-    the two elementwise functions.
+    algorithms 1 and 4). ``kernel`` compiles the two elementwise functions.
     """
-    B, H, T, K = q.shape
-    N = k.shape[1]
-    G, scale, wide = H // N, K**-0.5, torch.promote_types(q.dtype, torch.float32)
-    softmax, gradient = kernel(_softmax), kernel(_softmax_gradient)
-    size = B * H * TILE * T
-
-    def rows_of(x: Tensor) -> Tensor:  # row t·G + g: a range of positions is a range of rows
-        return x.unflatten(1, (N, G)).transpose(2, 3).reshape(B * N, T * G, K)
-
-    def heads_of(x: Tensor) -> Tensor:
-        return x.view(B, N, T, G, K).transpose(2, 3).reshape(B, H, T, K)
-
-    def bias(rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-        if documents is None:
-            return _bias(rows, columns, window, G, wide, q.device)
-        table = _as_bias(_mask(rows, columns, window, documents, q.device), G, wide)
-        return table.expand(-1, N, -1, -1).flatten(0, 1)
-
-    keys, values, queries = k.reshape(B * N, T, K), v.reshape(B * N, T, K), rows_of(q)
-    lse = torch.empty(B * N, T * G, dtype=wide, device=q.device)
-    out = torch.empty_like(queries)
-    scratch = q.new_empty(size)
-    for start in reversed(range(0, T, TILE)):  # the widest first: a kernel traced with a square tile would be compiled twice
-        stop = min(start + TILE, T)
-        first = 0 if window is None else max(0, start - window + 1)
-        rows = slice(start * G, stop * G)
-        tile = _product(scratch, queries[:, rows], keys[:, first:stop].mT)
-        total, lse[:, rows] = softmax(tile, bias((start, stop), (first, stop)), scale)
-        out[:, rows] = (tile @ values[:, first:stop]).div_(total)
-    del scratch, tile
+    tiles = Tiles(window, documents, offset, 0, kernel)
+    out, lse = tiles.forward(q, k, v)
 
     def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_out = rows_of(cotangent)
-        delta = (d_out.to(wide) * out).sum(-1)
-        d_q = torch.zeros_like(queries, dtype=wide)
-        d_k, d_v = torch.empty_like(keys), torch.empty_like(values)
-        one, two = q.new_empty(size), q.new_empty(size)
-        for start in range(0, T, TILE):
-            stop = min(start + TILE, T)
-            last = T if window is None else min(T, stop - 1 + window)
-            rows, columns = slice(start * G, last * G), slice(start, stop)
+        return tiles.backward(q, k, v, cotangent, lse, (cotangent.to(lse.dtype) * out).sum(-1))
+
+    return out, pullback
+
+
+class Tiles(NamedTuple):
+    """Attention of queries for the positions from ``offset`` on to keys for those from ``key_offset`` on.
+
+    Forward goes by tiles of rows and backward by tiles of columns, whose scores are transposed, so that the large operand
+    of four products in five is contiguous and only the queries' gradient is added up.
+    """
+
+    window: int | None
+    documents: Tensor | None
+    offset: int
+    key_offset: int
+    kernel: Kernel
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The result (B, H, R, K), and the log-sum-exp of each row (B, H, R), very negative where a row sees nothing."""
+        queries, keys, values, heads = *_by_kv_head(q, k, v), _Heads(q, k)
+        softmax, size = self.kernel(_softmax), heads.G
+        out, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:2], dtype=heads.wide)
+        scratch = q.new_empty(queries.shape[0] * min(TILE, q.shape[2]) * size * k.shape[2])
+        for start in reversed(range(0, q.shape[2], TILE)):  # the widest first, so that kernels are not traced with a square
+            stop = min(start + TILE, q.shape[2])
+            columns, rows = self._columns(start, stop, k.shape[2]), slice(start * size, stop * size)
+            tile = _product(scratch, queries[:, rows], keys[:, columns].mT)
+            total, lse[:, rows] = softmax(tile, self._bias((start, stop), (columns.start, columns.stop), heads), heads.scale)
+            out[:, rows] = (tile @ values[:, columns]).div_(total)
+        return heads.apart(out), heads.apart(lse[..., None])[..., 0]
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cotangents of ``q``, ``k`` and ``v`` from that of the result. ``lse`` and ``delta`` = Σ d_out · out (B, H, R) may be
+        those of a softmax over more keys than these.
+        """
+        queries, keys, values, heads = *_by_kv_head(q, k, v), _Heads(q, k)
+        d_out, lse, delta = heads.together(d_out), *(heads.together(x[..., None])[..., 0] for x in (lse, delta))
+        gradient, size = self.kernel(_softmax_gradient), heads.G
+        d_q = torch.zeros_like(queries, dtype=heads.wide)
+        d_k, d_v = torch.zeros_like(keys), torch.zeros_like(values)
+        one, two = (q.new_empty(queries.shape[0] * min(TILE, k.shape[2]) * size * q.shape[2]) for _ in range(2))
+        for start in range(0, k.shape[2], TILE):
+            stop = min(start + TILE, k.shape[2])
+            first, last = self._rows(start, stop, q.shape[2])
+            if first >= last:
+                continue
+            rows, columns = slice(first * size, last * size), slice(start, stop)
             some_keys, some_queries, some_d_out = (x.contiguous() for x in (keys[:, columns], queries[:, rows], d_out[:, rows]))
             weights = _product(one, some_keys, some_queries.mT)
             d_scores = _product(two, values[:, columns].contiguous(), some_d_out.mT)
             statistics = (x[:, rows].contiguous()[:, None] for x in (lse, delta))
-            gradient(weights, d_scores, bias((start, last), (start, stop)).mT, *statistics, scale)
+            gradient(weights, d_scores, self._bias((first, last), (start, stop), heads).mT, *statistics, heads.scale)
             d_v[:, columns] = weights @ some_d_out
             d_k[:, columns] = d_scores @ some_queries
             d_q[:, rows] += d_scores.mT @ some_keys
-        return heads_of(d_q.to(q.dtype)), d_k.view_as(k), d_v.view_as(v)
+        return heads.apart(d_q.to(q.dtype)), d_k.view_as(k), d_v.view_as(v)
 
-    return heads_of(out), pullback
+    def _columns(self, start: int, stop: int, T: int) -> slice:
+        """The keys that rows ``start`` to ``stop`` may see; at least one, so that a row has a softmax."""
+        shift = self.offset - self.key_offset
+        end = max(1, min(T, stop + shift))
+        return slice(0 if self.window is None else min(max(0, start + shift - self.window + 1), end - 1), end)
+
+    def _rows(self, start: int, stop: int, R: int) -> tuple[int, int]:
+        """The rows that may see keys ``start`` to ``stop``."""
+        shift = self.offset - self.key_offset
+        return max(0, start - shift), R if self.window is None else min(R, stop - 1 - shift + self.window)
+
+    def _bias(self, rows: tuple[int, int], columns: tuple[int, int], heads: _Heads) -> Tensor:
+        at = [(a + by, b + by) for (a, b), by in ((rows, self.offset), (columns, self.key_offset))]
+        if self.documents is None:
+            return _bias(at[0], at[1], self.window, heads.G, heads.wide, heads.device)
+        mask = _mask(at[0], at[1], self.window, self.documents, heads.device)
+        table = _as_bias(mask, heads.G, heads.wide)
+        return table.expand(-1, heads.N, -1, -1).flatten(0, 1)
+
+
+class _Heads:
+    """Sizes, and the two layouts of queries: (B, H, R, K), and (B·N, R·G, K), where a range of positions is one of rows."""
+
+    def __init__(self, q: Tensor, k: Tensor) -> None:
+        self.B, H, self.R, K = q.shape
+        self.N = k.shape[1]
+        self.G, self.scale, self.device = H // self.N, K**-0.5, q.device
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+
+    def together(self, x: Tensor) -> Tensor:
+        """(B, H, R, ·) as (B·N, R·G, ·)."""
+        return x.unflatten(1, (self.N, self.G)).transpose(2, 3).reshape(self.B * self.N, self.R * self.G, -1)
+
+    def apart(self, x: Tensor) -> Tensor:
+        """(B·N, R·G, ·) as (B, H, R, ·)."""
+        return x.view(self.B, self.N, self.R, self.G, -1).transpose(2, 3).reshape(self.B, self.N * self.G, self.R, -1)
+
+
+def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _Heads(q, k).together(q), k.flatten(0, 1), v.flatten(0, 1)
 
 
 @lru_cache(256)
@@ -161,8 +217,8 @@ def _bias(
 
 
 def _as_bias(mask: Tensor, G: int, dtype: torch.dtype) -> Tensor:
-    """0 where ``mask`` (..., R, C) is true and -inf elsewhere, each row G times: (..., R·G, C)."""
-    bias = torch.where(mask, 0.0, float("-inf")).to(dtype)
+    """0 where ``mask`` (..., R, C) is true and UNSEEN elsewhere, each row G times: (..., R·G, C)."""
+    bias = torch.where(mask, 0.0, UNSEEN).to(dtype)
     return bias if G == 1 else bias.repeat_interleave(G, -2)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from olmo_fn.nn.norm import rms_norm, rms_norm_spec
 from olmo_fn.nn.rope import rotate
+from olmo_fn.parallel.axis import Axis
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
@@ -26,11 +27,23 @@ def attention_specs(d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, 
     }
 
 
-def project(p: Tree, x: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, H, T, K), keys and values (B, N, T, K) of ``x`` (B, T, D): projected, normalised, rotated."""
+def project(
+    p: Tree,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    head_dim: int,
+    eps: float,
+    tp: Axis = Axis(),  # noqa: B008
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, T, K), keys and values (B, N, T, K) of ``x`` (B, T, D): projected, normalised, rotated.
+
+    On an axis ``tp`` each rank has some of the heads, and the norms still span all of them.
+    """
     B, T, _ = x.shape
-    q = rotate(rms_norm(p["q_norm"], x @ p["w_q"], eps).view(B, T, -1, head_dim), cos, sin)
-    k = rotate(rms_norm(p["k_norm"], x @ p["w_k"], eps).view(B, T, -1, head_dim), cos, sin)
+    q = rotate(rms_norm(p["q_norm"], x @ p["w_q"], eps, tp).view(B, T, -1, head_dim), cos, sin)
+    k = rotate(rms_norm(p["k_norm"], x @ p["w_k"], eps, tp).view(B, T, -1, head_dim), cos, sin)
     v = (x @ p["w_v"]).view(B, T, -1, head_dim)
     return q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
 

@@ -11,23 +11,35 @@ import torch
 from torch import Tensor
 
 from olmo_fn.grad import IGNORE, Kernel, Metrics, identity
+from olmo_fn.parallel.axis import Axis
+from olmo_fn.parallel.collectives import pmax, psum
 
 LOGITS_BYTES = 1 << 23  # logits that live at once, if that is not less than
 LOGITS_ROWS = 1024  # rows, which fast matrix products need
 
 
-def head_loss(w_out: Tensor, h: Tensor, labels: Tensor, *, z_loss: float) -> tuple[Tensor, Metrics]:
+def head_loss(
+    w_out: Tensor,
+    h: Tensor,
+    labels: Tensor,
+    *,
+    z_loss: float,
+    tp: Axis = Axis(),  # noqa: B008
+) -> tuple[Tensor, Metrics]:
     """Summed cross entropy plus ``z_loss · logsumexp²`` (PaLM, section 5) over the labels that count.
 
     ``w_out`` (V, D), ``h`` (..., D) after the final norm, ``labels`` (...), `IGNORE` where there is no loss. Returns the sum
     (0-d, fp32) and its two parts ``ce`` and ``z``. Plain differentiable operations: for ``torch.func``, and the
-    definition that `head_vjp` must agree with.
+    definition that `head_vjp` must agree with. On an axis ``tp`` each rank has some rows of the vocabulary, and the same
+    ``h``; the sum is the whole one on all of them, the gradient of ``h`` a rank's share.
     """
     logits = h @ w_out.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     counts = labels != IGNORE
-    lse = logits.logsumexp(-1)
-    target = logits.gather(-1, labels.where(counts, 0)[..., None])[..., 0]
+    index, here = own_rows(labels, w_out.shape[0], tp)
+    top = pmax(logits.detach().amax(-1), tp)
+    lse = top + psum((logits - top[..., None]).exp().sum(-1), tp).log()
+    target = psum(logits.gather(-1, index[..., None])[..., 0].where(here, 0.0), tp)
     ce = (lse - target).where(counts, 0.0).sum()
     z = z_loss * lse.square().where(counts, 0.0).sum()
     return ce + z, {"ce": ce.detach(), "z": z.detach()}
@@ -40,6 +52,7 @@ def head_vjp(
     *,
     z_loss: float,
     kernel: Kernel = identity,
+    tp: Axis = Axis(),  # noqa: B008
 ) -> tuple[tuple[Tensor, Metrics], Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """`head_loss` with its pullback, which takes the cotangent of the sum to those of ``w_out`` and ``h``.
 
@@ -57,7 +70,7 @@ def head_vjp(
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         logits = torch.mm(h[part], w_out.T, out=buffer[: part.stop - start])
-        sums += _to_gradient(logits, target[part], z_loss, kernel)
+        sums += _to_gradient(logits, target[part], z_loss, kernel, tp)
         torch.mm(logits, w_out, out=d_h[part])
         d_w = _add_product(d_w, logits, h[part])
     del buffer, logits
@@ -71,29 +84,54 @@ def head_vjp(
     return (ce + z, {"ce": ce, "z": z}), pullback
 
 
-def _to_gradient(logits: Tensor, target: Tensor, z_loss: float, kernel: Kernel) -> Tensor:
+def own_rows(ids: Tensor, V: int, tp: Axis) -> tuple[Tensor, Tensor]:
+    """Ids as rows of this rank's part of the vocabulary, 0 where they are not of it; and where they are.
+
+    ``V`` is the size of this rank's part. Parts but the last ones are of one size, which the first rank's tells.
+    """
+    width = V if tp.size == 1 else int(pmax(torch.tensor(V, device=ids.device), tp))
+    own = ids - tp.index * width
+    here = (own >= 0) & (own < V)
+    return own.where(here, 0), here
+
+
+def _to_gradient(logits: Tensor, target: Tensor, z_loss: float, kernel: Kernel, tp: Axis) -> Tensor:
     """Overwrite ``logits`` (R, V) by the loss's gradient with respect to them; return the sums of ce and z, (2,).
 
     d/dlogits = softmax · (1 + 2 z_loss · logsumexp) - onehot(target), and 0 in rows without a label.
     """
-    counts = target != IGNORE
-    index = target.where(counts, 0)[:, None]
     wide = torch.promote_types(logits.dtype, torch.float32)
+    counts = (target != IGNORE)[:, None]
+    index, here = (x[:, None] for x in own_rows(target, logits.shape[1], tp))
     label = logits.gather(1, index).to(wide)
-    lse = kernel(_softmax_times)(logits, counts[:, None].to(wide), z_loss)
+    if tp.size == 1:
+        lse = kernel(_softmax_times)(logits, counts.to(wide), z_loss)
+    else:
+        own = kernel(_logsumexp)(logits, counts.to(wide))
+        top = pmax(own, tp)
+        lse = top + psum((own - top).exp(), tp).log()
+        kernel(_softmax_given)(logits, lse, counts.to(wide), z_loss)
     at_label = (label - lse).exp() * (1 + 2 * z_loss * lse) - 1
-    logits.scatter_(1, index, at_label.where(counts[:, None], 0.0).to(logits.dtype))
-    ce, z = lse - label, z_loss * lse.square()
-    return torch.stack((ce, z)).where(counts[:, None], 0.0).sum((1, 2))
+    logits.scatter_(1, index, at_label.to(logits.dtype).where(here & counts, logits.gather(1, index)))
+    ce, z = lse - psum(label.where(here, 0.0), tp), z_loss * lse.square()
+    return torch.stack((ce, z)).where(counts, 0.0).sum((1, 2))
 
 
 def _softmax_times(logits: Tensor, counts: Tensor, z_loss: float) -> Tensor:
     """Overwrite ``logits`` (R, V) by softmax · ``counts`` · (1 + 2 z_loss · lse); return the log-sum-exp (R, 1)."""
+    lse = _logsumexp(logits, counts)
+    _softmax_given(logits, lse, counts, z_loss)
+    return lse
+
+
+def _logsumexp(logits: Tensor, counts: Tensor) -> Tensor:
     x = logits.to(counts.dtype)
     top = x.amax(-1, keepdim=True)
-    lse = top + (x - top).exp().sum(-1, keepdim=True).log()
-    logits.copy_((x - lse).exp() * (counts * (1 + 2 * z_loss * lse)))
-    return lse
+    return top + (x - top).exp().sum(-1, keepdim=True).log()
+
+
+def _softmax_given(logits: Tensor, lse: Tensor, counts: Tensor, z_loss: float) -> None:
+    logits.copy_((logits.to(counts.dtype) - lse).exp() * (counts * (1 + 2 * z_loss * lse)))
 
 
 def _add_product(total: Tensor | None, d_logits: Tensor, h: Tensor) -> Tensor:

@@ -1,0 +1,117 @@
+"""Where parameters live and how they come into use, as the engines and the step see it; this one is a single process.
+
+`olmo_fn.parallel.sharded.Sharded` is the other one. Every method here is the identity, or nearly, and every method there
+must be invisible in the numbers: that is law 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from olmo_fn import tree
+from olmo_fn.tree import Tree
+
+if TYPE_CHECKING:
+    from olmo_fn.grad import Batch, Chain, Metrics
+
+
+class Weights(Protocol):
+    """Parameters of a segment on their way into use."""
+
+    def ready(self) -> dict[str, Tree]:
+        """Path -> subtree of tensors to compute with; waits for them."""
+
+    def free(self) -> None:
+        """Not needed until `again`."""
+
+    def again(self) -> None:
+        """Begin to bring the same tensors back."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """Weights that are simply there."""
+
+    tensors: dict[str, Tree]
+
+    def ready(self) -> dict[str, Tree]:
+        """The tensors."""
+        return self.tensors
+
+    def free(self) -> None:
+        """Nothing."""
+
+    def again(self) -> None:
+        """Nothing."""
+
+
+class Single:
+    """One process: everything is here, and whole."""
+
+    def chain(self, chain: Chain) -> Chain:
+        """The chain as this rank computes it."""
+        return chain
+
+    def part(self, batch: Batch) -> Batch:
+        """This rank's part of a batch."""
+        return batch
+
+    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype) -> Weights:
+        """Begin to bring the subtrees at ``paths`` into use, matrices in ``dtype``."""
+        return Here({path: compute_copies(tree.at(params, path), dtype) for path in paths})
+
+    def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Begin to bring gradients of a segment, by path, back to where their parameters live; call the result to end."""
+        ours = {path: wide(g) for path, g in grads.items()}
+        return lambda: ours
+
+    def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is left to do once all gradients are there."""
+        return grads
+
+    def total(self, sums: Metrics) -> Metrics:
+        """Sums over the tokens of this rank become sums over all tokens."""
+        return sums
+
+    def norm(self, grads: Tree) -> Tensor:
+        """√ of the sum of squares of all entries, 0-d."""
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for _, g in tree.items(grads)]))
+
+    def enter(self, leaves: Tree) -> Tree:
+        """The state's leaves as a step works on them: this rank's parts, plain tensors."""
+        return leaves
+
+    def leave(self, leaves: Tree, like: Tree) -> Tree:
+        """The inverse of `enter`."""
+        return leaves
+
+    def whole(self, path: str, part: Tensor) -> Tensor:
+        """A tensor shaped like a parameter, of which this rank has ``part``, whole."""
+        return part
+
+    def own(self, path: str, whole: Tensor) -> Tensor:
+        """The inverse of `whole`: this rank's part."""
+        return whole
+
+
+SINGLE: Any = Single()
+
+
+def compute_copy(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrices in the compute dtype; vectors (the gains of norms) stay in fp32. A no-op when nothing changes."""
+    return p.to(dtype) if p.ndim > 1 else p
+
+
+def compute_copies(subtree: Tree, dtype: torch.dtype) -> Tree:
+    """`compute_copy` of every leaf."""
+    return tree.map(lambda p: compute_copy(p, dtype), subtree)
+
+
+def wide(g: Tensor) -> Tensor:
+    """A gradient in at least fp32."""
+    return g if g.dtype == torch.float64 else g.float()

@@ -1,0 +1,275 @@
+"""Many processes: parameters and state live in shards, and come into use a segment at a time.
+
+At rest a leaf is a DTensor on the device mesh (dp_replicate, fsdp, tp). Inside a step it is this rank's part, a plain
+tensor; a segment's parts are gathered over ``fsdp`` in one collective of bytes (matrices already in the compute dtype), and its
+gradients come back by one reduce-scatter in fp32. Sharding over ``tp`` stays in use, where the stages know about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+
+from olmo_fn import tree
+from olmo_fn.grad import Batch, Chain, Metrics
+from olmo_fn.layout import Here, Weights, compute_copies, compute_copy, wide
+from olmo_fn.parallel import bucket
+from olmo_fn.parallel.axis import Axes, Axis
+from olmo_fn.parallel.collectives import psum
+from olmo_fn.parallel.connect import Connection
+from olmo_fn.parallel.rules import DEFAULT, Placed, Rules, plan
+from olmo_fn.spec import init_leaf
+from olmo_fn.tree import Tree
+
+_c10d = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True, eq=False)
+class Sharded:
+    """A layout over the ranks of ``connection``, for the parameters ``specs`` by ``rules``."""
+
+    connection: Connection
+    specs: Tree = field(repr=False)
+    rules: Rules = DEFAULT
+
+    def __post_init__(self) -> None:
+        plan(self.specs, self.rules, self.connection.mesh)  # refuses what makes no sense, by name
+
+    @cached_property
+    def placed(self) -> dict[str, Placed]:
+        """How each parameter lies on the mesh."""
+        return plan(self.specs, self.rules, self.connection.mesh)
+
+    @property
+    def axes(self) -> Axes:
+        """This rank's axes."""
+        return self.connection.axes
+
+    # --- state ----------------------------------------------------------------------------------------------------------
+
+    def init(self, seed: int, dtype: torch.dtype = torch.float32) -> Tree:
+        """Initial parameters as DTensors; each rank makes only its own parts, with the bits of `olmo_fn.spec.init`."""
+        device = self.connection.device_mesh.device_type
+
+        def leaf(path: str, spec: Any) -> DTensor:
+            part = init_leaf(spec, seed, path, self._box(path)).to(device=device, dtype=dtype)
+            return self.place(path, part)
+
+        return tree.map_with_path(leaf, self.specs)
+
+    def place(self, path: str, part: Tensor) -> DTensor:
+        """This rank's part of something shaped like the parameter at ``path``, as a DTensor."""
+        place, mesh = self.placed[path], self.connection.device_mesh
+        dims = (None, place.fsdp, place.tp)
+        placements: list[Placement] = [Replicate() if dim is None else ShardPlacement(dim) for dim in dims]
+        stride = torch.empty(place.shape, device="meta").stride()
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(place.shape), stride=stride)
+
+    def enter(self, leaves: Tree) -> Tree:
+        """The state's leaves as a step works on them: this rank's parts, plain tensors."""
+        return tree.map(lambda leaf: leaf.to_local() if isinstance(leaf, DTensor) else leaf, leaves)
+
+    def leave(self, leaves: Tree, like: Tree) -> Tree:
+        """The inverse of `enter`; what has the shape of a parameter's part is placed like ``like``."""
+
+        def wrap(leaf: Tensor, old: Any) -> Tensor:
+            if not isinstance(old, DTensor):
+                return leaf
+            shape, stride = old.shape, old.stride()
+            return DTensor.from_local(leaf, old.device_mesh, old.placements, run_check=False, shape=shape, stride=stride)
+
+        return tree.map(wrap, leaves, like)
+
+    def whole(self, path: str, part: Tensor) -> Tensor:
+        """A tensor shaped like a parameter, of which this rank has ``part``, whole."""
+        place = self.placed[path]
+        for dim, axis in ((place.tp, self.axes.tp), (place.fsdp, self.axes.fsdp)):
+            if dim is not None and axis.size > 1:
+                shape = list(part.shape)
+                shape[dim] = place.shape[dim]
+                shard, out = bucket.Shard(tuple(shape), dim), part.new_empty(shape)
+                bucket.unpack(bucket.all_gather([part], [shard], axis), [out], [shard], axis)
+                part = out
+        return part
+
+    def own(self, path: str, whole: Tensor) -> Tensor:
+        """The inverse of `whole`: this rank's part."""
+        offset, shape = self._box(path)
+        for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
+            whole = whole.narrow(dim, start, length)
+        return whole.contiguous()
+
+    def _box(self, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        fsdp, tp = self.axes.fsdp, self.axes.tp
+        return self.placed[path].box((fsdp.index, fsdp.size), (tp.index, tp.size))
+
+    # --- into use and back ----------------------------------------------------------------------------------------------
+
+    def chain(self, chain: Chain) -> Chain:
+        """The chain as this rank computes it: with collectives inside its stages."""
+        return chain if chain.on is None else chain.on(self.axes, self.rules.cp_method)
+
+    def part(self, batch: Batch) -> Batch:
+        """This rank's sequences; their loss is still divided by the tokens of all."""
+        axis = self.axes.data
+        rows = len(batch["labels"])
+        if rows % axis.size:
+            raise ValueError(f"{rows} sequences cannot be shared evenly by the {axis.size} data-parallel ranks")
+        return {name: x.chunk(axis.size)[axis.index] if x.ndim else x for name, x in batch.items()}
+
+    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype) -> Weights:
+        """Begin to gather the subtrees at ``paths``."""
+        subtrees = {path: tree.at(params, path) for path in paths}
+        if self.axes.fsdp.size == 1:
+            return Here({path: compute_copies(subtree, dtype) for path, subtree in subtrees.items()})
+        return Gathered(self, subtrees, dtype)
+
+    def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Begin to sum a segment's gradients over the ranks with other tokens; each rank keeps its shards.
+
+        What is not sharded over ``fsdp`` stays a sum over this rank's tokens: `finish` does all of that at once, or, where
+        nothing is sharded, each segment's bucket is summed here.
+        """
+        fsdp, replicas = self.axes.fsdp, self.axes.dp_replicate
+        scattered = {p: g for p, g in grads.items() if fsdp.size > 1 and self.placed[p].fsdp is not None}
+        kept = {p: wide(g) for p, g in grads.items() if p not in scattered}
+        if not scattered:
+            if fsdp.size > 1 or not kept:
+                return lambda: kept
+            return _summing(kept, replicas)
+        shards = [self.shard(path) for path in scattered]
+        reduced = bucket.reduce_scatter([*scattered.values()], shards, fsdp, wide(next(iter(scattered.values()))[:0]).dtype)
+
+        def end() -> dict[str, Tensor]:
+            ours = psum(_c10d.wait_tensor(reduced), replicas)
+            return {**kept, **dict(zip(scattered, bucket.split(ours, shards, fsdp), strict=True))}
+
+        return end
+
+    def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum, in one collective, the gradients of parameters that are whole on the ranks of ``fsdp``."""
+        if self.axes.fsdp.size == 1:
+            return grads
+        kept = {path: g for path, g in grads.items() if self.placed[path].fsdp is None}
+        return {**grads, **_summing(kept, self.axes.tokens)()} if kept else grads
+
+    def total(self, sums: Metrics) -> Metrics:
+        """Sums over the tokens of this rank become sums over all tokens, in one collective."""
+        dtype = torch.promote_types(next(iter(sums.values())).dtype, torch.float32)
+        values = psum(torch.stack([value.to(dtype) for value in sums.values()]), self.axes.tokens)
+        return dict(zip(sums, values.unbind(), strict=True))
+
+    def norm(self, grads: Tree) -> Tensor:
+        """√ of the sum of squares of all entries: local sums, each divided by how many ranks have it, one collective."""
+        sizes = {"fsdp": self.axes.fsdp.size, "tp": self.axes.tp.size}
+        squares = []
+        for path, g in tree.items(grads):
+            copies = self.axes.dp_replicate.size
+            for name, size in sizes.items():
+                copies *= size if getattr(self.placed[path], name) is None else 1
+            squares.append(torch.linalg.vector_norm(g).double().square() / copies)
+        total = (
+            torch.stack(squares).sum().sqrt()
+            if self.axes.world.size == 1
+            else psum(torch.stack(squares).sum(), self.axes.world).sqrt()
+        )
+        return total.to(torch.promote_types(next(g for _, g in tree.items(grads)).dtype, torch.float32))
+
+    def shard(self, path: str) -> bucket.Shard:
+        """A parameter as the buckets over ``fsdp`` see it: whole but for what ``tp`` shards."""
+        place, tp = self.placed[path], self.axes.tp
+        _, shape = place.box((0, 1), (tp.index, tp.size))
+        assert place.fsdp is not None
+        return bucket.Shard(shape, place.fsdp)
+
+
+def _summing(grads: Mapping[str, Tensor], axis: Axis) -> Callable[[], dict[str, Tensor]]:
+    """Begin to sum tensors over an axis in one collective."""
+    if axis.size == 1:
+        return lambda: dict(grads)
+    flat = _c10d.all_reduce(torch.cat([g.reshape(-1) for g in grads.values()]), "sum", axis.group)
+
+    def end() -> dict[str, Tensor]:
+        parts = _c10d.wait_tensor(flat).split([g.numel() for g in grads.values()])
+        return {path: part.view(g.shape) for (path, g), part in zip(grads.items(), parts, strict=True)}
+
+    return end
+
+
+class Gathered:
+    """The weights of one segment: gathered, freed when the forward sweep has passed, gathered again for the backward one.
+
+    Freeing gives back the storage and keeps the tensors: what autograd saved for backward are these, or views of them, so that
+    they hold the values again once `again` has refilled the storage. The tape thus never owns a gathered weight.
+    """
+
+    def __init__(self, layout: Sharded, subtrees: Mapping[str, Tree], dtype: torch.dtype) -> None:
+        self.layout, self.dtype, self.subtrees = layout, dtype, subtrees
+        self.paths = [
+            path
+            for top, subtree in subtrees.items()
+            for path, _ in tree.items(subtree, top)
+            if layout.placed[path].fsdp is not None
+        ]
+        self.shards = [layout.shard(path) for path in self.paths]
+        self.outs: list[Tensor] = []
+        self.tensors: dict[str, Tree] = {}
+        self.pending: Tensor | None = None
+        self.again()
+
+    def again(self) -> None:
+        """Begin to gather, unless the weights are there."""
+        if self.pending is None and not self._there():
+            flat = {path: leaf for top, subtree in self.subtrees.items() for path, leaf in tree.items(subtree, top)}
+            parts = [compute_copy(flat[path], self.dtype) for path in self.paths]
+            self.pending = bucket.all_gather(parts, self.shards, self.layout.axes.fsdp)
+
+    def ready(self) -> dict[str, Tree]:
+        """Wait for the gather; the tensors are the same ones each time."""
+        if self.pending is not None:
+            if not self.tensors:
+                self._allocate()
+            for out in self.outs:
+                out.untyped_storage().resize_(out.numel() * out.element_size())
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.outs)):
+                bucket.unpack(self.pending, self.outs, self.shards, self.layout.axes.fsdp)
+            self.pending = None
+        return self.tensors
+
+    def free(self) -> None:
+        """Give the memory of the whole weights back, unless the rules keep them gathered."""
+        if not self.layout.rules.keep_gathered:
+            for out in self.outs:
+                out.untyped_storage().resize_(0)
+
+    def _there(self) -> bool:
+        return bool(self.tensors) and all(out.untyped_storage().size() for out in self.outs if out.numel())
+
+    def _allocate(self) -> None:
+        gathered: dict[str, Tensor] = {}
+        flat = {path: leaf for top, subtree in self.subtrees.items() for path, leaf in tree.items(subtree, top)}
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            like = compute_copy(flat[path][:0], self.dtype)
+            gathered[path] = like.new_empty(shard.shape)
+        self.outs = list(gathered.values())
+
+        def leaf(path: str, p: Tensor) -> Tensor:
+            return gathered[path] if path in gathered else compute_copy(p, self.dtype)
+
+        for top, subtree in self.subtrees.items():
+            flat_subtree = {path: leaf(path, p) for path, p in tree.items(subtree, top)}
+            self.tensors[top] = _rebuild(subtree, top, flat_subtree)
+
+
+def _rebuild(subtree: Tree, top: str, flat: Mapping[str, Tensor]) -> Tree:
+    """A tree of the shape of ``subtree`` with the leaves of ``flat``."""
+    if not isinstance(subtree, Mapping):
+        return flat[top]
+    return {key: _rebuild(value, f"{top}.{key}", flat) for key, value in subtree.items()}
