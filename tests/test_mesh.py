@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import asdict, fields
 from math import prod
 
@@ -105,3 +107,8 @@ def refused(connection):
 
 def test_a_mesh_of_another_size_is_refused(pool) -> None:
     pool.run(refused, ranks=2)
+
+
+def test_what_help_and_launching_need_imports_no_torch() -> None:
+    modules = ", ".join(f"olmo_fn.parallel.{name}" for name in ("axis", "config", "launch", "mesh"))
+    subprocess.run([sys.executable, "-c", f"import sys, {modules}; assert 'torch' not in sys.modules"], check=True)

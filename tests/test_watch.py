@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from olmo_fn.parallel.collectives import psum
 from olmo_fn.parallel.connect import connect
 from olmo_fn.parallel.launch import TORN_DOWN, _reserved_port
 from olmo_fn.parallel.mesh import Mesh
-from olmo_fn.parallel.process import Process, agree, code_hash, init_process_group_from_env
+from olmo_fn.parallel.process import Process, _fresh, agree, code_hash, init_process_group_from_env
 from olmo_fn.parallel.watch import watch
 from olmo_fn.testing.pool import PRELOAD
 
@@ -148,6 +149,24 @@ def test_a_rank_with_another_config_is_refused_by_all(tmp_path: Path) -> None:
     (tmp_path / "all").mkdir()
     _, said, _ = job(tmp_path / "all", differ_all)
     assert said == ["rank 1 has another data than rank 0: '1' instead of '0' (2 of 3 ranks differ)\n"] * SIZE
+
+
+def test_a_store_of_an_earlier_start_is_not_believed() -> None:
+    """After a restart, rank 0's message to the dead still stands there, and so do their numbers."""
+    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found = []
+    for _ in range(3):
+        clients = [dist.TCPStore("127.0.0.1", host.port, is_master=False) for _ in range(SIZE)]
+        with ThreadPoolExecutor(SIZE) as threads:
+            jobs = [threads.submit(_fresh, clients[rank], rank, SIZE) for rank in reversed(range(SIZE))]
+            stores = [job.result(20) for job in jobs]
+        for rank, store in enumerate(stores):
+            assert not store.check(["address"]), "of an earlier start"
+            store.set(f"mine{rank}", "")
+        assert all(store.check([f"mine{rank}" for rank in range(SIZE)]) for store in stores), "one place for all"
+        stores[0].set("address", "of the dead")
+        found.append(clients[0].get("numbers"))
+    assert len(set(found)) == 3
 
 
 def test_the_code_is_its_files_and_torch() -> None:

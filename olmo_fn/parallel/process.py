@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -44,9 +46,33 @@ def init_process_group_from_env(device_type: str = "cpu", timeout: timedelta = t
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    shared, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = _fresh(shared, rank, size)
     dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size, timeout=timeout)
     return Process(rank, size, local_rank, store)
+
+
+def _fresh(store: Any, rank: int, size: int) -> Any:
+    """A part of the store that only this start of the job uses.
+
+    After a restart torchrun hands out the old store, in which the addresses of the dead still stand. So each rank leaves
+    a number drawn now, and believes what rank 0 says only if that number is in it.
+    """
+    own = secrets.token_hex(8)
+    store.set(f"drawn{rank}", own)
+    while True:
+        if rank == 0:
+            numbers = [store.get(f"drawn{r}").decode() for r in range(size)]
+            store.set("numbers", " ".join(numbers))
+        else:
+            numbers = store.get("numbers").decode().split()
+        fresh = dist.PrefixStore(numbers[0], store)
+        if rank and own in numbers:
+            fresh.set(f"here{rank}", "")
+            return fresh
+        if rank == 0 and (size == 1 or fresh.check([f"here{r}" for r in range(1, size)])):
+            return fresh
+        time.sleep(0.02)
 
 
 def agree(value: str, name: str, process: Process) -> None:
