@@ -79,8 +79,20 @@ class Single:
         return sums
 
     def norm(self, grads: Tree) -> Tensor:
-        """√ of the sum of squares of all entries, 0-d."""
+        """√ of the sum of squares of all entries, 0-d.
+
+        >>> SINGLE.norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        tensor(5.)
+        """
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for _, g in tree.items(grads)]))
+
+    def adopt(self, params: Tree) -> Tree:
+        """Parameters as the state holds them."""
+        return tree.map(torch.Tensor.contiguous, params)
+
+    def place(self, path: str, part: Tensor) -> Tensor:
+        """This rank's part of something shaped like a parameter, as the state holds it."""
+        return part
 
     def enter(self, leaves: Tree) -> Tree:
         """The state's leaves as a step works on them: this rank's parts, plain tensors."""

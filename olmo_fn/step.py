@@ -80,11 +80,19 @@ class Step:
     execution: Execution = EAGER
 
     def init(self, params: Tree) -> State:
-        """The state before the first step. Its parameters are the ones given, not a copy, if they are contiguous."""
-        params = tree.map(torch.Tensor.contiguous, params)
+        """The state before the first step. Its parameters are the ones given, not a copy, if they are contiguous and whole.
+
+        Under `shard` whole parameters are cut; ``Sharded.init`` makes them in parts.
+        """
+        layout = self.execution.layout
+        params = layout.adopt(params)
         slots: dict[str, dict[str, Tensor]] = {}
-        for path, p in tree.items(params):
-            for name, value in self.leaf(path).init(p).items():
+        for path, p in tree.items(layout.enter(params)):
+            leaf = self.leaf(path)
+            whole = p if leaf.elementwise else layout.whole(path, p)
+            for name, value in leaf.init(whole).items():
+                if value.shape == whole.shape:
+                    value = layout.place(path, value if leaf.elementwise else layout.own(path, value))
                 slots.setdefault(name, {})[path] = value
         shaped = {name: tree.unflatten(values) for name, values in slots.items()}
         device = next(p.device for _, p in tree.items(params))
@@ -92,14 +100,17 @@ class Step:
         return State(own["step"], params, {**own["slots"], **shaped})
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        grads, metrics = self.grads(state.params, batch, self.execution)
-        return self.update(state, grads, metrics)
+        layout = self.execution.layout
+        inside = State(state.step, layout.enter(state.params), layout.enter(state.slots))
+        grads, metrics = self.grads(inside.params, batch, self.execution)
+        new, metrics = self.update(inside, grads, metrics)
+        return State(new.step, layout.leave(new.params, state.params), layout.leave(new.slots, state.slots)), metrics
 
     @torch.no_grad()
     def update(self, state: State, grads: Tree, metrics: Metrics) -> tuple[State, Metrics]:
         """The second half of a step: from gradients to the next state. Consumes ``grads``."""
         if "grad_norm" not in metrics:
-            metrics = {**metrics, "grad_norm": global_norm(grads)}
+            metrics = {**metrics, "grad_norm": self.execution.layout.norm(grads)}
         control, scalars, metrics = self.control(state, metrics)
         before = {name: tree.flatten(slot) for name, slot in state.slots.items() if name not in control}
         after: dict[str, dict[str, Tensor]] = {name: {} for name in before}
@@ -108,20 +119,23 @@ class Step:
         grads.clear()  # so that each gradient is freed as soon as it is used
         for path, p in tree.items(state.params):
             slots = {name: values[path] for name, values in before.items()}
-            params[path], slots = self._update_leaf(self.leaf(path), p, flat.pop(path), slots, scalars)
+            params[path], slots = self._update_leaf(path, self.leaf(path), p, flat.pop(path), slots, scalars)
             for name, value in slots.items():
                 after[name][path] = value
         shaped = {name: tree.unflatten(values) for name, values in after.items()}
         return State(state.step + 1, tree.unflatten(params), {**control, **shaped}), metrics
 
-    def _update_leaf(self, leaf: Leaf, p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
-        run = self.execution.wrap_leaf(_guarded(leaf.update, self.execution.donate))
+    def _update_leaf(self, path: str, leaf: Leaf, p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
+        layout, donate = self.execution.layout, self.execution.donate
+        run = self.execution.wrap_leaf(_guarded(leaf.update, donate))
         scalars = {**scalars, **{k: torch.tensor(v, dtype=torch.float64) for k, v in leaf.scalars.items()}}
-        shape = p.shape
-        if leaf.elementwise:  # one compiled function for all shapes
-            p, g, slots = p.view(-1), g.reshape(-1), {k: v.view(-1) for k, v in slots.items()}
-        p, slots = run(p, g, slots, scalars)
-        return p.view(shape), {k: v.view(shape) if leaf.elementwise else v for k, v in slots.items()}
+        if leaf.elementwise:  # one compiled function for all shapes, and for parts of them
+            new_p, new = run(p.view(-1), g.reshape(-1), {k: v.view(-1) for k, v in slots.items()}, scalars)
+            return new_p.view(p.shape), {k: v.view(p.shape) for k, v in new.items()}
+        parts = {k for k, v in slots.items() if v.shape == p.shape}
+        whole = {k: layout.whole(path, v) if k in parts else v for k, v in slots.items()}
+        new_p, new = run(layout.whole(path, p), layout.whole(path, g), whole, scalars)
+        return layout.own(path, new_p), {k: layout.own(path, v) if k in parts else v for k, v in new.items()}
 
 
 @cache
@@ -140,15 +154,6 @@ def _guarded(update: Function, donate: bool) -> Function:
         return p.copy_(new_p), {k: slots[k].copy_(v) for k, v in new_slots.items()}
 
     return guarded
-
-
-def global_norm(grads: Tree) -> Tensor:
-    """√ of the sum of squares of all entries, 0-d.
-
-    >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
-    tensor(5.)
-    """
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for _, g in tree.items(grads)]))
 
 
 # --- pipe -------------------------------------------------------------------------------------------------------------
@@ -271,7 +276,7 @@ def clip(max_norm: float) -> Transform:
     def apply(inner: Grads) -> Grads:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
             grads, metrics = inner(params, batch, execution)
-            norm = global_norm(grads)
+            norm = execution.layout.norm(grads)
             scale = (max_norm / norm).clamp(max=1.0)
             tree.map(lambda g: g.mul_(scale), grads)
             return grads, {**metrics, "grad_norm": norm}

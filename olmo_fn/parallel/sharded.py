@@ -64,6 +64,14 @@ class Sharded:
 
         return tree.map_with_path(leaf, self.specs)
 
+    def adopt(self, params: Tree) -> Tree:
+        """Parameters as DTensors; of whole ones, equal on all ranks, each rank keeps its parts."""
+
+        def leaf(path: str, p: Tensor) -> Tensor:
+            return p if isinstance(p, DTensor) else self.place(path, self.own(path, p))
+
+        return tree.map_with_path(leaf, params)
+
     def place(self, path: str, part: Tensor) -> DTensor:
         """This rank's part of something shaped like the parameter at ``path``, as a DTensor."""
         place, mesh = self.placed[path], self.connection.device_mesh
@@ -90,6 +98,8 @@ class Sharded:
     def whole(self, path: str, part: Tensor) -> Tensor:
         """A tensor shaped like a parameter, of which this rank has ``part``, whole."""
         place = self.placed[path]
+        if part.is_meta:
+            return part.new_empty(place.shape)
         for dim, axis in ((place.tp, self.axes.tp), (place.fsdp, self.axes.fsdp)):
             if dim is not None and axis.size > 1:
                 shape = list(part.shape)
@@ -104,7 +114,7 @@ class Sharded:
         offset, shape = self._box(path)
         for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
             whole = whole.narrow(dim, start, length)
-        return whole.contiguous()
+        return whole.clone(memory_format=torch.contiguous_format)  # not a view, which would keep the whole
 
     def _box(self, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         fsdp, tp = self.axes.fsdp, self.axes.tp
