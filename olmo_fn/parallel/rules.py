@@ -79,7 +79,7 @@ def plan(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:
         for logical, axis in table.items():
             if axis not in ("fsdp", "tp"):
                 raise ValueError(f"a rule shards {logical!r} over {axis!r}; parameters are sharded over 'fsdp' or 'tp'")
-            if logical not in known:
+            if logical not in known and logical not in DEFAULT.store:
                 raise ValueError(f"a rule names the logical axis {logical!r}; the parameters have {', '.join(sorted(known))}")
     return {path: _place(path, spec, rules, mesh) for path, spec in tree.items(specs)}
 

@@ -12,8 +12,8 @@ from olmo_fn.tree import Tree
 def shard(connection: Connection, specs: Tree, rules: Rules = DEFAULT) -> Transform:
     """Carry a step out on the ranks of ``connection``, parameters ``specs`` lying there by ``rules``. Invisible (law 2).
 
-    Every rank calls the step with the same batch, of which it takes its part, and its own parts of the state. ValueError, with the
-    parameter's name, for rules that make no sense.
+    Every rank calls the step with the same batch, of which it takes its part, and its own parts of the state. ValueError,
+    with the parameter's name, for rules that make no sense.
 
         connection = connect(Mesh(dp_shard=4, tp=2))  # torch.distributed is initialised, with 8 ranks
         step = pipe(transformer.loss(model), grad(), adamw(1e-3), shard(connection, transformer.specs(model)))
