@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.pipeline.communicate import Exchange, Plan, Transfer
@@ -49,7 +49,7 @@ def execute(
     given = {"F": forward, "B": backward, "I": backward_input, "W": backward_weight}
     callbacks: dict[str, Callable[..., Any]] = {op: callback for op, callback in given.items() if callback is not None}
     _check(plan, callbacks.keys(), axis)
-    group = _resolve_process_group(axis.group) if axis.size > 1 else None
+    group = _resolve_process_group(GroupName(axis.group)) if axis.size > 1 else None
     arrived: dict[Transfer, tuple[_Works, Tensor]] = {}  # received or, within a rank, produced
     produced: dict[Transfer, Tensor] = {}  # not posted yet
     sending: deque[tuple[_Works, list[Tensor]]] = deque()  # memory that is being read
