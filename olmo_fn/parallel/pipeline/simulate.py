@@ -16,12 +16,24 @@ class Costs:
     """Ticks of the actions of a virtual stage, and of a transfer between ranks, which overlaps with computation."""
 
     F: float = 1
+    """Forward."""
     B: float = 2
+    """Backward."""
     I: float = 1
+    """Backward for the input."""
     W: float = 1
+    """Backward for the weights."""
     transfer: float = 0
+    """From rank to rank."""
     stages: tuple[float, ...] = ()
-    """How much each virtual stage costs relative to these; all the same when empty."""
+    """What each virtual stage costs relative to these; all the same when empty."""
+
+    def check(self, stages: int) -> None:
+        """ValueError for costs that are not positive, or not of this many virtual stages."""
+        if min(self.F, self.B, self.I, self.W, *self.stages) <= 0 or self.transfer < 0:
+            raise ValueError(f"costs must be positive, and that of a transfer at least 0: {self}")
+        if self.stages and len(self.stages) != stages:
+            raise ValueError(f"there are costs of {len(self.stages)} stages, but {stages} virtual stages (ranks times chunks)")
 
     def of(self, action: Action, stage: int) -> float:
         """Ticks of ``action`` on virtual stage ``stage``."""
@@ -76,6 +88,7 @@ def simulate(programs: Sequence[Program], costs: Costs = Costs()) -> Timeline:  
     """
     ranks = len(programs)
     chunks = 1 + max(action.chunk for program in programs for action in program)
+    costs.check(ranks * chunks)
     ended: dict[Key, float] = {}
     slots: list[list[Slot]] = [[] for _ in programs]
     blocked = ["the start"]
