@@ -22,7 +22,7 @@ DOUBLE = torch.float64
 BLOCK = Model(16, 2, 4, 24, vocab_size=17, n_kv_heads=2, window_pattern=(3, -1), init_std=0.3)
 
 
-def block(cfg=BLOCK, rows=2, length=7, wrap=lambda fn: fn, layer=0):
+def block(cfg=BLOCK, rows=2, length=7, layer=0):
     """A block of OLMo 2: a function of nothing that runs it, its leaves and its input."""
     chain = transformer.loss(cfg)
     stage = fuse(chain.stages)[1 + layer]
@@ -37,8 +37,7 @@ def block(cfg=BLOCK, rows=2, length=7, wrap=lambda fn: fn, layer=0):
     params = init(transformer.specs(cfg), 0, DOUBLE)
     inputs = tuple(tree.map(leaf, p) for p in subtrees(params, stage))
     x = torch.randn(rows, length, cfg.d_model, dtype=DOUBLE, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    fn = wrap(stage.fn)
-    return lambda: fn(*inputs, x, context), leaves, x
+    return lambda: stage.fn(*inputs, x, context), leaves, x
 
 
 def like(out, seed=2):
@@ -161,13 +160,13 @@ class Scale(torch.autograd.Function):
     def backward(ctx, g):
         Scale.calls += 1
         x, w = ctx.saved_tensors
-        return g * w, (g * x).sum(0)
+        return g * w, g * x
 
 
 def test_an_opaque_function_runs_once():
-    w, v = (torch.randn(3, dtype=DOUBLE, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(2))
-    x = torch.ones(2, 3, dtype=DOUBLE).requires_grad_()
-    run = lambda: torch.tanh(Scale.apply(torch.tanh(x * v), w))  # noqa: E731
+    w, v = (torch.randn(3, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(2))
+    x = torch.ones(3, 3, dtype=DOUBLE).requires_grad_()
+    run = lambda: torch.tanh(Scale.apply(torch.tanh(x @ v), w))  # noqa: E731
     expected = torch.autograd.grad(run(), [w, v, x], like(run()))
     Scale.calls = 0
     with Saved() as saved:
@@ -179,17 +178,18 @@ def test_an_opaque_function_runs_once():
 
 
 def test_a_compiled_stage_does_all_in_the_first_part():
-    run, leaves, x = block(wrap=lambda fn: torch.compile(fn, fullgraph=True, backend="aot_eager"))
-    out = run()
+    _, leaves, x = tied()
+    compiled = torch.compile(lambda w, v, x: torch.tanh(torch.tanh(x @ w) @ v), fullgraph=True, backend="aot_eager")
+    out = compiled(*leaves, x)
     expected = torch.autograd.grad(out, [*leaves, x], like(out))
-    out = run()
+    out = compiled(*leaves, x)
     split = split_pullback(out, leaves, x)
     with Products() as first:
         dx = split.input_grad(like(out))
     with Products() as second:
         grads = split.weight_grad()
     assert all(torch.equal(a, b) for a, b in zip(expected, [*grads, dx], strict=True))
-    assert (first.count, second.count) == (18, 0)
+    assert (first.count, second.count) == (4, 0)
 
 
 def storages(values):
@@ -242,7 +242,7 @@ def test_memory_goes_down_after_the_first_part():
                 assert live.bytes() == 0
     finally:
         gc.enable()
-    assert after_input[True] < 0.85, after_input
+    assert after_input[True] < 0.55, after_input
     assert after_input[False] > 1.2, "the law would not notice if nothing were freed"
 
 

@@ -70,8 +70,9 @@ def split_pullback(root: Tensor, leaves: Sequence[Tensor], x: Tensor | None, sav
     """Split the pullback of ``root``, which was computed from ``leaves`` and ``x``; all of them require gradients.
 
     ``saved``, the context in which ``root`` was computed: what W does not need is freed after I. Without an ``x``, W does
-    everything. Some forks compute all their gradients at once: a compiled function, or a Python ``autograd.Function`` that
-    takes the weight. Gradients of such weights are computed in I, and kept until W; in a compiled stage these are all.
+    everything. Gradients of vectors, such as the gains of norms, are computed in I: that is little work, and W would have
+    to keep activations for it. So are those of a fork that computes all its gradients at once: a Python
+    ``autograd.Function`` that takes the weight, or a compiled function, where nothing is left for W; see `traced`.
 
     >>> w, x = torch.tensor([[2.0]], requires_grad=True), torch.tensor([[3.0]], requires_grad=True)
     >>> input_grad, weight_grad = split_pullback((x @ w) ** 2, [w], x)
@@ -82,7 +83,7 @@ def split_pullback(root: Tensor, leaves: Sequence[Tensor], x: Tensor | None, sav
         return _all_late(root, leaves)
     edges = [get_gradient_edge(leaf) for leaf in leaves]
     whole = _groups(get_gradient_edge(root).node, get_gradient_edge(x).node, [edge.node for edge in edges])
-    late = [group for group in whole if not group.opaque]
+    late = [group for group in whole if not group.opaque and all(leaves[i].ndim > 1 for i in group.leaves)]
     early = sorted(set(range(len(leaves))).difference(*(group.leaves for group in late)))
     graph: list[Any] = [root, late]  # emptied when it is not needed any more
     arrived: Arrived = {}
