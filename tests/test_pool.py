@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -47,9 +49,11 @@ def test_results_by_rank_and_kept_processes(pool: Pool) -> None:
     assert [value.tolist() for value, *_ in pool.run(total, torch.tensor([1.0]), ranks=2)] == [[3.0]] * 2
 
 
+STACK = r"no answer from rank 0, 1, 2 within 3 s(.|\n)*rank 1: .*\n  File .*test_pool\.py\", line \d+ in fail"
+
+
 @pytest.mark.parametrize(
-    ("how", "expected"),
-    [("raise", "LookupError: on purpose"), ("kill", "exit code -9"), ("sleep", "no answer from rank 0, 1, 2")],
+    ("how", "expected"), [("raise", "LookupError: on purpose"), ("kill", "exit code -9"), ("sleep", STACK)]
 )
 def test_a_failing_rank_is_named_and_the_next_call_works(pool: Pool, how: str, expected: str) -> None:
     start = time.monotonic()
@@ -82,3 +86,9 @@ def test_no_more_processes_than_said() -> None:
 def test_an_impossible_mesh_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--mesh\.dp-shard is 0"), Pool() as pool:
         pool.run(total, torch.tensor([0.0]))
+
+
+def test_a_pool_left_open_does_not_keep_the_program_from_ending() -> None:
+    code = "from olmo_fn.testing.pool import Pool, where\npool = Pool()\nprint(pool.run(where, ranks=2))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[('dp_shard', 0), ('dp_shard', 1)]\n", "")

@@ -7,10 +7,12 @@ takes a fraction of a second; the first takes as long as importing torch.
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -103,19 +105,25 @@ class _World:
 
     def __init__(self, size: int) -> None:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.cache, self.lock = _own_cache()
+        self.folder, self.lock = _own_folder()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.pipes: list[Pipe] = []
         self.processes: list[Any] = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            args = (theirs, rank, size, self.store.port, self.cache)
+            args = (theirs, rank, size, self.store.port, self.folder)
             process = context.Process(target=_serve, args=args, daemon=True, name=f"rank {rank} of {size}")
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
+        for rank, pipe in enumerate(self.pipes):  # starting may take long on a busy machine: no part of a call's time
+            try:
+                pipe.recv_bytes()
+            except EOFError:
+                self.kill()
+                raise RankFailed(rank, "the process ended while it was starting") from None
 
     def call(self, message: bytes, timeout: float) -> list[Any]:
         """Send every rank the message and collect the answers."""
@@ -126,24 +134,40 @@ class _World:
         answers: dict[int, bytes] = {}
         failures: dict[int, str] = {}
         while len(answers) < len(self.pipes) and not failures:
-            waiting = {id(pipe): rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
-            ready = wait([self.pipes[rank] for rank in waiting.values()], max(0.0, end - time.monotonic()))
+            ready = self._ready({*answers}, end - time.monotonic())
             if not ready:
-                silent = ", ".join(map(str, waiting.values()))
-                raise RankFailed(min(waiting.values()), f"no answer from rank {silent} within {timeout:g} s")
-            for pipe in ready:
-                self._read(waiting[id(pipe)], answers, failures)
+                silent = [rank for rank in range(len(self.pipes)) if rank not in answers]
+                where = "".join(f"\nrank {rank}: {self._stack(rank)}" for rank in silent)
+                raise RankFailed(silent[0], f"no answer from rank {', '.join(map(str, silent))} within {timeout:g} s{where}")
+            for rank in ready:
+                self._read(rank, answers, failures)
         if failures:  # a rank that died makes others fail: name it, not them
-            for pipe in wait([pipe for rank, pipe in enumerate(self.pipes) if rank not in {*answers, *failures}], 0.1):
-                self._read(self.pipes.index(pipe), answers, failures)
+            for rank in self._ready({*answers, *failures}, 0.1):
+                self._read(rank, answers, failures)
             rank = min(failures, key=lambda rank: not failures[rank].startswith(DIED))
             raise RankFailed(rank, failures[rank])
         return [pickle.loads(answers[rank]) for rank in range(len(self.pipes))]
 
+    def _ready(self, known: set[int], seconds: float) -> list[int]:
+        """The ranks with something to read, those in ``known`` left out; waits for the first."""
+        ready = set(wait([pipe for rank, pipe in enumerate(self.pipes) if rank not in known], max(0.0, seconds)))
+        return [rank for rank, pipe in enumerate(self.pipes) if pipe in ready]
+
+    def _stack(self, rank: int) -> str:
+        """What the rank is doing: its innermost functions."""
+        os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        path, end = self.folder / f"rank{rank}.stack", time.monotonic() + 2
+        while time.monotonic() < end and "_serve" not in path.read_text():
+            time.sleep(0.02)
+        return "\n".join(path.read_text().splitlines()[:12])
+
     def _read(self, rank: int, answers: dict[int, bytes], failures: dict[int, str]) -> None:
         try:
             kind, value = pickle.loads(self.pipes[rank].recv_bytes())
-            (answers if kind == "result" else failures)[rank] = value
+            if kind == "result":
+                answers[rank] = value
+            else:
+                failures[rank] = value.decode()
         except (EOFError, ConnectionResetError):
             self.processes[rank].join(1)
             failures[rank] = f"{DIED}, exit code {self.processes[rank].exitcode}"
@@ -161,8 +185,8 @@ class _World:
 DIED = "the process died"
 
 
-def _own_cache() -> tuple[Path, int]:
-    """A folder for compiled functions, kept from run to run, that no other world uses now; and the lock that says so."""
+def _own_folder() -> tuple[Path, int]:
+    """A folder, compiled functions in it kept from run to run, that no other world uses now; and the lock that says so."""
     base = Path(tempfile.gettempdir(), f"olmo_fn-pool-{os.getuid()}")
     for i in count():
         folder = base / str(i)
@@ -170,15 +194,18 @@ def _own_cache() -> tuple[Path, int]:
         lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return folder / "compiled", lock
+            return folder, lock
         except BlockingIOError:
             os.close(lock)
     raise AssertionError
 
 
-def _serve(pipe: Pipe, rank: int, size: int, port: int, cache: Path) -> None:
-    """A rank's process: answers messages until its pipe is closed."""
+def _serve(pipe: Pipe, rank: int, size: int, port: int, folder: Path) -> None:
+    """A rank's process: answers messages until its pipe is closed. SIGUSR1 makes it write down where it is."""
     torch.set_num_threads(1)
+    stack = (folder / f"rank{rank}.stack").open("w")
+    faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
+    cache = folder / "compiled"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if os.path.exists("/sys/class/net/lo") else "lo0")
@@ -187,6 +214,7 @@ def _serve(pipe: Pipe, rank: int, size: int, port: int, cache: Path) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     # The pool has its own timeout, and names who did not answer.
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
+    pipe.send_bytes(b"ready")
     connections: dict[Mesh, Connection] = {}
     while True:
         try:
@@ -197,8 +225,8 @@ def _serve(pipe: Pipe, rank: int, size: int, port: int, cache: Path) -> None:
             mesh, fn, args = pickle.loads(message)
             if mesh not in connections:
                 connections[mesh] = connect(mesh)
-            answer = ("result", pickle.dumps(fn(connections[mesh], *args)))
+            kind, answer = "result", pickle.dumps(fn(connections[mesh], *args))
         except BaseException:
-            answer = ("failure", traceback.format_exc())
+            kind, answer = "failure", traceback.format_exc().encode()
         with suppress(BrokenPipeError):
-            pipe.send_bytes(pickle.dumps(answer))
+            pipe.send_bytes(pickle.dumps((kind, answer)))
