@@ -53,7 +53,11 @@ class Plan:
 
     def incoming(self, action: Action) -> Transfer | None:
         """What ``action`` needs; None for the first stage's carry and the last one's cotangent."""
-        return incoming(action, self.rank, self.ranks, self.chunks)
+        stage = self.stage(action.chunk)
+        if action.op == "F":
+            return _carry(stage - 1, action.microbatch, self.ranks) if stage else None
+        last = stage + 1 == self.ranks * self.chunks
+        return None if action.op == "W" or last else _cotangent(stage, action.microbatch, self.ranks)
 
     def outgoing(self, action: Action) -> Transfer | None:
         """What ``action`` produces; None for the last stage's carry and the first one's cotangent."""
@@ -61,14 +65,6 @@ class Plan:
         if action.op == "F" and stage + 1 < self.ranks * self.chunks:
             return _carry(stage, action.microbatch, self.ranks)
         return _cotangent(stage - 1, action.microbatch, self.ranks) if action.op in ("B", "I") and stage else None
-
-
-def incoming(action: Action, rank: int, ranks: int, chunks: int) -> Transfer | None:
-    """What ``action`` of ``rank`` needs from another virtual stage."""
-    stage = action.chunk * ranks + rank
-    if action.op == "F":
-        return _carry(stage - 1, action.microbatch, ranks) if stage else None
-    return _cotangent(stage, action.microbatch, ranks) if action.op != "W" and stage + 1 < ranks * chunks else None
 
 
 def _carry(stage: int, microbatch: int, ranks: int) -> Transfer:
@@ -169,14 +165,15 @@ def check(plans: Sequence[Plan]) -> None:
     moved = True
     while moved:
         moved = False
-        for plan in plans:
-            while at[plan.rank] < len(plan.steps) and not any(t.source == plan.rank for q in queues[plan.rank] for t in q):
-                step = plan.steps[at[plan.rank]]
+        for one in plans:
+            rank = one.rank
+            while at[rank] < len(one.steps) and not any(t.source == rank for exchange in queues[rank] for t in exchange):
+                step = one.steps[at[rank]]
                 if isinstance(step, Exchange):
-                    queues[plan.rank].append(set(step.transfers))
-                elif (wanted := plan.incoming(step)) and wanted.source != wanted.target and wanted not in arrived:
+                    queues[rank].append(set(step.transfers))
+                elif (wanted := one.incoming(step)) and wanted.source != wanted.target and wanted not in arrived:
                     break
-                at[plan.rank] += 1
+                at[rank] += 1
                 moved = True
         heads = [queue[0] if queue else set() for queue in queues]
         for transfer in {t for head in heads for t in head if t in heads[t.source] and t in heads[t.target]}:
