@@ -25,7 +25,7 @@ Context: TypeAlias = dict[str, Tensor]
 Function: TypeAlias = Callable[..., Any]
 Carry: TypeAlias = Any  # None before the first stage, a tensor or a tuple of them between two, (sum, metrics) after the last
 Kernel: TypeAlias = Callable[[Function], Function]  # compiles an elementwise function of tensors of any shape
-Pullback: TypeAlias = Callable[[Any], tuple[tuple[Any, ...], Any]]
+Pullback: TypeAlias = Callable[[Any], tuple[Any, Any]]
 
 
 def loss_tokens(batch: Batch) -> Tensor:
@@ -44,16 +44,17 @@ class Stage(NamedTuple):
     ``params`` are the paths of the subtrees that it uses. Stages with the same ``fn`` object are compiled once. The last
     stage of a chain returns ``(sum of losses, metrics)``, the others a tensor or a tuple of tensors. ``vjp``, if given, is a
     faster way to the same thing, ``(*subtrees, carry, context, kernel) -> (carry, pullback)``, where the pullback takes
-    the carry's cotangent to the subtrees' and the incoming carry's, and ``kernel`` compiles an elementwise function of
-    any shape; that it agrees with the derivative of ``fn`` is a law.
+    the carry's cotangent to the subtrees', or to a function that computes them later, and the incoming carry's, and ``kernel``
+    compiles an elementwise function of any shape; that it agrees with the derivative of ``fn`` is a law.
     """
 
     name: str
     params: tuple[str, ...]
     fn: Function
-    block: int | None = None  # the block of the model that it is part of
     vjp: Function | None = None
+    block: int | None = None  # the block of the model that it is part of
     compiled: bool = True  # False: leave it eager under `compile()`
+    rowwise: bool = False  # a sum over positions, of which it may be given a few at a time
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Chain:
     stages: tuple[Stage, ...]
     on: Callable[[Axes, Any], Chain] | None = None
     """The same chain as one rank of a mesh computes it, by axes and method of context parallelism; None: data-parallel only."""
+    carry: Callable[[Context, torch.dtype], Tensor] | None = None
+    """An empty tensor like what goes from block to block; None: it cannot be a pipeline."""
+    sums: tuple[str, ...] = ()
+    """Names of the metrics that come with the loss, for ranks of a pipeline that do not compute it."""
 
     def __call__(self, params: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
         context, carry = self.context(batch), None
@@ -112,6 +117,8 @@ class Grads:
     """A gradient function: ``(params, batch) -> (gradients in fp32, metrics)``."""
 
     fn: GradFunction = field(repr=False)
+    chain: Chain | None = field(default=None, repr=False)
+    """The loss, if it is a chain: a pipeline cuts it."""
 
     def __call__(self, params: Tree, batch: Batch, execution: Execution = EAGER) -> tuple[Tree, Metrics]:
         return self.fn(params, batch, execution)

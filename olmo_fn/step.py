@@ -230,7 +230,7 @@ def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torc
             return Grads(func_gradients(loss.fn, dtype))
         if not isinstance(loss.fn, Chain):
             raise ValueError("engine tape sweeps a Chain of stages, and this loss is a plain function; use grad(engine='func')")
-        return Grads(tape_gradients(loss.fn, remat, dtype))
+        return Grads(tape_gradients(loss.fn, remat, dtype), loss.fn)
 
     return Transform(f"grad({engine!r})", Loss, Grads, apply)
 
@@ -251,7 +251,7 @@ def accumulate(n: int) -> Transform:
                 metrics = {name: value + more[name] for name, value in metrics.items()}
             return total, metrics
 
-        return Grads(gradients)
+        return replace(inner, fn=gradients)
 
     return Transform(f"accumulate({n})", Grads, Grads, apply if n > 1 else lambda inner: inner)
 
@@ -281,7 +281,7 @@ def clip(max_norm: float) -> Transform:
             tree.map(lambda g: g.mul_(scale), grads)
             return grads, {**metrics, "grad_norm": norm}
 
-        return Grads(gradients)
+        return replace(inner, fn=gradients)
 
     return Transform(f"clip({max_norm})", Grads, Grads, apply)
 
