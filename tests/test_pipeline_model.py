@@ -1,5 +1,5 @@
-"""OLMo 2 through a pipeline of real processes: loss, every parameter and slot after three steps, and evaluation are those of one
-process, whatever the schedule, split, tying and what else the mesh does."""
+"""OLMo 2 through a pipeline of real processes: loss, state after three steps and evaluation are those of one process,
+whatever the schedule, split, tying and what else the mesh does."""
 
 from dataclasses import replace
 
