@@ -82,17 +82,24 @@ def identity(fn: Function) -> Function:
     return fn
 
 
+def everything(path: str) -> bool:
+    """Yes."""
+    return True
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a step is carried out, never what it computes.
 
     ``wrap`` goes around every stage function and ``wrap_leaf`` around every parameter update (compilation);
-    ``donate`` lets an update write into the memory of the state it replaces.
+    ``donate`` lets an update write into the memory of the state it replaces. ``wants`` says of a path whether its gradient is
+    asked for; the tree of gradients has no others.
     """
 
     wrap: Callable[[Function], Function] = identity
     wrap_leaf: Callable[[Function], Function] = identity
     donate: bool = False
+    wants: Callable[[str], bool] = everything
 
 
 EAGER = Execution()
@@ -163,12 +170,14 @@ def _compose(first: Function, n: int, second: Function) -> Function:
 def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
     """``torch.func.grad_and_value`` of the whole loss: short, and the reference for the other engine."""
 
-    def scaled(params: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
+    def scaled(wanted: Tree, frozen: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
+        params = tree.combine(wanted, frozen) if frozen else wanted
         total, metrics = loss(tree.map(lambda p: compute_copy(p, dtype), params), batch)
         return total / loss_tokens(batch), {"loss": total, **metrics}
 
     def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-        grads, (_, metrics) = torch.func.grad_and_value(scaled, has_aux=True)(params, batch)
+        wanted, frozen = tree.split(params, execution.wants)
+        grads, (_, metrics) = torch.func.grad_and_value(scaled, has_aux=True)(wanted, frozen, batch)
         return grads, _per_token(metrics, loss_tokens(batch))
 
     return gradients
@@ -199,8 +208,9 @@ def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction
             grads, cotangent = pullbacks.pop()(cotangent)
             for path, subtree in zip(stage.params, grads, strict=True):
                 for name, g in tree.items(subtree, path):
-                    flat[name] = flat[name] + g if name in flat else g  # shared by two stages: tied weights
-        return tree.map_with_path(lambda path, _: flat[path], params), _per_token(metrics, tokens)
+                    if g is not None and execution.wants(name):
+                        flat[name] = flat[name] + g if name in flat else g  # shared by two stages: tied weights
+        return tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat), _per_token(metrics, tokens)
 
     return gradients
 
@@ -224,21 +234,25 @@ def pull(
     def forward() -> tuple[Any, list[Tensor], tuple[Tree, ...], Any]:
         leaves: list[Tensor] = []
 
-        def leaf(p: Tensor) -> Tensor:
-            leaves.append(compute_copy(p.detach(), dtype).requires_grad_())
+        def leaf(path: str, p: Tensor) -> Tensor:
+            copy = compute_copy(p.detach(), dtype)
+            if not execution.wants(path):
+                return copy
+            leaves.append(copy.requires_grad_())
             return leaves[-1]
 
         with torch.enable_grad():
-            inputs = tuple(tree.map(leaf, p) for p in params)
+            inputs = tuple(tree.map_with_path(leaf, p, prefix=at) for p, at in zip(params, stage.params, strict=True))
             x = None if carry is None else carry.detach().requires_grad_()
             return fn(*inputs, x, context), leaves, inputs, x
 
     def backward(out: Any, leaves: list[Tensor], inputs: tuple[Tree, ...], x: Any, cotangent: Tensor) -> Any:
         root = out[0] if isinstance(out, tuple) else out
+        sources = leaves if x is None else [*leaves, x]
         with torch.enable_grad():
-            found = torch.autograd.grad(root, leaves if x is None else [*leaves, x], cotangent.to(root.dtype))
+            found = torch.autograd.grad(root, sources, cotangent.to(root.dtype)) if sources else ()
         values = iter(found)
-        grads = tuple(tree.map(lambda _: next(values), p) for p in inputs)
+        grads = tuple(tree.map(lambda p: next(values) if p.requires_grad else None, p) for p in inputs)
         return _to_fp32(grads, next(values, None))
 
     if again:
@@ -259,7 +273,7 @@ def _compute_copies(params: tuple[Tree, ...], dtype: torch.dtype) -> tuple[Tree,
 
 
 def _to_fp32(grads: tuple[Tree, ...], carry: Tensor | None) -> tuple[tuple[Tree, ...], Tensor | None]:
-    return tuple(tree.map(lambda g: g if g.dtype == torch.float64 else g.float(), g) for g in grads), carry
+    return tuple(tree.map(lambda g: g if g is None or g.dtype == torch.float64 else g.float(), g) for g in grads), carry
 
 
 def _detach(out: Any) -> Any:

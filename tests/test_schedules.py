@@ -65,9 +65,8 @@ def ours(name, s, lr, total):
         case "ExponentialScheduler":
             return exponential(lr, total, s.get("lr_min", 1e-9))
         case "ComposableScheduler":
-            fraction = lambda p, at: p[f"{at}_lr"] / lr if f"{at}_lr" in p else p.get(f"{at}_lr_fraction")
             pieces = [
-                Piece(p["duration"], fraction(p, "end"), p.get("shape", "linear"), fraction(p, "start")) for p in s["stages"]
+                Piece(p["duration"], share(p, "end", lr), p.get("shape", "linear"), share(p, "start", lr)) for p in s["stages"]
             ]
             return overridden(piecewise(lr, pieces), s, lr)
         case "SequentialScheduler":
@@ -77,6 +76,10 @@ def ours(name, s, lr, total):
                 for (n, inner), length in zip(s["schedulers"], lengths, strict=True)
             ]
             return overridden(sequential(lr, list(zip(make, s["schedulers_max"], strict=False)), make[-1]), s, lr)
+
+
+def share(piece, at, lr):
+    return piece[f"{at}_lr"] / lr if f"{at}_lr" in piece else piece.get(f"{at}_lr_fraction")
 
 
 def overridden(schedule, s, lr):
