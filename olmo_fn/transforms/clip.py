@@ -36,8 +36,8 @@ def clip_value(largest: float) -> Transform:
 def clip_groups(max_norms: Mapping[str, float], parameters: Tree) -> Transform:
     """Clip groups of parameters each by its own norm; ``max_norms`` is from a pattern of paths to the largest norm.
 
-    Parameters that match no pattern are in the group ``default``. ``parameters``: the model's specs, or any tree with its paths.
-    ValueError with the names for a pattern that matches nothing, a parameter that matches two, and for parameters
+    Parameters that match no pattern are in the group ``default``. ``parameters``: the model's specs, or any tree with
+    its paths. ValueError with the names for a pattern that matches nothing, a parameter that matches two, and for parameters
     that match none if there is no ``default``. The metrics gain ``grad_norm`` and ``grad_norm/<group>``, all from before.
 
     >>> clip_groups({"embed": 0.1, "default": 1.0}, {"embed": 0, "w": 0}).name

@@ -14,14 +14,14 @@ from olmo_fn.tree import Tree
 def freeze(*patterns: str, parameters: Tree) -> Transform:
     """Train all but the parameters whose path matches ``patterns``: those get no gradient and no slots, and keep their bits.
 
-    The gradient norm is that of the trained ones. ``parameters`` are the model's specs, or any tree with its paths. Put it after
-    the transforms that give every parameter a slot, such as `ema`. ValueError for a pattern that matches nothing, or
-    when nothing is left to train.
+    The gradient norm is that of the trained ones. ``parameters`` are the model's specs, or any tree with its paths. Put it
+    after the transforms that give every parameter a slot, such as `ema`. ValueError for a pattern that matches nothing,
+    or when nothing is left to train.
 
     >>> freeze("embed", parameters={"embed": 0, "w": 0}).name
     'freeze(embed)'
     """
-    frozen, trained = tree.partition(parameters, patterns)
+    _, trained = tree.partition(parameters, patterns)
     if not trained:
         raise ValueError(f"freeze: {', '.join(patterns)} freezes every parameter; leave some to train")
     return _training(tree.flatten(trained).__contains__, f"freeze({', '.join(patterns)})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from olmo_fn.tree import Tree
 def merge(last: int, at: Sequence[int]) -> Transform:
     """Keep in the slot ``merge`` the mean of the parameters after the ``last`` steps up to and including each step of ``at``.
 
-    Between them it keeps the last mean: the checkpoint of step ``at`` holds the merged weights in ``slots.merge``. Skipped steps
-    do not count; before the first window the slot is the initial parameters. ValueError if two windows overlap.
+    Between them it keeps the last mean: the checkpoint of step ``at`` holds the merged weights in ``slots.merge``. Skipped
+    steps do not count; before the first window the slot is the initial parameters. ValueError if two windows overlap.
 
         merge = merge + (params - merge) / k          with k = 1, 2, … the updates in this window
     """
@@ -27,7 +28,7 @@ def merge(last: int, at: Sequence[int]) -> Transform:
         raise ValueError(
             f"merge: the last {last} steps before {ends[0] if ends else 'none'}; give 1 to as many as there are before"
         )
-    for a, b in zip(ends, ends[1:], strict=False):
+    for a, b in pairwise(ends):
         if b - a < last:
             raise ValueError(
                 f"merge: the last {last} steps before {b} overlap with those before {a}; merge fewer or less often"

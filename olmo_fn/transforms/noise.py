@@ -20,8 +20,8 @@ SMALL, PARTS, TOKENS = "part_square", "parts", "part_tokens"
 def part_norms() -> Transform:
     """Report the squared norms of the parts' gradients; goes before `accumulate`, whose sums `noise_scale` reads.
 
-    Part i has n_i of the batch's N loss tokens, and its contribution g_i = (n_i / N) G_i to the gradient, with G_i the mean over
-    its own tokens. The sum is Σ (n_i / N) |G_i|² = Σ (N / n_i) |g_i|².
+    Part i has n_i of the batch's N loss tokens, and contributes g_i = (n_i / N) G_i to the gradient, with G_i the mean
+    over its own tokens. The sum is Σ (n_i / N) |G_i|² = Σ (N / n_i) |g_i|².
     """
 
     def apply(inner: Grads) -> Grads:
@@ -44,8 +44,8 @@ def noise_scale(decay: float = 0.99) -> Transform:
 
         |G|² = (n b - s) / (n - 1)          tr Σ = (s - b) N / (n - 1)
 
-    Both are noisy and are averaged with ``decay`` before they are divided; they are in the slot ``noise_scale``. Tokens count as
-    independent draws; those of one sequence are not quite. Steps with values that are not finite do not enter.
+    Both are noisy and are averaged with ``decay`` before they are divided; they are in the slot ``noise_scale``. Tokens
+    count as independent draws; those of one sequence are not quite. Steps with values that are not finite do not enter.
     """
     if not 0 <= decay < 1:
         raise ValueError(f"noise_scale({decay}): the decay must be at least 0 and below 1")
