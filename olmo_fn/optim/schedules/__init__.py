@@ -5,7 +5,7 @@ They count steps, the first of which is 1, or tokens: all lengths are in that un
 raises or falls below 0, the docstrings say what happens here.
 """
 
-from olmo_fn.optim.schedules.base import Length, Schedule, constant
+from olmo_fn.optim.schedules.base import Length, Schedule, constant, whole
 from olmo_fn.optim.schedules.compose import Piece, anneal, in_tokens, join, piecewise, scale, sequential, then
 from olmo_fn.optim.schedules.decay import power, warmup_cosine_linear, wsd, wsds
 from olmo_fn.optim.schedules.range_test import exponential
@@ -37,6 +37,7 @@ __all__ = [
     "warmup_half_cosine",
     "warmup_inv_sqrt",
     "warmup_linear",
+    "whole",
     "wsd",
     "wsds",
 ]
