@@ -19,6 +19,7 @@ from olmo_fn.optim import adamw, sgd
 from olmo_fn.spec import init
 from olmo_fn.step import accumulate, clip, donate, ema, global_norm, grad, pipe, skip_spikes
 from olmo_fn.transforms import (
+    accumulate_measured,
     clip_groups,
     clip_value,
     dims_of,
@@ -26,7 +27,6 @@ from olmo_fn.transforms import (
     merge,
     noise_scale,
     normalize,
-    part_norms,
     skip_steps,
     unit_params,
 )
@@ -218,7 +218,7 @@ def noisy_batches(steps, rows, dim, uneven):
 def test_noise_scale_is_the_known_one(uneven, sigma):
     """Over many batches the estimate is that of a problem whose noise is known; masks may be uneven."""
     loss, known = noisy(8, sigma)
-    step = pipe(loss, grad(engine="func"), part_norms(), accumulate(4), sgd(0.0), noise_scale(0.998))
+    step = pipe(loss, grad(engine="func"), accumulate_measured(4), clip_value(0.1), sgd(0.0), noise_scale(0.998))
     state = step.init({"w": torch.zeros(8, dtype=torch.float64)})
     plain = pipe(loss, grad(engine="func"), accumulate(4), sgd(0.0))
     for batch in noisy_batches(1500, 16, 8, uneven):
@@ -229,15 +229,17 @@ def test_noise_scale_is_the_known_one(uneven, sigma):
 
 def test_noise_scale_needs_finite_values_and_parts():
     loss, _ = noisy(8, 1.0)
-    step = pipe(loss, grad(engine="func"), part_norms(), accumulate(2), sgd(0.0), noise_scale())
+    step = pipe(loss, grad(engine="func"), accumulate_measured(2), sgd(0.0), noise_scale())
     state = step.init({"w": torch.zeros(8, dtype=torch.float64)})
     (batch,) = noisy_batches(1, 4, 8, False)
     state, _ = step(state, batch)
     after, _ = step(state, {**batch, "noise": batch["noise"] * math.nan})
     assert_equal(after.slots["noise_scale"], state.slots["noise_scale"])
     bare = pipe(loss, grad(engine="func"), accumulate(2), sgd(0.0), noise_scale())
-    with pytest.raises(ValueError, match="noise_scale needs part_norms"):
+    with pytest.raises(ValueError, match="noise_scale needs accumulate_measured"):
         bare(bare.init(state.params), batch)
+    with pytest.raises(ValueError, match=r"accumulate_measured\(1\)"):
+        accumulate_measured(1)
 
 
 # --- normalisation ----------------------------------------------------------------------------------------------

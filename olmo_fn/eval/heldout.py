@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from olmo_fn.grad import EAGER, Batch, Chain, Context, Execution, Stage, fuse, loss_tokens, pull, subtrees
+from olmo_fn import tree
+from olmo_fn.grad import EAGER, Batch, Chain, Context, Execution, Stage, compute_copy, fuse, loss_tokens, pull, subtrees
 from olmo_fn.tree import Tree
 
 
@@ -54,4 +55,5 @@ def evaluate(
 def cross_entropy(head: Stage, params: Tree, x: Tensor, labels: Tensor, rows: int = 1024) -> float:
     """The head's summed cross entropy, ``rows`` positions at a time. ``x`` (B, T, D), ``labels`` (B, T)."""
     parts = zip(x.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)
-    return sum(float(head.fn(*subtrees(params, head), h, {"labels": l})[1]["ce"]) for h, l in parts)
+    own = [tree.map(lambda p: compute_copy(p, x.dtype), subtree) for subtree in subtrees(params, head)]
+    return sum(float(head.fn(*own, h, {"labels": l})[1]["ce"]) for h, l in parts)

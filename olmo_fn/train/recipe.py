@@ -17,6 +17,7 @@ from olmo_fn.step import Step, Transform, accumulate, clip, donate, ema, grad, p
 from olmo_fn.train.config import Config
 from olmo_fn.train.schedule import schedule
 from olmo_fn.transforms import (
+    accumulate_measured,
     clip_value,
     dims_of,
     first_step_bias,
@@ -24,7 +25,6 @@ from olmo_fn.transforms import (
     merge,
     noise_scale,
     normalize,
-    part_norms,
     skip_steps,
     train_only,
     unit_params,
@@ -39,8 +39,7 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32) -> Step:
         transformer.loss(cfg.model, z_loss=r.z_loss),
         *given(cfg.lora.rank, lambda _: lora({"lora": specs["lora"]}, cfg.lora.alpha)),
         grad(r.engine, r.remat, dtype),
-        *given(r.noise_scale, lambda _: part_norms()),
-        accumulate(r.accumulate),
+        accumulate_measured(r.accumulate) if r.noise_scale else accumulate(r.accumulate),
         *given(r.clip_value, clip_value),
         *given(r.clip, clip),
         optimizer(cfg),

@@ -5,12 +5,13 @@ from olmo_fn.transforms.bias import first_step_bias
 from olmo_fn.transforms.clip import clip_groups, clip_value
 from olmo_fn.transforms.freeze import freeze, train_only
 from olmo_fn.transforms.merge import merge
-from olmo_fn.transforms.noise import noise_scale, part_norms
+from olmo_fn.transforms.noise import accumulate_measured, noise_scale
 from olmo_fn.transforms.normalize import dims_of, normalize, unit_params
 from olmo_fn.transforms.skip import skip_steps
 
 __all__ = [
     "accumulate",
+    "accumulate_measured",
     "clip",
     "clip_groups",
     "clip_value",
@@ -23,7 +24,6 @@ __all__ = [
     "merge",
     "noise_scale",
     "normalize",
-    "part_norms",
     "skip_spikes",
     "skip_steps",
     "train_only",

@@ -1,7 +1,7 @@
 """The gradient noise scale: how large a batch is worth its tokens (McCandlish et al. 2018).
 
-Measured from what accumulation has anyway, gradients of small batches and of the one large batch: `part_norms` goes between
-``grad`` and ``accumulate``, and `noise_scale` after the optimizer.
+Measured from what accumulation has anyway, gradients of small batches and of the one large batch: `accumulate_measured` stands
+in the place of ``accumulate``, and `noise_scale` after the optimizer.
 """
 
 from __future__ import annotations
@@ -11,29 +11,37 @@ from dataclasses import replace
 import torch
 
 from olmo_fn.grad import IGNORE, Batch, Execution, Grads, Metrics, loss_tokens
-from olmo_fn.step import Scalars, State, Step, Transform, global_norm
+from olmo_fn.step import Scalars, State, Step, Transform, accumulate, global_norm
 from olmo_fn.tree import Tree
 
-SMALL, PARTS, TOKENS = "part_square", "parts", "part_tokens"
+SMALL, BIG, PARTS, TOKENS = "small_square", "big_square", "parts", "part_tokens"
 
 
-def part_norms() -> Transform:
-    """Report the squared norms of the parts' gradients; goes before `accumulate`, whose sums `noise_scale` reads.
+def accumulate_measured(n: int) -> Transform:
+    """``accumulate(n)``, which also reports the squared norms of the parts' gradients and of the whole, for `noise_scale`.
 
     Part i has n_i of the batch's N loss tokens, and contributes g_i = (n_i / N) G_i to the gradient, with G_i the mean
-    over its own tokens. The sum is Σ (n_i / N) |G_i|² = Σ (N / n_i) |g_i|².
+    over its own tokens. The mean square is Σ (n_i / N) |G_i|² = Σ (N / n_i) |g_i|².
     """
+    if n < 2:
+        raise ValueError(f"accumulate_measured({n}): the noise is seen between parts of a batch; give it at least 2")
 
     def apply(inner: Grads) -> Grads:
-        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
+        def part(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
             grads, metrics = inner(params, batch, execution)
             own = (batch["labels"] != IGNORE).sum()
             square = global_norm(grads).square() * (loss_tokens(batch) / own.clamp(min=1))
             return grads, {**metrics, SMALL: square, PARTS: (own > 0).long(), TOKENS: own}
 
-        return replace(inner, fn=gradients)
+        whole: Grads = accumulate(n).apply(Grads(part))
 
-    return Transform("part_norms()", Grads, Grads, apply)
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
+            grads, metrics = whole(params, batch, execution)
+            return grads, {**metrics, BIG: global_norm(grads).square()}
+
+        return Grads(gradients)
+
+    return Transform(f"accumulate_measured({n})", Grads, Grads, apply)
 
 
 def noise_scale(decay: float = 0.99) -> Transform:
@@ -58,15 +66,14 @@ def noise_scale(decay: float = 0.99) -> Transform:
 
         def control(state: State, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
             if SMALL not in metrics:
-                raise ValueError("noise_scale needs part_norms() between grad() and accumulate(n); add it to the pipe")
-            small, n, tokens = (metrics[key].double() for key in (SMALL, PARTS, TOKENS))
-            big = metrics["grad_norm"].double().square()
+                raise ValueError("noise_scale needs accumulate_measured(n) in the place of accumulate(n)")
+            small, big, n, tokens = (metrics[key].double() for key in (SMALL, BIG, PARTS, TOKENS))
             now = {"signal": (n * big - small) / (n - 1), "noise": (small - big) * tokens / (n - 1)}
             finite = torch.stack(list(now.values())).isfinite().all()  # not with a single part, either
             before = state.slots[name]
             slot = {k: torch.where(finite, decay * before[k] + (1 - decay) * now[k], before[k]) for k in now}
             scale = slot["noise"] / slot["signal"].clamp(min=0)  # inf: all noise
-            rest = {k: v for k, v in metrics.items() if k not in (SMALL, PARTS, TOKENS)}
+            rest = {k: v for k, v in metrics.items() if k not in (SMALL, BIG, PARTS, TOKENS)}
             own, scalars, report = inner.control(state, rest)
             return {**own, name: slot}, scalars, {**report, name: scale}
 
