@@ -89,13 +89,13 @@ def range_test(lines: list[dict[str, Any]], smooth: float = 0.9) -> RangeTest:
     """Read a range test out of the lines of ``metrics.jsonl``.
 
     The losses are averaged with decay ``smooth``, without the bias towards 0. Where the average falls fastest per factor
-    of the rate, before its lowest point, is a rate to train with; the lowest point is the edge. ValueError if the rates
-    do not grow.
+    of the rate, before its lowest point, is a rate to train with; the lowest point is the edge (Smith 2017). ValueError if
+    the rates do not grow.
 
     >>> lines = [{"lr": 10.0 ** (i / 4 - 4), "loss": (5, 5, 4.9, 4.5, 3, 2.8, 2.9, 4, 9)[i]} for i in range(9)]
     >>> found = range_test(lines, smooth=0.0)
     >>> round(found.steepest, 6), round(found.lowest, 6)
-    (0.001, 0.001778)
+    (0.000562, 0.001778)
     """
     lines = [line for line in lines if math.isfinite(line.get("ce", line["loss"]))]
     rates, losses = [line["lr"] for line in lines], [line.get("ce", line["loss"]) for line in lines]
@@ -106,8 +106,13 @@ def range_test(lines: list[dict[str, Any]], smooth: float = 0.9) -> RangeTest:
         average = smooth * average + (1 - smooth) * loss
         smoothed.append(average / (1 - smooth ** (i + 1)))
     bottom = min(range(1, len(rates)), key=smoothed.__getitem__)
-    falls = [(smoothed[i] - smoothed[i - 1]) / math.log(rates[i] / rates[i - 1]) for i in range(1, bottom + 1)]
-    return RangeTest(rates, losses, smoothed, rates[1 + falls.index(min(falls))], rates[bottom])
+    wide = max(1, len(rates) // 10)  # a slope over a fifth of the test, for one step's is noise
+
+    def slope(i: int) -> float:
+        a, b = max(0, i - wide), min(len(rates) - 1, i + wide)
+        return (smoothed[b] - smoothed[a]) / math.log(rates[b] / rates[a])
+
+    return RangeTest(rates, losses, smoothed, rates[min(range(bottom), key=slope)], rates[bottom])
 
 
 def curves(args: PlotSchedule, presets: Mapping[str, Config]) -> dict[str, tuple[Schedule, int]]:
@@ -138,7 +143,7 @@ def plot_schedules(found: Mapping[str, tuple[Schedule, int]], output: Path, log:
     figure, axes = canvas()
     for style, (name, (schedule, steps)) in zip(cycle(("-", "--", "-.", ":")), found.items(), strict=False):
         at = torch.linspace(1, steps, min(steps, 4000), dtype=torch.float64).round().long().unique()
-        axes.plot(at, torch.stack([schedule(step) for step in at]), label=name, linewidth=1.8, linestyle=style)
+        axes.plot(at, schedule(at), label=name, linewidth=1.8, linestyle=style)
     axes.set_xlim(0, max(steps for _, steps in found.values()))
     axes.set_yscale("log" if log else "linear")
     if not log:

@@ -217,11 +217,11 @@ def noisy_batches(steps, rows, dim, uneven):
 @pytest.mark.parametrize("sigma", [0.5, 3.0])
 def test_noise_scale_is_the_known_one(uneven, sigma):
     """Over many batches the estimate is that of a problem whose noise is known; masks may be uneven."""
-    loss, known = noisy(8, sigma)
-    step = pipe(loss, grad(engine="func"), accumulate_measured(4), clip_value(0.1), sgd(0.0), noise_scale(0.998))
-    state = step.init({"w": torch.zeros(8, dtype=torch.float64)})
+    loss, known = noisy(64, sigma)
+    step = pipe(loss, grad(engine="func"), accumulate_measured(4), clip_value(0.1), sgd(0.0), noise_scale(0.99))
+    state = step.init({"w": torch.zeros(64, dtype=torch.float64)})
     plain = pipe(loss, grad(engine="func"), accumulate(4), sgd(0.0))
-    for batch in noisy_batches(1500, 16, 8, uneven):
+    for batch in noisy_batches(200, 16, 64, uneven):
         state, report = step(state, batch)
     assert report["noise_scale"].item() == pytest.approx(known, rel=0.1)
     assert set(report) - {"noise_scale"} == set(plain(plain.init(state.params), batch)[1])
