@@ -33,10 +33,7 @@ def some_sizes(draw, lengths=(2, 4, 8)):
     return Sizes(T, tuple(Phase(start, *draw(pick)) for start in (0, *starts)))
 
 
-@QUICK
-@given(some_sizes(), st.integers(0, 99))
-def test_every_token_once_an_epoch(windows, sizes, seed):
-    """The steps of an epoch hold each window of it once, in the order of the constant batches; then the next begins."""
+def check_every_token_once(windows, sizes, seed):
     data = Resized(Batches(windows, sizes.largest, seed, 89), sizes)
     whole = data.batches.steps_per_epoch * sizes.largest
     seen, step = [], 0
@@ -50,6 +47,28 @@ def test_every_token_once_an_epoch(windows, sizes, seed):
     order = [row for s in range(2 * data.batches.steps_per_epoch) for row in data.batches(s)["input_ids"].tolist()]
     assert seen[: 2 * whole] == order
     assert len({row[0] for row in seen[:whole]}) == whole
+
+
+@QUICK
+@given(some_sizes(), st.integers(0, 99))
+def test_every_token_once_an_epoch(windows, sizes, seed):
+    """The steps of an epoch hold each window of it once, in the order of the constant batches; then the next begins."""
+    check_every_token_once(windows, sizes, seed)
+
+
+class Multiplied(Sizes):
+    """The mutant: where the step would be if every step before had had its batch size (tokens seen // batch size, as a trainer
+    with one counter of batches has it)."""
+
+    def first_window(self, step):
+        return step * self.at(step).batch_size
+
+
+def test_a_mutant_is_caught(windows):
+    phases = (Phase(0, 2, 4), Phase(3, 4, 8))
+    check_every_token_once(windows, Sizes(T, phases), 0)
+    with pytest.raises(AssertionError):
+        check_every_token_once(windows, Multiplied(T, phases), 0)
 
 
 @QUICK

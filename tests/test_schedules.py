@@ -189,7 +189,7 @@ def test_shape(data, total, name):
     warmup = data.draw(st.integers(0, total))
     decay = data.draw(st.integers(0, total - warmup))
     schedule = SHAPES[name](warmup, total, decay)
-    rates = torch.stack([schedule(torch.tensor(step)) for step in range(total + 5)])
+    rates = schedule(torch.arange(total + 5))
     assert rates.isfinite().all()
     assert rates.min() >= 0
     assert rates.max() <= 0.3 * (1 + 1e-12)
@@ -220,7 +220,7 @@ def test_continuous_where_stated(drawn):
     pieces = [Piece(length * 10, end, shape) for length, end, shape in drawn]
     parts = [(lambda lr, p=p: warmup_linear(lr, 0, p.length, p.end), p.length) for p in pieces]
     for schedule in (piecewise(1.0, pieces), sequential(1.0, parts, constant)):
-        rates = torch.stack([schedule(torch.tensor(s)) for s in range(sum(p.length for p in pieces) + 5)])
+        rates = schedule(torch.arange(sum(p.length for p in pieces) + 5))
         assert rates.diff().abs().max() <= math.pi / 2 / min(p.length for p in pieces) + 1e-12
     jump = piecewise(1.0, [pieces[0], Piece(100, 0.5, start=pieces[0].end + 1)])
     at = torch.tensor(pieces[0].length)
@@ -239,6 +239,15 @@ def test_join_takes_over_after_the_boundary(lengths, step):
     assert join(parts, ends)(at).item() == expected
     if len(parts) == 2:
         assert then(parts[0], ends[0], parts[1])(at).item() == expected
+
+
+def test_a_mutant_is_caught():
+    """The border given to the later part is another schedule than OLMo-core's."""
+    (case,) = (c for c in CASES if c["scheduler"] == "WSDS" and c["settings"].get("warmup_fraction"))
+    step, lr = next((step, lr) for step, lr in zip(case["current"], case["lr"], strict=True) if step == 250)
+    late = wsds(case["initial_lr"], 0.2, [250, 250, 500], 20)
+    early = wsds(case["initial_lr"], 50, [249, 251, 500], 20)
+    assert late(torch.tensor(step)).item() == lr != early(torch.tensor(step)).item()
 
 
 def test_scale():
@@ -287,3 +296,9 @@ def test_compiles_once(name):
         assert torch.equal(compiled(at.clone()), ALL[name](at))
     assert len(seen) == 1
     assert torch.equal(ALL[name](steps), torch.stack([ALL[name](at) for at in steps]))
+
+
+def test_the_example_of_the_docs_runs(capsys):
+    text = (Path(__file__).parent.parent / "docs" / "schedules.md").read_text()
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.startswith("tensor([1.5000e-04, 3.0000e-04, ")

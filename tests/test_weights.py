@@ -209,7 +209,8 @@ def base(tmp_path_factory):
     ]
     more = "--run.steps 12 --run.checkpoint-every 4 --schedule.name wsd --schedule.warmup 0.25 --growth.batch-sizes 2"
     more += " --growth.until 6 --growth.min-length 4 --growth.length-multiple 4 --growth.length-steps 9 --growth.sqrt-lr"
-    more += " --recipe.merge-last 2 --recipe.merge-every 4 --recipe.ema 0.5 --recipe.skip-steps 3 4 --recipe.freeze embed *.w_q --recipe.clip-value 1"
+    more += " --recipe.merge-last 2"
+    more += " --recipe.merge-every 4 --recipe.ema 0.5 --recipe.skip-steps 3 4 --recipe.freeze embed *.w_q --recipe.clip-value 1"
     more += " --recipe.accumulate 2 --recipe.noise-scale 0.9 --recipe.normalize --optim.first-step-bias"
     train(*flags, more, "--run.folder", folder / "base")
     return flags, more, folder

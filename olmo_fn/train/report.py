@@ -15,14 +15,14 @@ from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_
 from olmo_fn.step import State
 from olmo_fn.train.config import Config
 from olmo_fn.train.metrics import read_metrics
-from olmo_fn.train.recipe import is_trained, model_parameters, parameters
-from olmo_fn.train.schedule import schedule, sizes
+from olmo_fn.train.recipe import is_trained, model_parameters, parameters, recipe
+from olmo_fn.train.schedule import sizes
 from olmo_fn.train.serialize import to_yaml
 
 
 def dry_run(cfg: Config) -> str:
     """The resolved config, parameters, FLOPs, and the memory of the state, without allocating anything."""
-    schedule(cfg)  # one that does not fit is refused here too
+    recipe(cfg)  # a wrong one is refused here too
     r, total = cfg.recipe, num_params(cfg.model)
     tokens, all_tokens = r.batch_size * r.sequence_length, sizes(cfg).tokens_before(cfg.run.steps)
     flops = flops_per_token(cfg.model, r.sequence_length)
