@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from olmo_fn import tree
+from olmo_fn import transforms, tree
 from olmo_fn.grad import Grads
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
@@ -314,3 +314,8 @@ def test_all_at_once_hides_nothing():
     a, _ = step.update(state, random(9), metrics())
     b, _ = make(*parts).update(type(state)(**again), random(9), metrics())
     assert_equal(a._asdict(), b._asdict())
+
+
+def test_the_package_gives_functions():
+    """No module hides the transform of its name."""
+    assert all(callable(getattr(transforms, name)) for name in transforms.__all__)

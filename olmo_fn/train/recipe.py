@@ -43,7 +43,7 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32) -> Step:
         *given(r.clip_value, clip_value),
         *given(r.clip, clip),
         optimizer(cfg),
-        *given(r.normalize, lambda _: normalize(dims_of(specs))),
+        *given(r.normalize, lambda _: normalize(dims_of(transformer.specs(cfg.model)))),
         *given(r.skip_sigma, skip_spikes),
         *given(r.skip_steps, skip_steps),
         *given(r.noise_scale, noise_scale),
@@ -70,7 +70,7 @@ def is_trained(cfg: Config, path: str) -> bool:
 def first_parameters(cfg: Config, device: torch.device) -> Tree:
     """The parameters that a run begins with."""
     params = init(parameters(cfg), cfg.run.seed, device=device)
-    return unit_params(params, dims_of(parameters(cfg))) if cfg.recipe.normalize else params
+    return unit_params(params, dims_of(transformer.specs(cfg.model))) if cfg.recipe.normalize else params
 
 
 def model_parameters(cfg: Config, params: Tree) -> Tree:

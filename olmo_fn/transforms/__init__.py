@@ -2,7 +2,7 @@
 
 from olmo_fn.step import accumulate, clip, donate, ema, grad, skip_spikes
 from olmo_fn.transforms.bias import first_step_bias
-from olmo_fn.transforms.clip import clip_groups, clip_value
+from olmo_fn.transforms.clipping import clip_groups, clip_value
 from olmo_fn.transforms.freeze import freeze, train_only
 from olmo_fn.transforms.merge import merge
 from olmo_fn.transforms.noise import accumulate_measured, noise_scale
