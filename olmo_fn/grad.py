@@ -7,7 +7,7 @@ the batch, so that splitting a batch in any way (accumulation, data parallelism)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -73,6 +73,12 @@ class Chain:
     sums: tuple[str, ...] = ()
     """Names of the metrics that come with the loss, for ranks of a pipeline that do not compute it."""
 
+    def changed(self, change: Callable[[Stage], Stage]) -> Chain:
+        """The chain with every stage changed, on a mesh too."""
+        there = self.on
+        on = None if there is None else lambda axes, cp_method: there(axes, cp_method).changed(change)
+        return replace(self, stages=tuple(map(change, self.stages)), on=on)
+
     def __call__(self, params: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
         context, carry = self.context(batch), None
         for stage in self.stages:
@@ -93,19 +99,26 @@ def identity(fn: Function) -> Function:
     return fn
 
 
+def everything(path: str) -> bool:
+    """Yes."""
+    return True
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a step is carried out, never what it computes.
 
     ``wrap`` goes around every stage function, and ``wrap_leaf`` around every parameter update and other kernels that see
     tensors of many shapes (compilation); ``donate`` lets an update write into the memory of the state it replaces;
-    ``layout`` is where parameters live (`olmo_fn.layout`).
+    ``layout`` is where parameters live (`olmo_fn.layout`). ``wants`` says of a path whether its gradient is asked for; the
+    tree of gradients has no others.
     """
 
     wrap: Callable[[Function], Function] = identity
     wrap_leaf: Callable[[Function], Function] = identity
     donate: bool = False
     layout: Any = SINGLE
+    wants: Callable[[str], bool] = everything
 
 
 EAGER = Execution()
@@ -134,14 +147,15 @@ def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
         layout, tokens = execution.layout, loss_tokens(batch)
         fn = layout.chain(loss) if isinstance(loss, Chain) else loss
 
-        def scaled(weights: Tree, part: Batch) -> tuple[Tensor, Metrics]:
-            total, metrics = fn(weights, part)
+        def scaled(wanted: Tree, frozen: Tree, part: Batch) -> tuple[Tensor, Metrics]:
+            total, metrics = fn(tree.combine(wanted, frozen) if frozen else wanted, part)
             return total / tokens, {"loss": total, **metrics}
 
-        weights = layout.fetch(params, tuple(params), dtype).ready()
-        grads, (_, sums) = torch.func.grad_and_value(scaled, has_aux=True)(weights, layout.part(batch))
+        wanted, frozen = tree.split(layout.fetch(params, tuple(params), dtype).ready(), execution.wants)
+        grads, (_, sums) = torch.func.grad_and_value(scaled, has_aux=True)(wanted, frozen, layout.part(batch))
         flat = layout.finish(layout.reduce(tree.flatten(grads))())
-        return tree.map_with_path(lambda path, _: flat[path], params), per_token(layout.total(sums), tokens)
+        found = tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat)
+        return found, per_token(layout.total(sums), tokens)
 
     return gradients
 

@@ -118,7 +118,10 @@ class Step:
         flat = tree.flatten(grads)
         grads.clear()  # so that each gradient is freed as soon as it is used
         for path, p in tree.items(state.params):
-            slots = {name: values[path] for name, values in before.items()}
+            if path not in flat:  # frozen
+                params[path] = p
+                continue
+            slots = {name: values[path] for name, values in before.items() if path in values}
             params[path], slots = self._update_leaf(path, self.leaf(path), p, flat.pop(path), slots, scalars)
             for name, value in slots.items():
                 after[name][path] = value

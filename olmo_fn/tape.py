@@ -110,7 +110,8 @@ def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction
     def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
         layout, tokens = execution.layout, loss_tokens(batch)
         flat, sums = layout.sweep(chain, remat, params, batch, tokens, dtype, execution)
-        return tree.map_with_path(lambda path, _: flat[path], params), per_token(layout.total(sums), tokens)
+        grads = tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat)
+        return grads, per_token(layout.total(sums), tokens)
 
     return gradients
 
@@ -146,7 +147,7 @@ def sweep(
             held[-1][0].again()
         grads, cotangent = pullback(cotangent)
         del pullback
-        flat = {name: g for path, subtree in grads().items() for name, g in tree.items(subtree, path)}
+        flat = flatten(grads(), execution)
         del grads
         weights.free()
         leaving = layout.reduce(flat)
@@ -154,6 +155,12 @@ def sweep(
         arriving = leaving
     _add(found, arriving())
     return layout.finish(found), {"loss": total.detach(), **metrics}
+
+
+def flatten(grads: dict[str, Tree], execution: Execution) -> dict[str, Tensor]:
+    """The gradients that are asked for, by path."""
+    flat = {name: g for path, subtree in grads.items() for name, g in tree.items(subtree, path)}
+    return {name: g for name, g in flat.items() if execution.wants(name)}
 
 
 def _add(found: dict[str, Tensor], more: dict[str, Tensor]) -> None:
@@ -183,8 +190,13 @@ def pull(
         while pullbacks:
             stage, pullback = pullbacks.pop()
             grads, cotangent = pullback(cotangent)
-            found.append((stage, grads() if callable(grads) and not late else grads))
+            if wanted(stage):  # or else the products for frozen weights are never computed
+                found.append((stage, grads() if callable(grads) and not late else grads))
         return lambda: _by_path(found), cotangent
+
+    def wanted(stage: Stage) -> bool:
+        tensors = weights.ready()
+        return any(execution.wants(name) for path in stage.params for name, _ in tree.items(tensors[path], path))
 
     if segment.again:
         out, _ = forward()

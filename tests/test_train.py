@@ -245,7 +245,7 @@ WRONG = {
     "long sequence": (lambda t, d: tiny(t, d, "--recipe.sequence-length", 30000), "30,000 is longer"),
     "odd size": (lambda t, d: tiny(odd(t), d, "--data.dtype", "uint16"), "odd.npy"),
     "empty file": (lambda t, d: tiny(empty(t), d), "empty"),
-    "warm-up": (lambda t, d: tiny(t, d, "--schedule.warmup", 99), "warm-up"),
+    "warm-up": (lambda t, d: tiny(t, d, "--schedule.warmup", 99), "warmup 99 is longer than the whole schedule of 6"),
     "accumulate": (lambda t, d: tiny(t, d, "--recipe.accumulate", 3), "accumulate"),
     "remat": (lambda t, d: tiny(t, d, "--recipe.remat", "sometimes"), "remat 'sometimes' is unknown"),
     "device": (lambda t, d: tiny(t, d, "--run.device", "cuda"), "cannot be used here"),

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_fn import tree
 from olmo_fn.grad import Batch, Carry, Chain, Execution, Metrics
 from olmo_fn.layout import Weights, wide
 from olmo_fn.parallel.pipeline.communicate import Plan, plan
@@ -20,7 +19,7 @@ from olmo_fn.parallel.pipeline.execute import execute
 from olmo_fn.parallel.pipeline.schedule import Kind, schedule
 from olmo_fn.parallel.pipeline.stages import Cut
 from olmo_fn.parallel.sharded import Sharded
-from olmo_fn.tape import Segment, SegmentPullback, pull, run, segments
+from olmo_fn.tape import Segment, SegmentPullback, flatten, pull, run, segments
 from olmo_fn.tree import Tree
 
 
@@ -98,7 +97,7 @@ def pipeline_sweep(
     def backward_weight(chunk: int, part: int) -> None:
         rest = later.pop((chunk, part))  # of the last segment first
         for i in reversed(range(len(stages.chunks[chunk]))):
-            _accumulate(found[chunk][i], rest.pop(0)())
+            _accumulate(found[chunk][i], flatten(rest.pop(0)(), execution))
 
     def backward(chunk: int, part: int, cotangent: Any) -> Any:
         if chunk == stages.last:
@@ -106,7 +105,7 @@ def pipeline_sweep(
         pullbacks = held.pop((chunk, part))
         for i in reversed(range(len(pullbacks))):
             grads, cotangent = pullbacks.pop()(cotangent)
-            _accumulate(found[chunk][i], grads())
+            _accumulate(found[chunk][i], flatten(grads(), execution))
         return cotangent
 
     actions = stages.plan(cut.pipeline.kind)
@@ -148,7 +147,6 @@ def _split(batch: Batch, n: int) -> list[Batch]:
     return [{name: parts[i] for name, parts in chunks.items()} for i in range(n)]
 
 
-def _accumulate(found: dict[str, Tensor], grads: dict[str, Tree]) -> None:
-    for path, subtree in grads.items():
-        for name, g in tree.items(subtree, path):
-            found[name] = found[name].add_(g) if name in found else wide(g).clone()
+def _accumulate(found: dict[str, Tensor], grads: dict[str, Tensor]) -> None:
+    for name, g in grads.items():
+        found[name] = found[name].add_(g) if name in found else wide(g).clone()
