@@ -14,7 +14,7 @@ from typing import Any
 
 from olmo_fn.checkpoint.folder import hidden, step_path, sync_folder, writing
 from olmo_fn.checkpoint.holding import Holding, Plan, hold, merge
-from olmo_fn.checkpoint.index import Box, Entry, File, Index
+from olmo_fn.checkpoint.index import Box, BrokenCheckpoint, Entry, File, Index
 from olmo_fn.checkpoint.leaves import check_meta
 from olmo_fn.checkpoint.pool import default_threads
 from olmo_fn.checkpoint.ranks import Lost, Meeting, Ranks, beating
@@ -72,10 +72,10 @@ def save(
 
 @contextmanager
 def failures_named(folder: str | Path, step: int) -> Iterator[None]:
-    """Turn what another rank's failure raises into `SaveFailed`."""
+    """Turn into `SaveFailed` what is raised when another rank fails, or when the boxes do not fit together."""
     try:
         yield
-    except Lost as error:
+    except (Lost, BrokenCheckpoint) as error:
         raise SaveFailed(
             f"could not save step {step} into {folder}: {error}. It is not committed, and older checkpoints are untouched"
         ) from error
