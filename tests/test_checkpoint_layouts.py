@@ -36,7 +36,6 @@ from olmo_fn.checkpoint.shards import layout_of, writers
 from olmo_fn.checkpoint.spans import Span, bands, contiguous, covering, overlap, tiles
 from olmo_fn.tree import Tree
 
-
 # Where every file is synced, a disk shared with others makes a hundred small checkpoints a matter of minutes.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
