@@ -44,7 +44,10 @@ class Ranks:
 
     def connection(self) -> Ranks:
         """The same with a connection to the store of its own, which no other thread's waiting blocks."""
-        return replace(self, store=HashStore() if self.store is None else self.store.clone())  # type: ignore[attr-defined]
+        if self.store is None:
+            return replace(self, store=HashStore())
+        _ask(self.store, "check", ["checkpoint"])  # else connecting would wait for minutes for a dead host
+        return replace(self, store=self.store.clone())  # type: ignore[attr-defined]
 
 
 class Lost(RuntimeError):
@@ -83,13 +86,12 @@ class Meeting:
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks.connection()
+        self.ranks = ranks if ranks.store else ranks.connection()
         self.seen = {rank: (0, time.monotonic()) for rank in (range(ranks.size) if ranks.rank == 0 else (0,))}
         self.looked = 0.0
         self.began = time.monotonic()
 
     def __enter__(self) -> Meeting:
-        self.store = self.ranks.store
         self.number = self._ask("add", f"checkpoint/meetings/{self.ranks.rank}", 1)
         return self
 
@@ -168,10 +170,15 @@ class Meeting:
                 self._ask("delete_key", self._key(key, number))
 
     def _ask(self, method: str, *args: Any) -> Any:
-        try:
-            return getattr(self.store, method)(*args)
-        except RuntimeError as error:
-            raise Lost(f"the store does not answer, so the rank that hosts it (usually rank 0) has ended: {error}") from error
+        return _ask(self.ranks.store, method, *args)
+
+
+def _ask(store: Store | None, method: str, *args: Any) -> Any:
+    try:
+        return getattr(store, method)(*args)
+    except RuntimeError as error:
+        what = str(error).partition("\n")[0]
+        raise Lost(f"the store does not answer, so the rank that hosts it (usually rank 0) has ended: {what}") from error
 
 
 def _reason(error: BaseException) -> str:

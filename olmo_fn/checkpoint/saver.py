@@ -53,7 +53,7 @@ class Saver:
         self.retention = retention or Retention()
         self.replace = replace
         self.threads = threads
-        self.ranks = ranks
+        self.ranks = ranks.connection()
         self._buffers: dict[str, torch.Tensor] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[Path] | None = None

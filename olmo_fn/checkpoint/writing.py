@@ -65,7 +65,7 @@ def save(
     ...     save({"params": {"w": torch.ones(2, 3)}}, folder, step=5, meta={"tokens": 80}).name
     'step5'
     """
-    with beating(ranks), failures_named(folder, step), Meeting(ranks) as meeting:
+    with failures_named(folder, step), beating(ranks), Meeting(ranks) as meeting:
         held, meta = hold(tree, ranks), check_meta(meta)
         return save_held(held, folder, step, meta, meeting, replace=replace, file_bytes=file_bytes, threads=threads)
 
