@@ -20,14 +20,17 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from olmo_fn import tree as trees
 from olmo_fn.checkpoint import (
+    RankLost,
     Ranks,
     SaveFailed,
     box_of,
     holding,
     load,
+    load_newest,
     read_index,
     save,
     shards,
+    steps,
     stored,
     verify,
 )
@@ -45,9 +48,11 @@ def assert_bitwise(a: torch.Tensor, b: torch.Tensor) -> None:
     assert torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
 
 
-def save_in(layout: Layout, whole: Tree, folder: str | Path) -> Path:
+def save_in(layout: Layout, whole: Tree, folder: str | Path, step: int = 1) -> Path:
     """The path of the checkpoint that all ranks of ``layout`` make together, or the first error."""
-    results = together(layout.size, lambda ranks: save(layout.state(whole, ranks.rank), folder, step=1, ranks=ranks, threads=1))
+    results = together(
+        layout.size, lambda ranks: save(layout.state(whole, ranks.rank), folder, step=step, ranks=ranks, threads=1)
+    )
     for result in results:
         if isinstance(result, Exception):
             raise result
@@ -251,6 +256,39 @@ def test_the_listing_and_the_checksums_work_on_shards(tmp_path: Path, capsys: py
         load(path, ROWS.state(WHOLE, 0, meta=True))
     load(path, ROWS.state(WHOLE, 3, meta=True))
     assert main([str(tmp_path)]) == 1
+
+
+def test_the_ranks_agree_on_the_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    """Damage in the rows of one rank makes all of them take the one before; a wrong config on one ends all."""
+    save(WHOLE, tmp_path, step=1)
+    file = save_in(GRID, WHOLE, tmp_path, step=2) / "state-rank00000-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+    def resume(ranks: Ranks) -> object:
+        skipped: list[str] = []
+        like = ROWS.state(WHOLE, ranks.rank, meta=True)
+        found = load_newest(tmp_path, like, ranks=ranks, on_skip=skipped.append)
+        assert found is not None
+        assert_bitwise(found[1]["w"].to_local(), ROWS.state(WHOLE, ranks.rank)["w"].to_local())
+        return found[0].name, len(skipped), "does not match its checksum" in skipped[0]
+
+    assert together(4, resume) == [("step1", 1, True)] * 4
+    assert together(4, lambda ranks: load_newest("/nowhere", ranks=ranks)) == [None] * 4
+
+    def differ(ranks: Ranks) -> object:
+        like = ROWS.state(WHOLE, ranks.rank, meta=True)
+        return load_newest(tmp_path, {"v": like["v"]} if ranks.rank == 2 else like, ranks=ranks)
+
+    errors = together(4, differ)
+    assert [type(error) for error in errors] == [RankLost, RankLost, ValueError, RankLost]
+    assert "rank 2: " in str(errors[0])
+    assert "there but not asked for: w" in str(errors[0])
+
+
+def test_ranks_at_different_steps_are_refused(tmp_path: Path) -> None:
+    errors = together(2, lambda ranks: save({"w": W}, tmp_path, step=ranks.rank + 4, ranks=ranks))
+    assert all("rank 0 at step 4, rank 1 at step 5; all must save the same ones" in str(error) for error in errors)
+    assert steps(tmp_path) == []
 
 
 def test_what_a_sharded_save_refuses(tmp_path: Path) -> None:

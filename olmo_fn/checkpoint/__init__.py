@@ -6,7 +6,7 @@ where to go on.
 
 from olmo_fn.checkpoint.folder import step_path, steps, sweep
 from olmo_fn.checkpoint.index import BrokenCheckpoint, Index
-from olmo_fn.checkpoint.ranks import Ranks
+from olmo_fn.checkpoint.ranks import RankLost, Ranks
 from olmo_fn.checkpoint.reading import load
 from olmo_fn.checkpoint.resume import load_newest, newest_whole
 from olmo_fn.checkpoint.retention import Retention, to_delete
@@ -19,6 +19,7 @@ from olmo_fn.checkpoint.writing import SaveFailed, save
 __all__ = [
     "BrokenCheckpoint",
     "Index",
+    "RankLost",
     "Ranks",
     "Retention",
     "SaveFailed",

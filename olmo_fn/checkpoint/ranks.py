@@ -50,7 +50,10 @@ class Ranks:
         return replace(self, store=self.store.clone())  # type: ignore[attr-defined]
 
 
-class Lost(RuntimeError):
+ALONE = Ranks()
+
+
+class RankLost(RuntimeError):
     """A rank failed or died, or the store did; the message names it."""
 
 
@@ -81,7 +84,7 @@ def beating(ranks: Ranks) -> Iterator[None]:
 class Meeting:
     """One save or load that all ranks take part in; the n-th of one rank meets the n-th of every other.
 
-    As a context: whoever leaves it with an error makes all the others' calls raise `Lost` with that error.
+    As a context: whoever leaves it with an error makes all the others' calls raise `RankLost` with that error.
     Rank 0 watches all ranks, the others watch rank 0.
     """
 
@@ -97,8 +100,8 @@ class Meeting:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is not None:
-            with suppress(Lost):
-                text = str(error) if isinstance(error, Lost) else f"rank {self.ranks.rank}: {_reason(error)}"
+            with suppress(RankLost):
+                text = str(error) if isinstance(error, RankLost) else f"rank {self.ranks.rank}: {_reason(error)}"
                 if not self._decide(f"failed {text}") and self.ranks.rank == 0:
                     self._set("outcome", f"failed {text}".encode())
 
@@ -120,26 +123,26 @@ class Meeting:
         return self._wait(word, 0)
 
     def conclude(self) -> None:
-        """Raise `Lost` if a rank has failed; after this none can make the meeting fail but rank 0, which calls it."""
+        """Raise `RankLost` if a rank has failed; after this none can make the meeting fail but rank 0, which calls it."""
         if not self._decide("concluded"):
             self.looked = 0.0
             self.look()
 
     def look(self) -> None:
-        """Raise `Lost` if the meeting has failed or a rank gives no sign of life; cheap to call often."""
+        """Raise `RankLost` if the meeting has failed or a rank gives no sign of life; cheap to call often."""
         now = time.monotonic()
         if self.ranks.size == 1 or now - self.looked < _LOOK_SECONDS:
             return
         self.looked = now
         for word in ("verdict", "outcome"):
             if self._there(word) and (text := self._ask("get", self._key(word)).decode()).startswith("failed "):
-                raise Lost(text.removeprefix("failed "))
+                raise RankLost(text.removeprefix("failed "))
         for rank, (count, since) in self.seen.items():
             beats = self._ask("add", f"checkpoint/beat/{rank}", 0)
             if beats != count:
                 self.seen[rank] = (beats, time.monotonic())
             elif beats and rank != self.ranks.rank and now - since > self.ranks.patience:
-                raise Lost(f"rank {rank} gave no sign of life for {self.ranks.patience:.0f} s")
+                raise RankLost(f"rank {rank} gave no sign of life for {self.ranks.patience:.0f} s")
 
     def _decide(self, verdict: str) -> bool:
         return bool(self._ask("compare_set", self._key("verdict"), "", verdict) == verdict.encode())
@@ -150,7 +153,7 @@ class Meeting:
             self.look()
             late = time.monotonic() - self.began > 6 * self.ranks.patience
             if late and not self._there(f"hello/{rank}"):
-                raise Lost(f"rank {rank} did not come within {6 * self.ranks.patience:.0f} s")
+                raise RankLost(f"rank {rank} did not come within {6 * self.ranks.patience:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
         return bytes(self._ask("get", self._key(word)))
@@ -178,7 +181,7 @@ def _ask(store: Store | None, method: str, *args: Any) -> Any:
         return getattr(store, method)(*args)
     except RuntimeError as error:
         what = str(error).partition("\n")[0]
-        raise Lost(f"the store does not answer, so the rank that hosts it (usually rank 0) has ended: {what}") from error
+        raise RankLost(f"the store does not answer, so the rank that hosts it (usually rank 0) has ended: {what}") from error
 
 
 def _reason(error: BaseException) -> str:

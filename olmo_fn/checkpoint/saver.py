@@ -16,10 +16,10 @@ import torch
 from olmo_fn.checkpoint.folder import delete, step_path, steps, sweep, writing
 from olmo_fn.checkpoint.holding import Holding, hold
 from olmo_fn.checkpoint.leaves import check_meta
-from olmo_fn.checkpoint.ranks import Meeting, Ranks, beating
+from olmo_fn.checkpoint.ranks import ALONE, Meeting, Ranks, beating
 from olmo_fn.checkpoint.retention import Retention, to_delete
 from olmo_fn.checkpoint.verifying import verify
-from olmo_fn.checkpoint.writing import ALONE, failures_named, save_held
+from olmo_fn.checkpoint.writing import failures_named, save_held
 
 log = logging.getLogger(__name__)
 

@@ -17,14 +17,13 @@ from olmo_fn.checkpoint.holding import Holding, Plan, hold, merge
 from olmo_fn.checkpoint.index import Box, BrokenCheckpoint, Entry, File, Index
 from olmo_fn.checkpoint.leaves import check_meta
 from olmo_fn.checkpoint.pool import default_threads
-from olmo_fn.checkpoint.ranks import Lost, Meeting, Ranks, beating
+from olmo_fn.checkpoint.ranks import ALONE, Meeting, RankLost, Ranks, beating
 from olmo_fn.checkpoint.tensorfile import DTYPE_NAMES, Piece, write_file
 from olmo_fn.checkpoint.verifying import verify
 
 log = logging.getLogger(__name__)
 
 FILE_BYTES = 4 << 30
-ALONE = Ranks()
 
 
 class SaveFailed(OSError):
@@ -60,7 +59,7 @@ def save(
     TimeoutError if another process keeps saving into ``folder``, and `SaveFailed` (an OSError) if the disk is
     full or fails.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save({"params": {"w": torch.ones(2, 3)}}, folder, step=5, meta={"tokens": 80}).name
     'step5'
@@ -75,7 +74,7 @@ def failures_named(folder: str | Path, step: int) -> Iterator[None]:
     """Turn into `SaveFailed` what is raised when another rank fails, or when the boxes do not fit together."""
     try:
         yield
-    except (Lost, BrokenCheckpoint) as error:
+    except (RankLost, BrokenCheckpoint) as error:
         raise SaveFailed(
             f"could not save step {step} into {folder}: {error}. It is not committed, and older checkpoints are untouched"
         ) from error
