@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from olmo_fn.checkpoint.spans import Span, tiles
+
+try:  # the same numbers five times faster (20 GB/s), where it is installed
+    from zlib_ng.zlib_ng import crc32 as running_crc32
+except ImportError:
+    from zlib import crc32 as running_crc32
 
 FORMAT = 1
 # Small, as who needs some bytes of a chunk reads all of it, to check them; its checksum takes 12 bytes of index.
@@ -121,13 +125,13 @@ class Index:
                 raise BrokenCheckpoint(f"{where}: the boxes of {name} do not tile its shape {entry.shape}")
 
 
-def crc32(data: bytes | memoryview, start: int = 0) -> str:
+def crc32(data: bytes | memoryview) -> str:
     """CRC-32 of ``data`` as eight hex digits.
 
     >>> crc32(b"olmo")
     '0e92632e'
     """
-    return f"{zlib.crc32(data, start):08x}"
+    return f"{running_crc32(data):08x}"
 
 
 def _first_line(checksum: str) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import closing, contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from olmo_fn.checkpoint.index import CHUNK_BYTES, BrokenCheckpoint, File, crc32
+from olmo_fn.checkpoint.index import CHUNK_BYTES, BrokenCheckpoint, File, crc32, running_crc32
 from olmo_fn.checkpoint.pool import in_order
 
 DTYPES = {
@@ -157,7 +156,7 @@ def read_chunk(fd: int, start: int, size: int, checksum: str, into: memoryview |
             return "cannot be read from the disk (input/output error)"
         if n == 0:
             return "is cut off"
-        crc = zlib.crc32(step[:n], crc)
+        crc = running_crc32(step[:n], crc)
         at += n
     return "" if f"{crc:08x}" == checksum else "does not match its checksum"
 
