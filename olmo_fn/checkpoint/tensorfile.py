@@ -6,17 +6,14 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from olmo_fn.checkpoint.index import CHUNK_BYTES, BrokenCheckpoint, File, crc32, running_crc32
-from olmo_fn.checkpoint.pool import in_order
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,9 +36,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # Steps that stay in the processor's cache make the second pass over the bytes, the checksum, cheap.
 _STEP_BYTES = 1 << 20
-# What one call of a thread writes or reads: many chunks, as a call costs 50 µs.
+# What one call of a thread reads: many chunks, as a call costs 50 µs.
 JOB_BYTES = 16 << 20
-# Writing back begins while later chunks are still being checksummed, not only at the end.
+# The disk begins while later chunks are still being copied, not only at the end.
 _SYNC_BYTES = 128 << 20
 
 
@@ -73,38 +70,33 @@ def host_bytes(tensor: torch.Tensor) -> memoryview:
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-def write_file(
-    path: Path, pieces: Sequence[Piece], pool: Executor, look: Callable[[], None] = lambda: None
-) -> tuple[File, list[tuple[str, ...]]]:
+def write_file(path: Path, pieces: Sequence[Piece], look: Callable[[], None]) -> tuple[File, list[tuple[str, ...]]]:
     """Write ``pieces`` as a new file and fsync it; the file's record and each piece's chunk checksums.
 
-    ``look`` is called all the while; what it raises ends the writing.
+    ``look`` is called before each chunk; what it raises ends the writing.
     """
     header, starts, size = _header(pieces)
-    checksums: list[list[str]] = [[] for _ in pieces]
-
-    def jobs(fd: int) -> Iterator[Callable[[], tuple[int, list[str]]]]:
-        unsynced = 0
-        for i, (piece, start) in enumerate(zip(pieces, starts, strict=True)):
-            data = host_bytes(piece.data)
-            for at in range(0, max(len(data), 1), JOB_BYTES):
-                look()
-                run = data[at : at + JOB_BYTES]
-                unsynced += len(run)
-                sync = unsynced >= _SYNC_BYTES
-                unsynced = 0 if sync else unsynced
-                yield partial(_write_run, fd, run, start + at, i, sync)
-
+    checksums: list[tuple[str, ...]] = []
+    unsynced = 0
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         _write(fd, memoryview(header), 0)
-        with closing(in_order(pool, jobs(fd))) as results:
-            for i, run in results:
-                checksums[i] += run
+        for piece, start in zip(pieces, starts, strict=True):
+            data, sums = host_bytes(piece.data), []
+            for at in range(0, max(len(data), 1), CHUNK_BYTES):
+                look()
+                chunk = data[at : at + CHUNK_BYTES]
+                sums.append(crc32(chunk))
+                _write(fd, chunk, start + at)
+                unsynced += len(chunk)
+                if unsynced >= _SYNC_BYTES:
+                    getattr(os, "fdatasync", os.fsync)(fd)
+                    unsynced = 0
+            checksums.append(tuple(sums))
         os.fsync(fd)
     finally:
         os.close(fd)
-    return File(size, len(header), crc32(header)), [tuple(chunks) for chunks in checksums]
+    return File(size, len(header), crc32(header)), checksums
 
 
 @contextmanager
@@ -199,14 +191,3 @@ def _write(fd: int, data: memoryview, start: int) -> None:
     at = 0
     while at < len(data):
         at += os.pwrite(fd, data[at:], start + at)
-
-
-def _write_run(fd: int, data: memoryview, start: int, piece: int, sync: bool) -> tuple[int, list[str]]:
-    checksums = []
-    for at in range(0, max(len(data), 1), CHUNK_BYTES):
-        chunk = data[at : at + CHUNK_BYTES]
-        checksums.append(crc32(chunk))
-        _write(fd, chunk, start + at)
-    if sync:
-        getattr(os, "fdatasync", os.fsync)(fd)
-    return piece, checksums

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from olmo_fn.checkpoint.folder import hidden, step_path, sync_folder, writing
 from olmo_fn.checkpoint.holding import Holding, Plan, hold, merge
 from olmo_fn.checkpoint.index import Box, BrokenCheckpoint, Entry, File, Index
 from olmo_fn.checkpoint.leaves import check_meta
-from olmo_fn.checkpoint.pool import default_threads
+from olmo_fn.checkpoint.pool import default_threads, in_order
 from olmo_fn.checkpoint.ranks import ALONE, Meeting, RankLost, Ranks, beating
 from olmo_fn.checkpoint.tensorfile import DTYPE_NAMES, Piece, write_file
 from olmo_fn.checkpoint.verifying import verify
@@ -24,6 +25,7 @@ from olmo_fn.checkpoint.verifying import verify
 log = logging.getLogger(__name__)
 
 FILE_BYTES = 4 << 30
+_SHARE_BYTES = 256 << 20
 
 
 class SaveFailed(OSError):
@@ -45,9 +47,10 @@ def save(
 
     ``tree`` is a nested dict of tensors of any shape, stride and device; ``meta`` is JSON of the caller's.
     Tensors are written from their own memory, without a copy if contiguous on the CPU. A new safetensors file
-    begins after each ``file_bytes``. Until the last rename there is only a hidden folder, so a kill at any
-    instant leaves the older checkpoints whole and this one absent. A *broken* checkpoint of the same step is
-    moved aside, to ``step{step}.broken-*``; a whole one is replaced only if ``replace``.
+    begins after each ``file_bytes``, and for each of ``threads`` if there is enough to write. Until the last
+    rename there is only a hidden folder, so a kill at any instant leaves the older checkpoints whole and this
+    one absent. A *broken* checkpoint of the same step is moved aside, to ``step{step}.broken-*``; a whole one
+    is replaced only if ``replace``.
 
     With ``ranks``, all of them call this with the same ``step``, in the same order, and each writes its part
     into the same folder, so that must be on a filesystem they share. Leaves may be DTensors, of which every
@@ -165,16 +168,32 @@ def _write_files(
     """Write the pieces into files of their own; the part of the index that describes them."""
     files: dict[str, File] = {}
     tensors: dict[str, Entry] = {}
-    with ThreadPoolExecutor(threads or default_threads()) as pool:
-        for i, group in enumerate(_groups(pieces, file_bytes)):
-            name = f"{prefix}-{i:05d}.safetensors"
-            # Large items first: every tensor is then aligned to its item size, for readers that map the file.
-            group.sort(key=lambda piece: -piece.data.element_size())
-            files[name], checksums = write_file(partial / name, group, pool, look)
-            for piece, crc in zip(group, checksums, strict=True):
-                box = Box(name, piece.offset, tuple(piece.data.shape), crc)
-                tensors[piece.name] = Entry(DTYPE_NAMES[piece.data.dtype], piece.shape, (box,))
-    return Index(step=step, tensors=tensors, files=files)
+    errors: list[BaseException] = []
+
+    def write(name: str, group: list[Piece]) -> tuple[File, list[tuple[str, ...]]]:
+        try:
+            return write_file(partial / name, group, look_around)
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    def look_around() -> None:
+        if errors:
+            raise errors[0]
+        look()
+
+    threads = threads or default_threads()
+    # A file is written by one thread, as the kernel lets no two write into one at a time: a file for each, if worth it.
+    share = max(_SHARE_BYTES, -(-sum(piece.data.nbytes for piece in pieces) // threads))
+    groups = {f"{prefix}-{i:05d}.safetensors": group for i, group in enumerate(_groups(pieces, min(file_bytes, share)))}
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = (functools.partial(write, name, group) for name, group in groups.items())
+        with closing(in_order(pool, jobs)) as results:
+            for (name, group), (files[name], checksums) in zip(groups.items(), results, strict=True):
+                for piece, crc in zip(group, checksums, strict=True):
+                    box = Box(name, piece.offset, tuple(piece.data.shape), crc)
+                    tensors[piece.name] = Entry(DTYPE_NAMES[piece.data.dtype], piece.shape, (box,))
+    return Index(step=step, tensors={piece.name: tensors[piece.name] for piece in pieces}, files=files)
 
 
 def _part(partial: Path, rank: int) -> Path:
@@ -191,14 +210,14 @@ def _take_part(partial: Path, rank: int) -> Index:
 def _groups(pieces: Sequence[Piece], file_bytes: int) -> Iterator[list[Piece]]:
     group: list[Piece] = []
     size = 0
-    for piece in pieces:
-        if group and size + piece.data.nbytes > file_bytes:
-            yield group
+    for piece in [*pieces, None]:
+        if group and (piece is None or size + piece.data.nbytes > file_bytes):
+            # Large items first: every tensor is then aligned to its item size, for readers that map the file.
+            yield sorted(group, key=lambda piece: -piece.data.element_size())
             group, size = [], 0
-        group.append(piece)
-        size += piece.data.nbytes
-    if group:
-        yield group
+        if piece is not None:
+            group.append(piece)
+            size += piece.data.nbytes
 
 
 def _write_durably(path: Path, data: bytes) -> None:
