@@ -22,7 +22,9 @@ from olmo_fn import tree as trees
 from olmo_fn.checkpoint import (
     RankLost,
     Ranks,
+    Retention,
     SaveFailed,
+    Saver,
     box_of,
     holding,
     load,
@@ -283,6 +285,28 @@ def test_the_ranks_agree_on_the_checkpoint_to_go_on_from(tmp_path: Path) -> None
     assert [type(error) for error in errors] == [RankLost, RankLost, ValueError, RankLost]
     assert "rank 2: " in str(errors[0])
     assert "there but not asked for: w" in str(errors[0])
+
+
+def test_a_saver_copies_only_what_its_rank_writes_and_training_may_go_on(tmp_path: Path) -> None:
+    layout = replace(GRID, placements={"w": (Replicate(), Shard(0)), "v": (Replicate(), Replicate())})
+
+    def train(ranks: Ranks) -> int:
+        with Saver(tmp_path, retention=Retention(keep_last=1), ranks=ranks, threads=1) as saver:
+            for step in (1, 2):
+                state = layout.state({name: leaf + step for name, leaf in WHOLE.items()}, ranks.rank)
+                saver.submit(state, step=step, meta={"step": step})
+                for leaf in state.values():
+                    leaf.to_local().fill_(-1)
+            copied = sum(buffer.nbytes for buffer in saver._buffers.values())
+            assert saver.wait() == tmp_path / "step2"
+        return copied
+
+    copied = together(6, train)
+    assert sum(copied) == sum(leaf.nbytes for leaf in WHOLE.values()), "each replica once"  # type: ignore[arg-type]
+    assert steps(tmp_path) == [2]
+    back, meta = load(tmp_path / "step2")
+    assert meta == {"step": 2}
+    assert all(torch.equal(back[name], leaf + 2) for name, leaf in WHOLE.items())
 
 
 def test_ranks_at_different_steps_are_refused(tmp_path: Path) -> None:

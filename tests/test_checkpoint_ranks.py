@@ -44,7 +44,7 @@ def assert_whole(path: Path, step: int) -> None:
 def test_a_rank_killed_during_a_save_leaves_the_previous_one_whole(tmp_path: Path) -> None:
     rng = random.Random(0)
     save(big(1), tmp_path, step=1, meta={"step": 1})
-    for victim in (1, 3, 0, 2):
+    for victim in (1, 0, 2):
         words = run(save_forever, HSDP, tmp_path, kill=victim, after=rng.uniform(0.0, 0.5))
         for rank, (word, seconds) in enumerate(words):
             if rank != victim:

@@ -27,10 +27,12 @@ log = logging.getLogger(__name__)
 class Saver:
     """Saves one checkpoint at a time into ``folder``, in a thread, then deletes what ``retention`` gives up.
 
-    `submit` returns when the state is copied. The copy is made into the same buffers each time, so a saver
-    takes the memory of one state, once. An error of the background is logged when it happens and raised by
-    the next `submit` or `wait`. Used as a context, a saver waits at the end. What a killed run left half
-    written is removed at the start.
+    `submit` returns when the state is copied, so that training may change or donate its memory. The copy is
+    made into the same buffers each time, pinned for a GPU's tensors, so a saver takes the memory of one state,
+    once; with ``ranks`` (all of them submit the same steps, see `save`) only of the boxes of DTensors that
+    this rank writes, and of plain tensors. It uses no process group. An error of the background is logged
+    when it happens and raised by the next `submit` or `wait`. Used as a context, a saver waits at the end.
+    What a killed run left half written is removed at the start.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, Saver(folder, retention=Retention(keep_last=1)) as save:
