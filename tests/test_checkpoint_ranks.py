@@ -18,6 +18,8 @@ from olmo_fn.parallel.connect import Connection
 from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.testing.pool import Pool
 
+# Patience and the time in which starved processes (nice 19, load 10) get that far: 7 s seen. The store's own timeout is 300 s.
+SOON = 20.0
 ALL = frozenset({0})
 HSDP = Layout(
     1, (2, 2), {"step": None, "w": (Replicate(), Shard(1)), "v": (Replicate(), Replicate())}, dict.fromkeys(big(0), ALL)
@@ -51,7 +53,7 @@ def test_a_rank_killed_during_a_save_leaves_the_previous_one_whole(tmp_path: Pat
                 assert re.match(
                     rf"SaveFailed: could not save step \d+ into .*: .*rank {victim} gave no sign of life for 2 s", word
                 )
-                assert seconds < 6, "seconds, not minutes"
+                assert seconds < SOON
         newest = newest_whole(tmp_path, on_skip=pytest.fail)
         assert newest == step_path(tmp_path, steps(tmp_path)[-1])
         committed = [int(word.split()[1]) for word, _ in words if word.startswith("step")]
@@ -65,7 +67,7 @@ def test_the_rank_that_hosts_the_store_is_killed(tmp_path: Path) -> None:
     words = run(save_forever, HSDP, tmp_path, kill=0, after=0.2, host=True)
     for word, seconds in words[1:]:
         assert re.match(r"SaveFailed: could not save step .*the rank that hosts it \(usually rank 0\) has ended", word)
-        assert seconds < 6
+        assert seconds < SOON
     for step in steps(tmp_path):
         assert_whole(step_path(tmp_path, step), step)
 
@@ -89,7 +91,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
         assert re.match(
             r"SaveFailed: could not save step 2 into .*: rank 3 did not come within 3 s\. It is not committed", word
         )
-        assert seconds < 10
+        assert seconds < SOON
     assert steps(tmp_path) == []
 
 
