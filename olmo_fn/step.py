@@ -44,8 +44,8 @@ Slots: TypeAlias = dict[str, Tensor]
 class State(NamedTuple):
     """Everything that training remembers; nothing else exists.
 
-    ``step`` () int64, counted from 0; ``params``; ``slots``: by name, either a tree shaped like the parameters
-    (``adamw_m``, ``ema``) or a small tree of its own (``skip_spikes``).
+    ``step`` () int64, counted from 0; ``params``; ``slots``: by name, either a tree with the parameters' paths, or some of
+    them (``adamw_m``, ``muon_momentum``, ``ema``), or a small tree of its own (``skip_spikes``).
     """
 
     step: Tensor
@@ -57,13 +57,17 @@ class Leaf(NamedTuple):
     """An optimizer of one parameter: a pair of pure functions.
 
     ``init(param) -> slots``; ``update(param, grad, slots, scalars) -> (param, slots)``. ``elementwise`` updates may
-    see the parameter flattened. ``scalars`` are this leaf's own, on top of the step's.
+    see the parameter flattened, and have slots of its shape; all others see whole matrices, and their slots have any shape.
+    ``scalars`` are this leaf's own, on top of the step's; of those it sees the ones without a group, and its ``group``'s.
+    ``point(param, slots)`` is where the gradient is taken, if not at the parameter.
     """
 
     init: Callable[[Tensor], Slots]
     update: Callable[[Tensor, Tensor, Slots, Scalars], tuple[Tensor, Slots]]
     elementwise: bool = True
     scalars: Mapping[str, float] = {}
+    group: str = ""
+    point: Callable[[Tensor, Slots], Tensor] | None = None
 
 
 Control: TypeAlias = Callable[[State, Metrics], tuple[Tree, Scalars, Metrics]]
@@ -92,8 +96,22 @@ class Step:
         return State(own["step"], params, {**own["slots"], **shaped})
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        grads, metrics = self.grads(state.params, batch, self.execution)
+        grads, metrics = self.grads(self.point(state), batch, self.execution)
         return self.update(state, grads, metrics)
+
+    @torch.no_grad()
+    def point(self, state: State) -> Tree:
+        """Where the gradient is taken: at the parameters, but for optimizers that say otherwise (schedule-free)."""
+        leaves = {path: self.leaf(path) for path, _ in tree.items(state.params)}
+        if all(leaf.point is None for leaf in leaves.values()):
+            return state.params
+        slots = {name: tree.flatten(slot) for name, slot in state.slots.items()}
+
+        def at(path: str, p: Tensor) -> Tensor:
+            find = leaves[path].point
+            return p if find is None else find(p, {name: values[path] for name, values in slots.items() if path in values})
+
+        return tree.map_with_path(at, state.params)
 
     @torch.no_grad()
     def update(self, state: State, grads: Tree, metrics: Metrics) -> tuple[State, Metrics]:
@@ -107,7 +125,7 @@ class Step:
         flat = tree.flatten(grads)
         grads.clear()  # so that each gradient is freed as soon as it is used
         for path, p in tree.items(state.params):
-            slots = {name: values[path] for name, values in before.items()}
+            slots = {name: values[path] for name, values in before.items() if path in values}
             params[path], slots = self._update_leaf(self.leaf(path), p, flat.pop(path), slots, scalars)
             for name, value in slots.items():
                 after[name][path] = value
@@ -116,12 +134,24 @@ class Step:
 
     def _update_leaf(self, leaf: Leaf, p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
         run = self.execution.wrap_leaf(_guarded(leaf.update, self.execution.donate))
-        scalars = {**scalars, **{k: torch.tensor(v, dtype=torch.float64) for k, v in leaf.scalars.items()}}
+        own = {k: torch.tensor(v, dtype=torch.float64) for k, v in leaf.scalars.items()}
+        scalars = {**of_group(scalars, leaf.group), **own}
         shape = p.shape
         if leaf.elementwise:  # one compiled function for all shapes
             p, g, slots = p.view(-1), g.reshape(-1), {k: v.view(-1) for k, v in slots.items()}
         p, slots = run(p, g, slots, scalars)
         return p.view(shape), {k: v.view(shape) if leaf.elementwise else v for k, v in slots.items()}
+
+
+def of_group(scalars: Scalars, group: str) -> Scalars:
+    """The scalars without a group, and those of ``group``, without its name.
+
+    >>> of_group({"skip": 0, "matrix/lr": 1, "default/lr": 2}, "matrix")
+    {'skip': 0, 'lr': 1}
+    """
+    shared = {name: value for name, value in scalars.items() if "/" not in name}
+    own = {name.removeprefix(f"{group}/"): value for name, value in scalars.items() if name.startswith(f"{group}/")}
+    return {**shared, **{name: value for name, value in own.items() if "/" not in name}}
 
 
 @cache
