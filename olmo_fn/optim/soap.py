@@ -41,7 +41,8 @@ def soap(
         for side, n in (("l", p.shape[-2]), ("r", p.shape[-1])):
             if n <= max_dim:
                 square = p.new_zeros((*p.shape[:-2], n, n), dtype=torch.promote_types(p.dtype, torch.float32))
-                slots |= {f"soap_{side}": square, f"soap_q{side}": torch.eye(n).to(square).expand_as(square).clone()}
+                eye = torch.eye(n, dtype=square.dtype, device=square.device)
+                slots |= {f"soap_{side}": square, f"soap_q{side}": eye.expand_as(square).clone()}
         return slots
 
     def scalars(s: Scalars) -> Scalars:
@@ -82,6 +83,6 @@ def turn_back(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 def when(condition: Tensor, compute: Callable[..., Tensor], a: Tensor, q: Tensor) -> Tensor:
     """``compute(a, q)`` where the condition (0-d) holds, else ``q``; only one of the two is computed."""
     if torch.compiler.is_compiling():
-        found: Any = torch.cond(condition, lambda a, q: compute(a, q).contiguous(), lambda a, q: q.clone(), (a, q))
+        found: Any = torch.cond(condition, lambda a, q: compute(a, q).reshape(q.shape).contiguous(), lambda a, q: q.clone(), (a, q))
         return found
     return compute(a, q) if condition else q

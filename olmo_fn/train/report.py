@@ -14,7 +14,9 @@ from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
 from olmo_fn.step import State
 from olmo_fn.train.config import Config
+from olmo_fn.train.loop import abstract_state
 from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.recipe import recipe
 from olmo_fn.train.serialize import to_yaml
 
 
@@ -23,10 +25,9 @@ def dry_run(cfg: Config) -> str:
     r, total = cfg.recipe, num_params(cfg.model)
     tokens = r.batch_size * r.sequence_length
     flops = flops_per_token(cfg.model, r.sequence_length)
-    moment = 2 if cfg.optim.moments == "bfloat16" else 4
-    parts = {"parameters": 4 * total, "gradients": 4 * total, "moments": 2 * moment * total}
-    if cfg.recipe.ema:
-        parts["ema"] = 4 * total
+    slots = abstract_state(cfg, recipe(cfg))["slots"]
+    kept = {name: sum(x.nbytes for _, x in tree.items(slot)) for name, slot in slots.items()}
+    parts = {"parameters": 4 * total, "gradients": 4 * total, **{name: size for name, size in kept.items() if size > 1e6}}
     shapes = transformer.specs(cfg.model)
     largest = max((spec.size, path) for path, spec in tree.items(shapes))
     return "\n".join(
