@@ -80,7 +80,7 @@ def test_lion(case):
 
 @pytest.mark.parametrize("case", ["torch_muon_original", "torch_muon_match_rms_adamw"])
 def test_muon_is_torch(case):
-    """To torch's rounding. Its momentum is an average, (1 - μ) times ours, which the step does not see: so we give it (1 - μ) g."""
+    """With torch's rounding. Its momentum is an average, (1 - μ) times ours; steps do not depend on that, but bf16 does."""
     hyper, turned = CASES[case]["hyper"], ("w", "t", "e")  # there, all three are for Muon
     scale, decay = SCALE[hyper["adjust_lr_fn"]], Decay(hyper["weight_decay"], no_decay=())
     optimizer = muon(schedule(case), hyper["momentum"], True, decay, JORDAN, scale)
@@ -218,7 +218,7 @@ def test_schedule_free_takes_gradients_at_y():
 
 
 def test_soap():
-    """The algorithm in numpy, the basis renewed every third step; a long side keeps its own. eps is far above the null space of g gᵀ."""
+    """The algorithm in numpy, the basis renewed every third step; a long side keeps its own. eps hides the null space of g."""
     lr, b1, b2, bs, eps, decay, every = 0.1, 0.9, 0.95, 0.8, 1e-3, 0.1, 3
     for max_dim, sides in ((8, "lr"), (3, "r")):
         transform = soap(lr, (b1, b2), bs, eps, every, max_dim, Decay(decay, ()))

@@ -23,9 +23,9 @@ def adafactor(
         row = (1 - t^-decay_rate) row + t^-decay_rate mean(g², over columns), col alike       v = row col / mean(row)
         u = g / max(√v, eps)       p = p - max(min_rms, rms(p)) · min(lr, 1/√t) · u / max(1, rms(u) / clip)
 
-    So ``lr`` is relative to the size of the parameter. A vector keeps all of v. Dims before the last two are a batch of matrices.
-    ``eps`` defaults to the machine's epsilon of the parameter's dtype. Slots ``adafactor_row`` (..., n, 1) and ``adafactor_col`` (..., 1, m) of
-    matrices, ``adafactor_v`` of vectors.
+    So ``lr`` is relative to the size of the parameter. A vector keeps all of v. Dims before the last two are a batch of
+    matrices. ``eps`` defaults to the machine's epsilon of the parameter's dtype. Slots ``adafactor_row`` (..., n, 1) and
+    ``adafactor_col`` (..., 1, m) of matrices, ``adafactor_v`` of vectors.
     """
 
     def init(path: str, p: Tensor) -> Slots:

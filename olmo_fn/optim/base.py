@@ -34,11 +34,11 @@ class Decay(NamedTuple):
 class Rule(NamedTuple):
     """What makes an optimizer this one and no other, for one parameter.
 
-    ``init(path, param) -> slots``; ``update(param, grad, slots, scalars) -> (step, slots)``: the parameter becomes
-    ``param - step``. Both see fp32 at least, whatever is stored. ``scalars`` makes, once a step and in fp64, the scalars that the
-    update needs besides ``lr`` and ``count``, such as bias corrections. ``memory`` are numbers that it keeps from one step to the
-    next: it gets their values, and those that it returns by the same name are kept. ``point`` is a `Leaf`'s. ``decays``: the update
-    itself applies the scalar ``weight_decay``.
+    ``init(path, param) -> slots``; ``update(param, grad, slots, scalars) -> (step, slots)``: ``param - step`` is the new
+    parameter. Both see fp32 at least, whatever is stored. ``scalars`` makes, once a step and in fp64, the scalars that the
+    update needs besides ``lr`` and ``count``, such as bias corrections. ``memory`` are numbers that it keeps from one step
+    to the next: it gets their values, and those that it returns by the same name are kept. ``point`` is a `Leaf`'s.
+    ``decays``: the update itself applies the scalar ``weight_decay``.
     """
 
     init: Callable[[str, Tensor], Slots]
@@ -53,12 +53,12 @@ class Rule(NamedTuple):
 def optimizer(name: str, rule: Rule, lr: Schedule | float, weight_decay: Decay | float = 0.0) -> Transform:
     """A transform from gradients to a Step that updates each parameter by ``rule``, with decoupled weight decay.
 
-    ``p = p - lr · weight_decay · p - step``. As in PyTorch and OLMo-core, the decay is multiplied by the learning rate; a number
-    stands for ``Decay(number)``.
+    ``p = p - lr · weight_decay · p - step``. As in PyTorch and OLMo-core, the decay is multiplied by the learning rate; a
+    number stands for ``Decay(number)``.
 
     Every update gets the scalars ``lr``, ``count`` (updates done, this one included) and ``skip`` (0-d tensors), and those
-    of the rule. A step whose loss or gradient norm is not finite is skipped: parameters and slots stay as they are, bit for bit.
-    The metrics gain ``lr`` and ``skipped``. The slot ``name`` holds ``count`` and the rule's memory.
+    of the rule. A step whose loss or gradient norm is not finite is skipped: parameters and slots stay as they are, bit for
+    bit. The metrics gain ``lr`` and ``skipped``. The slot ``name`` holds ``count`` and the rule's memory.
     """
     schedule = lr if callable(lr) else constant(lr)
     decay = weight_decay if isinstance(weight_decay, Decay) else Decay(weight_decay)

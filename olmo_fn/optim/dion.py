@@ -27,8 +27,8 @@ def dion(
         m = m + g          P = orthonormal(mᵀ Q)          R = m P          m = m - (1 - μ) R Pᵀ
         Q = R / (column norms + 1e-8)          p = p - lr · weight_decay · p - lr · √(out / in) · Q Pᵀ
 
-    What the step leaves out of m stays there for the next. Slots ``dion_momentum`` and ``dion_q``, which is (..., in, r) and starts
-    normally distributed, a function of ``seed`` and the parameter's path.
+    What the step leaves out of m stays there for the next. Slots ``dion_momentum`` and ``dion_q``, which is (..., in, r)
+    and starts normally distributed, a function of ``seed`` and the parameter's path.
     """
     if not 0 < rank <= 1:
         raise ValueError(f"dion(rank={rank}) is a fraction of the matrix's smaller side: more than 0, at most 1")

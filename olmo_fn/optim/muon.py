@@ -16,7 +16,8 @@ from olmo_fn.step import Scalars, Slots, Transform
 class NewtonSchulz(NamedTuple):
     """Coefficients (a, b, c) of each iteration, and whether its sums are rounded with their products or after them.
 
-    In bf16 that rounding moves a step by some percent of its largest entry, so to agree with another program is to round as it does.
+    In bf16 that rounding moves a step by some percent of its largest entry, so to agree with another program is to round as
+    it does.
     """
 
     coefficients: tuple[tuple[float, float, float], ...]
@@ -58,13 +59,15 @@ def muon(
 ) -> Transform:
     """Each matrix moves by its momentum with all singular values set to about 1.
 
-        m = μ m + g          u = orthogonalize(g + μ m if nesterov else m)          p = p - lr · weight_decay · p - lr · scale · u
+        m = μ m + g          u = orthogonalize(g + μ m if nesterov else m)
+        p = p - lr · weight_decay · p - lr · scale · u
 
-    ``scale`` by the matrix's width: ``rms``, 0.2 √max(in, out), gives steps as large as AdamW's, so that its learning
-    rate can be kept (Liu et al. 2025, eq. 4); ``spectral``, √(out / in) (Yang et al. 2023); ``original``, √max(1, out / in), Jordan's;
-    ``none``. ``iteration`` is DION or JORDAN, in ``dtype``. OLMo-core's is ``muon(lr, nesterov=False)``.
+    ``scale`` by the matrix's width: ``rms``, 0.2 √max(in, out), gives steps as large as AdamW's, so that its learning rate
+    can be kept (Liu et al. 2025, eq. 4); ``spectral``, √(out / in) (Yang et al. 2023); ``original``, √max(1, out / in),
+    Jordan's; ``none``. ``iteration`` is DION or JORDAN, in ``dtype``. OLMo-core's is ``muon(lr, nesterov=False)``.
 
-    For matrices only: `olmo_fn.optim.partition` gives embeddings, head, norms and biases to another optimizer. Slot ``muon_momentum``.
+    For matrices only: `olmo_fn.optim.partition` gives embeddings, head, norms and biases to another optimizer. Slot
+    ``muon_momentum``.
     """
     factor = scale_of("muon", scale)
 

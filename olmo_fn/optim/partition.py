@@ -40,8 +40,8 @@ def partition(groups: Mapping[str | tuple[str, ...], Transform], parameters: Tre
 
     A group is chosen by one or several of: a kind, ``matrix`` (two dims, or batches of that along axes ``layers`` and
     ``experts``), ``embedding`` (has a ``vocab`` axis: the embedding and the head), ``vector`` (norms, biases); an axis,
-    ``axis:mlp``; a pattern of paths, ``head.*``. The group ``default`` takes what is left. ``parameters`` are the model's specs;
-    without kinds and axes, any tree with its paths will do.
+    ``axis:mlp``; a pattern of paths, ``head.*``. The group ``default`` takes what is left. ``parameters`` are the model's
+    specs; without kinds and axes, any tree with its paths will do.
 
     ValueError, which names them, for parameters in no group or in two, and for a choice that chooses nothing. The slot
     ``partition`` holds the counts by group; the metrics gain ``lr/<group>`` of each, and ``lr`` is that of the last one.
@@ -106,7 +106,9 @@ def assign(groups: Mapping[str, tuple[str, ...]], parameters: Tree) -> dict[str,
                 raise ValueError(f"partition: {choice!r} chooses no parameter; there are {_some(leaves)}")
             for path in chosen:
                 if of.setdefault(path, name) != name:
-                    raise ValueError(f"partition: {path} is taken by two groups, {of[path]!r} and {name!r}; make one of them narrower")
+                    raise ValueError(
+                        f"partition: {path} is taken by two groups, {of[path]!r} and {name!r}; make one of them narrower"
+                    )
     left = [path for path in leaves if path not in of]
     rest = [name for name, choices in groups.items() if "default" in choices]
     if left and not rest:

@@ -22,8 +22,9 @@ def schedule_free_adamw(
         y = (1 - β₁) z + β₁ x          v = β₂ v + (1 - β₂) g(y)²          γ = lr √(1 - β₂ᵗ)
         z = z - γ (g / (√v + eps) + weight_decay · y)          x = (1 - c) x + c z,   c = γ² / Σ γ²
 
-    Give a constant rate, perhaps with a warm-up. Slots ``schedule_free_z``, which starts at the parameters, and ``schedule_free_v``
-    in dtype ``moments`` or the parameter's; ``schedule_free`` holds Σ γ². y lives only as long as the gradient is computed.
+    Give a constant rate, perhaps with a warm-up. Slots ``schedule_free_z``, which starts at the parameters, and
+    ``schedule_free_v`` in dtype ``moments`` or the parameter's; ``schedule_free`` holds Σ γ². y lives only as long as the
+    gradient is computed.
     """
     beta1, beta2 = betas
     decay = weight_decay if isinstance(weight_decay, Decay) else Decay(weight_decay)

@@ -24,14 +24,15 @@ def soap(
     weight_decay: Decay | float = 0.1,
     moments: torch.dtype | None = None,
 ) -> Transform:
-    """Algorithm 3, for matrices (..., n, k): the gradient is turned into eigenbases of L and R, Adam acts there, its step is turned back.
+    """Algorithm 3, for matrices (..., n, k): the gradient is turned into eigenbases of L and R, and Adam's step back.
 
         L = β L + (1 - β) g gᵀ     R = β R + (1 - β) gᵀ g     every ``every`` steps: Q_L = qr(L Q_L), Q_R = qr(R Q_R)
         m = β₁ m + (1 - β₁) g      v = β₂ v + (1 - β₂) (Q_Lᵀ g Q_R)²
         p = p - lr · weight_decay · p - lr · Q_L (Q_Lᵀ m̂ Q_R / (√v̂ + eps)) Q_Rᵀ
 
-    m̂ and v̂ are without bias, as in Adam. The first step finds the bases by an eigendecomposition. A side of more than ``max_dim`` keeps its own basis.
-    Slots ``soap_m``, ``soap_v`` and, in fp32 at least, ``soap_l``, ``soap_r`` (..., n, n) and their bases ``soap_ql``, ``soap_qr``.
+    m̂ and v̂ are without bias, as in Adam. The first step finds the bases by an eigendecomposition. A side of more than
+    ``max_dim`` keeps its own basis. Slots ``soap_m``, ``soap_v`` and, in fp32 at least, ``soap_l``, ``soap_r`` (..., n, n)
+    and their bases ``soap_ql``, ``soap_qr``.
     """
     beta1, beta2 = betas
 
@@ -83,6 +84,7 @@ def turn_back(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 def when(condition: Tensor, compute: Callable[..., Tensor], a: Tensor, q: Tensor) -> Tensor:
     """``compute(a, q)`` where the condition (0-d) holds, else ``q``; only one of the two is computed."""
     if torch.compiler.is_compiling():
-        found: Any = torch.cond(condition, lambda a, q: compute(a, q).reshape(q.shape).contiguous(), lambda a, q: q.clone(), (a, q))
+        new = lambda a, q: compute(a, q).reshape(q.shape).contiguous()  # noqa: E731
+        found: Any = torch.cond(condition, new, lambda a, q: q.clone(), (a, q))
         return found
     return compute(a, q) if condition else q

@@ -16,7 +16,7 @@ class Optim:
     name: Literal["adamw", "lion", "sgd", "adafactor", "schedule-free", "muon", "normuon", "dion", "soap"] = "adamw"
     """The optimizer; muon, normuon, dion and soap get the matrices, and AdamW the embedding, the head, norms and biases."""
     lr: float = 4e-4
-    """Peak learning rate. Steps of muon, normuon, soap and schedule-free are as large as AdamW's at the same rate; lion wants about a tenth."""
+    """Peak learning rate. Those of muon, normuon, soap and schedule-free are like AdamW's; lion wants about a tenth."""
     adamw_lr: float | None = None
     """Peak learning rate of the AdamW beside muon, normuon, dion and soap; the same when not given."""
     betas: tuple[float, float] | None = None

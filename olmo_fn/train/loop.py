@@ -137,8 +137,8 @@ def first_state(cfg: Config, step: Step, device: torch.device) -> tuple[State, P
             raise ValueError(f"--run.start-from {str(source)!r}: there is no whole checkpoint")
     if found is None:
         return step.init(init(transformer.specs(cfg.model), cfg.run.seed, device=device)), None, []
-    path, state, _ = found
-    state, new = with_new_slots(step, State(state["step"], state["params"], state["slots"]))
+    path, loaded, _ = found
+    state, new = with_new_slots(step, State(loaded["step"], loaded["params"], loaded["slots"]))
     return state, path, new
 
 

@@ -8,7 +8,6 @@ import torch
 
 from olmo_fn.compile import compile
 from olmo_fn.models import transformer
-from olmo_fn.optim import Schedule as ScheduleFunction
 from olmo_fn.optim import (
     Decay,
     adafactor,
@@ -26,6 +25,7 @@ from olmo_fn.optim import (
     warmup_linear,
     wsd,
 )
+from olmo_fn.optim import Schedule as ScheduleFunction
 from olmo_fn.optim.schedules import warmup_constant
 from olmo_fn.step import Step, Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.train.config import Config, Optim
