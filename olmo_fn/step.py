@@ -122,25 +122,41 @@ class Step:
         before = {name: tree.flatten(slot) for name, slot in state.slots.items() if name not in control}
         after: dict[str, dict[str, Tensor]] = {name: {} for name in before}
         params: dict[str, Tensor] = {}
+        packed: dict[Any, tuple[tuple[str, ...], Tensor]] = {}  # the leaves' scalars, by what they depend on
         flat = tree.flatten(grads)
         grads.clear()  # so that each gradient is freed as soon as it is used
         for path, p in tree.items(state.params):
             slots = {name: values[path] for name, values in before.items() if path in values}
-            params[path], slots = self._update_leaf(self.leaf(path), p, flat.pop(path), slots, scalars)
+            leaf = self.leaf(path)
+            key = leaf.group, *leaf.scalars.items(), p.dtype
+            if key not in packed:
+                packed[key] = pack_scalars(leaf, scalars, p.dtype)
+            params[path], slots = self._update_leaf(leaf, p, flat.pop(path), slots, *packed[key])
             for name, value in slots.items():
                 after[name][path] = value
         shaped = {name: tree.unflatten(values) for name, values in after.items()}
         return State(state.step + 1, tree.unflatten(params), {**control, **shaped}), metrics
 
-    def _update_leaf(self, leaf: Leaf, p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
-        run = self.execution.wrap_leaf(_guarded(leaf.update, self.execution.donate))
-        own = {k: torch.tensor(v, dtype=torch.float64) for k, v in leaf.scalars.items()}
-        scalars = {**of_group(scalars, leaf.group), **own}
+    def _update_leaf(
+        self, leaf: Leaf, p: Tensor, g: Tensor, slots: Slots, names: tuple[str, ...], numbers: Tensor
+    ) -> tuple[Tensor, Slots]:
+        run = self.execution.wrap_leaf(_guarded(leaf.update, self.execution.donate, names))
         shape = p.shape
         if leaf.elementwise:  # one compiled function for all shapes
             p, g, slots = p.view(-1), g.reshape(-1), {k: v.view(-1) for k, v in slots.items()}
-        p, slots = run(p, g, slots, scalars)
+        p, slots = run(p, g, slots, numbers)
         return p.view(shape), {k: v.view(shape) if leaf.elementwise else v for k, v in slots.items()}
+
+
+def pack_scalars(leaf: Leaf, scalars: Scalars, dtype: torch.dtype) -> tuple[tuple[str, ...], Tensor]:
+    """Names and values of what the update of ``leaf`` sees, in the dtype that a parameter of ``dtype`` is computed in.
+
+    One vector and not in fp64, so that calling a compiled update costs little, and converts nothing for every few entries.
+    """
+    wide, device = torch.promote_types(dtype, torch.float32), scalars["skip"].device
+    own = {k: torch.tensor(v, dtype=wide, device=device) for k, v in leaf.scalars.items()}
+    found = {**of_group(scalars, leaf.group), **own}
+    return tuple(found), torch.stack([value.to(wide) for value in found.values()])
 
 
 def of_group(scalars: Scalars, group: str) -> Scalars:
@@ -155,13 +171,15 @@ def of_group(scalars: Scalars, group: str) -> Scalars:
 
 
 @cache
-def _guarded(update: Function, donate: bool) -> Function:
-    """The update of a leaf, with what holds for every one.
+def _guarded(update: Function, donate: bool, names: tuple[str, ...]) -> Function:
+    """The update of a leaf, with what holds for every one; its scalars are given as one vector.
 
     A skipped step changes nothing, dtypes stay what they are, donation writes in place.
     """
 
-    def guarded(p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
+    def guarded(p: Tensor, g: Tensor, slots: Slots, numbers: Tensor) -> tuple[Tensor, Slots]:
+        scalars = dict(zip(names, numbers.unbind(), strict=True))
+        scalars["skip"] = scalars["skip"] > 0
         new_p, new_slots = update(p, g, slots, scalars)
         new_p = torch.where(scalars["skip"], p, new_p.to(p.dtype))
         new_slots = {k: torch.where(scalars["skip"], slots[k], v.to(slots[k].dtype)) for k, v in new_slots.items()}

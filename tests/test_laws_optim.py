@@ -202,12 +202,12 @@ def test_compiles_once_catches():
 
 
 @pytest.mark.slow
-@every_optimizer
-def test_inductor(make):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_inductor(name):
     """Compiled for real, the steps are those of the eager function."""
-    eager, compiled = (drive(step_of(make(0.01), *AROUND["all"], *c), 5) for c in ([], [compile()]))
+    eager, compiled = (drive(step_of(OPTIMIZERS[name](0.01), *AROUND["all"], *c), 5) for c in ([], [compile()]))
     for x, y in flat_pairs(eager, compiled):
-        assert (x - y).abs().max() < 2e-4
+        assert (x - y).abs().max() < (2e-4 if exact(name) else 5e-3)
 
 
 # --- accumulation -----------------------------------------------------------------------------------------------------

@@ -48,11 +48,12 @@ def adam_rule(name: str, betas: tuple[float, float], eps: float, moments: torch.
 
     def scalars(s: Scalars) -> Scalars:
         t = s["count"].double()
-        return {"step_size": s["lr"] / (1 - beta1**t), "unbiased": (1 - beta2**t).rsqrt()}
+        new = {"new_m": torch.full_like(t, 1 - beta1), "new_v": torch.full_like(t, 1 - beta2), "eps": torch.full_like(t, eps)}
+        return {**new, "step_size": s["lr"] / (1 - beta1**t), "unbiased": (1 - beta2**t).rsqrt()}
 
     def update(p: Tensor, g: Tensor, slots: Slots, s: Scalars) -> tuple[Tensor, Slots]:
-        m = slots[slot_m] + (1 - beta1) * (g - slots[slot_m])
-        v = slots[slot_v] * beta2 + (1 - beta2) * g * g
-        return s["step_size"] * (m / (v.sqrt() * s["unbiased"] + eps)), {slot_m: m, slot_v: v}
+        m, v = slots[slot_m], slots[slot_v]
+        m, v = m + s["new_m"] * (g - m), v + s["new_v"] * (g * g - v)
+        return s["step_size"] * (m / (v.sqrt() * s["unbiased"] + s["eps"])), {slot_m: m, slot_v: v}
 
     return Rule(init, update, scalars)
