@@ -5,7 +5,8 @@
 
 AdamW reads parameter, gradient and two moments, and writes all but the gradient: 28 bytes a parameter in fp32. The copy
 moves the same number of bytes, half of them read and half written. Programs take turns, so that all see the same
-machine, and ratios are medians of those of the rounds. What is timed is ``Step.update``: the learning rate, the guard against spikes, and every leaf.
+machine, and ratios are medians of those of the rounds. What is timed is ``Step.update``: the learning rate, the guard
+against spikes, and every leaf.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def measure(args: argparse.Namespace, cache: Path) -> None:
 
     from olmo_fn import optim, tree
     from olmo_fn.compile import compile, prepare_cache
-    from olmo_fn.step import Transform, donate, grad, pipe, skip_spikes
+    from olmo_fn.step import Transform, donate, grad, pipe
     from olmo_fn.train import machine
 
     torch.set_num_threads(args.threads)
@@ -69,7 +70,7 @@ def measure(args: argparse.Namespace, cache: Path) -> None:
     count = n * SIDE**2
 
     def updater(transform: Transform) -> Callable[[], object]:
-        step = pipe(lambda params, batch: None, grad(engine="func"), transform, skip_spikes(), donate(), compile())
+        step = pipe(lambda params, batch: None, grad(engine="func"), transform, donate(), compile())
         state = step.init(tree.map(torch.clone, grads))
 
         def run() -> None:

@@ -120,32 +120,61 @@ class Step:
             metrics = {**metrics, "grad_norm": global_norm(grads)}
         control, scalars, metrics = self.control(state, metrics)
         before = {name: tree.flatten(slot) for name, slot in state.slots.items() if name not in control}
-        after: dict[str, dict[str, Tensor]] = {name: {} for name in before}
-        params: dict[str, Tensor] = {}
-        packed: dict[Any, tuple[tuple[str, ...], Tensor]] = {}  # the leaves' scalars, by what they depend on
-        flat = tree.flatten(grads)
+        params, flat = tree.flatten(state.params), tree.flatten(grads)
         grads.clear()  # so that each gradient is freed as soon as it is used
+        packed: dict[Any, tuple[tuple[str, ...], Tensor]] = {}  # the leaves' scalars, by what they depend on
+        waiting: dict[Any, list[Work]] = {}  # for as many alike as are updated in one call
+        after: dict[str, dict[str, Tensor]] = {name: dict.fromkeys(values) for name, values in before.items()}  # type: ignore[misc]
+
+        def finish(works: list[Work]) -> None:
+            for work, (p, slots) in zip(works, self._update_leaves(works), strict=True):
+                params[work.path] = p
+                for name, value in slots.items():
+                    after[name][work.path] = value
+
         for path, p in tree.items(state.params):
-            slots = {name: values[path] for name, values in before.items() if path in values}
             leaf = self.leaf(path)
             key = leaf.group, *leaf.scalars.items(), p.dtype
             if key not in packed:
                 packed[key] = pack_scalars(leaf, scalars, p.dtype)
-            params[path], slots = self._update_leaf(leaf, p, flat.pop(path), slots, *packed[key])
-            for name, value in slots.items():
-                after[name][path] = value
+            slots = {name: values[path] for name, values in before.items() if path in values}
+            works = waiting.setdefault((leaf.update, key, p.numel()) if leaf.elementwise else path, [])
+            works.append(Work(path, leaf, p, flat.pop(path), slots, *packed[key]))
+            if len(works) == TOGETHER:
+                finish(works)
+                works.clear()
+        for works in waiting.values():
+            for work in works:
+                finish([work])
         shaped = {name: tree.unflatten(values) for name, values in after.items()}
         return State(state.step + 1, tree.unflatten(params), {**control, **shaped}), metrics
 
-    def _update_leaf(
-        self, leaf: Leaf, p: Tensor, g: Tensor, slots: Slots, names: tuple[str, ...], numbers: Tensor
-    ) -> tuple[Tensor, Slots]:
-        run = self.execution.wrap_leaf(_guarded(leaf.update, self.execution.donate, names))
-        shape = p.shape
-        if leaf.elementwise:  # one compiled function for all shapes
-            p, g, slots = p.view(-1), g.reshape(-1), {k: v.view(-1) for k, v in slots.items()}
-        p, slots = run(p, g, slots, numbers)
-        return p.view(shape), {k: v.view(shape) if leaf.elementwise else v for k, v in slots.items()}
+    def _update_leaves(self, works: list[Work]) -> list[tuple[Tensor, Slots]]:
+        """The new parameters and slots of leaves with one update, in one call."""
+        run = self.execution.wrap_leaf(_guarded(works[0].leaf.update, self.execution.donate, works[0].names))
+        flat = works[0].leaf.elementwise  # then one compiled function serves all shapes
+        view = lambda x: x.reshape(-1) if flat else x  # noqa: E731
+        leaves = [(view(w.p), view(w.g), {k: view(v) for k, v in w.slots.items()}) for w in works]
+        return [
+            (p.view(w.p.shape), {k: v.view(w.p.shape) if flat else v for k, v in slots.items()})
+            for w, (p, slots) in zip(works, run(leaves, works[0].numbers), strict=True)
+        ]
+
+
+TOGETHER = 8
+"""Elementwise updates of equal size that share one call: as fast as memory, where single calls lose a tenth between them."""
+
+
+class Work(NamedTuple):
+    """The update of one leaf: what goes in."""
+
+    path: str
+    leaf: Leaf
+    p: Tensor
+    g: Tensor
+    slots: Slots
+    names: tuple[str, ...]
+    numbers: Tensor
 
 
 def pack_scalars(leaf: Leaf, scalars: Scalars, dtype: torch.dtype) -> tuple[tuple[str, ...], Tensor]:
@@ -172,14 +201,12 @@ def of_group(scalars: Scalars, group: str) -> Scalars:
 
 @cache
 def _guarded(update: Function, donate: bool, names: tuple[str, ...]) -> Function:
-    """The update of a leaf, with what holds for every one; its scalars are given as one vector.
+    """The updates of leaves, with what holds for every one; their scalars are given as one vector.
 
     A skipped step changes nothing, dtypes stay what they are, donation writes in place.
     """
 
-    def guarded(p: Tensor, g: Tensor, slots: Slots, numbers: Tensor) -> tuple[Tensor, Slots]:
-        scalars = dict(zip(names, numbers.unbind(), strict=True))
-        scalars["skip"] = scalars["skip"] > 0
+    def guarded(p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
         new_p, new_slots = update(p, g, slots, scalars)
         new_p = torch.where(scalars["skip"], p, new_p.to(p.dtype))
         new_slots = {k: torch.where(scalars["skip"], slots[k], v.to(slots[k].dtype)) for k, v in new_slots.items()}
@@ -187,7 +214,12 @@ def _guarded(update: Function, donate: bool, names: tuple[str, ...]) -> Function
             return new_p, new_slots
         return p.copy_(new_p), {k: slots[k].copy_(v) for k, v in new_slots.items()}
 
-    return guarded
+    def all_guarded(leaves: list[tuple[Tensor, Tensor, Slots]], numbers: Tensor) -> list[tuple[Tensor, Slots]]:
+        scalars = dict(zip(names, numbers.unbind(), strict=True))
+        scalars["skip"] = scalars["skip"] > 0
+        return [guarded(*leaf, scalars) for leaf in leaves]
+
+    return all_guarded
 
 
 def global_norm(grads: Tree) -> Tensor:

@@ -243,6 +243,6 @@ def test_wrong_combinations(optim, message):
 
 
 def test_dry_run_knows_what_an_optimizer_keeps():
-    found = dry_run(Config(OLMO2["olmo2-1b"], optim=Optim("muon", moments="bfloat16")))
+    found = dry_run(Config(OLMO2["olmo2-1b"], optim=Optim("muon", moments="bfloat16"), schedule=Schedule("constant", 0)))
     assert "muon_momentum 2.00 GiB" in found
     assert "adamw_m 0.77 GiB" in found
