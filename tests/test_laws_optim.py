@@ -15,7 +15,7 @@ from olmo_fn.grad import Grads
 from olmo_fn.optim import Decay, Rule, optimizer, partition, warmup_linear
 from olmo_fn.optim.muon import JORDAN
 from olmo_fn.spec import Init, Spec, abstract, init
-from olmo_fn.step import State, Step, Transform, _execute, accumulate, clip, donate, ema, grad, pipe, skip_spikes
+from olmo_fn.step import TOGETHER, State, Step, Transform, _execute, accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.train.loop import slots_of, with_new_slots
 
 torch.set_num_threads(1)
@@ -30,6 +30,7 @@ SPECS = {
             "norm": Spec((3,), ("mlp",), Init("ones")),
         }
     },
+    "gains": {str(i): Spec((2,), ("mlp",), Init("ones")) for i in range(TOGETHER + 1)},  # more than share one call
 }
 
 
