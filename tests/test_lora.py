@@ -9,12 +9,12 @@ from torch.testing import assert_close
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, save
+from olmo_fn.layout import SINGLE
 from olmo_fn.lora import lora, lora_loss, lora_specs, merge_lora
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.optim import adamw
 from olmo_fn.spec import Init, Spec, abstract, init
-from olmo_fn.layout import SINGLE
 from olmo_fn.step import accumulate, clip, donate, ema, grad, pipe
 from olmo_fn.transforms import freeze, merge, train_only
 

@@ -16,7 +16,7 @@ from olmo_fn.grad import Grads
 from olmo_fn.layout import SINGLE
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
-from olmo_fn.optim import adamw, sgd
+from olmo_fn.optim import Decay, adamw, sgd
 from olmo_fn.spec import init
 from olmo_fn.step import accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.transforms import (
@@ -77,7 +77,7 @@ def chunks(grads, metrics):
 def test_the_old_bias_correction_is_olmo_core(case):
     """``step_increment_bugfix=False``: parameters, moments and skipped steps after every step."""
     c, hyper, names = CASES[case], CASES[case]["hyper"], ("w", "t", "v", "e")
-    optimizer = adamw(hyper["lr"], tuple(hyper["betas"]), hyper["eps"], hyper["weight_decay"], no_decay=())
+    optimizer = adamw(hyper["lr"], tuple(hyper["betas"]), hyper["eps"], Decay(hyper["weight_decay"], ()))
     states = {}
     for kind, wrapped in (("bug", first_step_bias(optimizer)), ("fixed", optimizer)):
         step = make(wrapped, skip_spikes(hyper["sigma_factor"], hyper["rolling_interval_length"]))

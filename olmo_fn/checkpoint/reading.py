@@ -24,7 +24,7 @@ from olmo_fn.tree import Tree, matches
 
 def load(
     path: str | Path,
-    like: Mapping[str, Any] | None = None,
+    like: Mapping[str, Any] | Callable[[Index], Mapping[str, Any]] | None = None,
     *,
     select: Collection[str] | None = None,
     subset: bool = False,
@@ -34,7 +34,8 @@ def load(
     """The tree and the ``meta`` of the checkpoint at ``path``, bitwise as they were saved, in whatever layout.
 
     ``like`` is a tree of tensors (on the meta device, perhaps) that says what is expected: names, shapes and
-    dtypes must agree, the result has its order, and goes to its devices; ``device`` is for all the others.
+    dtypes must agree, the result has its order, and goes to its devices; ``device`` is for all the others. It
+    may be a function of the checkpoint's index.
     Of a DTensor in ``like`` the result has mesh and placements, and only this rank's shard is read. With
     ``subset``, ``like`` may leave tensors out, as that of a pipeline stage does. ``select`` are patterns of
     the paths to load, such as ``["params.*"]``; of ``like``, too, only these count.
@@ -55,6 +56,7 @@ def load(
     """
     path = Path(path)
     index = read_index(path)
+    like = like(index) if callable(like) else like
     select = [select] if isinstance(select, str) else select
     wanted = take_apart(like) if like is not None else None
     names = list(index.tensors)

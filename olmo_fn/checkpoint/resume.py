@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from olmo_fn.checkpoint.folder import step_path, steps
-from olmo_fn.checkpoint.index import BrokenCheckpoint
+from olmo_fn.checkpoint.index import BrokenCheckpoint, Index
 from olmo_fn.checkpoint.ranks import ALONE, Meeting, Ranks, beating
 from olmo_fn.checkpoint.reading import load
 from olmo_fn.checkpoint.verifying import verify
@@ -40,7 +40,7 @@ def newest_whole(folder: str | Path, *, deep: bool = True, on_skip: Callable[[st
 
 def load_newest(
     folder: str | Path,
-    like: Mapping[str, Any] | None = None,
+    like: Mapping[str, Any] | Callable[[Index], Mapping[str, Any]] | None = None,
     *,
     select: Collection[str] | None = None,
     subset: bool = False,

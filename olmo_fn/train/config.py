@@ -10,23 +10,69 @@ from olmo_fn.models.config import Model, divisors
 
 
 @dataclass(frozen=True)
-class AdamW:
-    """The optimizer."""
+class Optim:
+    """The optimizer. Fields that are None take its own default."""
 
+    name: Literal["adamw", "lion", "sgd", "adafactor", "schedule-free", "muon", "normuon", "dion", "soap"] = "adamw"
+    """The optimizer; muon, normuon, dion and soap get the matrices, and AdamW the embedding, the head, norms and biases."""
     lr: float = 4e-4
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and of the second moment."""
-    eps: float = 1e-8
+    """Peak learning rate. Those of muon, normuon, soap and schedule-free are like AdamW's; lion wants about a tenth."""
+    adamw_lr: float | None = None
+    """Peak learning rate of the AdamW beside muon, normuon, dion and soap; the same when not given."""
+    betas: tuple[float, float] | None = None
+    """Decay of the first and of the second moment; of AdamW's, too, where it is beside another."""
+    eps: float | None = None
     """Added to the root of the second moment."""
+    momentum: float | None = None
+    """Momentum of sgd, muon, normuon and dion."""
+    nesterov: bool | None = None
+    """Look ahead by the momentum, in sgd, muon and normuon."""
+    rank: float | None = None
+    """Rank of dion's steps, as a fraction of a matrix's smaller side."""
     weight_decay: float = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
-    no_decay: tuple[str, ...] = ("embed", "*norm")
-    """Patterns of the parameters without weight decay."""
+    no_decay: tuple[str, ...] = ("embed", "*norm", "*bias")
+    """Patterns of the parameters without weight decay; just embed is OLMo-core's rule."""
+    cautious: bool = False
+    """Decay only the entries that the step moves towards zero as well."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which the moments are kept."""
+    """Dtype in which moments and momentum are kept."""
     first_step_bias: bool = False
-    """Correct the moments' bias as if each step were the first, as OLMo 2 32B was trained (step_increment_bugfix=False)."""
+    """Correct AdamW's bias as if each step were the first, as OLMo 2 32B was trained (step_increment_bugfix=False)."""
+
+    def check(self) -> None:
+        """Raise ValueError, in one line, if the numbers do not fit together."""
+        for name in ("lr", "adamw_lr"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--optim.{name.replace('_', '-')} {value} must be positive")
+        if self.rank is not None and not 0 < self.rank <= 1:
+            raise ValueError(f"--optim.rank {self.rank} is a fraction of a matrix's smaller side: more than 0, at most 1")
+        if self.name == "sgd" and self.nesterov and not self.momentum:
+            raise ValueError("--optim.nesterov needs a momentum in sgd; add --optim.momentum 0.9")
+        for name in ("adamw_lr", "betas", "eps", "momentum", "nesterov", "rank"):
+            if getattr(self, name) is not None and name not in USES[self.name]:
+                users = ", ".join(user for user, used in USES.items() if name in used)
+                raise ValueError(f"--optim.{name.replace('_', '-')} is not for --optim.name {self.name}; it is for {users}")
+        if self.first_step_bias and self.name != "adamw":
+            raise ValueError(f"--optim.first-step-bias is for --optim.name adamw, not {self.name}")
+        if self.name == "adafactor" and self.moments != "float32":
+            raise ValueError("--optim.moments bfloat16 is not for --optim.name adafactor, which keeps only rows and columns")
+
+
+BESIDE = ("adamw_lr", "betas", "eps")  # of the AdamW for what is no matrix
+USES: dict[str, tuple[str, ...]] = {
+    "adamw": ("betas", "eps"),
+    "lion": ("betas",),
+    "sgd": ("momentum", "nesterov"),
+    "adafactor": (),
+    "schedule-free": ("betas", "eps"),
+    "muon": ("momentum", "nesterov", *BESIDE),
+    "normuon": ("momentum", "nesterov", *BESIDE),
+    "dion": ("momentum", "rank", *BESIDE),
+    "soap": BESIDE,
+}
+"""Which of the fields without a value each optimizer takes."""
 
 
 ScheduleName: TypeAlias = Literal[
@@ -198,7 +244,7 @@ class Config:
     """Shape of the model."""
     data: Data = field(default_factory=Data)
     """What it learns from."""
-    optim: AdamW = field(default_factory=AdamW)
+    optim: Optim = field(default_factory=Optim)
     """The optimizer."""
     schedule: Schedule = field(default_factory=Schedule)
     """The learning rate over the run."""
@@ -233,5 +279,4 @@ class Config:
             raise ValueError("--recipe.noise-scale compares the parts of a batch; give it --recipe.accumulate 2 or more")
         if not 0 <= r.ema < 1:
             raise ValueError(f"--recipe.ema {r.ema} is no decay; it must be at least 0 and below 1")
-        if not self.optim.lr > 0:
-            raise ValueError(f"--optim.lr {self.optim.lr} must be positive")
+        self.optim.check()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from olmo_fn import tree
-from olmo_fn.checkpoint import Retention, Saver, load, load_newest
+from olmo_fn.checkpoint import Index, Retention, Saver, load, load_newest
 from olmo_fn.compile import prepare_cache
 from olmo_fn.data.config import cache_dir
 from olmo_fn.data.prefetch import prefetch
@@ -78,7 +78,7 @@ def train(cfg: Config) -> Result:
     steps = sizes(cfg)
     source = open_data(cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, steps.largest)
     check_folder(cfg)
-    state, found = first_state(cfg, step, device)
+    state, found, new = first_state(cfg, step, device)
     folder = Path(cfg.run.folder)
     write_config(cfg, folder)
     if source.tokenizer:
@@ -94,7 +94,7 @@ def train(cfg: Config) -> Result:
         if broken:
             progress.say(f"dropped {len(broken)} files that a killed compilation left broken")
         if found:
-            progress.say(f"going on from {found}")
+            progress.say(f"going on from {found}" + (f", which has no {', '.join(new)}: begun anew" if new else ""))
         meter = Meter(cfg, machine.gemm_rate(device, dtype), device)
         batches = prefetch(Resized(source.train, steps), start, cfg.run.steps)
         stack.callback(batches.close)  # type: ignore[attr-defined]
@@ -122,9 +122,13 @@ def as_tree(state: State) -> tree.Tree:
     return {"step": state.step, "params": state.params, "slots": state.slots}
 
 
-def first_state(cfg: Config, step: Step, device: torch.device) -> tuple[State, Path | None]:
-    """The state to go on from and the checkpoint it is from, or a new one and None."""
-    like = abstract_state(cfg, step)
+def first_state(cfg: Config, step: Step, device: torch.device) -> tuple[State, Path | None, list[str]]:
+    """The state to go on from, the checkpoint it is from, and slots it did not have; or a new one, None, and nothing."""
+    whole = abstract_state(cfg, step)
+
+    def like(index: Index) -> tree.Tree:
+        return {**whole, "slots": {name: slot for name, slot in whole["slots"].items() if name in slots_of(index)}}
+
     found = load_newest(Path(cfg.run.folder) / "checkpoints", like, device=device)
     anew = cfg.run.start_with == "params" or cfg.lora.rank > 0
     if found is None and cfg.run.start_from:
@@ -138,11 +142,28 @@ def first_state(cfg: Config, step: Step, device: torch.device) -> tuple[State, P
         if found is None:
             raise ValueError(f"--run.start-from {str(source)!r}: there is no whole checkpoint")
         if anew:
-            return step.init({**first_parameters(cfg, device), **found[1]["params"]}), found[0]
+            return step.init({**first_parameters(cfg, device), **found[1]["params"]}), found[0], []
     if found is None:
-        return step.init(first_parameters(cfg, device)), None
-    path, state, _ = found
-    return State(state["step"], state["params"], state["slots"]), path
+        return step.init(first_parameters(cfg, device)), None, []
+    path, loaded, _ = found
+    state, new = with_new_slots(step, State(loaded["step"], loaded["params"], loaded["slots"]))
+    return state, path, new
+
+
+def slots_of(index: Index) -> set[str]:
+    """The names of the slots in a checkpoint."""
+    return {path.split(".")[1] for path in (*index.tensors, *index.empty) if path.startswith("slots.")}
+
+
+def with_new_slots(step: Step, state: State) -> tuple[State, list[str]]:
+    """The state with what the step's transforms remember and it has not, begun anew from its parameters; and their names.
+
+    So a transform can be added to a run at any time: `ema` starts at the parameters of that step.
+    """
+    names = step.init(tree.map(lambda p: p.to("meta"), state.params)).slots
+    new = [name for name in names if name not in state.slots]
+    fresh = step.init(state.params).slots if new else {}
+    return state._replace(slots={**state.slots, **{name: fresh[name] for name in new}}), new
 
 
 def abstract_state(cfg: Config, step: Step) -> tree.Tree:

@@ -11,10 +11,22 @@ from olmo_fn import tree
 from olmo_fn.compile import compile
 from olmo_fn.lora import lora, lora_specs, merge_lora
 from olmo_fn.models import transformer
-from olmo_fn.optim import adamw
+from olmo_fn.optim import (
+    Decay,
+    adafactor,
+    adamw,
+    dion,
+    lion,
+    muon,
+    normuon,
+    partition,
+    schedule_free_adamw,
+    sgd,
+    soap,
+)
 from olmo_fn.spec import init
 from olmo_fn.step import Step, Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
-from olmo_fn.train.config import Config
+from olmo_fn.train.config import Config, Optim
 from olmo_fn.train.schedule import schedule
 from olmo_fn.transforms import (
     accumulate_measured,
@@ -42,7 +54,7 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32) -> Step:
         accumulate_measured(r.accumulate) if r.noise_scale else accumulate(r.accumulate),
         *given(r.clip_value, clip_value),
         *given(r.clip, clip),
-        optimizer(cfg),
+        optimizer(cfg, dtype),
         *given(r.normalize, lambda _: normalize(dims_of(transformer.specs(cfg.model)))),
         *given(r.skip_sigma, skip_spikes),
         *given(r.skip_steps, skip_steps),
@@ -78,12 +90,37 @@ def model_parameters(cfg: Config, params: Tree) -> Tree:
     return merge_lora(params, cfg.lora.alpha) if cfg.lora.rank else params
 
 
-def optimizer(cfg: Config) -> Transform:
-    """AdamW with the config's schedule."""
-    o = cfg.optim
-    moments = getattr(torch, o.moments)
-    found = adamw(schedule(cfg), o.betas, o.eps, o.weight_decay, o.no_decay, moments)
-    return first_step_bias(found) if o.first_step_bias else found
+def optimizer(cfg: Config, dtype: torch.dtype = torch.float32) -> Transform:
+    """The config's optimizer with its schedule; beside those for matrices, AdamW for the rest. ``dtype`` is Newton-Schulz's."""
+    o, lr = cfg.optim, schedule(cfg)
+    shared = {"weight_decay": Decay(o.weight_decay, o.no_decay, o.cautious), "moments": getattr(torch, o.moments)}
+    if o.name == "adamw":
+        found = adamw(lr, **options(o, "betas", "eps"), **shared)
+        return first_step_bias(found) if o.first_step_bias else found
+    if o.name == "lion":
+        return lion(lr, **options(o, "betas"), **shared)
+    if o.name == "sgd":
+        return sgd(lr, **options(o, "momentum", "nesterov"), **shared)
+    if o.name == "adafactor":
+        return adafactor(lr, weight_decay=shared["weight_decay"])
+    if o.name == "schedule-free":
+        return schedule_free_adamw(lr, **options(o, "betas", "eps"), **shared)
+    if o.name == "muon":
+        matrix = muon(lr, **options(o, "momentum", "nesterov"), **shared, dtype=dtype)
+    elif o.name == "normuon":
+        matrix = normuon(lr, **options(o, "momentum", "nesterov"), **shared, dtype=dtype)
+    elif o.name == "dion":
+        matrix = dion(lr, **options(o, "momentum", "rank"), **shared)
+    else:
+        matrix = soap(lr, **options(o, "betas", "eps"), **shared)
+    times = (o.adamw_lr or o.lr) / o.lr
+    rest = adamw(lambda step: times * lr(step), **options(o, "betas", "eps"), **shared)
+    return partition({"matrix": matrix, "default": rest}, parameters(cfg))
+
+
+def options(o: Optim, *names: str) -> dict[str, Any]:
+    """The fields that are given, as arguments."""
+    return {name: getattr(o, name) for name in names if getattr(o, name) is not None}
 
 
 def given(value: Any, make: Callable[[Any], Transform]) -> tuple[Transform, ...]:

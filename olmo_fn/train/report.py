@@ -14,6 +14,7 @@ from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
 from olmo_fn.step import State
 from olmo_fn.train.config import Config
+from olmo_fn.train.loop import abstract_state
 from olmo_fn.train.metrics import read_metrics
 from olmo_fn.train.recipe import is_trained, model_parameters, parameters, recipe
 from olmo_fn.train.schedule import sizes
@@ -26,15 +27,12 @@ def dry_run(cfg: Config) -> str:
     r, total = cfg.recipe, num_params(cfg.model)
     tokens, all_tokens = r.batch_size * r.sequence_length, sizes(cfg).tokens_before(cfg.run.steps)
     flops = flops_per_token(cfg.model, r.sequence_length)
-    moment = 2 if cfg.optim.moments == "bfloat16" else 4
     own = tree.flatten(parameters(cfg))
     trained = sum(spec.size for path, spec in own.items() if is_trained(cfg, path))
-    parts = {
-        "parameters": 4 * sum(spec.size for spec in own.values()),
-        "gradients": 4 * trained,
-        "moments": 2 * moment * trained,
-    }
-    parts |= {name: 4 * trained for name, kept in (("ema", r.ema), ("merge", r.merge_last)) if kept}
+    slots = abstract_state(cfg, recipe(cfg))["slots"]
+    kept = {name: sum(x.nbytes for _, x in tree.items(slot)) for name, slot in slots.items()}
+    parts = {"parameters": 4 * sum(spec.size for spec in own.values()), "gradients": 4 * trained}
+    parts |= {name: size for name, size in kept.items() if size > 1e6}
     shapes = transformer.specs(cfg.model)
     largest = max((spec.size, path) for path, spec in tree.items(shapes))
     return "\n".join(
