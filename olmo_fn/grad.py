@@ -87,12 +87,14 @@ class Execution:
     """How a step is carried out, never what it computes.
 
     ``wrap`` goes around every stage function and ``wrap_leaf`` around every parameter update (compilation);
-    ``donate`` lets an update write into the memory of the state it replaces.
+    ``donate`` lets an update write into the memory of the state it replaces; ``differentiable`` keeps what a derivative
+    of the whole step needs.
     """
 
     wrap: Callable[[Function], Function] = identity
     wrap_leaf: Callable[[Function], Function] = identity
     donate: bool = False
+    differentiable: bool = False
 
 
 EAGER = Execution()
@@ -183,6 +185,8 @@ def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction
     stages = chain.stages if remat == "feed_forward" else fuse(chain.stages)
 
     def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
+        if execution.differentiable or torch._C._are_functorch_transforms_active():
+            raise ValueError("engine tape cannot be inside vmap, jvp or another derivative; use grad(engine='func')")
         tokens = loss_tokens(batch)
         context = chain.context(batch)
         carry: Any = None
