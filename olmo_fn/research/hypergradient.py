@@ -36,8 +36,8 @@ def hypergradient(
     ``params``, the weights to start from. Keeps the activations of all k steps. The step needs ``grad(engine="func")`` and
     ``differentiable()``.
 
-    AdamW divides by √v, which has no derivative where a gradient was exactly 0 in all steps (rows of the embedding that
-    no batch used); a derivative that is not finite is an error.
+    The root of AdamW's second moment has no derivative where a parameter's gradient was exactly 0 in every step; a
+    derivative that is not finite is an error.
 
     >>> import torch
     >>> from olmo_fn.optim import sgd
