@@ -4,7 +4,7 @@
 """
 
 from olmo_fn.research.centralize import centralize
-from olmo_fn.research.check_gradients import Checked, check_gradients
+from olmo_fn.research.check_gradients import Checked, check_gradients, slope
 from olmo_fn.research.hypergradient import hypergradient, unroll
 from olmo_fn.research.laws import check_commutes, check_form, check_idempotent
 from olmo_fn.research.lr_scale import lr_scale, with_lr_scale
@@ -31,6 +31,7 @@ __all__ = [
     "per_example",
     "per_example_loop",
     "sharpness",
+    "slope",
     "stack",
     "top_eigenvalue",
     "train_many",

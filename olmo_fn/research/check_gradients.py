@@ -62,11 +62,12 @@ def check_gradients(
                 along = float((g * v).sum())
                 error = abs(along - difference) / max(float(g.norm()), abs(difference), 1e-12)
                 found.append(Checked(engine, path, difference, along, error))
-    wrong = {c.path: c for c in found if not c.error <= tolerance}
+    wrong: dict[str, list[Checked]] = {}
+    for c in found:
+        if not c.error <= tolerance:
+            wrong.setdefault(c.path, []).append(c)
     if wrong:
-        said = ", ".join(
-            f"{path} (engine {c.engine}: {c.gradient:.6g}, differences: {c.difference:.6g})" for path, c in wrong.items()
-        )
+        said = "; ".join(f"{path} ({_describe(checks)})" for path, checks in wrong.items())
         raise ValueError(f"the gradient is not the derivative of the loss for {said}")
     return found
 
@@ -78,3 +79,10 @@ def slope(f: Callable[[float], float], h: float = 1e-3) -> float:
     3.0
     """
     return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
+
+
+def _describe(checks: list[Checked]) -> str:
+    engines = list(dict.fromkeys(c.engine for c in checks))
+    worst = max(checks, key=lambda c: c.error)
+    name = f"engine{'s' if len(engines) > 1 else ''} {', '.join(engines)}"
+    return f"{name}: {worst.gradient:.6g}, differences say {worst.difference:.6g}"

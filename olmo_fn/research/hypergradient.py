@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import grad_and_value
+from torch.overrides import TorchFunctionMode
 
 from olmo_fn import tree
 from olmo_fn.grad import Batch
@@ -36,10 +39,6 @@ def hypergradient(
     ``params``, the weights to start from. Keeps the activations of all k steps. The step needs ``grad(engine="func")`` and
     ``differentiable()``.
 
-    The root of AdamW's second moment has no derivative where a parameter's gradient was exactly 0 in every step; a
-    derivative that is not finite is an error.
-
-    >>> import torch
     >>> from olmo_fn.optim import sgd
     >>> from olmo_fn.research.lr_scale import lr_scale
     >>> from olmo_fn.step import differentiable, grad, pipe
@@ -57,13 +56,27 @@ def hypergradient(
 
     def after(value: Tensor | Tree) -> Tensor:
         start = tree.replace(whole, wrt, value)
-        return objective(unroll(step, State(start["step"], start["params"], start["slots"]), batches).params)
+        with _Roots():
+            return objective(unroll(step, State(start["step"], start["params"], start["slots"]), batches).params)
 
     derivative, value = grad_and_value(after)(tree.at(whole, wrt))
     for path, x in tree.items(derivative, wrt):
         if not bool(x.isfinite().all()):
             raise ValueError(
-                f"the derivative with respect to {path} is not finite: the loss is not, or an optimizer takes the root of a "
-                "second moment that is 0; use sgd, or batches in which every parameter has a gradient"
+                f"the derivative with respect to {path} is not finite; take fewer steps, or a smaller learning rate"
             )
     return value, derivative
+
+
+class _Roots(TorchFunctionMode):
+    """Inside, √0 has the derivative 0 and not ∞.
+
+    Adam divides by √v, and v = (1 - β₂) g² is 0 in rows of an embedding that no batch has used. There √v is a multiple
+    of |g|, whose subgradient at 0 is 0; the chain rule by way of v gives 0 · ∞ instead.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.sqrt, Tensor.sqrt) and not kwargs:
+            (x,) = args
+            return torch.where(x == 0, x, torch.where(x == 0, 1.0, x).sqrt())
+        return func(*args, **(kwargs or {}))
