@@ -208,3 +208,14 @@ def test_help_needs_no_torch():
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stderr
     assert "--step" in found.stdout
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_replayed_bit_for_bit(run, tmp_path):
+    cfg = replay(run[0], 1).cfg
+    recipe = replace(cfg.recipe, compile=True)
+    where = replace(cfg.run, folder=str(tmp_path / "run"), steps=8, checkpoint_every=3)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(replace(cfg, recipe=recipe, run=where))
+    found = replay(tmp_path / "run", 8)
+    assert (found.start, found.differences) == (6, ())
