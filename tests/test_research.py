@@ -9,6 +9,7 @@ from torch.func import hessian
 from torch.testing import assert_close
 
 from olmo_fn import spec, tree
+from olmo_fn.compile import compile, has_compiler
 from olmo_fn.grad import IGNORE, Grads, loss_tokens
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
@@ -306,6 +307,10 @@ def test_what_has_no_derivative_is_said():
     tape = pipe(LOSS, grad("tape", dtype=torch.float64), sgd(0.1), lr_scale(), differentiable())
     with pytest.raises(ValueError, match="engine tape cannot be inside"):
         hypergradient(tape, tape.init(params_of()), [batch_of()], objective)
+    if has_compiler():
+        fast = pipe(LOSS, grad("func"), sgd(0.1), lr_scale(), differentiable(), compile())
+        with pytest.raises(ValueError, match=r"leave compile\(\) out of the pipe"):
+            hypergradient(fast, fast.init(params_of()), [batch_of()], objective)
     for order in ((donate(), differentiable()), (differentiable(), donate())):
         with pytest.raises(ValueError, match=r"donate\(\) overwrites what differentiable\(\) must keep"):
             pipe(LOSS, grad("func"), sgd(0.1), *order)
