@@ -1,5 +1,7 @@
 """Several runs at once are the same runs, one after the other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -144,15 +146,17 @@ def test_what_cannot_be_vmapped_is_said():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_compiled_runs_are_the_eager_ones():
-    step = step_of(dtype=torch.float32)
-    data, first = batches(3), stack(starts(step, torch.float32))
-    run = compiled(many(step), first, data[0])
-    eager, fast = first, first
+    model = replace(MODEL, n_layers=1)
+    step = pipe(transformer.loss(model), grad("func"), clip(1.0), adamw(3e-2))
+    data = batches(3)
+    eager = fast = stack([step.init(spec.init(transformer.specs(model), seed)) for seed in range(K)])
+    run = compiled(many(step), eager, data[0])
     for batch in data:
         eager, expected = many(step)(eager, batch)
         fast, metrics = run(fast, batch)
         assert_close(metrics["loss"], expected["loss"], rtol=1e-5, atol=1e-5)
-    assert_close(fast.params, eager.params, rtol=1e-4, atol=1e-5)
+    assert_close(fast.params, eager.params, rtol=1e-3, atol=1e-4)  # Adam magnifies rounding where gradients are near 0
     with pytest.raises(ValueError, match="compiled for other shapes"):
         run(fast, {name: value[:2] for name, value in data[0].items()})
