@@ -45,11 +45,11 @@ def has_compiler() -> bool:
     return torch.cuda.is_available() or any(shutil.which(c) for c in candidates if c)
 
 
-def prepare_cache(folder: Path) -> list[Path]:
-    """Make Inductor keep its files in ``folder``, and drop those that a killed compile left broken; returns them."""
+def prepare_cache(folder: Path, sweep: bool = True) -> list[Path]:
+    """Make Inductor keep its files in ``folder``, and ``sweep`` away those that a killed compile left broken; returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    broken = [path for path in folder.rglob("*") if path.is_file() and not _whole(path)]
+    broken = [path for path in (folder.rglob("*") if sweep else ()) if path.is_file() and not _whole(path)]
     for path in broken:
         path.unlink(missing_ok=True)
     return broken

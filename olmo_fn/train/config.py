@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from olmo_fn.data.config import Data
 from olmo_fn.models.config import Model, divisors
+from olmo_fn.parallel.config import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -252,10 +253,14 @@ class Config:
     """Batch size and sequence length that grow during the run."""
     recipe: Recipe = field(default_factory=Recipe)
     """How a step computes."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the processes divide the work."""
     lora: Lora = field(default_factory=Lora)
     """Train low-rank changes only."""
     run: Run = field(default_factory=Run)
     """Where the run lives, how long it is, what it reports."""
+    nproc: int = 0
+    """Start this many processes on this machine, as torchrun would. 0: this process is all, or torchrun started it."""
     dry_run: bool = False
     """Only print the resolved config, parameters, FLOPs and memory; read no data, allocate no weights."""
 
