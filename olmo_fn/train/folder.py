@@ -66,9 +66,8 @@ def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
     [('run.steps', 1000, 5)]
     """
     for name, before, after in _leaves(old, new, ""):
-        irrelevant = (
-            name in INVISIBLE or name.startswith("mesh.") or (name.startswith("run.") and name not in NUMERIC_RUN_FIELDS)
-        )
+        of_run = name.startswith("run.") and name not in NUMERIC_RUN_FIELDS
+        irrelevant = of_run or name in INVISIBLE or name.startswith("mesh.")
         if before != after and not irrelevant:
             yield name, before, after
 
