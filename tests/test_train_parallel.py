@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,38 +18,11 @@ from olmo_fn.checkpoint import load, newest_whole, steps
 from olmo_fn.train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
-FLAGS = [
-    "--model.d-model",
-    "16",
-    "--model.n-layers",
-    "2",
-    "--model.n-heads",
-    "2",
-    "--model.hidden-size",
-    "24",
-    "--model.vocab-size",
-    "64",
-    "--recipe.batch-size",
-    "8",
-    "--recipe.sequence-length",
-    "16",
-    "--recipe.no-compile",
-    "--recipe.dtype",
-    "float32",
-    "--recipe.ema",
-    "0.9",
-    "--run.steps",
-    "8",
-    "--run.checkpoint-every",
-    "4",
-    "--run.sample=",
-    "--run.threads",
-    "1",
-    "--schedule.warmup",
-    "2",
-    "--optim.lr",
-    "1e-2",
-]
+FLAGS = shlex.split("""
+--model.d-model 16 --model.n-layers 2 --model.n-heads 2 --model.hidden-size 24 --model.vocab-size 64
+--recipe.batch-size 8 --recipe.sequence-length 16 --recipe.no-compile --recipe.dtype float32 --recipe.ema 0.9
+--run.steps 8 --run.checkpoint-every 4 --run.sample= --run.threads 1 --schedule.warmup 2 --optim.lr 1e-2
+""")
 
 
 @pytest.fixture(scope="module")
