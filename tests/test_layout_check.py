@@ -13,9 +13,9 @@ from strategies import cases
 
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
+from olmo_fn.parallel.axis import Axes, Axis
 from olmo_fn.parallel.check import check_layout
 from olmo_fn.parallel.connect import Connection
-from olmo_fn.parallel.axis import Axes, Axis
 from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.rules import DEFAULT, Rules, plan
 from olmo_fn.parallel.sharded import Sharded
@@ -58,8 +58,8 @@ ULYSSES = Rules(cp_method="ulysses")
             Mesh(dp_replicate=2, dp_shard=2),
             DEFAULT,
             (12, 16, 2),
-            "--recipe.batch-size 12 is not a multiple of --recipe.accumulate 2 x --mesh.dp-replicate 2 x --mesh.dp-shard 2 = 8; "
-            "choose 8 or 16",
+            "--recipe.batch-size 12 is not a multiple of --recipe.accumulate 2 x --mesh.dp-replicate 2 x --mesh.dp-shard 2 = "
+            "8; choose 8 or 16",
         ),
         (Mesh(dp_shard=4), DEFAULT, (2, 16, 1), "--recipe.batch-size 2 is not a multiple of --mesh.dp-shard 4; choose 4"),
         (
@@ -86,7 +86,7 @@ def test_messages(mesh: Mesh, rules: Rules, sizes: tuple[int, int, int], message
 
 def test_a_vocabulary_that_leaves_a_rank_without_rows() -> None:
     model = replace(MODEL, n_heads=8, n_kv_heads=8, vocab_size=17)
-    with pytest.raises(ValueError, match=r"17 over --mesh.tp 8 is 3 rows a rank, which leaves none for the last 2; choose .* 6"):
+    with pytest.raises(ValueError, match=r"17 over --mesh.tp 8 is 3 rows a rank, .* none for the last 2; choose .* 6"):
         check_layout(model, Mesh(tp=8), DEFAULT, 8, 16)
 
 
@@ -115,7 +115,9 @@ def test_it_imports_no_torch() -> None:
 
 def test_rules_must_shard_what_the_stages_share_over_tp() -> None:
     """A feed-forward network that every rank computes whole would be counted by each."""
-    rules = Rules({"embed": "fsdp", "heads": "tp", "kv_heads": "tp", "vocab": "tp"}, {"heads": "tp", "kv_heads": "tp", "vocab": "tp"})
+    rules = Rules(
+        {"embed": "fsdp", "heads": "tp", "kv_heads": "tp", "vocab": "tp"}, {"heads": "tp", "kv_heads": "tp", "vocab": "tp"}
+    )
     message = r"--mesh.tp is 2, but the rules do not use 'mlp' over 'tp'"
     with pytest.raises(ValueError, match=message):
         plan(transformer.specs(MODEL), rules, Mesh(tp=2))

@@ -106,7 +106,7 @@ def test_ddp(pool: Pool) -> None:
 def test_hsdp(pool: Pool) -> None:
     """As FSDP inside a copy; of the gradients only the shards are summed over the copies."""
     shards = 4 * elements(sharded) // 2
-    rest = [Moved(m.count, m.whole, 2 * m.whole * 3 // 4) for m in (CONTROL, Moved(1, REST, 0))]
+    rest = [Moved(m.calls, m.whole, 2 * m.whole * 3 // 4) for m in (CONTROL, Moved(1, REST, 0))]
     want = {(kind, "dp_shard"): moved for kind, moved in fsdp(DEFAULT, 4).items()}
     want |= {("all_reduce", "dp_replicate"): Moved(SEGMENTS, shards, shards), ("all_reduce", "data"): all_reduces(*rest)}
     assert pool.run(count, DEFAULT, torch.float32, mesh=Mesh(dp_replicate=2, dp_shard=2)) == [want] * 4
@@ -130,14 +130,16 @@ def test_tensor_and_sequence_parallel(pool: Pool) -> None:
     assert pool.run(count, DEFAULT, torch.float32, mesh=Mesh(tp=2)) == [want] * 2
 
 
+PAIR = B * KV * T * K * 4  # keys, or values, of a rank's sequences
+QKVO = B * (2 * HEADS + 2 * KV) * T * K * 4
 CP = {
     # keys and values gathered, their gradients scattered
-    "gather": {kind: Moved(2 * LAYERS, 2 * LAYERS * B * KV * T * K * 4, LAYERS * B * KV * T * K * 4) for kind in ("all_gather", "reduce_scatter")},
-    # queries, keys, values and the result, and the gradients of all: half of what a rank has goes to the other
-    "ulysses": {"all_to_all": Moved(8 * LAYERS, 2 * LAYERS * B * (2 * HEADS + 2 * KV) * T // 2 * K * 4, LAYERS * B * (2 * HEADS + 2 * KV) * T // 2 * K * 4)},
-    # keys and values go 1 hop forward and 1 backward, their gradients 2, home again
-    "ring": {"all_to_all": Moved(4 * LAYERS, 4 * LAYERS * 2 * B * KV * T // 2 * K * 4, 4 * LAYERS * 2 * B * KV * T // 2 * K * 4)},
-}  # fmt: skip
+    "gather": dict.fromkeys(("all_gather", "reduce_scatter"), Moved(2 * LAYERS, 2 * LAYERS * PAIR, LAYERS * PAIR)),
+    # queries, keys, values, the result, and all their gradients: a rank has half of each, and half of that goes to the other
+    "ulysses": {"all_to_all": Moved(8 * LAYERS, LAYERS * QKVO, LAYERS * QKVO // 2)},
+    # a rank's half of keys and values goes 1 hop forward and 1 backward, their gradients 2, home again
+    "ring": {"all_to_all": Moved(4 * LAYERS, 4 * LAYERS * PAIR, 4 * LAYERS * PAIR)},
+}
 
 
 @pytest.mark.parametrize("method", CP)

@@ -84,8 +84,8 @@ def plan(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:
     for logical in known & {*TENSOR}:
         if mesh.tp > 1 and rules.use.get(logical) != "tp":
             raise ValueError(
-                f"--mesh.tp is {mesh.tp}, but the rules do not use {logical!r} over 'tp', so that each of its ranks would add the "
-                f"same; store and use {logical!r} over 'tp', or leave --mesh.tp at 1"
+                f"--mesh.tp is {mesh.tp}, but the rules do not use {logical!r} over 'tp', so that each of its ranks would add "
+                f"the same; store and use {logical!r} over 'tp', or leave --mesh.tp at 1"
             )
     return {path: _place(path, spec, rules, mesh) for path, spec in tree.items(specs)}
 

@@ -83,9 +83,9 @@ def assert_equivalent(
     give ``grad(dtype=torch.float64)`` for the tight default. In fp32 state 1e-5, and use an optimizer that does not divide
     by the gradient: AdamW turns the rounding of an entry whose gradient is nearly 0 into a whole step of it.
 
-    To verify your own *transform*, put it into the recipe: it must come out the same on every layout. If it should be invisible,
-    give the recipe without it as ``reference``; ``Mesh()``, one rank, will then do. To verify your own *layout*, give what
-    you use in place of `shard` as ``sharding``. A ``pool`` that is kept makes the second call much faster than the first.
+    To verify your own *transform*, put it into the recipe: it must come out the same on every layout. If it should be
+    invisible, give the recipe without it as ``reference``; ``Mesh()``, one rank, will then do. To verify your own *layout*,
+    give what you use in place of `shard` as ``sharding``. A ``pool`` that is kept makes the second call much faster.
 
     >>> from functools import partial
     >>> from olmo_fn.models import transformer
@@ -134,7 +134,7 @@ def record(step: Step, params: Tree, batches: Sequence[Batch]) -> dict[Name, tup
         return grads, metrics
 
     watched = replace(step, grads=Grads(gradients))
-    for n, batch in enumerate(batches):  # noqa: B007
+    for n, batch in enumerate(batches):
         state, metrics = watched(state, batch)
         found.update({(n, f"metric {name}"): (value.clone(), None) for name, value in metrics.items()})
     for path, leaf in tree.items({"step": state.step, "parameter": state.params, "slot": state.slots}):
@@ -208,7 +208,7 @@ def _judge(layout: Layout, ranks: list[list[Difference]], wanted: Mapping[Name, 
         found, rank = max((pair for pair in wrong if pair[0].step == first), key=lambda pair: pair[0].relative)
         names = {found.name for found, _ in wrong if found.step == first}
         raise AssertionError(
-            f"{layout}: step {first}, {found.name} on rank {rank} differs by {found.size:.3g}, which is {found.relative:.3g} of "
-            f"{found.scale:.3g}; the tolerance is {tolerance:g} ({len(names)} leaves of this step differ)"
+            f"{layout}: step {first}, {found.name} on rank {rank} differs by {found.size:.3g}, which is "
+            f"{found.relative:.3g} of {found.scale:.3g}; the tolerance is {tolerance:g} ({len(names)} leaves of this step differ)"
         )
     return max(found.relative for found, _ in every)
