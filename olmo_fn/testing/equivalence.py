@@ -113,7 +113,7 @@ def assert_equivalent(
             options: Any = {"reference": reference, "sharding": sharding, "seed": seed, "dtype": dtype}
             return assert_equivalent(recipe, specs, layouts, batches, tolerance=tolerance, pool=own, **options)
     wanted = {name: leaf for name, (leaf, _) in record((reference or recipe)(), init(specs, seed, dtype), batches).items()}
-    scales = _scales(wanted)
+    scales = largest_by_kind(wanted)
     worst = []
     for layout in (Layout(*layout) for layout in layouts):
         given = (recipe, specs, layout.rules, sharding, batches, seed, dtype, wanted, scales)
@@ -161,7 +161,7 @@ def _compare(
     differences = []
     for (n, name), (leaf, place) in found.items():
         want = wanted.get((n, name))
-        scale = max(scales.get((n, _kind(name)), 0.0), torch.finfo(torch.float64).tiny)
+        scale = max(scales.get((n, kind(name)), 0.0), torch.finfo(torch.float64).tiny)
         differences.append(Difference(n, name, _distance(leaf, want, place), scale))
     return differences
 
@@ -181,16 +181,16 @@ def _distance(leaf: Tensor, want: Tensor | None, place: Any) -> float:
     return float(far.max()) if far.numel() else 0.0
 
 
-def _scales(wanted: Mapping[Name, Tensor]) -> dict[Name, float]:
+def largest_by_kind(wanted: Mapping[Name, Tensor]) -> dict[Name, float]:
     """The largest finite |entry| of all leaves of each kind, by step."""
     scales: dict[Name, float] = {}
     for (n, name), leaf in wanted.items():
         largest = float(leaf.detach().double().abs().nan_to_num(0.0, 0.0, 0.0).max()) if leaf.numel() else 0.0
-        scales[n, _kind(name)] = max(scales.get((n, _kind(name)), 0.0), largest)
+        scales[n, kind(name)] = max(scales.get((n, kind(name)), 0.0), largest)
     return scales
 
 
-def _kind(name: str) -> str:
+def kind(name: str) -> str:
     """``gradient``, ``parameter``, ``slot adamw_m``; metrics are a kind each."""
     return name.split(".")[0] if name.startswith("slot") else name if name.startswith("metric") else name.split()[0]
 
@@ -209,6 +209,7 @@ def _judge(layout: Layout, ranks: list[list[Difference]], wanted: Mapping[Name, 
         names = {found.name for found, _ in wrong if found.step == first}
         raise AssertionError(
             f"{layout}: step {first}, {found.name} on rank {rank} differs by {found.size:.3g}, which is "
-            f"{found.relative:.3g} of {found.scale:.3g}; the tolerance is {tolerance:g} ({len(names)} leaves of this step differ)"
+            f"{found.relative:.3g} of {found.scale:.3g}; the tolerance is {tolerance:g} "
+            f"({len(names)} leaves of this step differ)"
         )
     return max(found.relative for found, _ in every)
