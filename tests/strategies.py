@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from olmo_fn.grad import Batch
 from olmo_fn.models.config import Model
 from olmo_fn.parallel.mesh import Mesh
+from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.rules import Rules
 
 
@@ -68,6 +70,7 @@ class Case(NamedTuple):
     model: Model
     mesh: Mesh
     rules: Rules
+    pipeline: Pipeline
     rows: int
     length: int
     accumulate: int
@@ -85,20 +88,24 @@ WHOLE = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}  # nothing
 @st.composite
 def cases(draw: st.DrawFn, ranks: int) -> Case:
     """Anything that ``ranks`` processes can share: widths, vocabulary and feed-forward size as uneven as they come."""
-    # pp: one more degree here, a schedule and a number of microbatches in Case
-    degrees = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp"), 1)
+    degrees = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp", "pp"), 1)
     rest = ranks
     while rest > 1:
         prime = next(n for n in range(2, rest + 1) if rest % n == 0)
-        degrees[draw(st.sampled_from(sorted(degrees)))] *= prime
+        fits = [axis for axis in sorted(degrees) if axis != "pp" or degrees["pp"] * prime <= 4]
+        degrees[draw(st.sampled_from(fits))] *= prime
         rest //= prime
     mesh = Mesh(**degrees)
+    pipeline = Pipeline(draw(st.sampled_from(["gpipe", "1f1b", "zero_bubble"])), draw(st.sampled_from([1, 2, 3])))
+    if draw(st.booleans()):
+        pipeline = replace(pipeline, kind="interleaved", chunks=2)
+    parts = pipeline.microbatches if mesh.pp > 1 else 1
     cp_method = draw(st.sampled_from(["gather", "ulysses", "ring"]))
     kv = mesh.tp * (mesh.cp if cp_method == "ulysses" else 1)
     kv *= draw(st.sampled_from([1, 2])) if kv < 4 else 1
     model = Model(
         d_model=draw(st.sampled_from([5, 7, 10])),
-        n_layers=draw(st.integers(1, 3)),
+        n_layers=draw(st.integers(max(1, mesh.pp * pipeline.chunks - 2), max(3, mesh.pp * pipeline.chunks - 2))),
         n_heads=kv * draw(st.sampled_from([1, 2])),
         n_kv_heads=kv,
         head_dim=draw(st.sampled_from([2, 4])),
@@ -115,12 +122,13 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
     if store is not None:
         rules = Rules(store, WHOLE if store is WHOLE else {}, gathered, cp_method)
     accumulate = draw(st.sampled_from([1, 1, 2]))
-    engine = draw(st.sampled_from(["tape", "tape", "func"]))
+    engine = draw(st.sampled_from(["tape", "tape", "func"])) if mesh.pp == 1 else "tape"
     return Case(
         model,
         mesh,
         rules,
-        rows=mesh.dp_replicate * mesh.dp_shard * accumulate * draw(st.sampled_from([1, 2] if ranks < 8 else [1])),
+        pipeline,
+        rows=mesh.dp_replicate * mesh.dp_shard * accumulate * parts * draw(st.sampled_from([1, 2] if ranks < 8 else [1])),
         length=2 * mesh.cp * mesh.tp * draw(st.sampled_from([1, 2, 3])),
         accumulate=accumulate,
         remat=draw(st.sampled_from(["none", "full", "feed_forward", "every-2"])) if engine == "tape" else "none",

@@ -5,7 +5,7 @@ The mutants that this law catches are in test_law_layouts_mutants.py.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -15,31 +15,33 @@ from hypothesis import strategies as st
 from strategies import Case, batches_of, cases
 
 from olmo_fn.compile import compile
-from olmo_fn.grad import Chain, Stage
+from olmo_fn.grad import Batch, Chain, Stage
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.optim import adamw
-from olmo_fn.optim.base import optimizer
+from olmo_fn.optim.base import Rule, optimizer
 from olmo_fn.parallel.check import check_layout
 from olmo_fn.parallel.mesh import Mesh
+from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.rules import DEFAULT, Rules
+from olmo_fn.parallel.shard import ONE_BY_ONE
 from olmo_fn.spec import Init, Spec, init
-from olmo_fn.step import Leaf, Step, Transform, accumulate, clip, ema, grad, pipe, skip_spikes
+from olmo_fn.step import Step, Transform, accumulate, clip, ema, grad, pipe, skip_spikes
 from olmo_fn.testing import Layout, Pool, assert_equivalent
-from olmo_fn.testing.equivalence import record
+from olmo_fn.testing.equivalence import kind, largest_by_kind, record
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+DOUBLE = torch.float64
+TOLERANCE = {DOUBLE: 1e-10, torch.float32: 1e-5}
 
 
 def momentum(lr: float) -> Transform:
-    """SGD with momentum, each update divided by its norm over the whole parameter: not elementwise, as Muon is not."""
+    """An optimizer that sees whole parameters, and does not divide by an entry: rounding stays small."""
 
     def update(p, g, slots, s):
         v = 0.9 * slots["velocity"] + g
-        return p - s["lr"] * v / (v.norm() + 1), {"velocity": v}
+        return s["lr"] * v / (v.norm() + 1), {"velocity": v}
 
-    leaf = Leaf(lambda p: {"velocity": torch.zeros_like(p)}, update, elementwise=False)
-    return optimizer("momentum", lambda path: leaf, lr)
+    return optimizer("momentum", Rule(lambda path, p: {"velocity": torch.zeros_like(p)}, update, elementwise=False), lr)
 
 
 def recipe(
@@ -57,25 +59,39 @@ def recipe(
     )
 
 
+def steps_of(case: Case, dtype: torch.dtype) -> Callable[[], Step]:
+    optim = "adamw" if dtype == torch.float64 and case.seed % 2 else "momentum"
+    return partial(recipe, case.model, dtype, case.engine, case.remat, case.accumulate, optim)
+
+
+def rounding(case: Case, batches: list[Batch]) -> float:
+    """How far one process in fp32 is from itself in fp64, as `assert_equivalent` measures it."""
+    narrow, wide = (
+        {name: leaf for name, (leaf, _) in record(steps(), init(transformer.specs(case.model), 0, dtype), batches).items()}
+        for steps, dtype in ((steps_of(case, torch.float32), torch.float32), (steps_of(case._replace(seed=0), DOUBLE), DOUBLE))
+    )
+    scales = largest_by_kind(wide)
+    return max(float((narrow[n, x] - leaf).abs().max()) / scales[n, kind(x)] for (n, x), leaf in wide.items() if leaf.any())
+
+
 def check(pool: Pool, case: Case, dtype: torch.dtype, steps: int = 2) -> float:
     """The largest difference that the case's layout makes, after its check on paper."""
-    if dtype == torch.float32:  # with a window of 1 the gradients of queries and keys are 0, and what is compared is rounding
-        windows = tuple(2 if size == 1 else size for size in case.model.window_pattern)
-        case = case._replace(model=replace(case.model, window_pattern=windows))
     check_layout(case.model, case.mesh, case.rules, case.rows, case.length, case.accumulate)
-    optim = "adamw" if dtype == torch.float64 and case.seed % 2 else "momentum"
+    batches = batches_of(case, steps)
+    if dtype == torch.float32 and rounding(case, batches) > 1e-6:  # a model that amplifies rounding shows nothing in fp32
+        dtype = DOUBLE
     return assert_equivalent(
-        partial(recipe, case.model, dtype, case.engine, case.remat, case.accumulate, optim),
+        steps_of(case, dtype),
         transformer.specs(case.model),
-        [Layout(case.mesh, case.rules)],
-        batches_of(case, steps),
+        [Layout(case.mesh, case.rules, case.pipeline)],
+        batches,
         dtype=dtype,
         tolerance=TOLERANCE[dtype],
         pool=pool,
     )[0]
 
 
-EXAMPLES = {2: 16, 3: 3, 4: 14, 8: 5}  # ranks: examples; a world of processes is started once
+EXAMPLES = {2: 16, 3: 4, 4: 12, 8: 4}  # ranks: examples; a world of processes is started once
 
 
 def law_2(pool: Pool, ranks: int, examples: int) -> None:
@@ -111,11 +127,13 @@ def compiled(model: Model, dtype: torch.dtype) -> Step:
     return compile()(recipe(model, dtype))
 
 
-def a_case(mesh: Mesh, rules: Rules = DEFAULT, model: Model = SMALL) -> Case:
-    return Case(model, mesh, rules, 4, 8, 1, "none", "tape", documents=False, masked=0.3, seed=1)
+def a_case(mesh: Mesh, rules: Rules = DEFAULT, pipeline: Pipeline = ONE_BY_ONE, model: Model = SMALL) -> Case:
+    return Case(model, mesh, rules, pipeline, 4, 8, 1, "none", "tape", documents=False, masked=0.3, seed=1)
 
 
-@pytest.mark.parametrize("layout", [Layout(Mesh(tp=2)), Layout(Mesh(dp_shard=2))], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(Mesh(tp=2)), pytest.param(Layout(Mesh(dp_shard=2)), marks=pytest.mark.slow)], ids=str
+)
 def test_compiled_layouts(pool: Pool, layout: Layout) -> None:
     """Collectives are inside compiled stages, weights are gathered around them."""
     batches, specs = batches_of(a_case(*layout), 2), transformer.specs(SMALL)

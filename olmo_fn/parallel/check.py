@@ -73,8 +73,8 @@ def _check_tokens(mesh: Mesh, batch_size: int, sequence_length: int, accumulate:
     length, fits = f"--recipe.sequence-length {sequence_length}", _multiples(sequence_length, _pieces(mesh))
     if sequence_length % (2 * mesh.cp if mesh.cp > 1 else 1):
         raise ValueError(
-            f"{length} is not a multiple of 2 x {flag('cp')} {mesh.cp} = {2 * mesh.cp}, the pieces dealt to the ranks; "
-            f"choose {fits}"
+            f"{length} is not a multiple of 2 x {flag('cp')} {mesh.cp} = {2 * mesh.cp}, the pieces that are dealt to the "
+            f"ranks; choose {fits}"
         )
     if sequence_length // mesh.cp % mesh.tp:
         product = _product({flag("cp"): mesh.cp, flag("tp"): mesh.tp})

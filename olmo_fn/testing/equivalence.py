@@ -16,26 +16,29 @@ from olmo_fn import tree
 from olmo_fn.grad import Batch, Execution, Grads, Metrics
 from olmo_fn.parallel.connect import Connection
 from olmo_fn.parallel.mesh import Mesh
+from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.rules import DEFAULT, Rules
-from olmo_fn.parallel.shard import shard
+from olmo_fn.parallel.shard import ONE_BY_ONE, shard
 from olmo_fn.spec import init
 from olmo_fn.step import Step, Transform
 from olmo_fn.testing.pool import Pool
 from olmo_fn.tree import Tree
 
 Name: TypeAlias = tuple[int, str]  # of a step, and of what was seen in it: "gradient blocks.0.attention.w_q"
-Sharding: TypeAlias = Callable[[Connection, Tree, Rules], Transform]
+Sharding: TypeAlias = Callable[..., Transform]  # of a connection, specs, rules, and for a pipeline how it is cut
 
 
 class Layout(NamedTuple):
-    """A mesh, and the rules by which parameters lie on it."""
+    """A mesh, the rules by which parameters lie on it, and how it is a pipeline if it is one."""
 
     mesh: Mesh
     rules: Rules = DEFAULT
+    pipeline: Pipeline = ONE_BY_ONE
 
     def __str__(self) -> str:
         degrees = ", ".join(f"{axis}={degree}" for axis, degree in self.mesh.degrees.items() if degree > 1)
-        return f"Mesh({degrees})" if self.rules == DEFAULT else f"Mesh({degrees}), {self.rules}"
+        more = [str(x) for x, usual in ((self.rules, DEFAULT), (self.pipeline, ONE_BY_ONE)) if x != usual]
+        return ", ".join([f"Mesh({degrees})", *more])
 
 
 class Difference(NamedTuple):
@@ -55,7 +58,7 @@ class Difference(NamedTuple):
 def assert_equivalent(
     recipe: Callable[[], Step],
     specs: Tree,
-    layouts: Iterable[tuple[Mesh, Rules]],
+    layouts: Iterable[Layout | tuple[Mesh, Rules]],
     batches: Sequence[Batch],
     *,
     reference: Callable[[], Step] | None = None,
@@ -113,10 +116,10 @@ def assert_equivalent(
             options: Any = {"reference": reference, "sharding": sharding, "seed": seed, "dtype": dtype}
             return assert_equivalent(recipe, specs, layouts, batches, tolerance=tolerance, pool=own, **options)
     wanted = {name: leaf for name, (leaf, _) in record((reference or recipe)(), init(specs, seed, dtype), batches).items()}
-    scales = _scales(wanted)
+    scales = largest_by_kind(wanted)
     worst = []
     for layout in (Layout(*layout) for layout in layouts):
-        given = (recipe, specs, layout.rules, sharding, batches, seed, dtype, wanted, scales)
+        given = (recipe, specs, layout, sharding, batches, seed, dtype, wanted, scales)
         worst.append(_judge(layout, pool.run(_compare, *given, mesh=layout.mesh), wanted, tolerance))
     return worst
 
@@ -147,7 +150,7 @@ def _compare(
     connection: Connection,
     recipe: Callable[[], Step],
     specs: Tree,
-    rules: Rules,
+    layout: Layout,
     sharding: Sharding,
     batches: Sequence[Batch],
     seed: int,
@@ -156,12 +159,13 @@ def _compare(
     scales: Mapping[Name, float],
 ) -> list[Difference]:
     """On a rank: the steps, and how far everything is from what is wanted."""
-    step = sharding(connection, specs, rules)(recipe())
+    pipeline = (layout.pipeline,) if layout.mesh.pp > 1 else ()
+    step = sharding(connection, specs, layout.rules, *pipeline)(recipe())
     found = record(step, init(specs, seed, dtype), batches)
     differences = []
     for (n, name), (leaf, place) in found.items():
         want = wanted.get((n, name))
-        scale = max(scales.get((n, _kind(name)), 0.0), torch.finfo(torch.float64).tiny)
+        scale = max(scales.get((n, kind(name)), 0.0), torch.finfo(torch.float64).tiny)
         differences.append(Difference(n, name, _distance(leaf, want, place), scale))
     return differences
 
@@ -181,16 +185,16 @@ def _distance(leaf: Tensor, want: Tensor | None, place: Any) -> float:
     return float(far.max()) if far.numel() else 0.0
 
 
-def _scales(wanted: Mapping[Name, Tensor]) -> dict[Name, float]:
+def largest_by_kind(wanted: Mapping[Name, Tensor]) -> dict[Name, float]:
     """The largest finite |entry| of all leaves of each kind, by step."""
     scales: dict[Name, float] = {}
     for (n, name), leaf in wanted.items():
         largest = float(leaf.detach().double().abs().nan_to_num(0.0, 0.0, 0.0).max()) if leaf.numel() else 0.0
-        scales[n, _kind(name)] = max(scales.get((n, _kind(name)), 0.0), largest)
+        scales[n, kind(name)] = max(scales.get((n, kind(name)), 0.0), largest)
     return scales
 
 
-def _kind(name: str) -> str:
+def kind(name: str) -> str:
     """``gradient``, ``parameter``, ``slot adamw_m``; metrics are a kind each."""
     return name.split(".")[0] if name.startswith("slot") else name if name.startswith("metric") else name.split()[0]
 
@@ -209,6 +213,7 @@ def _judge(layout: Layout, ranks: list[list[Difference]], wanted: Mapping[Name, 
         names = {found.name for found, _ in wrong if found.step == first}
         raise AssertionError(
             f"{layout}: step {first}, {found.name} on rank {rank} differs by {found.size:.3g}, which is "
-            f"{found.relative:.3g} of {found.scale:.3g}; the tolerance is {tolerance:g} ({len(names)} leaves differ then)"
+            f"{found.relative:.3g} of {found.scale:.3g}; the tolerance is {tolerance:g} "
+            f"({len(names)} leaves of this step differ)"
         )
     return max(found.relative for found, _ in every)
