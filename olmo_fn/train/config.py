@@ -7,6 +7,7 @@ from typing import Literal
 
 from olmo_fn.data.config import Data
 from olmo_fn.models.config import Model, divisors
+from olmo_fn.parallel.config import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,17 @@ class Config:
     """The learning rate over the run."""
     recipe: Recipe = field(default_factory=Recipe)
     """How a step computes."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the processes divide the work."""
     run: Run = field(default_factory=Run)
     """Where the run lives, how long it is, what it reports."""
     dry_run: bool = False
-    """Only print the resolved config, parameters, FLOPs and memory; read no data, allocate no weights."""
+    """Only print the resolved config, counts, the sharding plan, and memory, traffic and time a rank; read no data,
+    allocate no weights."""
+    gpus: int = 0
+    """Only for --dry-run: processes there would be. 0: the product of the degrees of --mesh that are given."""
+    gpu: Literal["a100", "h100", "h200", "b200", "mi300x"] = "h100"
+    """Only for --dry-run: the accelerator that memory and time are estimated for."""
 
     def check(self) -> None:
         """Raise ValueError, in one line with the fix, if the numbers do not fit together."""
