@@ -70,14 +70,18 @@ def rules_of(cfg: Config) -> Rules:
 
 
 def kinds(cfg: Config) -> dict[int, int]:
-    """For every block the one that stands for it: the first and the last for themselves, an inner one for its kind."""
+    """For every block the one that stands for it.
+
+    The first block and the last two stand for themselves, since the embedding and the head are gathered and reduced during
+    their pieces; the others for all of their kind.
+    """
     again, last = remat_policy(cfg.recipe.remat), cfg.model.n_layers - 1
     first: dict[tuple[bool, bool, int | None], int] = {}
     found = {}
     for i in range(last + 1):
         block = [again(Stage(name, (), print, block=i)) for name in ("project", "feed_forward")]
         kind = (block[0], block[1], cfg.model.window(i))
-        found[i] = i if i in (0, last) else first.setdefault(kind, i)
+        found[i] = i if i in (0, last - 1, last) else first.setdefault(kind, i)
     return found
 
 

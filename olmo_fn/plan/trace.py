@@ -53,6 +53,7 @@ class Trace(TorchDispatchMode):
         self._purpose = "activations"
         self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._fused: list[Tensor] | None = None  # inside one kernel: what it keeps although it is no result
+        self._results: dict[Any, tuple[Any, int]] = {}  # of kernels: the number of an input, or a tensor like a new one
 
     # --- what is live -------------------------------------------------------------------------------------------------
 
@@ -172,12 +173,27 @@ class Trace(TorchDispatchMode):
             self._fused = before
 
     def kernel(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """``fn`` as one compiled kernel: what it makes on its way to its results takes no memory."""
+        """``fn`` as one compiled kernel: what it makes on its way to its results takes no memory.
+
+        On meta tensors it is run once for arguments of the same shapes.
+        """
 
         def run(*args: Any) -> Any:
-            with self._kernel():
-                out = fn(*args)
-            self.seen.moved += nbytes(args) + nbytes(out)
+            inputs = leaves(args)
+            key = (fn, *((x.shape, x.stride(), x.dtype) for x in inputs))
+            if key not in self._results:
+                before = self.seen.linear
+                with self._kernel():
+                    out = fn(*args)
+                    at = {x.untyped_storage()._cdata: i for i, x in enumerate(inputs)}
+                    like = rebuild(out, lambda x: at.get(x.untyped_storage()._cdata, torch.empty_like(x)))
+                if all(x.is_meta for x in leaves(out)):
+                    self._results[key] = like, self.seen.linear - before
+            else:
+                like, flops = self._results[key]
+                self.seen.linear += flops
+                out = _again(like, inputs)
+            self.seen.moved += nbytes(inputs) + nbytes(out)
             self._made(out)
             return out
 
@@ -246,6 +262,17 @@ def rebuild(value: Any, f: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: rebuild(part, f) for key, part in value.items()}
     return type(value)(rebuild(part, f) for part in value) if isinstance(value, (tuple, list)) else value
+
+
+def _again(like: Any, inputs: tuple[Tensor, ...]) -> Any:
+    """A nest of inputs, given by number, and new tensors."""
+    if isinstance(like, int):
+        return inputs[like]
+    if isinstance(like, Tensor):
+        return torch.empty_like(like)
+    if isinstance(like, Mapping):
+        return {key: _again(part, inputs) for key, part in like.items()}
+    return type(like)(_again(part, inputs) for part in like) if isinstance(like, (tuple, list)) else like
 
 
 def nbytes(value: Any) -> int:
