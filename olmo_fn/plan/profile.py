@@ -7,7 +7,8 @@ optimizer and collectives are the ones that train.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 
 from olmo_fn import tree
 from olmo_fn.grad import Batch, Chain, Stage
-from olmo_fn.layout import SINGLE
+from olmo_fn.layout import SINGLE, compute_copy
 from olmo_fn.models import transformer
 from olmo_fn.nn import attend
 from olmo_fn.parallel.axis import Axes, Axis
@@ -24,14 +25,12 @@ from olmo_fn.parallel.connect import Connection
 from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.rules import Rules, plan, size
 from olmo_fn.parallel.sharded import Sharded
-from olmo_fn.plan.trace import Seen, Trace
+from olmo_fn.plan.job import Label
+from olmo_fn.plan.trace import Seen, Trace, Traffic
 from olmo_fn.tape import remat_policy, segments
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import recipe
 from olmo_fn.tree import Tree
-
-Label = str | int  # a block's number, or what is before and behind them: "embed", "head"
-
 
 class Piece(NamedTuple):
     """A part of a step: how many bytes of each purpose it leaves behind, and what `Seen` saw, relative to its start."""
@@ -42,20 +41,23 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Profile:
-    """The pieces of a step. ``forward`` and ``backward`` are by label, one block standing for all of its kind."""
+    """The pieces of a step. Tables are by label, one block standing for all of its kind."""
 
-    state: Counter[str]
     begin: Piece
     forward: dict[Label, Piece]
     backward: dict[Label, Piece]
     end: Piece
     update: Piece
+    state: dict[Label, Counter[str]]  # bytes at rest, by purpose
+    in_use: dict[Label, int]  # bytes of the weights to compute with, beside those at rest
+    gathered: dict[Label, Traffic]  # by one gather of its weights
+    reduced: dict[Label, Traffic]  # by its gradients, once
+    tables: int  # bytes that attention keeps from step to step
     alike: dict[int, int]  # every block -> the one that stands for it
 
-    def piece(self, way: str, label: Label) -> Piece:
-        """The piece of a block, the embedding or the head; ``way`` is forward or backward."""
-        pieces: dict[Label, Piece] = getattr(self, way)
-        return pieces[self.alike[label] if isinstance(label, int) else label]
+    def of(self, label: Label) -> Label:
+        """The label that stands for this one."""
+        return self.alike[label] if isinstance(label, int) else label
 
 
 def axes_of(mesh: Mesh) -> Axes:
@@ -86,12 +88,12 @@ def kinds(cfg: Config) -> dict[int, int]:
 
 
 @lru_cache(256)
-def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype) -> Profile:
-    """The pieces of a step of ``rows`` sequences a rank, computed at once, in ``dtype``, at the mesh without its ``pp``.
+def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block: bool = False) -> Profile:
+    """The pieces of a step of ``rows`` sequences a rank, computed at once in ``dtype``, on the mesh without its ``pp``.
 
-    ValueError for a layout that the model's own code refuses.
+    ValueError for a layout that the model's own code refuses. ``every_block`` leaves nothing to likeness, which takes longer.
     """
-    alike = kinds(cfg)
+    alike = {i: i for i in range(cfg.model.n_layers)} if every_block else kinds(cfg)
     watch = Watch(cfg, mesh, frozenset(alike.values()))
     step = recipe(replace(cfg, recipe=replace(cfg.recipe, accumulate=1, compile=False)), dtype)
     trace = watch.trace
@@ -104,18 +106,57 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype) -> Profile:
             params = watch.params()
         with trace.purpose("optimizer"):
             state = step.init(params)
-        trace.is_for("ema", state.slots.get("ema", {}))
-        held = Counter(trace.live)
+        at_rest = {"parameters": state.params, **state.slots}
         del params
         trace.cut()
         grads, metrics = step.grads(state.params, {"input_ids": ids, "labels": ids}, step.execution)
         watch.next("update", None)
         step.update(state, grads, metrics)
+        del grads, metrics, ids
         watch.next("over", None)
-    attend._bias.cache_clear()
     one = watch.pieces
-    ways = {way: {label: one[w, label] for w, label in one if w == way} for way in ("forward", "backward")}
-    return Profile(held, one["begin", None], ways["forward"], ways["backward"], one["end", None], one["update", None], alike)
+    for born, kept in trace.living("activations"):  # what outlives a step is made once: the tables
+        list(one.values())[born - 1].grown.update(activations=-kept, tables=kept)
+    attend._bias.cache_clear()
+    ways: dict[str, dict[Label, Piece]] = {"forward": {}, "backward": {}}
+    for (way, label), piece in one.items():
+        if label is not None:
+            ways[way][label] = piece
+    return Profile(
+        one["begin", None],
+        ways["forward"],
+        ways["backward"],
+        one["end", None],
+        one["update", None],
+        _state(at_rest, watch.specs),
+        watch.in_use(dtype),
+        watch.gathered,
+        watch.reduced,
+        sum(piece.grown["tables"] for piece in one.values()),
+        alike,
+    )
+
+
+def _state(at_rest: Tree, specs: Tree) -> dict[Label, Counter[str]]:
+    """Bytes of parameters, optimizer and ema by label; small control slots are nobody's."""
+    found: dict[Label, Counter[str]] = {}
+    paths = tree.flatten(specs)
+    for name, slot in at_rest.items():
+        purpose = name if name in ("parameters", "ema") else "optimizer"
+        for path, leaf in tree.items(slot):
+            if path in paths:
+                found.setdefault(label_of(path), Counter())[purpose] += leaf.nbytes
+    return found
+
+
+def label_of(path: str) -> Label:
+    """The part of the model that a parameter belongs to.
+
+    >>> label_of("blocks.3.attention.w_q"), label_of("head.norm")
+    (3, 'head')
+    """
+    first, _, rest = path.partition(".")
+    return int(rest.partition(".")[0]) if first == "blocks" else first
 
 
 class Watch:
@@ -132,6 +173,8 @@ class Watch:
         self.now: tuple[str, Label | None] = ("begin", None)
         self.pieces: dict[tuple[str, Label | None], Piece] = {}
         self.order: list[Label] = []  # of the segments
+        self.gathered: dict[Label, Traffic] = {}
+        self.reduced: dict[Label, Traffic] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -143,6 +186,17 @@ class Watch:
         return tree.map_with_path(
             lambda path, _: torch.empty(placed[path].box((0, fsdp), (0, tp))[1], device="meta"), self.specs
         )
+
+    def in_use(self, dtype: torch.dtype) -> dict[Label, int]:
+        """Bytes of the weights that a label computes with, unless they are the ones at rest."""
+        found: dict[Label, int] = {}
+        for path, place in plan(self.specs, rules_of(self.cfg), self.mesh).items():
+            shape = place.box((0, 1), (0, self.mesh.tp))[1]
+            like = compute_copy(torch.empty(shape, device="meta"), dtype)
+            own = self.axes.fsdp.size == 1 and like.dtype == torch.float32
+            label = label_of(path)
+            found[label] = found.get(label, 0) + (0 if own else like.nbytes)
+        return found
 
     # --- where pieces end ---------------------------------------------------------------------------------------------
 
@@ -164,6 +218,8 @@ class Watch:
         return replace(ours, stages=tuple(self._marked(s, _label(i, s), s is stages[-1]) for i, s in enumerate(stages)))
 
     def _marked(self, stage: Stage, label: Label, last: bool) -> Stage:
+        on_chip = self.trace.on_chip if stage.name == "attend" else nullcontext
+
         def begins() -> None:
             if self.now[0] in ("begin", "forward"):
                 self.next("forward", label)
@@ -175,15 +231,25 @@ class Watch:
         def vjp(*args: Any) -> Any:
             begins()
             assert stage.vjp is not None
-            out, pullback = stage.vjp(*args)
+            with on_chip(args):
+                out, pullback = stage.vjp(*args)
 
             def marked(cotangent: Any) -> Any:
-                self.next("backward", label)
-                return pullback(cotangent)
+                if last:
+                    self.next("backward", label)
+                with on_chip((args, cotangent)):
+                    return pullback(cotangent)
 
-            return out, marked if last else pullback
+            return out, marked
 
         return stage._replace(fn=fn, vjp=vjp if stage.vjp else None)
+
+    @contextmanager
+    def _adding(self, table: dict[Label, Traffic], label: Label) -> Iterator[None]:
+        """Add the collectives inside to a label's."""
+        before = Counter(self.trace.seen.traffic)
+        yield
+        table.setdefault(label, Counter()).update(_minus(self.trace.seen.traffic, before))
 
     # --- the layout -----------------------------------------------------------------------------------------------------
 
@@ -201,19 +267,21 @@ class Watch:
 
     def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype) -> Any:
         """The real layout's weights, under their purpose."""
-        with self.trace.purpose("weights"):
+        paths = tuple(paths)
+        label = label_of(paths[0])
+        with self.trace.purpose("weights"), self._adding(self.gathered, label):
             return _Weights(self.trace, self.inner.fetch(params, paths, dtype))
 
     def reduce(self, grads: dict[str, Any]) -> Callable[[], Any]:
         """A segment's backward is over but for sending its gradients, which goes on during the next one's."""
-        self.order.pop()
-        self.next(*(("backward", self.order[-1]) if self.order else ("end", None)))
+        label = self.order.pop()
         self.trace.is_for("gradients", grads)
-        with self.trace.purpose("gradients"):
+        self.next(*(("backward", self.order[-1]) if self.order else ("end", None)))
+        with self.trace.purpose("gradients"), self._adding(self.reduced, label):
             end = self.inner.reduce(grads)
 
         def arriving() -> Any:
-            with self.trace.purpose("gradients"):
+            with self.trace.purpose("gradients"), self._adding(self.reduced, label):
                 return end()
 
         return arriving
@@ -247,6 +315,6 @@ def _label(i: int, stage: Stage) -> Label:
     return stage.block if stage.block is not None else "head" if i else "embed"
 
 
-def _minus(a: Counter[str], b: Counter[str]) -> Counter[str]:
+def _minus(a: Counter[Any], b: Counter[Any]) -> Counter[Any]:
     return Counter({name: a[name] - b[name] for name in {*a, *b}})
 

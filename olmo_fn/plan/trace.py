@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ KINDS = {
 }
 
 
+Traffic: TypeAlias = "Counter[tuple[str, str, str]]"
+"""By process group, kind of collective, and "calls" or "bytes": those of the whole tensor, gathered or yet to be scattered."""
+
+
 @dataclass
 class Seen:
     """What happened: bytes by purpose at the start and at the largest moment, and sums of everything else."""
@@ -39,8 +43,7 @@ class Seen:
     linear: int = 0  # FLOPs of products of matrices
     batched: int = 0  # FLOPs of batched products: attention
     moved: int = 0  # bytes that elementwise operations read and write
-    traffic: Counter[tuple[str, str]] = field(default_factory=Counter)  # bytes by (group, kind)
-    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    traffic: Traffic = field(default_factory=Counter)
 
 
 class Trace(TorchDispatchMode):
@@ -51,8 +54,11 @@ class Trace(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.seen = Seen()
         self._purpose = "activations"
+        self.cuts = 0
         self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+        self._born: dict[int, int] = {}  # the number of cuts when it was made
         self._fused: list[Tensor] | None = None  # inside one kernel: what it keeps although it is no result
+        self._on_chip = False
         self._results: dict[Any, tuple[Any, int]] = {}  # of kernels: the number of an input, or a tensor like a new one
 
     # --- what is live -------------------------------------------------------------------------------------------------
@@ -83,7 +89,12 @@ class Trace(TorchDispatchMode):
     def cut(self) -> Seen:
         """What has happened since the last cut."""
         seen, self.seen = self.seen, Seen(Counter(self.live), Counter(self.live))
+        self.cuts += 1
         return seen
+
+    def living(self, purpose: str) -> list[tuple[int, int]]:
+        """For every storage with this purpose, the number of cuts when it was made, and its bytes."""
+        return [(self._born[key], size) for key, (_, name, size) in self._known.items() if name == purpose]
 
     def _add(self, tensor: Tensor, purpose: str) -> None:
         storage = tensor.untyped_storage()
@@ -97,9 +108,11 @@ class Trace(TorchDispatchMode):
 
         def gone(_: Any) -> None:
             _, purpose, size = self._known.pop(key)
+            del self._born[key]
             self.live[purpose] -= size
 
         self._known[key] = (weakref.ref(storage, gone), purpose, size)
+        self._born[key] = self.cuts
         self._count(purpose, size)
 
     def _count(self, purpose: str, size: int) -> None:
@@ -127,7 +140,7 @@ class Trace(TorchDispatchMode):
                 self.seen.linear += flops
         if self._fused is None:
             if not product and not func.is_view:
-                self.seen.moved += nbytes(args) + nbytes(out)
+                self._moved(args, out)
             self._made(out)
         elif product:
             self._fused.append(out)
@@ -150,8 +163,8 @@ class Trace(TorchDispatchMode):
             out = x.new_empty(sum(args[1]), *x.shape[1:])
         else:
             out = torch.empty_like(x)
-        self.seen.calls[group, kind] += 1
-        self.seen.traffic[group, kind] += (out if kind == "all_gather" else x).nbytes
+        self.seen.traffic[group, kind, "calls"] += 1
+        self.seen.traffic[group, kind, "bytes"] += (out if kind == "all_gather" else x).nbytes
         self._made(out)
         if self._fused is not None:
             self._fused.append(out)
@@ -161,6 +174,20 @@ class Trace(TorchDispatchMode):
         for tensor in leaves(out):
             if tensor.untyped_storage()._cdata not in self._known:
                 self._add(tensor, self._purpose)
+
+    def _moved(self, inputs: Any, outputs: Any) -> None:
+        if not self._on_chip:
+            self.seen.moved += nbytes(inputs) + nbytes(outputs)
+
+    @contextmanager
+    def on_chip(self, inputs: Any) -> Iterator[None]:
+        """Only ``inputs`` count as moved, whatever is done inside."""
+        self._moved(inputs, ())
+        before, self._on_chip = self._on_chip, True
+        try:
+            yield
+        finally:
+            self._on_chip = before
 
     # --- fused kernels ------------------------------------------------------------------------------------------------
 
@@ -193,7 +220,7 @@ class Trace(TorchDispatchMode):
                 like, flops = self._results[key]
                 self.seen.linear += flops
                 out = _again(like, inputs)
-            self.seen.moved += nbytes(inputs) + nbytes(out)
+            self._moved(inputs, out)
             self._made(out)
             return out
 
@@ -229,7 +256,7 @@ class _Stage(Function):
             inside = tuple(x.detach().requires_grad_() for x in tensors)
             results = fn(*inside)
         ctx.graph = trace, inside, results, kept
-        trace.seen.moved += nbytes(tensors) + nbytes(results)
+        trace._moved(tensors, results)
         trace._made(results)
         return tuple(x.detach() for x in results)
 
@@ -239,7 +266,7 @@ class _Stage(Function):
         del ctx.graph
         with trace._kernel():
             grads = torch.autograd.grad(results, inside, cotangents)
-        trace.seen.moved += nbytes(cotangents) + nbytes(inside) + nbytes(kept) + nbytes(grads)
+        trace._moved((cotangents, inside, kept), grads)
         trace._made(grads)
         return None, None, *grads
 

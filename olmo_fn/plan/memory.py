@@ -1,0 +1,106 @@
+"""The memory of a rank over a step: its pieces in the order in which they run, and the largest moment."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from olmo_fn.parallel.pipeline.schedule import Action
+from olmo_fn.plan.job import Job, Label
+from olmo_fn.plan.profile import Piece, Profile
+
+PURPOSES = ("parameters", "optimizer", "ema", "gradients", "weights", "activations", "tables", "scratch")
+
+
+class Peak(NamedTuple):
+    """Bytes by purpose at the largest moment of a step, and when that is."""
+
+    memory: Counter[str]
+    when: str
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.memory.total()
+
+
+def peak_memory(job: Job, profile: Profile, rank: int = 0) -> Peak:
+    """The largest moment of pipeline rank ``rank``.
+
+    ``activations`` are those that were kept when the piece began that has the largest moment; what it makes on its way is
+    ``scratch``. ``weights`` are gathered ones, and copies in the compute dtype; ``tables`` attention's masks, made once.
+    """
+    moments = _alone(job, profile) if job.mesh.pp == 1 else _in_pipeline(job, profile, rank)
+    return max(moments, key=lambda peak: peak.total)
+
+
+def at_rest(job: Job, profile: Profile, rank: int = 0) -> Counter[str]:
+    """Bytes of parameters, optimizer and ema of a pipeline rank."""
+    labels = held(job, rank)
+    if job.cfg.model.tie_embeddings and "head" in labels:
+        labels |= {"embed"}
+    return sum((profile.state.get(profile.of(label), Counter()) for label in labels), Counter[str]())
+
+
+def held(job: Job, rank: int) -> set[Label]:
+    """What a pipeline rank holds."""
+    return {label for stage in range(rank, len(job.ranges), job.mesh.pp) for label in job.labels(stage)}
+
+
+def _moment(live: Counter[str], piece: Piece, when: str, apart: tuple[str, ...] = ()) -> Peak:
+    memory = Counter(live)
+    for purpose in {*piece.seen.peak, *piece.seen.start}.difference(apart):
+        memory[purpose] += piece.seen.peak[purpose] - piece.seen.start[purpose]
+    kept = min(live["activations"], memory["activations"])
+    memory["scratch"] = memory["activations"] - kept
+    memory["activations"] = kept
+    return Peak(memory, when)
+
+
+def _alone(job: Job, profile: Profile) -> Iterator[Peak]:
+    """One sweep a part of the batch, as the tape does it; from the second on the gradients of those before are there."""
+    labels = job.labels(0)
+    rest = at_rest(job, profile)
+    gradients = Counter({"gradients": rest["parameters"]})
+    for part in range(min(job.cfg.recipe.accumulate, 2)):
+        live = rest + (gradients + Counter(tables=profile.tables) if part else Counter())
+        for when, piece in _sweep(profile, labels):
+            yield _moment(live, piece, when)
+            live.update(piece.grown)
+            live["tables"] = profile.tables if part else live["tables"]
+    yield _moment(rest + gradients + Counter(tables=profile.tables), profile.update, "update")
+
+
+def _sweep(profile: Profile, labels: tuple[Label, ...]) -> Iterator[tuple[str, Piece]]:
+    yield "begin", profile.begin
+    for label in labels:
+        yield f"forward of {_name(label)}", profile.forward[profile.of(label)]
+    for label in reversed(labels):
+        yield f"backward of {_name(label)}", profile.backward[profile.of(label)]
+    yield "end", profile.end
+
+
+def _name(label: Label) -> str:
+    return f"block {label}" if isinstance(label, int) else label
+
+
+def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
+    """The rank's program. Activations live from F until B or W; every micro-batch adds to the gradients that are there.
+
+    Weights are gathered for every action: those of the two largest neighbours are there, or of all where they are kept.
+    """
+    rest, labels = at_rest(job, profile, rank), held(job, rank)
+    kept = job.cfg.mesh.keep_gathered or job.size("fsdp") == 1
+    in_use = sorted((profile.in_use[profile.of(label)] for label in labels), reverse=True)
+    always = rest + Counter(gradients=rest["parameters"], tables=profile.tables)
+    live = always + Counter(weights=sum(in_use) if kept else sum(in_use[:2]))
+    for action in job.programs[rank]:
+        ours = job.labels(action.chunk * job.mesh.pp + rank)
+        for label in ours if action.op == "F" else reversed(ours):
+            pieces = profile.forward if action.op == "F" else profile.backward
+            if action.op != "W":
+                yield _moment(live, pieces[profile.of(label)], f"{action} of {_name(label)}", apart=("weights",))
+            activations = profile.forward[profile.of(label)].grown["activations"]
+            live["activations"] += {"F": activations, "I": 0}.get(action.op, -activations)
+    yield _moment(always, profile.update, "update")
