@@ -7,11 +7,11 @@ in between for the sizes that OLMo-core has for experiments. Imports no torch, s
 from __future__ import annotations
 
 from olmo_fn.models.config import OLMO2, OLMO3, Model
-from olmo_fn.train.config import AdamW, Config, Recipe, Run, Schedule
+from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
 
 TINY = Config(
     model=Model(d_model=192, n_layers=4, n_heads=3, hidden_size=512, vocab_size=4096, init_method="llama"),
-    optim=AdamW(lr=3e-2),
+    optim=Optim(lr=3e-2),
     schedule=Schedule("linear", warmup=30, final=0.02),
     recipe=Recipe(batch_size=4, sequence_length=256, z_loss=1e-5),
     run=Run(steps=1000, checkpoint_every=250, log_every=50),
@@ -29,7 +29,7 @@ def _pretrain(name: str, model: Model) -> Config:
     large = model.d_model >= 4096
     return Config(
         model=model,
-        optim=AdamW(lr=_learning_rate(name)),
+        optim=Optim(lr=_learning_rate(name)),
         schedule=Schedule("cosine", warmup=2000, final=0.1),
         recipe=Recipe(batch_size=1024 if large else 512, sequence_length=8192 if "olmo3" in name else 4096),
         run=Run(steps=100_000, checkpoint_every=1000, keep_last=3, keep_every=10_000),

@@ -50,7 +50,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     from olmo_fn.models.count import flops_per_token, num_params
     from olmo_fn.spec import init
     from olmo_fn.train import machine
-    from olmo_fn.train.config import AdamW, Config, Recipe, Run, Schedule
+    from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
     from olmo_fn.train.recipe import recipe
 
     torch.set_num_threads(args.threads)
@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     )
     cfg = Config(
         model,
-        optim=AdamW(lr=1e-3),
+        optim=Optim(lr=1e-3),
         schedule=Schedule("constant", warmup=0),
         recipe=Recipe(args.batch_size, args.sequence_length, z_loss=0.0, remat=args.remat, compile=args.compile),
         run=Run(steps=args.steps + 2),

@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 import warnings
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -29,8 +29,11 @@ def compile() -> Transform:
         if not has_compiler():
             warnings.warn("no C++ compiler (c++, g++, clang++ or $CXX) found: running eager, which is slower", stacklevel=2)
             return step
-        wrap = cache(lambda fn: torch.compile(fn, fullgraph=True, dynamic=False))
-        wrap_leaf = cache(lambda fn: torch.compile(fn, fullgraph=True, dynamic=True))
+        # isolated: closures of the same code would otherwise share Dynamo's limit of eight compilations;
+        # not fused across leaves: two in one loop are more streams than the first cache holds, and slower
+        own = partial(torch.compile, fullgraph=True, isolate_recompiles=True)
+        wrap = cache(partial(own, dynamic=False))
+        wrap_leaf = cache(partial(own, dynamic=True, options={"cpp.max_horizontal_fusion_size": 1}))
         return _execute(step, wrap=wrap, wrap_leaf=wrap_leaf)
 
     return Transform("compile()", Step, Step, apply)

@@ -7,7 +7,7 @@ the batch, so that splitting a batch in any way (accumulation, data parallelism)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -25,7 +25,7 @@ Context: TypeAlias = dict[str, Tensor]
 Function: TypeAlias = Callable[..., Any]
 Carry: TypeAlias = Any  # None before the first stage, a tensor or a tuple of them between two, (sum, metrics) after the last
 Kernel: TypeAlias = Callable[[Function], Function]  # compiles an elementwise function of tensors of any shape
-Pullback: TypeAlias = Callable[[Any], tuple[tuple[Any, ...], Any]]
+Pullback: TypeAlias = Callable[[Any], tuple[Any, Any]]
 
 
 def loss_tokens(batch: Batch) -> Tensor:
@@ -44,16 +44,17 @@ class Stage(NamedTuple):
     ``params`` are the paths of the subtrees that it uses. Stages with the same ``fn`` object are compiled once. The last
     stage of a chain returns ``(sum of losses, metrics)``, the others a tensor or a tuple of tensors. ``vjp``, if given, is a
     faster way to the same thing, ``(*subtrees, carry, context, kernel) -> (carry, pullback)``, where the pullback takes
-    the carry's cotangent to the subtrees' and the incoming carry's, and ``kernel`` compiles an elementwise function of
-    any shape; that it agrees with the derivative of ``fn`` is a law.
+    the carry's cotangent to the subtrees', or to a function that computes them later, and the incoming carry's, and ``kernel``
+    compiles an elementwise function of any shape; that it agrees with the derivative of ``fn`` is a law.
     """
 
     name: str
     params: tuple[str, ...]
     fn: Function
-    block: int | None = None  # the block of the model that it is part of
     vjp: Function | None = None
+    block: int | None = None  # the block of the model that it is part of
     compiled: bool = True  # False: leave it eager under `compile()`
+    rowwise: bool = False  # a sum over positions, of which it may be given a few at a time
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ class Chain:
     stages: tuple[Stage, ...]
     on: Callable[[Axes, Any], Chain] | None = None
     """The same chain as one rank of a mesh computes it, by axes and method of context parallelism; None: data-parallel only."""
+    carry: Callable[[Context, torch.dtype], Tensor] | None = None
+    """An empty tensor like what goes from block to block; None: it cannot be a pipeline."""
+    sums: tuple[str, ...] = ()
+    """Names of the metrics that come with the loss, for ranks of a pipeline that do not compute it."""
+
+    def changed(self, change: Callable[[Stage], Stage]) -> Chain:
+        """The chain with every stage changed, on a mesh too."""
+        there = self.on
+        on = None if there is None else lambda axes, cp_method: there(axes, cp_method).changed(change)
+        return replace(self, stages=tuple(map(change, self.stages)), on=on)
 
     def __call__(self, params: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
         context, carry = self.context(batch), None
@@ -88,19 +99,26 @@ def identity(fn: Function) -> Function:
     return fn
 
 
+def everything(path: str) -> bool:
+    """Yes."""
+    return True
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a step is carried out, never what it computes.
 
     ``wrap`` goes around every stage function, and ``wrap_leaf`` around every parameter update and other kernels that see
     tensors of many shapes (compilation); ``donate`` lets an update write into the memory of the state it replaces;
-    ``layout`` is where parameters live (`olmo_fn.layout`).
+    ``layout`` is where parameters live (`olmo_fn.layout`). ``wants`` says of a path whether its gradient is asked for; the
+    tree of gradients has no others.
     """
 
     wrap: Callable[[Function], Function] = identity
     wrap_leaf: Callable[[Function], Function] = identity
     donate: bool = False
     layout: Any = SINGLE
+    wants: Callable[[str], bool] = everything
 
 
 EAGER = Execution()
@@ -112,6 +130,8 @@ class Grads:
     """A gradient function: ``(params, batch) -> (gradients in fp32, metrics)``."""
 
     fn: GradFunction = field(repr=False)
+    chain: Chain | None = field(default=None, repr=False)
+    """The loss, if it is a chain: a pipeline cuts it."""
 
     def __call__(self, params: Tree, batch: Batch, execution: Execution = EAGER) -> tuple[Tree, Metrics]:
         return self.fn(params, batch, execution)
@@ -127,14 +147,15 @@ def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
         layout, tokens = execution.layout, loss_tokens(batch)
         fn = layout.chain(loss) if isinstance(loss, Chain) else loss
 
-        def scaled(weights: Tree, part: Batch) -> tuple[Tensor, Metrics]:
-            total, metrics = fn(weights, part)
+        def scaled(wanted: Tree, frozen: Tree, part: Batch) -> tuple[Tensor, Metrics]:
+            total, metrics = fn(tree.combine(wanted, frozen) if frozen else wanted, part)
             return total / tokens, {"loss": total, **metrics}
 
-        weights = layout.fetch(params, tuple(params), dtype).ready()
-        grads, (_, sums) = torch.func.grad_and_value(scaled, has_aux=True)(weights, layout.part(batch))
+        wanted, frozen = tree.split(layout.fetch(params, tuple(params), dtype).ready(), execution.wants)
+        grads, (_, sums) = torch.func.grad_and_value(scaled, has_aux=True)(wanted, frozen, layout.part(batch))
         flat = layout.finish(layout.reduce(tree.flatten(grads))())
-        return tree.map_with_path(lambda path, _: flat[path], params), per_token(layout.total(sums), tokens)
+        found = tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat)
+        return found, per_token(layout.total(sums), tokens)
 
     return gradients
 

@@ -17,7 +17,7 @@ from olmo_fn import tree
 from olmo_fn.tree import Tree
 
 if TYPE_CHECKING:
-    from olmo_fn.grad import Batch, Chain, Metrics
+    from olmo_fn.grad import Batch, Chain, Execution, Metrics
 
 
 class Weights(Protocol):
@@ -60,6 +60,35 @@ class Single:
     def part(self, batch: Batch) -> Batch:
         """This rank's part of a batch."""
         return batch
+
+    def sweep(
+        self,
+        chain: Chain,
+        remat: str,
+        params: Tree,
+        batch: Batch,
+        tokens: Tensor,
+        dtype: torch.dtype,
+        execution: Execution,
+    ) -> tuple[dict[str, Tensor], Metrics]:
+        """Gradients by path of the chain's loss divided by ``tokens``, and the sums of this rank's tokens."""
+        from olmo_fn.tape import segments, sweep  # which is above this
+
+        ours = self.chain(chain)
+        context = ours.context(self.part(batch))
+        return sweep(segments(ours.stages, remat), params, context, tokens, dtype, execution)
+
+    def forward(self, chain: Chain, params: Tree, batch: Batch, dtype: torch.dtype, execution: Execution) -> Metrics:
+        """The sums over this rank's tokens of the loss and its metrics, forward only."""
+        from olmo_fn.tape import run, segments
+
+        ours, carry = self.chain(chain), None
+        context = ours.context(self.part(batch))
+        for segment in segments(ours.stages):
+            carry = run(segment, self.fetch(params, segment.params, dtype), carry, context, execution)
+        assert carry is not None
+        total, metrics = carry
+        return {"loss": total, **metrics}
 
     def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype) -> Weights:
         """Begin to bring the subtrees at ``paths`` into use, matrices in ``dtype``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from olmo_fn.grad import (
 from olmo_fn.layout import Weights
 from olmo_fn.tree import Tree
 
-SegmentPullback = Callable[[Any], tuple[dict[str, Tree], Any]]
+SegmentPullback: TypeAlias = Callable[[Any], tuple[Callable[[], dict[str, Tree]], Any]]
 
 
 class Segment(NamedTuple):
@@ -109,10 +109,9 @@ def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction
 
     def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
         layout, tokens = execution.layout, loss_tokens(batch)
-        ours = layout.chain(chain)
-        context = ours.context(layout.part(batch))
-        flat, sums = sweep(segments(ours.stages, remat), params, context, tokens, dtype, execution)
-        return tree.map_with_path(lambda path, _: flat[path], params), per_token(layout.total(sums), tokens)
+        flat, sums = layout.sweep(chain, remat, params, batch, tokens, dtype, execution)
+        grads = tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat)
+        return grads, per_token(layout.total(sums), tokens)
 
     return gradients
 
@@ -147,13 +146,21 @@ def sweep(
         if held:
             held[-1][0].again()
         grads, cotangent = pullback(cotangent)
-        weights.free()
         del pullback
-        leaving = layout.reduce({name: g for path, subtree in grads.items() for name, g in tree.items(subtree, path)})
+        flat = flatten(grads(), execution)
+        del grads
+        weights.free()
+        leaving = layout.reduce(flat)
         _add(found, arriving())
         arriving = leaving
     _add(found, arriving())
     return layout.finish(found), {"loss": total.detach(), **metrics}
+
+
+def flatten(grads: dict[str, Tree], execution: Execution) -> dict[str, Tensor]:
+    """The gradients that are asked for, by path."""
+    flat = {name: g for path, subtree in grads.items() for name, g in tree.items(subtree, path)}
+    return {name: g for name, g in flat.items() if execution.wants(name)}
 
 
 def _add(found: dict[str, Tensor], more: dict[str, Tensor]) -> None:
@@ -163,28 +170,33 @@ def _add(found: dict[str, Tensor], more: dict[str, Tensor]) -> None:
 
 
 def pull(
-    segment: Segment, weights: Weights, carry: Carry, context: Context, execution: Execution
+    segment: Segment, weights: Weights, carry: Carry, context: Context, execution: Execution, late: bool = False
 ) -> tuple[Carry, SegmentPullback]:
     """Run a segment; return its carry and its pullback.
 
-    The pullback takes the cotangent of the carry to those of the weights (in the compute dtype) and of the incoming carry.
+    The pullback takes the cotangent of the carry to that of the incoming carry, and to a function for those of the weights (in
+    the compute dtype); with ``late`` that function has the work still to do.
     """
 
-    def forward() -> tuple[Carry, list[tuple[Stage, Callable[[Any], tuple[tuple[Tree, ...], Any]]]]]:
+    def forward() -> tuple[Carry, list[tuple[Stage, Callable[[Any], tuple[Any, Any]]]]]:
         x, pullbacks, tensors = carry, [], weights.ready()
         for stage in segment.stages:
             x, pullback = pull_stage(stage, tuple(tensors[path] for path in stage.params), x, context, execution)
             pullbacks.append((stage, pullback))
         return x, pullbacks
 
-    def backward(pullbacks: list[Any], cotangent: Any) -> tuple[dict[str, Tree], Any]:
-        found: dict[str, Tree] = {}
+    def backward(pullbacks: list[Any], cotangent: Any) -> tuple[Callable[[], dict[str, Tree]], Any]:
+        found: list[tuple[Stage, Any]] = []
         while pullbacks:
             stage, pullback = pullbacks.pop()
             grads, cotangent = pullback(cotangent)
-            for path, g in zip(stage.params, grads, strict=True):
-                found[path] = tree.map(torch.add, found[path], g) if path in found else g
-        return found, cotangent
+            if wanted(stage):  # or else the products for frozen weights are never computed
+                found.append((stage, grads() if callable(grads) and not late else grads))
+        return lambda: _by_path(found), cotangent
+
+    def wanted(stage: Stage) -> bool:
+        tensors = weights.ready()
+        return any(execution.wants(name) for path in stage.params for name, _ in tree.items(tensors[path], path))
 
     if segment.again:
         out, _ = forward()
@@ -193,10 +205,42 @@ def pull(
     return out, lambda cotangent: backward(pullbacks, cotangent)
 
 
+def run(segment: Segment, weights: Weights, carry: Carry, context: Context, execution: Execution, rows: int = 1024) -> Carry:
+    """Run a segment forward only, by the functions that training has compiled; a loss ``rows`` positions at a time."""
+    tensors = weights.ready()
+    for stage in segment.stages:
+        params = tuple(tensors[path] for path in stage.params)
+        if stage.rowwise:
+            carry = _loss_by_rows(stage, params, carry, context, rows)
+        else:
+            carry, _ = pull_stage(stage, params, carry, context, execution)
+    return carry
+
+
+@torch.no_grad()
+def _loss_by_rows(stage: Stage, params: tuple[Tree, ...], x: Tensor, context: Context, rows: int) -> tuple[Tensor, Metrics]:
+    total: dict[str, Tensor] = {}
+    for part, labels in zip(x.flatten(0, -2).split(rows), context["labels"].flatten().split(rows), strict=True):
+        loss, metrics = stage.fn(*params, part, {**context, "labels": labels})
+        for name, value in {"loss": loss, **metrics}.items():
+            total[name] = total[name] + value if name in total else value
+    return total.pop("loss"), total
+
+
+def _by_path(found: list[tuple[Stage, Any]]) -> dict[str, Tree]:
+    """Gradients of a segment's stages, added up where two stages share a subtree."""
+    total: dict[str, Tree] = {}
+    while found:
+        stage, grads = found.pop(0)
+        for path, g in zip(stage.params, grads() if callable(grads) else grads, strict=True):
+            total[path] = tree.map(torch.add, total[path], g) if path in total else g
+    return total
+
+
 def pull_stage(
     stage: Stage, params: tuple[Tree, ...], carry: Carry, context: Context, execution: Execution
-) -> tuple[Carry, Callable[[Any], tuple[tuple[Tree, ...], Any]]]:
-    """Run one stage; return its carry with its pullback."""
+) -> tuple[Carry, Callable[[Any], tuple[Any, Any]]]:
+    """Run one stage; return its carry with its pullback, which may leave gradients of weights to be computed later."""
     if stage.vjp is not None:
         with torch.no_grad():
             return stage.vjp(*params, carry, context, execution.wrap_leaf)

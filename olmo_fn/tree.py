@@ -63,14 +63,16 @@ def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return {key: map(f, value, *(r[key] for r in rest)) for key, value in tree.items()}
 
 
-def map_with_path(f: Callable[..., Any], tree: Mapping[str, Any], *rest: Mapping[str, Any]) -> Tree:
-    """Like `map`; ``f`` gets the leaf's path first.
+def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any, prefix: str = "") -> Any:
+    """Like `map`; ``f`` gets the leaf's path first, which begins with ``prefix``.
 
     >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"a": {"x": 1}})
     {'a': {'x': 'a.x=1'}}
     """
-    flat = [flatten(r) for r in rest]
-    return unflatten((path, f(path, leaf, *(r[path] for r in flat))) for path, leaf in items(tree))
+    if not isinstance(tree, Mapping):
+        return f(prefix, tree, *rest)
+    where = f"{prefix}." if prefix else ""
+    return {key: map_with_path(f, value, *(r[key] for r in rest), prefix=where + key) for key, value in tree.items()}
 
 
 def at(tree: Mapping[str, Any], path: str) -> Any:
@@ -121,6 +123,16 @@ def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[Tree, T
     yes = unflatten((p, v) for p, v in paths.items() if matches(p, patterns))
     no = unflatten((p, v) for p, v in paths.items() if not matches(p, patterns))
     return yes, no
+
+
+def split(tree: Mapping[str, Any], chooses: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """Two trees: the leaves whose path ``chooses`` says yes to, and the others; like `partition`.
+
+    >>> split({"a": {"x": 1, "y": 2}}, lambda path: path == "a.x")
+    ({'a': {'x': 1}}, {'a': {'y': 2}})
+    """
+    chosen, others = ([(p, v) for p, v in items(tree) if chooses(p) == yes] for yes in (True, False))
+    return unflatten(chosen), unflatten(others)
 
 
 def combine(*trees: Mapping[str, Any]) -> Tree:

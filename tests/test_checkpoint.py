@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from torch import Tensor
 from olmo_fn import tree as trees
 from olmo_fn.checkpoint import BrokenCheckpoint, Index, load, read_index, save, steps, verify
 from olmo_fn.checkpoint.index import Box, Entry, crc32
-from olmo_fn.checkpoint.tensorfile import CHUNK_BYTES, DTYPES, Piece
-from olmo_fn.checkpoint.writing import _write_files
+from olmo_fn.checkpoint.tensorfile import CHUNK_BYTES, DTYPES
 from olmo_fn.tree import Tree
 
 
@@ -212,31 +210,6 @@ def test_a_broken_one_of_the_same_step_is_moved_aside_and_kept(tmp_path: Path) -
     (aside,) = tmp_path.glob("step1.broken-*")
     assert (aside / "index.json").read_text() == "{}"
     assert steps(tmp_path) == [1]
-
-
-@given(
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    cuts=st.tuples(st.integers(0, 5), st.integers(0, 5)),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=25, deadline=None)
-def test_a_tensor_stored_as_boxes_comes_back_bitwise(shape: tuple[int, int], cuts: tuple[int, int], seed: int) -> None:
-    """The format of sharded writers: the same reader puts boxes of uneven shards together."""
-    whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    rows, columns = ([0, min(cut, n), n] for cut, n in zip(cuts, shape, strict=True))
-    pieces = [
-        Piece("w", whole[r0:r1, c0:c1], shape, (r0, c0))
-        for r0, r1 in pairwise(rows)
-        for c0, c1 in pairwise(columns)
-        if r0 < r1 and c0 < c1
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        index = _write_files(path, pieces, (), 1, {}, 20, None)
-        (path / "index.json").write_bytes(index.dumps())
-        assert verify(path) == []
-        assert len(read_index(path).tensors["w"].boxes) == len(pieces)
-        assert_same(load(path)[0], {"w": whole})
 
 
 def test_boxes_that_leave_a_gap_are_refused() -> None:

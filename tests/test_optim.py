@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from olmo_fn import tree
 from olmo_fn.grad import Grads
 from olmo_fn.layout import SINGLE
-from olmo_fn.optim import adamw, sgd
+from olmo_fn.optim import Decay, adamw, sgd
 from olmo_fn.step import clip, donate, ema, grad, pipe, skip_spikes
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
@@ -48,8 +48,7 @@ def optimizer(case):
         lambda step: rates[step],
         tuple(hyper["betas"]),
         hyper["eps"],
-        hyper.get("weight_decay", 0.0),  # torch.optim.Adam has none
-        no_decay=("e",) if CASES[case]["groups"] else (),
+        Decay(hyper.get("weight_decay", 0.0), no_decay=("e",) if CASES[case]["groups"] else ()),  # torch.optim.Adam has none
         moments=torch.bfloat16 if "bf16" in case else None,
     )
 

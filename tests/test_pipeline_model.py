@@ -1,152 +1,104 @@
-"""OLMo 2 through a pipeline: loss and every gradient are those of one process, whatever the schedule, split and tying."""
+"""OLMo 2 through a pipeline of real processes: loss, state after three steps and evaluation are those of one process,
+whatever the schedule, split, tying and what else the mesh does."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from olmo_fn import tree
-from olmo_fn.grad import EAGER, fuse, loss_tokens, pull, subtrees, tape_gradients
+from olmo_fn.eval.heldout import evaluate
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
+from olmo_fn.optim import adamw
 from olmo_fn.parallel.mesh import Mesh
-from olmo_fn.parallel.pipeline.communicate import plan
-from olmo_fn.parallel.pipeline.execute import execute
-from olmo_fn.parallel.pipeline.schedule import schedule
-from olmo_fn.parallel.pipeline.split import parse_split, split
-from olmo_fn.parallel.pipeline.zero_bubble import Saved, Split, split_pullback
+from olmo_fn.parallel.pipeline import sweep
+from olmo_fn.parallel.pipeline.stages import Pipeline
+from olmo_fn.parallel.shard import shard
 from olmo_fn.spec import init
-from olmo_fn.step import split_batch
+from olmo_fn.step import accumulate, clip, ema, grad, pipe, skip_spikes
 
-MODEL = Model(8, 6, 2, 12, vocab_size=17, n_kv_heads=1, window_pattern=(3, -1), init_std=0.3)
-DOUBLE, ROWS, LENGTH = torch.float64, 6, 7
-
-
-def batch_of(cfg):
-    ids = torch.randint(cfg.vocab_size, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    labels = ids[:, 1:].clone()
-    labels[0, 2:] = labels[3, :4] = -100  # micro-batches count differently many tokens
-    return {"input_ids": ids[:, :-1].contiguous(), "labels": labels}
+MODEL = Model(16, 3, 4, 18, vocab_size=19, n_kv_heads=2, window_pattern=(5, -1), init_std=0.3)
+TIED = replace(MODEL, tie_embeddings=True)
+DOUBLE = torch.float64
 
 
-def held(cfg, ranges):
-    """The chain's stages of every virtual stage."""
-    embed, *blocks, head = fuse(transformer.loss(cfg).stages)
-    parts = [blocks[start:stop] for start, stop in ranges]
-    parts[0], parts[-1] = [embed, *parts[0]], parts[-1] + [head]
-    return parts
+def batch(i):
+    g = torch.Generator().manual_seed(i)
+    ids = torch.randint(MODEL.vocab_size, (8, 17), generator=g)
+    labels = ids[:, 1:].masked_fill(torch.rand(8, 16, generator=g) < 0.3, -100)  # micro-batches count differently many tokens
+    documents = torch.randint(0, 4, (8, 16), generator=g).sort(-1).values
+    return {"input_ids": ids[:, :-1].contiguous(), "labels": labels, "documents": documents}
 
 
-def pull_in_two(stage, params, carry, context):
-    """As `olmo_fn.grad.pull`, with the pullback in two parts: gradients come as pairs of path and tensor."""
-    paths = [path for at, p in zip(stage.params, params, strict=True) for path, _ in tree.items(p, at)]
-    if stage.vjp is not None:  # all in the first part
-        out, pullback = pull(stage, params, carry, context, False, DOUBLE, EAGER)
-        found = []
-
-        def input_grad(cotangent):
-            grads, dx = pullback(cotangent)
-            found.extend(g for p in grads for _, g in tree.items(p))
-            return dx
-
-        return out, Split(input_grad, lambda: list(zip(paths, found, strict=True)))
-    leaves = []
-
-    def leaf(p):
-        leaves.append(p.detach().requires_grad_())
-        return leaves[-1]
-
-    x = None if carry is None else carry.detach().requires_grad_()
-    with Saved() as saved:
-        out = stage.fn(*(tree.map(leaf, p) for p in params), x, context)
-    halves = split_pullback(out, leaves, x, saved)
-    return out.detach(), Split(halves.input_grad, lambda: list(zip(paths, halves.weight_grad(), strict=True)))
+def train(cfg, options, *layout):
+    """Three steps and an evaluation: metrics, state as whole tensors, held-out loss."""
+    parts = grad("tape", options.get("remat", "none"), DOUBLE), accumulate(options.get("accumulate", 1)), clip(1.0)
+    step = pipe(transformer.loss(cfg, z_loss=1e-2), *parts, adamw(1e-2), skip_spikes(), ema(0.9), *layout)
+    params = init(transformer.specs(cfg), 0, DOUBLE)
+    state, metrics = step.init(params), []
+    for i in range(3):
+        state, found = step(state, batch(i))
+        metrics.append({name: float(value) for name, value in found.items()})
+    heldout = evaluate(transformer.loss(cfg), state.params, iter([batch(9)]), None, dtype=DOUBLE, execution=step.execution)
+    whole = tree.map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, {"params": state.params, "slots": state.slots})
+    return metrics, tree.flatten(whole), heldout.loss
 
 
-class Rank:
-    """The callbacks of one rank over its chunks of the model."""
-
-    def __init__(self, cfg, mine, parts, microbatches):
-        batches = split_batch(batch_of(cfg), microbatches)
-        self.tokens = loss_tokens(batches[0])
-        self.contexts = [transformer.context(cfg, batch) for batch in batches]
-        self.chunks = [parts[mine.stage(chunk)] for chunk in range(mine.chunks)]
-        whole = init(transformer.specs(cfg), 0, DOUBLE)
-        self.params = [[subtrees(whole, stage) for stage in chunk] for chunk in self.chunks]
-        self.pulled, self.grads, self.loss = {}, {}, torch.zeros((), dtype=DOUBLE)
-
-    def forward(self, chunk, k, carry):
-        halves = self.pulled[chunk, k] = []
-        for stage, params in zip(self.chunks[chunk], self.params[chunk], strict=True):
-            carry, half = pull_in_two(stage, params, carry, self.contexts[k])
-            halves.append(half)
-        if isinstance(carry, tuple):
-            self.loss += carry[0].detach() / self.tokens
-            return None
-        return carry
-
-    def backward_input(self, chunk, k, cotangent):
-        cotangent = 1.0 / self.tokens.double() if cotangent is None else cotangent
-        for half in reversed(self.pulled[chunk, k]):
-            cotangent = half.input_grad(cotangent)
-        return cotangent
-
-    def backward_weight(self, chunk, k):
-        for half in self.pulled.pop((chunk, k)):
-            for path, g in half.weight_grad():
-                self.grads[path] = self.grads[path] + g if path in self.grads else g
-
-    def backward(self, chunk, k, cotangent):
-        cotangent = self.backward_input(chunk, k, cotangent)
-        self.backward_weight(chunk, k)
-        return cotangent
+def on_rank(connection, cfg, options, pipeline, mutant=None):
+    if mutant == "late":  # weights' gradients of the zero-bubble schedule that nobody computes
+        keep = sweep._accumulate
+        sweep._accumulate = lambda found, grads: keep(found, {} if "feed_forward" in str([*grads]) and found else grads)
+    try:
+        return train(cfg, options, shard(connection, transformer.specs(cfg), pipeline=pipeline))
+    finally:
+        if mutant == "late":
+            sweep._accumulate = keep
 
 
-def pipelined(connection, cfg, kind, chunks, ranges, microbatches):
-    axis = connection.axes.pp
-    mine = plan(schedule(kind, axis.size, microbatches, chunks))[axis.index]
-    rank = Rank(cfg, mine, held(cfg, ranges), microbatches)
-    with torch.enable_grad():
-        execute(
-            mine,
-            rank.forward,
-            rank.backward,
-            rank.backward_input,
-            rank.backward_weight,
-            empty=lambda stage, k: torch.empty(ROWS // microbatches, LENGTH, cfg.d_model, dtype=DOUBLE),
-            axis=axis,
-        )
-    return rank.loss, rank.grads
+def law(pool, mesh, pipeline, cfg=MODEL, mutant=None, **options):
+    metrics, state, heldout = train(cfg, options)
+    seen = set()
+    for their_metrics, their_state, their_heldout in pool.run(on_rank, cfg, options, pipeline, mutant, mesh=mesh):
+        for ours, theirs in zip(metrics, their_metrics, strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-11, abs=1e-11)
+        assert their_heldout == pytest.approx(heldout, rel=1e-12)
+        for path, value in their_state.items():
+            torch.testing.assert_close(value, state[path], rtol=1e-11, atol=1e-12, msg=lambda m, p=path: f"{p}: {m}")
+        seen |= set(their_state)
+    assert seen == set(state), "every parameter is somewhere"
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "ranks", "chunks", "text", "microbatches"),
+    ("mesh", "pipeline", "options"),
     [
-        ("gpipe", 2, 1, "", 3),
-        ("1f1b", 2, 1, "embed,0-5", 6),
-        ("1f1b", 4, 1, "embed,0-3,4-5,head", 6),
-        ("interleaved", 2, 2, "", 3),
-        ("zero_bubble", 2, 1, "0-1,2-5", 3),
-        ("zero_bubble", 4, 1, "", 6),
-        ("forward", 2, 2, "", 3),
+        (Mesh(pp=2), Pipeline("1f1b"), {}),
+        (Mesh(pp=2), Pipeline("gpipe"), {"remat": "full"}),
+        (Mesh(pp=2), Pipeline("interleaved", 4, 2), {"accumulate": 2}),
+        (Mesh(pp=2), Pipeline("zero_bubble"), {"remat": "every-2"}),
+        (Mesh(pp=4), Pipeline("1f1b", 2), {"cfg": TIED}),
+        (Mesh(pp=2, dp_shard=2), Pipeline("zero_bubble", 2), {"cfg": TIED, "remat": "feed_forward"}),
+        (Mesh(pp=2, tp=2), Pipeline("1f1b", split="embed,0-2"), {}),
+        (Mesh(pp=2, cp=2), Pipeline("gpipe"), {}),
     ],
 )
-def test_same_as_one_process(pool, tied, kind, ranks, chunks, text, microbatches):
-    cfg = replace(MODEL, tie_embeddings=tied)
-    stages = ranks * chunks
-    ranges = parse_split(text, cfg.n_layers, stages) if text else split(cfg.n_layers, stages, 0.2, 1.5)
-    results = pool.run(pipelined, cfg, kind, chunks, ranges, microbatches, mesh=Mesh(pp=ranks), timeout=60)
-    params = init(transformer.specs(cfg), 0, DOUBLE)
-    expected, metrics = tape_gradients(transformer.loss(cfg), "none", DOUBLE)(params, batch_of(cfg), EAGER)
-    torch.testing.assert_close(sum(loss for loss, _ in results), metrics["loss"], rtol=1e-12, atol=1e-12)
-    if kind == "forward":
-        return
-    found = {}
-    for _, grads in results:  # only a tied embedding has two owners
-        for path, g in grads.items():
-            assert path not in found or (tied and path == "embed")
-            found[path] = found[path] + g if path in found else g
-    assert found.keys() == tree.flatten(expected).keys()
-    for path, g in tree.items(expected):
-        torch.testing.assert_close(found[path], g, rtol=1e-12, atol=1e-13)
+def test_pipelines_are_invisible(pool, mesh, pipeline, options):
+    law(pool, mesh, pipeline, **options)
+
+
+def test_the_law_catches(pool):
+    """A mutant that loses gradients of a micro-batch."""
+    law(pool, Mesh(pp=2), Pipeline("zero_bubble"))
+    with pytest.raises(AssertionError):
+        law(pool, Mesh(pp=2), Pipeline("zero_bubble"), mutant="late")
+
+
+def test_what_cannot_be_cut_is_refused(pool):
+    for pipeline, message in (
+        (Pipeline(split="0,1-2,3"), "has 3 parts for 2 virtual stages"),
+        (Pipeline("interleaved"), "needs at least 2 chunks a rank"),
+        (Pipeline(microbatches=3), "8 sequences a data-parallel rank cannot be cut into 3 micro-batches"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            pool.run(on_rank, MODEL, {}, pipeline, mesh=Mesh(pp=2))

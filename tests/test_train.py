@@ -22,7 +22,7 @@ from olmo_fn.checkpoint import load, newest_whole, steps
 from olmo_fn.compile import prepare_cache
 from olmo_fn.data.config import Data
 from olmo_fn.models.config import Model
-from olmo_fn.train.config import AdamW, Config, Recipe, Run, Schedule
+from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
 from olmo_fn.train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def run_of(folder, tokens, **run):
     return Config(
         model=Model(16, 1, 2, 32, vocab_size=64, window_pattern=(4,), last_layer_full=False),
         data=Data(paths=(str(tokens),), heldout_fraction=0, dtype="uint8", cache_dir=str(folder.parent / "cache")),
-        optim=AdamW(lr=1e-2),
+        optim=Optim(lr=1e-2),
         schedule=Schedule("cosine", warmup=3),
         recipe=Recipe(batch_size=4, sequence_length=16, compile=False, ema=0.9, accumulate=2, dtype="float32"),
         run=Run(folder=str(folder), steps=60, checkpoint_every=5, threads=1, sample="", **run),
@@ -245,7 +245,7 @@ WRONG = {
     "long sequence": (lambda t, d: tiny(t, d, "--recipe.sequence-length", 30000), "30,000 is longer"),
     "odd size": (lambda t, d: tiny(odd(t), d, "--data.dtype", "uint16"), "odd.npy"),
     "empty file": (lambda t, d: tiny(empty(t), d), "empty"),
-    "warm-up": (lambda t, d: tiny(t, d, "--schedule.warmup", 99), "warm-up"),
+    "warm-up": (lambda t, d: tiny(t, d, "--schedule.warmup", 99), "warmup 99 is longer than the whole schedule of 6"),
     "accumulate": (lambda t, d: tiny(t, d, "--recipe.accumulate", 3), "accumulate"),
     "remat": (lambda t, d: tiny(t, d, "--recipe.remat", "sometimes"), "remat 'sometimes' is unknown"),
     "device": (lambda t, d: tiny(t, d, "--run.device", "cuda"), "cannot be used here"),

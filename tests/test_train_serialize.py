@@ -84,7 +84,7 @@ def test_a_file_may_say_little_and_numbers_may_be_written_as_usual() -> None:
         (MODEL + "run: {folder: 2024-01-01}", "run.folder is '2024-01-01', a date; it must be a text"),
         (MODEL + "run: {folder: null}", "run.folder is null; it must be a text"),
         (MODEL + "optim: {lr: fast}", "optim.lr is 'fast', a text; it must be a number"),
-        (MODEL + "optim: {betas: [1]}", "optim.betas is a list of 1; it must be a list [a number, a number]"),
+        (MODEL + "optim: {betas: [1]}", "optim.betas is a list of 1; it must be a list [a number, a number] or null"),
         (MODEL + "data: {paths: a}", "data.paths is 'a', a text; it must be a list [...] of a text each"),
         (MODEL + "data: {paths: [a, 3]}", "data.paths[1] is '3', a whole number; it must be a text"),
         (MODEL + "schedule: {name: step}", "it must be one of cosine, linear, wsd, constant"),

@@ -15,7 +15,7 @@ from olmo_fn.grad import IGNORE
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.nn.rope import rope_table
-from olmo_fn.optim import adamw, warmup_cosine
+from olmo_fn.optim import OLMO_CORE_NO_DECAY, Decay, adamw, warmup_cosine
 from olmo_fn.step import accumulate, clip, grad, pipe, skip_spikes
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
@@ -56,8 +56,7 @@ def recipe(engine, remat="none"):
             warmup_cosine(o["lr"], s["warmup"], s["t_max"], s["alpha_f"]),
             tuple(o["betas"]),
             o["eps"],
-            o["weight_decay"],
-            no_decay=("embed",),
+            Decay(o["weight_decay"], OLMO_CORE_NO_DECAY),
         ),
         skip_spikes(o["sigma_factor"], o["rolling_interval_length"]),
     )

@@ -10,29 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from olmo_fn.checkpoint.index import Box, BrokenCheckpoint, Index
+from olmo_fn.checkpoint.index import Index
 from olmo_fn.checkpoint.leaves import put_together, take_apart
 from olmo_fn.checkpoint.pool import default_threads, in_order
-from olmo_fn.checkpoint.stored import Chunk, Files, read_index
-from olmo_fn.checkpoint.tensorfile import DTYPE_NAMES, DTYPES, host_bytes
+from olmo_fn.checkpoint.shards import box_of
+from olmo_fn.checkpoint.spans import Span, overlap, strides
+from olmo_fn.checkpoint.stored import Files, read_index, read_part
+from olmo_fn.checkpoint.tensorfile import DTYPE_NAMES, DTYPES
 from olmo_fn.tree import Tree, matches
 
 
 def load(
     path: str | Path,
-    like: Mapping[str, Any] | None = None,
+    like: Mapping[str, Any] | Callable[[Index], Mapping[str, Any]] | None = None,
     *,
     select: Collection[str] | None = None,
+    subset: bool = False,
     device: torch.device | str = "cpu",
     threads: int | None = None,
 ) -> tuple[Tree, dict[str, Any]]:
-    """The tree and the ``meta`` of the checkpoint at ``path``, bitwise as they were saved.
+    """The tree and the ``meta`` of the checkpoint at ``path``, bitwise as they were saved, in whatever layout.
 
     ``like`` is a tree of tensors (on the meta device, perhaps) that says what is expected: names, shapes and
-    dtypes must agree, the result has its order, and goes to its devices; ``device`` is for all the others.
-    ``select`` are patterns of the paths to load, such as ``["params.*"]``; of ``like``, too, only these
-    count.
+    dtypes must agree, the result has its order, and goes to its devices; ``device`` is for all the others. It
+    may be a function of the checkpoint's index.
+    Of a DTensor in ``like`` the result has mesh and placements, and only this rank's shard is read. With
+    ``subset``, ``like`` may leave tensors out, as that of a pipeline stage does. ``select`` are patterns of
+    the paths to load, such as ``["params.*"]``; of ``like``, too, only these count.
+
+    Every byte that is used is checked: of each stored box the chunks (1 MiB) are read that hold a byte asked
+    for, whole. Shards of the first dim therefore cost what they hold; a shard of columns, whose rows are
+    closer together than that, costs the rows of the stored box that it crosses.
 
     Raises `BrokenCheckpoint` (a ValueError) that names file and tensor if a byte is not as it was written,
     and ValueError that says all the differences if the checkpoint is whole but not like ``like``.
@@ -46,6 +56,7 @@ def load(
     """
     path = Path(path)
     index = read_index(path)
+    like = like(index) if callable(like) else like
     select = [select] if isinstance(select, str) else select
     wanted = take_apart(like) if like is not None else None
     names = list(index.tensors)
@@ -54,34 +65,24 @@ def load(
         names, empty = _select(path, names, select), ()
     if wanted is not None:
         expected = {name: leaf for name, leaf in wanted.by_path.items() if select is None or matches(name, select)}
-        _check_like(path, index, names, expected)
+        _check_like(path, index, [] if subset else names, expected)
         names = list(expected)
-    devices = dict.fromkeys(names, device)
-    if wanted is not None:
-        devices |= {name: wanted.by_path[name].device for name in names if not wanted.by_path[name].is_meta}
-
+    leaves = {name: wanted.by_path[name] if wanted is not None else None for name in names}
     loaded: dict[str, torch.Tensor] = {}
 
-    def finish(name: str, out: torch.Tensor, parts: list[tuple[Box, torch.Tensor]]) -> None:
-        for box, part in parts:
-            out[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = part
-        loaded[name] = out.to(devices[name])
+    def finish(name: str, out: torch.Tensor) -> None:
+        loaded[name] = _as_like(out, leaves[name], device)
 
     def jobs(files: Files) -> Iterator[Callable[[], Callable[[], None] | None]]:
-        for name in names:
+        for name, leaf in leaves.items():
             entry = index.tensors[name]
-            out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-            parts = []
+            want = Span((0,) * len(entry.shape), entry.shape) if leaf is None else box_of(leaf)
+            out = torch.empty(want.shape, dtype=DTYPES[entry.dtype])
             for box in entry.boxes:
-                data = out
-                if box.shape != entry.shape:
-                    data = torch.empty(box.shape, dtype=out.dtype)
-                    parts.append((box, data))
-                view = host_bytes(data)
-                for chunk in files.chunks(name, box):
-                    yield partial(_read_into, chunk, view)
-            # Results come in order: when this one does, all the tensor's chunks are in place.
-            yield partial(partial, finish, name, out, parts)
+                if part := overlap(box.span, want):
+                    yield from read_part(files.bytes(name, box), box.span, part, out, want)
+            # Results come in order: when this one does, all the tensor's bytes are in place.
+            yield partial(partial, finish, name, out)
 
     with ExitStack() as stack, ThreadPoolExecutor(threads or default_threads()) as pool:
         results = stack.enter_context(closing(in_order(pool, jobs(Files(path, index, stack)))))
@@ -91,9 +92,13 @@ def load(
     return put_together(loaded, empty), index.meta
 
 
-def _read_into(chunk: Chunk, box: memoryview) -> None:
-    if problem := chunk.read(box):
-        raise BrokenCheckpoint(problem)
+def _as_like(local: torch.Tensor, leaf: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
+    local = local.to(device if leaf is None or leaf.is_meta else leaf.device)
+    if not isinstance(leaf, DTensor):
+        return local
+    return DTensor.from_local(
+        local, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=strides(tuple(leaf.shape))
+    )
 
 
 def _select(path: Path, names: list[str], patterns: Collection[str]) -> list[str]:
@@ -109,9 +114,9 @@ def _check_like(path: Path, index: Index, names: list[str], expected: Mapping[st
         differences.append(f"asked for but not there: {_some(missing)}")
     if extra := [name for name in names if name not in expected]:
         differences.append(f"there but not asked for: {_some(extra)}")
-    for name in names:
+    for name, entry in index.tensors.items():
         if name in expected:
-            entry, leaf = index.tensors[name], expected[name]
+            leaf = expected[name]
             there, asked = (entry.dtype, entry.shape), (DTYPE_NAMES[leaf.dtype], tuple(leaf.shape))
             if there != asked:
                 differences.append(f"{name} is {_spell(*there)}, asked for {_spell(*asked)}")

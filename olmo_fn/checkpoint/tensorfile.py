@@ -5,19 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from olmo_fn.checkpoint.index import CHUNK_BYTES, BrokenCheckpoint, File, crc32
-from olmo_fn.checkpoint.pool import in_order
+from olmo_fn.checkpoint.index import CHUNK_BYTES, BrokenCheckpoint, File, crc32, running_crc32
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,7 +36,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # Steps that stay in the processor's cache make the second pass over the bytes, the checksum, cheap.
 _STEP_BYTES = 1 << 20
-# Writing back begins while later chunks are still being checksummed, not only at the end.
+# What one call of a thread reads: many chunks, as a call costs 50 µs.
+JOB_BYTES = 16 << 20
+# The disk begins while later chunks are still being copied, not only at the end.
 _SYNC_BYTES = 128 << 20
 
 
@@ -72,32 +70,33 @@ def host_bytes(tensor: torch.Tensor) -> memoryview:
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-def write_file(path: Path, pieces: Sequence[Piece], pool: Executor) -> tuple[File, list[tuple[str, ...]]]:
-    """Write ``pieces`` as a new file and fsync it; the file's record and each piece's chunk checksums."""
+def write_file(path: Path, pieces: Sequence[Piece], look: Callable[[], None]) -> tuple[File, list[tuple[str, ...]]]:
+    """Write ``pieces`` as a new file and fsync it; the file's record and each piece's chunk checksums.
+
+    ``look`` is called before each chunk; what it raises ends the writing.
+    """
     header, starts, size = _header(pieces)
-    checksums: list[list[str]] = [[] for _ in pieces]
-
-    def jobs(fd: int) -> Iterator[Callable[[], tuple[int, str]]]:
-        unsynced = 0
-        for i, (piece, start) in enumerate(zip(pieces, starts, strict=True)):
-            data = host_bytes(piece.data)
-            for at in range(0, max(len(data), 1), CHUNK_BYTES):
-                chunk = data[at : at + CHUNK_BYTES]
-                unsynced += len(chunk)
-                sync = unsynced >= _SYNC_BYTES
-                unsynced = 0 if sync else unsynced
-                yield partial(_write_chunk, fd, chunk, start + at, i, sync)
-
+    checksums: list[tuple[str, ...]] = []
+    unsynced = 0
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         _write(fd, memoryview(header), 0)
-        with closing(in_order(pool, jobs(fd))) as results:
-            for i, checksum in results:
-                checksums[i].append(checksum)
+        for piece, start in zip(pieces, starts, strict=True):
+            data, sums = host_bytes(piece.data), []
+            for at in range(0, max(len(data), 1), CHUNK_BYTES):
+                look()
+                chunk = data[at : at + CHUNK_BYTES]
+                sums.append(crc32(chunk))
+                _write(fd, chunk, start + at)
+                unsynced += len(chunk)
+                if unsynced >= _SYNC_BYTES:
+                    getattr(os, "fdatasync", os.fsync)(fd)
+                    unsynced = 0
+            checksums.append(tuple(sums))
         os.fsync(fd)
     finally:
         os.close(fd)
-    return File(size, len(header), crc32(header)), [tuple(chunks) for chunks in checksums]
+    return File(size, len(header), crc32(header)), checksums
 
 
 @contextmanager
@@ -149,7 +148,7 @@ def read_chunk(fd: int, start: int, size: int, checksum: str, into: memoryview |
             return "cannot be read from the disk (input/output error)"
         if n == 0:
             return "is cut off"
-        crc = zlib.crc32(step[:n], crc)
+        crc = running_crc32(step[:n], crc)
         at += n
     return "" if f"{crc:08x}" == checksum else "does not match its checksum"
 
@@ -192,14 +191,3 @@ def _write(fd: int, data: memoryview, start: int) -> None:
     at = 0
     while at < len(data):
         at += os.pwrite(fd, data[at:], start + at)
-
-
-def _write_chunk(fd: int, data: memoryview, start: int, piece: int, sync: bool) -> tuple[int, str]:
-    crc = 0
-    for at in range(0, len(data), _STEP_BYTES):
-        step = data[at : at + _STEP_BYTES]
-        crc = zlib.crc32(step, crc)
-        _write(fd, step, start + at)
-    if sync:
-        getattr(os, "fdatasync", os.fsync)(fd)
-    return piece, f"{crc:08x}"

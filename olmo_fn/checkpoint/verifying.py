@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 from olmo_fn.checkpoint.index import BrokenCheckpoint
@@ -32,12 +33,12 @@ def verify(path: str | Path, *, deep: bool = True, threads: int | None = None) -
         for name, entry in index.tensors.items():
             for box in entry.boxes:
                 try:
-                    chunks = files.chunks(name, box)
+                    stored = files.bytes(name, box)
                 except BrokenCheckpoint as error:
                     problems[str(error)] = None
                     continue
-                for chunk in chunks if deep else ():
-                    yield chunk.read
+                for start, stop in stored.jobs(0, stored.size) if deep else ():
+                    yield partial(stored.read, start, stop)
 
     with ExitStack() as stack, ThreadPoolExecutor(threads or default_threads()) as pool:
         files = Files(path, index, stack)

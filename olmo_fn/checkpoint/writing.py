@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from olmo_fn.checkpoint.folder import hidden, step_path, sync_folder, writing
-from olmo_fn.checkpoint.index import Box, Entry, File, Index
-from olmo_fn.checkpoint.leaves import Leaves, check_meta, take_apart
-from olmo_fn.checkpoint.pool import default_threads
+from olmo_fn.checkpoint.holding import Holding, Plan, hold, merge
+from olmo_fn.checkpoint.index import Box, BrokenCheckpoint, Entry, File, Index
+from olmo_fn.checkpoint.leaves import check_meta
+from olmo_fn.checkpoint.pool import default_threads, in_order
+from olmo_fn.checkpoint.ranks import ALONE, Meeting, RankLost, Ranks, beating
 from olmo_fn.checkpoint.tensorfile import DTYPE_NAMES, Piece, write_file
 from olmo_fn.checkpoint.verifying import verify
 
 log = logging.getLogger(__name__)
 
 FILE_BYTES = 4 << 30
+_SHARE_BYTES = 256 << 20
 
 
 class SaveFailed(OSError):
@@ -38,58 +41,83 @@ def save(
     replace: bool = False,
     file_bytes: int = FILE_BYTES,
     threads: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Save ``tree`` as ``folder/step{step}`` and return that path; on return, the checkpoint is durable.
 
     ``tree`` is a nested dict of tensors of any shape, stride and device; ``meta`` is JSON of the caller's.
     Tensors are written from their own memory, without a copy if contiguous on the CPU. A new safetensors file
-    begins after each ``file_bytes``. Until the last rename there is only a hidden folder, so a kill at any
-    instant leaves the older checkpoints whole and this one absent. A *broken* checkpoint of the same step is
-    moved aside, to ``step{step}.broken-*``; a whole one is replaced only if ``replace``.
+    begins after each ``file_bytes``, and for each of ``threads`` if there is enough to write. Until the last
+    rename there is only a hidden folder, so a kill at any instant leaves the older checkpoints whole and this
+    one absent. A *broken* checkpoint of the same step is moved aside, to ``step{step}.broken-*``; a whole one
+    is replaced only if ``replace``.
+
+    With ``ranks``, all of them call this with the same ``step``, in the same order, and each writes its part
+    into the same folder, so that must be on a filesystem they share. Leaves may be DTensors, of which every
+    distinct box is written once, by one rank; a plain tensor is the same on all ranks that hold it; a rank
+    may hold only some of the tensors (a pipeline stage). ``meta`` is rank 0's. Rank 0 commits when the boxes
+    of all fill every tensor exactly once; if a rank fails or dies, the others raise `SaveFailed` that names it.
 
     Raises ValueError for a tree or ``meta`` that cannot be stored and for a step that is there already,
     TimeoutError if another process keeps saving into ``folder``, and `SaveFailed` (an OSError) if the disk is
     full or fails.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save({"params": {"w": torch.ones(2, 3)}}, folder, step=5, meta={"tokens": 80}).name
     'step5'
     """
-    leaves, meta = check_storable(take_apart(tree)), check_meta(meta)
-    return save_leaves(leaves, folder, step, meta, replace=replace, file_bytes=file_bytes, threads=threads)
+    with failures_named(folder, step), beating(ranks), Meeting(ranks) as meeting:
+        held, meta = hold(tree, ranks), check_meta(meta)
+        return save_held(held, folder, step, meta, meeting, replace=replace, file_bytes=file_bytes, threads=threads)
 
 
-def check_storable(leaves: Leaves) -> Leaves:
-    """``leaves`` as they are; ValueError that names the first that is not a tensor a checkpoint can hold."""
-    for path, leaf in leaves.by_path.items():
-        plain = type(leaf) in (torch.Tensor, torch.nn.Parameter)
-        if not plain or leaf.layout != torch.strided or leaf.is_meta:
-            kind = f"Tensor ({leaf.layout}, {leaf.device})" if plain else type(leaf).__name__
-            raise ValueError(f"{path} is a {kind}; a checkpoint holds dense tensors, other values go into meta")
-        if leaf.dtype not in DTYPE_NAMES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
-            raise ValueError(f"{path} is {leaf.dtype}; a checkpoint holds {known}")
-    return leaves
+@contextmanager
+def failures_named(folder: str | Path, step: int) -> Iterator[None]:
+    """Turn into `SaveFailed` what is raised when another rank fails, or when the boxes do not fit together."""
+    try:
+        yield
+    except (RankLost, BrokenCheckpoint) as error:
+        raise SaveFailed(
+            f"could not save step {step} into {folder}: {error}. It is not committed, and older checkpoints are untouched"
+        ) from error
 
 
-def save_leaves(
-    leaves: Leaves,
+def save_held(
+    held: Holding,
     folder: str | Path,
     step: int,
     meta: dict[str, Any],
+    meeting: Meeting,
     *,
     replace: bool = False,
     file_bytes: int = FILE_BYTES,
     threads: int | None = None,
 ) -> Path:
-    """`save` for a tree that is already taken apart."""
+    """`save` of a holding, in a meeting of all ranks."""
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"step={step!r}: must be an int, 0 or more")
     folder, final = Path(folder), step_path(folder, step)
-    need = sum(tensor.nbytes for tensor in leaves.by_path.values())
-    pieces = [Piece(path, tensor, tuple(tensor.shape), (0,) * tensor.ndim) for path, tensor in leaves.by_path.items()]
+    need = sum(nbytes for _, nbytes in held.names.values())
+    told = meeting.gather("hello", held.dumps(step))
+
+    def write(partial: Path, plan: Plan) -> Index:
+        mine = plan.written_by(meeting.ranks.rank)
+        pieces = [piece for piece in held.pieces if piece.name in mine]
+        prefix = "state" if meeting.ranks.size == 1 else f"state-rank{meeting.ranks.rank:05d}"
+        return _write_files(partial, prefix, pieces, step, file_bytes, threads, meeting.look)
+
     try:
+        if meeting.ranks.rank != 0:
+            name, plan = Plan.loads(meeting.broadcast("go"))
+            part = write(folder / name, plan)
+            _write_durably(_part(folder / name, meeting.ranks.rank), part.dumps())
+            sync_folder(folder / name)
+            meeting.gather("done")
+            meeting.broadcast("outcome")
+            return final
+        plan = Plan.of(told)
+        need = sum(plan.tensors.values())
         folder.mkdir(parents=True, exist_ok=True)
         with writing(folder):
             was_whole = final.exists() and not verify(final)
@@ -103,13 +131,19 @@ def save_leaves(
             partial = hidden(folder, "partial", step)
             try:
                 partial.mkdir()
-                index = _write_files(partial, pieces, leaves.empty, step, meta, file_bytes, threads)
+                meeting.broadcast("go", plan.dumps(partial.name))
+                parts = [write(partial, plan)]
+                meeting.gather("done")
+                parts += [_take_part(partial, rank) for rank in range(1, meeting.ranks.size)]
+                index = merge(plan, parts, step, meta, str(partial))
                 _write_durably(partial / "index.json", index.dumps())
                 sync_folder(partial)
+                meeting.conclude()
                 _commit(partial, final, step, was_whole)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
+        meeting.broadcast("outcome")
     except TimeoutError:
         raise
     except OSError as error:
@@ -124,38 +158,66 @@ def save_leaves(
 
 def _write_files(
     partial: Path,
+    prefix: str,
     pieces: Sequence[Piece],
-    empty: tuple[str, ...],
     step: int,
-    meta: dict[str, Any],
     file_bytes: int,
     threads: int | None,
+    look: Callable[[], None],
 ) -> Index:
+    """Write the pieces into files of their own; the part of the index that describes them."""
     files: dict[str, File] = {}
-    boxes: dict[str, list[Box]] = {piece.name: [] for piece in pieces}
-    with ThreadPoolExecutor(threads or default_threads()) as pool:
-        for i, group in enumerate(_groups(pieces, file_bytes)):
-            name = f"state-{i:05d}.safetensors"
-            # Large items first: every tensor is then aligned to its item size, for readers that map the file.
-            group.sort(key=lambda piece: -piece.data.element_size())
-            files[name], checksums = write_file(partial / name, group, pool)
-            for piece, crc in zip(group, checksums, strict=True):
-                boxes[piece.name].append(Box(name, piece.offset, tuple(piece.data.shape), crc))
-    tensors = {piece.name: Entry(DTYPE_NAMES[piece.data.dtype], piece.shape, tuple(boxes[piece.name])) for piece in pieces}
-    return Index(step=step, tensors=tensors, files=files, empty=empty, meta=meta)
+    tensors: dict[str, Entry] = {}
+    errors: list[BaseException] = []
+
+    def write(name: str, group: list[Piece]) -> tuple[File, list[tuple[str, ...]]]:
+        try:
+            return write_file(partial / name, group, look_around)
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    def look_around() -> None:
+        if errors:
+            raise errors[0]
+        look()
+
+    threads = threads or default_threads()
+    # A file is written by one thread, as the kernel lets no two write into one at a time: a file for each, if worth it.
+    share = max(_SHARE_BYTES, -(-sum(piece.data.nbytes for piece in pieces) // threads))
+    groups = {f"{prefix}-{i:05d}.safetensors": group for i, group in enumerate(_groups(pieces, min(file_bytes, share)))}
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = (functools.partial(write, name, group) for name, group in groups.items())
+        with closing(in_order(pool, jobs)) as results:
+            for (name, group), (files[name], checksums) in zip(groups.items(), results, strict=True):
+                for piece, crc in zip(group, checksums, strict=True):
+                    box = Box(name, piece.offset, tuple(piece.data.shape), crc)
+                    tensors[piece.name] = Entry(DTYPE_NAMES[piece.data.dtype], piece.shape, (box,))
+    return Index(step=step, tensors={piece.name: tensors[piece.name] for piece in pieces}, files=files)
+
+
+def _part(partial: Path, rank: int) -> Path:
+    return partial / f"part-{rank:05d}.json"
+
+
+def _take_part(partial: Path, rank: int) -> Index:
+    path = _part(partial, rank)
+    part = Index.loads_part(path.read_bytes(), str(path))
+    path.unlink()
+    return part
 
 
 def _groups(pieces: Sequence[Piece], file_bytes: int) -> Iterator[list[Piece]]:
     group: list[Piece] = []
     size = 0
-    for piece in pieces:
-        if group and size + piece.data.nbytes > file_bytes:
-            yield group
+    for piece in [*pieces, None]:
+        if group and (piece is None or size + piece.data.nbytes > file_bytes):
+            # Large items first: every tensor is then aligned to its item size, for readers that map the file.
+            yield sorted(group, key=lambda piece: -piece.data.element_size())
             group, size = [], 0
-        group.append(piece)
-        size += piece.data.nbytes
-    if group:
-        yield group
+        if piece is not None:
+            group.append(piece)
+            size += piece.data.nbytes
 
 
 def _write_durably(path: Path, data: bytes) -> None:

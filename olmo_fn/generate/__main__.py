@@ -26,8 +26,8 @@ class Generate:
     """Text to go on from; without one, a new document."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     """How to sample."""
-    weights: Literal["params", "ema"] = "params"
-    """The weights, or their moving average if the run kept one."""
+    weights: Literal["params", "ema", "merge"] = "params"
+    """The weights; or their moving average, or the mean of the last steps, if the run kept one."""
     step: int | None = None
     """Take the checkpoint of this step instead of the newest whole one."""
     stream: bool = True

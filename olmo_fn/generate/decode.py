@@ -16,9 +16,10 @@ from torch import Tensor
 from olmo_fn.models.config import Model
 from olmo_fn.models.transformer import embed, head_logits, residual
 from olmo_fn.nn.attend import attend_masked, visible
-from olmo_fn.nn.attention import merge_heads, project
+from olmo_fn.nn.attention import merge_heads, place_heads, project
 from olmo_fn.nn.feed_forward import feed_forward
 from olmo_fn.nn.rope import rope_table
+from olmo_fn.parallel.axis import Axis
 from olmo_fn.tree import Tree
 
 CHUNK = 128  # columns computed at once: bounds the memory of the scores
@@ -92,13 +93,15 @@ def _extend(cfg: Model, params: Tree, ids: Tensor, cache: Cache) -> tuple[Tensor
     x = embed(params["embed"], ids)
     for layer, window in enumerate(windows):
         p, kept, (first, mask) = params["blocks"][str(layer)], cache.blocks[str(layer)], sees[window]
-        q, k, v = project(p["attention"], x, cos, sin, head_dim=cfg.k, eps=cfg.norm_eps)
+        a = p["attention"]
+        qkv = project(a["w_q"], a["w_k"], a["w_v"], x)
+        q, k, v = place_heads(a["q_norm"], a["k_norm"], qkv, cos, sin, cfg.k, cfg.norm_eps, Axis())
         if k.shape[1] != q.shape[1]:
             q = q.unflatten(1, (k.shape[1], -1))
         kept["k"][:, :, start:stop] = k
         kept["v"][:, :, start:stop] = v
         out = attend_masked(q, kept["k"][:, :, first:stop], kept["v"][:, :, first:stop], mask)
-        x = residual(p["attention_norm"], x, merge_heads(p["attention"]["w_out"], out), cfg.norm_eps)
+        x = residual(p["attention_norm"], x, merge_heads(a["w_out"], out), cfg.norm_eps)
         x = residual(p["feed_forward_norm"], x, feed_forward(p["feed_forward"], x), cfg.norm_eps)
     return x, cache._replace(length=stop)
 

@@ -14,12 +14,12 @@ from olmo_fn.checkpoint import load, load_newest, step_path, steps
 from olmo_fn.data.tokenizer import Tokenizer
 from olmo_fn.data.tokenizer import load as load_tokenizer
 from olmo_fn.generate.text import LanguageModel
-from olmo_fn.models.transformer import specs
 from olmo_fn.spec import abstract
 from olmo_fn.train.config import Config
 from olmo_fn.train.folder import read_config
+from olmo_fn.train.recipe import is_trained, model_parameters, parameters
 
-Weights: TypeAlias = Literal["params", "ema"]
+Weights: TypeAlias = Literal["params", "ema", "merge"]
 
 
 def load_model(
@@ -34,7 +34,8 @@ def load_model(
     """The model of a run, and the checkpoint that it is from.
 
     ``run`` is the run's folder, of which the newest whole checkpoint is taken or that of ``step``, or one of
-    its checkpoints. ``weights``: the parameters or their moving average. The context is the sequence length
+    its checkpoints. ``weights``: the parameters, their moving average, or the mean of the last steps. Adapters are merged
+    into the model. The context is the sequence length
     of training. ``say`` gets a line for each broken checkpoint that is passed over. ValueError for what is
     not there.
     """
@@ -42,9 +43,13 @@ def load_model(
     cfg = read_config(folder)
     if weights == "ema" and not cfg.recipe.ema:
         raise ValueError(f"{run} kept no moving average of its weights (--recipe.ema was 0); use --weights params")
-    at = "params" if weights == "params" else "slots.ema"
-    expected = tree.items(abstract(specs(cfg.model)), prefix=at)
-    like, select = tree.unflatten(expected), [f"{at}.*"]
+    if weights == "merge" and not cfg.recipe.merge_last:
+        raise ValueError(f"{run} kept no mean of its weights (--recipe.merge-last was 0); use --weights params")
+    own = tree.flatten(abstract(parameters(cfg)))
+    averaged = {path for path in own if weights != "params" and is_trained(cfg, path)}
+    places = {path: f"slots.{weights}.{path}" if path in averaged else f"params.{path}" for path in own}
+    like = tree.unflatten((places[path], leaf) for path, leaf in own.items())
+    select = ["params.*"] if weights == "params" else list(places.values())
     if path is not None:
         state, _ = load(path, like, select=select, device=device)
     else:
@@ -52,7 +57,8 @@ def load_model(
         if found is None:
             raise ValueError(f"{run} holds no whole checkpoint; one is written every --run.checkpoint-every steps")
         path, state, _ = found
-    params = tree.map(lambda leaf: leaf.to(dtype), tree.at(state, at))
+    params = model_parameters(cfg, tree.unflatten((path, tree.at(state, place)) for path, place in places.items()))
+    params = tree.map(lambda leaf: leaf.to(dtype), params)
     return LanguageModel(cfg.model, params, _tokenizer(folder, cfg), cfg.recipe.sequence_length), path
 
 

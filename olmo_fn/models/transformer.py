@@ -17,7 +17,7 @@ from torch import Tensor
 from olmo_fn.grad import Batch, Chain, Context, Function, Kernel, Metrics, Pullback, Stage, subtrees
 from olmo_fn.models.config import Model
 from olmo_fn.nn.attend_over import CPMethod, attend_over, attend_over_vjp, positions_of
-from olmo_fn.nn.attention import attention_specs, merge_heads, project
+from olmo_fn.nn.attention import attention_specs, merge_heads, merge_heads_vjp, place_heads, project, project_vjp
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_specs, feed_forward_vjp
 from olmo_fn.nn.head import head_loss, head_vjp, own_rows
 from olmo_fn.nn.norm import rms_norm, rms_norm_spec
@@ -90,10 +90,17 @@ def loss(cfg: Model, *, z_loss: float = 0.0, axes: Axes = ALONE, cp_method: CPMe
             Stage("embed", ("embed",), _embed(tp), compiled=False),  # compiled scatter-add is not deterministic
             *blocks,
             Stage("head_norm", ("head.norm",), _head_norm(cfg.norm_eps, tp)),
-            Stage("head", (w_out,), head, vjp=head_pullback),
+            Stage("head", (w_out,), head, head_pullback, rowwise=True),
         ),
         on=lambda axes, cp_method: loss(cfg, z_loss=z_loss, axes=axes, cp_method=cp_method),
+        carry=partial(_carry, cfg.d_model, tp),
+        sums=("ce", "z"),
     )
+
+
+def _carry(d_model: int, tp: Axis, ctx: Context, dtype: torch.dtype) -> Tensor:
+    B, T = ctx["input_ids"].shape
+    return torch.empty(B, T // tp.size, d_model, dtype=dtype, device=ctx["input_ids"].device)
 
 
 def logits(cfg: Model, params: Tree, batch: Batch) -> Tensor:
@@ -160,40 +167,50 @@ def _embed(tp: Axis) -> Function:
     return lambda weight, carry, ctx: embed(weight, ctx["input_ids"], tp)
 
 
-PROJECTIONS = ("w_q", "w_k", "w_v", "q_norm", "k_norm")
-
-
 def block_stages(cfg: Model, layer: int, tp: Axis, cp: Axis, cp_method: CPMethod) -> tuple[Stage, ...]:
     """The stages of a block. Blocks with the same window share their functions, so they compile once.
 
-    The carry is x (B, T, D), inside the block also what a sublayer works on: queries, keys and values; its whole sequence.
+    Every matrix product is in a stage with a pullback of its own; what is compiled is what fuses, between them. The carry is x
+    (B, T, D), inside the block beside what a sublayer works on.
     """
     at, attention = f"blocks.{layer}", f"blocks.{layer}.attention"
-    projections = tuple(f"{attention}.{name}" for name in PROJECTIONS)
-    mix, mix_pullback = _attend(cfg.window(layer), cp, cp_method)
+    matrices = tuple(f"{attention}.{name}" for name in ("w_q", "w_k", "w_v"))
+    gains = tuple(f"{attention}.{name}" for name in ("q_norm", "k_norm"))
+    add = _add_normed(cfg.norm_eps, tp)
     return (
-        Stage("project", projections, _project(cfg.k, cfg.norm_eps, tp), layer),
-        Stage("attend", (), mix, layer, mix_pullback),
-        Stage("attention_out", (f"{attention}.w_out", f"{at}.attention_norm"), _attention_out(cfg.norm_eps, tp), layer),
-        Stage("feed_forward", (f"{at}.feed_forward",), _feed_forward, layer, _feed_forward_pullback),
-        Stage("feed_forward_out", (f"{at}.feed_forward_norm",), _feed_forward_out(cfg.norm_eps, tp), layer),
+        Stage("project", matrices, *_project(tp), layer),
+        Stage("place_heads", gains, _place_heads(cfg.k, cfg.norm_eps, tp), None, layer),
+        Stage("attend", (), *_attend(cfg.window(layer), cp, cp_method), layer),
+        Stage("merge_heads", (f"{attention}.w_out",), *_merge_heads(tp), layer),
+        Stage("attention_norm", (f"{at}.attention_norm",), add, None, layer),
+        Stage("feed_forward", (f"{at}.feed_forward",), *_feed_forward(tp), layer),
+        Stage("feed_forward_norm", (f"{at}.feed_forward_norm",), add, None, layer),
     )
 
 
 @cache
-def _project(head_dim: int, eps: float, tp: Axis) -> Function:
-    def project_heads(*args: Any) -> tuple[Tensor, ...]:
-        *weights, x, ctx = args
-        p = dict(zip(PROJECTIONS, weights, strict=True))
-        return x, *project(p, all_gather(x, 1, tp), ctx["cos"], ctx["sin"], head_dim=head_dim, eps=eps, tp=tp)
+def _project(tp: Axis) -> tuple[Function, Function]:
+    def fn(w_q: Tensor, w_k: Tensor, w_v: Tensor, x: Tensor, ctx: Context) -> tuple[Tensor, ...]:
+        return x, *project(w_q, w_k, w_v, x, tp)
 
-    return project_heads
+    def vjp(w_q: Tensor, w_k: Tensor, w_v: Tensor, x: Tensor, ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
+        qkv, pullback = project_vjp(w_q, w_k, w_v, x, tp)
+        return (x, *qkv), lambda c: pullback(c[1:], c[0])
+
+    return fn, vjp
+
+
+@cache
+def _place_heads(head_dim: int, eps: float, tp: Axis) -> Function:
+    def fn(q_norm: Tensor, k_norm: Tensor, carry: tuple[Tensor, ...], ctx: Context) -> tuple[Tensor, ...]:
+        x, q, k, v = carry
+        return x, *place_heads(q_norm, k_norm, (q, k, v), ctx["cos"], ctx["sin"], head_dim, eps, tp)
+
+    return fn
 
 
 @cache
 def _attend(window: int | None, cp: Axis, cp_method: CPMethod) -> tuple[Function, Function]:
-    """``fn`` and ``vjp`` of the stage between the projections and the output of attention."""
-
     def fn(carry: tuple[Tensor, ...], ctx: Context) -> tuple[Tensor, ...]:
         x, *qkv = carry
         return x, attend_over(*qkv, cp=cp, method=cp_method, window=window, documents=ctx.get("documents"))
@@ -202,42 +219,51 @@ def _attend(window: int | None, cp: Axis, cp_method: CPMethod) -> tuple[Function
         x, *qkv = carry
         documents = ctx.get("documents")
         out, pullback = attend_over_vjp(*qkv, cp=cp, method=cp_method, window=window, documents=documents, kernel=kernel)
-        return (x, out), lambda cotangent: ((), (cotangent[0], *pullback(cotangent[1])))
+        return (x, out), lambda c: ((), (c[0], *pullback(c[1])))
 
     return fn, vjp
 
 
 @cache
-def _attention_out(eps: float, tp: Axis) -> Function:
-    def attention_out(w_out: Tensor, norm: Tensor, carry: tuple[Tensor, Tensor], ctx: Context) -> tuple[Tensor, Tensor]:
-        x, heads = carry
-        x = residual(enter(norm, tp), x, reduce_scatter(merge_heads(w_out, heads), 1, tp), eps)
-        return x, all_gather(x, 1, tp)
+def _merge_heads(tp: Axis) -> tuple[Function, Function]:
+    def fn(w_out: Tensor, carry: tuple[Tensor, Tensor], ctx: Context) -> tuple[Tensor, Tensor]:
+        return carry[0], merge_heads(w_out, carry[1], tp)
 
-    return attention_out
+    def vjp(w_out: Tensor, carry: tuple[Tensor, Tensor], ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
+        out, pullback = merge_heads_vjp(w_out, carry[1], tp)
 
+        def stage_pullback(c: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
+            later, d_heads = pullback(c[1])
+            return later, (c[0], d_heads)
 
-def _feed_forward(p: Tree, carry: tuple[Tensor, Tensor], ctx: Context) -> tuple[Tensor, Tensor]:
-    return carry[0], feed_forward(p, carry[1])
+        return (carry[0], out), stage_pullback
 
-
-def _feed_forward_pullback(p: Tree, carry: tuple[Tensor, Tensor], ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
-    out, pullback = feed_forward_vjp(p, carry[1], kernel)
-
-    def stage_pullback(cotangent: tuple[Tensor, Tensor]) -> tuple[tuple[Tree], tuple[Tensor, Tensor]]:
-        d_p, d_x = pullback(cotangent[1])
-        return (d_p,), (cotangent[0], d_x)
-
-    return (carry[0], out), stage_pullback
+    return fn, vjp
 
 
 @cache
-def _feed_forward_out(eps: float, tp: Axis) -> Function:
-    def feed_forward_out(norm: Tensor, carry: tuple[Tensor, Tensor], ctx: Context) -> Tensor:
-        x, out = carry
-        return residual(enter(norm, tp), x, reduce_scatter(out, 1, tp), eps)
+def _add_normed(eps: float, tp: Axis) -> Function:
+    def fn(norm: Tensor, carry: tuple[Tensor, Tensor], ctx: Context) -> Tensor:
+        return residual(enter(norm, tp), *carry, eps)
 
-    return feed_forward_out
+    return fn
+
+
+@cache
+def _feed_forward(tp: Axis) -> tuple[Function, Function]:
+    def fn(p: Tree, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        return x, feed_forward(p, x, tp)
+
+    def vjp(p: Tree, x: Tensor, ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
+        out, pullback = feed_forward_vjp(p, x, tp, kernel)
+
+        def stage_pullback(c: tuple[Tensor, Tensor]) -> tuple[Any, Tensor]:
+            later, d_x = pullback(c[1], c[0])
+            return lambda: (later(),), d_x
+
+        return (x, out), stage_pullback
+
+    return fn, vjp
 
 
 def residual(norm: Tensor, x: Tensor, out: Tensor, eps: float) -> Tensor:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmo_fn.grad import Kernel, identity
+from olmo_fn.parallel.axis import Axis
+from olmo_fn.parallel.collectives import all_gather, reduce_scatter
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
@@ -22,32 +24,48 @@ def feed_forward_specs(d_model: int, hidden: int, *, std: float, std_up: float, 
     }
 
 
-def feed_forward(p: Tree, x: Tensor) -> Tensor:
+def feed_forward(p: Tree, x: Tensor, tp: Axis = Axis()) -> Tensor:  # noqa: B008
     """``(silu(x w_gate) · (x w_up)) w_down``; (B, T, D) to (B, T, D).
+
+    On an axis ``tp`` a rank has some of the hidden features, and its part of the sequence, gathered for the projections.
 
     >>> eye = torch.eye(2)
     >>> feed_forward({"w_gate": eye, "w_up": eye, "w_down": eye}, torch.tensor([[1.0, 0.0]]))
     tensor([[0.7311, 0.0000]])
     """
-    return (F.silu(x @ p["w_gate"]) * (x @ p["w_up"])) @ p["w_down"]
+    h = all_gather(x, 1, tp)
+    return reduce_scatter((F.silu(h @ p["w_gate"]) * (h @ p["w_up"])) @ p["w_down"], 1, tp)
 
 
-def feed_forward_vjp(p: Tree, x: Tensor, kernel: Kernel = identity) -> tuple[Tensor, Callable[[Tensor], tuple[Tree, Tensor]]]:
-    """`feed_forward` with its pullback, which takes the result's cotangent to those of ``p`` and ``x``.
+def feed_forward_vjp(
+    p: Tree,
+    x: Tensor,
+    tp: Axis = Axis(),  # noqa: B008
+    kernel: Kernel = identity,
+) -> tuple[Tensor, Callable[[Tensor, Tensor | None], tuple[Callable[[], Tree], Tensor]]]:
+    """`feed_forward` with its pullback: from the result's cotangent, and one of ``x`` to add to, to those of ``p`` (computed
+    when called) and of ``x``.
 
     Keeps what the two projections gave, not their product, which the backward kernel makes again on its way.
     """
-    h = x.flatten(0, -2)  # (N, D)
+    batch = x.shape[0]
+    h = all_gather(x, 1, tp).flatten(0, 1)  # (N, D)
     gate, up = h @ p["w_gate"], h @ p["w_up"]
-    out = kernel(_gated)(gate, up) @ p["w_down"]
+    out = reduce_scatter((kernel(_gated)(gate, up) @ p["w_down"]).unflatten(0, (batch, -1)), 1, tp)
 
-    def pullback(cotangent: Tensor) -> tuple[Tree, Tensor]:
-        d_out = cotangent.flatten(0, -2)
+    def pullback(cotangent: Tensor, d_x: Tensor | None) -> tuple[Callable[[], Tree], Tensor]:
+        d_out = all_gather(cotangent, 1, tp).flatten(0, 1)
         hidden, d_gate, d_up = kernel(_gated_gradient)(gate, up, d_out @ p["w_down"].T)
-        d_p = {"w_gate": h.T @ d_gate, "w_up": h.T @ d_up, "w_down": hidden.T @ d_out}
-        return d_p, torch.addmm(d_gate @ p["w_gate"].T, d_up, p["w_up"].T).view_as(x)
+        own = d_x if tp.size == 1 else None
+        d_h = d_gate @ p["w_gate"].T if own is None else torch.addmm(own.flatten(0, 1), d_gate, p["w_gate"].T)
+        d_h = reduce_scatter(d_h.addmm_(d_up, p["w_up"].T).unflatten(0, (batch, -1)), 1, tp)
 
-    return out.view_as(x), pullback
+        def later() -> Tree:
+            return {"w_gate": h.T @ d_gate, "w_up": h.T @ d_up, "w_down": hidden.T @ d_out}
+
+        return later, d_h if d_x is None or own is not None else d_h + d_x
+
+    return out, pullback
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:

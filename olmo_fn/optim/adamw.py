@@ -1,24 +1,20 @@
-"""AdamW (Loshchilov & Hutter 2019, algorithm 2)."""
+"""Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019, algorithm 2)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from olmo_fn.optim.base import optimizer
+from olmo_fn.optim.base import Decay, Rule, optimizer
 from olmo_fn.optim.schedules import Schedule
-from olmo_fn.step import Leaf, Scalars, Slots, Transform
-from olmo_fn.tree import matches
-
-NO_DECAY = ("embed", "*norm")
+from olmo_fn.step import Scalars, Slots, Transform
 
 
 def adamw(
     lr: Schedule | float,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
-    weight_decay: float = 0.1,
-    no_decay: tuple[str, ...] = NO_DECAY,
+    weight_decay: Decay | float = 0.1,
     moments: torch.dtype | None = None,
 ) -> Transform:
     """Adam with decoupled weight decay; t counts the updates that were not skipped.
@@ -26,26 +22,38 @@ def adamw(
         m = β₁ m + (1 - β₁) g          v = β₂ v + (1 - β₂) g²
         p = p - lr · weight_decay · p - lr · (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + eps)
 
-    As in PyTorch and OLMo-core, the decay is multiplied by the learning rate. Parameters whose path matches
-    ``no_decay`` are not decayed; ``("embed",)`` is OLMo-core's rule. ``moments``: dtype of m and v, the parameter's if
-    not given; all is computed in at least fp32. Slots ``adamw_m`` and ``adamw_v``.
+    ``moments``: dtype of m and v, the parameter's if not given; all is computed in at least fp32. Slots ``adamw_m`` and
+    ``adamw_v``.
     """
-    beta1, beta2 = betas
+    return optimizer("adamw", adam_rule("adamw", betas, eps, moments), lr, weight_decay)
 
-    def init(p: Tensor) -> Slots:
-        return {"adamw_m": torch.zeros_like(p, dtype=moments), "adamw_v": torch.zeros_like(p, dtype=moments)}
+
+def adam(
+    lr: Schedule | float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    moments: torch.dtype | None = None,
+) -> Transform:
+    """`adamw` without weight decay. Slots ``adam_m`` and ``adam_v``."""
+    return optimizer("adam", adam_rule("adam", betas, eps, moments), lr)
+
+
+def adam_rule(name: str, betas: tuple[float, float], eps: float, moments: torch.dtype | None) -> Rule:
+    """Adam's step, with slots ``<name>_m`` and ``<name>_v``."""
+    beta1, beta2 = betas
+    slot_m, slot_v = f"{name}_m", f"{name}_v"
+
+    def init(path: str, p: Tensor) -> Slots:
+        return {slot_m: torch.zeros_like(p, dtype=moments), slot_v: torch.zeros_like(p, dtype=moments)}
+
+    def scalars(s: Scalars) -> Scalars:
+        t = s["count"].double()
+        new = {"new_m": torch.full_like(t, 1 - beta1), "new_v": torch.full_like(t, 1 - beta2), "eps": torch.full_like(t, eps)}
+        return {**new, "step_size": s["lr"] / (1 - beta1**t), "unbiased": (1 - beta2**t).rsqrt()}
 
     def update(p: Tensor, g: Tensor, slots: Slots, s: Scalars) -> tuple[Tensor, Slots]:
-        t = s["count"].double()
-        wide = torch.promote_types(p.dtype, torch.float32)
-        p, g, m, v = (x.to(wide) for x in (p, g, slots["adamw_m"], slots["adamw_v"]))
-        m = m + (1 - beta1) * (g - m)
-        v = v * beta2 + (1 - beta2) * g * g
-        step_size = s["lr"] / (1 - beta1**t)
-        root = (v.sqrt() / (1 - beta2**t).sqrt()) + eps
-        p = p * (1 - s["lr"] * s["weight_decay"]) - step_size * (m / root)
-        return p, {"adamw_m": m, "adamw_v": v}
+        m, v = slots[slot_m], slots[slot_v]
+        m, v = m + s["new_m"] * (g - m), v + s["new_v"] * (g * g - v)
+        return s["step_size"] * (m / (v.sqrt() * s["unbiased"] + s["eps"])), {slot_m: m, slot_v: v}
 
-    decayed = Leaf(init, update, scalars={"weight_decay": weight_decay})
-    free = Leaf(init, update, scalars={"weight_decay": 0.0})
-    return optimizer("adamw", lambda path: free if matches(path, no_decay) else decayed, lr)
+    return Rule(init, update, scalars)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from olmo_fn.parallel.connect import Connection
+from olmo_fn.parallel.pipeline.stages import Cut, Pipeline
 from olmo_fn.parallel.rules import DEFAULT, Rules
 from olmo_fn.parallel.sharded import Sharded
 from olmo_fn.step import Step, Transform, _execute
 from olmo_fn.tree import Tree
 
+ONE_BY_ONE = Pipeline()
 
-def shard(connection: Connection, specs: Tree, rules: Rules = DEFAULT) -> Transform:
+
+def shard(connection: Connection, specs: Tree, rules: Rules = DEFAULT, pipeline: Pipeline = ONE_BY_ONE) -> Transform:
     """Carry a step out on the ranks of ``connection``, parameters ``specs`` lying there by ``rules``. Invisible (law 2).
 
-    Every rank calls the step with the same batch, of which it takes its part, and its own parts of the state. ValueError,
-    with the parameter's name, for rules that make no sense.
+    Every rank calls the step with the same batch, of which it takes its part, and its own parts of the state. ``pipeline`` says
+    how the chain is cut where the mesh has an axis ``pp``. ValueError, with the parameter's name, for rules without sense.
 
         connection = connect(Mesh(dp_shard=4, tp=2))  # torch.distributed is initialised, with 8 ranks
         step = pipe(transformer.loss(model), grad(), adamw(1e-3), shard(connection, transformer.specs(model)))
         state = step.init(step.execution.layout.init(seed=0))
     """
-    layout = Sharded(connection, specs, rules)
-    return Transform(f"shard({connection.mesh})", Step, Step, lambda step: _execute(step, layout=layout))
+
+    def apply(step: Step) -> Step:
+        pp = connection.axes.pp.size
+        if pp > 1 and (step.grads.chain is None or step.grads.chain.carry is None):
+            raise ValueError("a pipeline (--mesh.pp) cuts a chain of stages: use grad('tape') and a model with `Chain.carry`")
+        cut = Cut(step.grads.chain, specs, pp, pipeline) if pp > 1 and step.grads.chain else None
+        return _execute(step, layout=Sharded(connection, specs, rules, cut))
+
+    return Transform(f"shard({connection.mesh})", Step, Step, apply)

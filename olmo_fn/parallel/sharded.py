@@ -18,12 +18,13 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from olmo_fn import tree
-from olmo_fn.grad import Batch, Chain, Metrics
-from olmo_fn.layout import Here, Weights, compute_copies, compute_copy, wide
+from olmo_fn.grad import Batch, Chain, Execution, Metrics
+from olmo_fn.layout import Here, Single, Weights, compute_copies, compute_copy, wide
 from olmo_fn.parallel import bucket
 from olmo_fn.parallel.axis import Axes, Axis
 from olmo_fn.parallel.collectives import psum
 from olmo_fn.parallel.connect import Connection
+from olmo_fn.parallel.pipeline.stages import Cut
 from olmo_fn.parallel.rules import DEFAULT, Placed, Rules, plan
 from olmo_fn.spec import init_leaf
 from olmo_fn.tree import Tree
@@ -32,20 +33,28 @@ _c10d = torch.ops._c10d_functional
 
 
 @dataclass(frozen=True, eq=False)
-class Sharded:
+class Sharded(Single):
     """A layout over the ranks of ``connection``, for the parameters ``specs`` by ``rules``."""
 
     connection: Connection
     specs: Tree = field(repr=False)
     rules: Rules = DEFAULT
+    cut: Cut | None = None
+    """How the chain is cut for a pipeline; None without one."""
 
     def __post_init__(self) -> None:
-        plan(self.specs, self.rules, self.connection.mesh)  # refuses what makes no sense, by name
+        assert (self.cut is None) == (self.axes.pp.size == 1)
+        _ = self.placed  # refuses what makes no sense, by name
 
     @cached_property
     def placed(self) -> dict[str, Placed]:
         """How each parameter lies on the mesh."""
         return plan(self.specs, self.rules, self.connection.mesh)
+
+    @cached_property
+    def own_specs(self) -> Tree:
+        """The parameters that this rank has a part of: those of its pipeline stages."""
+        return self.specs if self.cut is None else tree.unflatten(self.cut.own(self.axes.pp.index))
 
     @property
     def axes(self) -> Axes:
@@ -62,15 +71,16 @@ class Sharded:
             part = init_leaf(spec, seed, path, self._box(path)).to(device=device, dtype=dtype)
             return self.place(path, part)
 
-        return tree.map_with_path(leaf, self.specs)
+        return tree.map_with_path(leaf, self.own_specs)
 
     def adopt(self, params: Tree) -> Tree:
         """Parameters as DTensors; of whole ones, equal on all ranks, each rank keeps its parts."""
 
-        def leaf(path: str, p: Tensor) -> Tensor:
+        def leaf(path: str, spec: Any) -> Tensor:
+            p = tree.at(params, path)
             return p if isinstance(p, DTensor) else self.place(path, self.own(path, p))
 
-        return tree.map_with_path(leaf, params)
+        return tree.map_with_path(leaf, self.own_specs)
 
     def place(self, path: str, part: Tensor) -> DTensor:
         """This rank's part of something shaped like the parameter at ``path``, as a DTensor."""
@@ -134,6 +144,31 @@ class Sharded:
             raise ValueError(f"{rows} sequences cannot be shared evenly by the {axis.size} data-parallel ranks")
         return {name: x.chunk(axis.size)[axis.index] if x.ndim else x for name, x in batch.items()}
 
+    def sweep(
+        self,
+        chain: Chain,
+        remat: str,
+        params: Tree,
+        batch: Batch,
+        tokens: Tensor,
+        dtype: torch.dtype,
+        execution: Execution,
+    ) -> tuple[dict[str, Tensor], Metrics]:
+        """Gradients by path of the chain's loss divided by ``tokens``, and the sums of this rank's tokens."""
+        if self.cut is None:
+            return super().sweep(chain, remat, params, batch, tokens, dtype, execution)
+        from olmo_fn.parallel.pipeline.sweep import pipeline_sweep  # which is above this
+
+        return pipeline_sweep(self, self.cut, chain, remat, params, batch, tokens, dtype, execution)
+
+    def forward(self, chain: Chain, params: Tree, batch: Batch, dtype: torch.dtype, execution: Execution) -> Metrics:
+        """The sums over this rank's tokens of the loss and its metrics, forward only."""
+        if self.cut is None:
+            return super().forward(chain, params, batch, dtype, execution)
+        from olmo_fn.parallel.pipeline.sweep import pipeline_forward
+
+        return pipeline_forward(self, self.cut, chain, params, batch, dtype, execution)
+
     def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype) -> Weights:
         """Begin to gather the subtrees at ``paths``."""
         subtrees = {path: tree.at(params, path) for path in paths}
@@ -164,16 +199,24 @@ class Sharded:
         return end
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum, in one collective, the gradients of parameters that are whole on the ranks of ``fsdp``."""
-        if self.axes.fsdp.size == 1:
-            return grads
-        kept = {path: g for path, g in grads.items() if self.placed[path].fsdp is None}
-        return {**grads, **_summing(kept, self.axes.tokens)()} if kept else grads
+        """Sum, in one collective each, gradients of parameters that are whole on the ranks of ``fsdp``, and of those that two
+        pipeline stages share.
+        """
+        if self.axes.fsdp.size > 1:
+            kept = {path: g for path, g in grads.items() if self.placed[path].fsdp is None}
+            grads = {**grads, **_summing(kept, self.axes.tokens)()} if kept else grads
+        if self.cut is not None:
+            tied = [path for path, ranks in self.cut.owners.items() if len(ranks) > 1]
+            like = next(iter(grads.values()))
+            shares = {path: grads[path] if path in grads else like.new_zeros(self._box(path)[1]) for path in tied}
+            total = _summing(shares, self.axes.pp)() if tied else {}
+            grads = {path: total.get(path, g) for path, g in grads.items()}
+        return grads
 
     def total(self, sums: Metrics) -> Metrics:
         """Sums over the tokens of this rank become sums over all tokens, in one collective."""
         dtype = torch.promote_types(next(iter(sums.values())).dtype, torch.float32)
-        values = psum(torch.stack([value.to(dtype) for value in sums.values()]), self.axes.tokens)
+        values = psum(psum(torch.stack([value.to(dtype) for value in sums.values()]), self.axes.tokens), self.axes.pp)
         return dict(zip(sums, values.unbind(), strict=True))
 
     def norm(self, grads: Tree) -> Tensor:
@@ -181,7 +224,7 @@ class Sharded:
         sizes = {"fsdp": self.axes.fsdp.size, "tp": self.axes.tp.size}
         squares = []
         for path, g in tree.items(grads):
-            copies = self.axes.dp_replicate.size
+            copies = self.axes.dp_replicate.size * (len(self.cut.owners[path]) if self.cut else 1)
             for name, size in sizes.items():
                 copies *= size if getattr(self.placed[path], name) is None else 1
             squares.append(torch.linalg.vector_norm(g).double().square() / copies)

@@ -13,7 +13,7 @@ from olmo_fn.train.config import Config
 from olmo_fn.train.serialize import from_yaml, to_yaml
 
 INVISIBLE = ("recipe.accumulate", "recipe.remat", "recipe.engine", "recipe.compile", "data.cache_dir")
-NUMERIC_RUN_FIELDS = ("run.steps", "run.seed", "run.start_from")
+NUMERIC_RUN_FIELDS = ("run.steps", "run.seed", "run.start_from", "run.start_with")
 
 
 def read_config(run: Path) -> Config:

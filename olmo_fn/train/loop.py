@@ -14,22 +14,24 @@ from typing import Any
 import torch
 
 from olmo_fn import tree
-from olmo_fn.checkpoint import Retention, Saver, load, load_newest
+from olmo_fn.checkpoint import Index, Retention, Saver, load, load_newest
 from olmo_fn.compile import prepare_cache
 from olmo_fn.data.config import cache_dir
 from olmo_fn.data.prefetch import prefetch
+from olmo_fn.data.resized import Resized
 from olmo_fn.data.source import Source, heldout_batches, open_data
 from olmo_fn.eval.heldout import Heldout, evaluate
 from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token
-from olmo_fn.spec import abstract, init
+from olmo_fn.spec import abstract
 from olmo_fn.step import State, Step
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.folder import check_folder, write_config
 from olmo_fn.train.metrics import MetricsFile
 from olmo_fn.train.progress import Progress
-from olmo_fn.train.recipe import recipe
+from olmo_fn.train.recipe import first_parameters, model_parameters, parameters, recipe
+from olmo_fn.train.schedule import sizes
 
 
 @dataclass
@@ -73,9 +75,10 @@ def train(cfg: Config) -> Result:
         torch.set_num_threads(cfg.run.threads)
     machine.keep_freed_memory()
     step = recipe(cfg, dtype)  # a wrong recipe is refused here, before anything is read or written
-    source = open_data(cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, cfg.recipe.batch_size)
+    steps = sizes(cfg)
+    source = open_data(cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, steps.largest)
     check_folder(cfg)
-    state, found = first_state(cfg, step, device)
+    state, found, new = first_state(cfg, step, device)
     folder = Path(cfg.run.folder)
     write_config(cfg, folder)
     if source.tokenizer:
@@ -91,9 +94,9 @@ def train(cfg: Config) -> Result:
         if broken:
             progress.say(f"dropped {len(broken)} files that a killed compilation left broken")
         if found:
-            progress.say(f"going on from {found}")
+            progress.say(f"going on from {found}" + (f", which has no {', '.join(new)}: begun anew" if new else ""))
         meter = Meter(cfg, machine.gemm_rate(device, dtype), device)
-        batches = prefetch(source.train, start, cfg.run.steps)
+        batches = prefetch(Resized(source.train, steps), start, cfg.run.steps)
         stack.callback(batches.close)  # type: ignore[attr-defined]
         for batch in batches:
             state, metrics = step(state, {name: value.to(device) for name, value in batch.items()})
@@ -119,42 +122,66 @@ def as_tree(state: State) -> tree.Tree:
     return {"step": state.step, "params": state.params, "slots": state.slots}
 
 
-def first_state(cfg: Config, step: Step, device: torch.device) -> tuple[State, Path | None]:
-    """The state to go on from and the checkpoint it is from, or a new one and None."""
-    like = abstract_state(cfg, step)
+def first_state(cfg: Config, step: Step, device: torch.device) -> tuple[State, Path | None, list[str]]:
+    """The state to go on from, the checkpoint it is from, and slots it did not have; or a new one, None, and nothing."""
+    whole = abstract_state(cfg, step)
+
+    def like(index: Index) -> tree.Tree:
+        return {**whole, "slots": {name: slot for name, slot in whole["slots"].items() if name in slots_of(index)}}
+
     found = load_newest(Path(cfg.run.folder) / "checkpoints", like, device=device)
+    anew = cfg.run.start_with == "params" or cfg.lora.rank > 0
     if found is None and cfg.run.start_from:
         source = Path(cfg.run.start_from)
+        part = {"params": abstract(transformer.specs(cfg.model))} if anew else like
+        select = ["params.*"] if anew else None
         if (source / "checkpoints").is_dir():
-            found = load_newest(source / "checkpoints", like, device=device)
+            found = load_newest(source / "checkpoints", part, select=select, device=device)
         elif source.is_dir():
-            found = (source, *load(source, like, device=device))
+            found = (source, *load(source, part, select=select, device=device))
         if found is None:
             raise ValueError(f"--run.start-from {str(source)!r}: there is no whole checkpoint")
+        if anew:
+            return step.init({**first_parameters(cfg, device), **found[1]["params"]}), found[0], []
     if found is None:
-        return step.init(init(transformer.specs(cfg.model), cfg.run.seed, device=device)), None
-    path, state, _ = found
-    return State(state["step"], state["params"], state["slots"]), path
+        return step.init(first_parameters(cfg, device)), None, []
+    path, loaded, _ = found
+    state, new = with_new_slots(step, State(loaded["step"], loaded["params"], loaded["slots"]))
+    return state, path, new
+
+
+def slots_of(index: Index) -> set[str]:
+    """The names of the slots in a checkpoint."""
+    return {path.split(".")[1] for path in (*index.tensors, *index.empty) if path.startswith("slots.")}
+
+
+def with_new_slots(step: Step, state: State) -> tuple[State, list[str]]:
+    """The state with what the step's transforms remember and it has not, begun anew from its parameters; and their names.
+
+    So a transform can be added to a run at any time: `ema` starts at the parameters of that step.
+    """
+    names = step.init(tree.map(lambda p: p.to("meta"), state.params)).slots
+    new = [name for name in names if name not in state.slots]
+    fresh = step.init(state.params).slots if new else {}
+    return state._replace(slots={**state.slots, **{name: fresh[name] for name in new}}), new
 
 
 def abstract_state(cfg: Config, step: Step) -> tree.Tree:
     """The state's names, shapes and dtypes on the meta device."""
-    return as_tree(step.init(abstract(transformer.specs(cfg.model))))
+    return as_tree(step.init(abstract(parameters(cfg))))
 
 
 class Meter:
     """Turns a step's metrics into a line of numbers, with the speed since the last one."""
 
     def __init__(self, cfg: Config, rate: float, device: torch.device) -> None:
-        r = cfg.recipe
-        self.per_step = r.batch_size * r.sequence_length
-        self.flops = flops_per_token(cfg.model, r.sequence_length)
+        self.sizes, self.model = sizes(cfg), cfg.model
         self.rate, self.device = rate, device
         self.last = time.perf_counter()
 
     def tokens(self, step: int) -> int:
         """Tokens seen after ``step`` steps."""
-        return step * self.per_step
+        return self.sizes.tokens_before(step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -168,14 +195,15 @@ class Meter:
         values = {name: float(value) for name, value in metrics.items()}
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
-        speed = self.per_step / seconds
+        speed = (self.tokens(step) - self.tokens(step - 1)) / seconds
+        flops = flops_per_token(self.model, self.sizes.at(step - 1).sequence_length)
         return {
             "step": step,
             **values,
             "tokens": self.tokens(step),
             "seconds": round(seconds, 4),
             "tokens_per_s": round(speed, 1),
-            "mfu": round(speed * self.flops / self.rate, 4),
+            "mfu": round(speed * flops / self.rate, 4),
             "peak_mb": round(machine.peak_memory(self.device) / 1e6, 1),
         }
 
@@ -191,7 +219,8 @@ def heldout(cfg: Config, step: Step, state: State, source: Source, dtype: torch.
     batches = heldout_batches(replace(source, heldout=tokens), T, max(1, T // 2), rows)
     num_bytes = source.tokenizer.count_bytes(tokens) if source.tokenizer else None
     loss = transformer.loss(cfg.model)
-    found = evaluate(loss, state.params, batches, num_bytes, dtype=dtype, execution=step.execution)
+    params = model_parameters(cfg, state.params)
+    found = evaluate(loss, params, batches, num_bytes, dtype=dtype, execution=step.execution)
     bits = f", {found.bits_per_byte:.4f} bits per byte" if found.bits_per_byte else ""
     progress.say(f"held-out after step {int(state.step)}: loss {found.loss:.4f}{bits} ({found.tokens:,} tokens)")
     return found

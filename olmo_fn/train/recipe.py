@@ -2,52 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
+from olmo_fn import tree
 from olmo_fn.compile import compile
+from olmo_fn.lora import lora, lora_specs, merge_lora
 from olmo_fn.models import transformer
-from olmo_fn.optim import Schedule as ScheduleFunction
-from olmo_fn.optim import adamw, constant, warmup_cosine, warmup_linear, wsd
-from olmo_fn.optim.schedules import warmup_constant
+from olmo_fn.optim import (
+    Decay,
+    adafactor,
+    adamw,
+    dion,
+    lion,
+    muon,
+    normuon,
+    partition,
+    schedule_free_adamw,
+    sgd,
+    soap,
+)
+from olmo_fn.spec import init
 from olmo_fn.step import Step, Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
-from olmo_fn.train.config import Config
+from olmo_fn.train.config import Config, Optim
+from olmo_fn.train.schedule import schedule
+from olmo_fn.transforms import (
+    accumulate_measured,
+    clip_value,
+    dims_of,
+    first_step_bias,
+    freeze,
+    merge,
+    noise_scale,
+    normalize,
+    skip_steps,
+    train_only,
+    unit_params,
+)
+from olmo_fn.tree import Tree
 
 
 def recipe(cfg: Config, dtype: torch.dtype = torch.float32) -> Step:
     """The training step of a config: a loss, its gradient, an optimizer, and how they are carried out."""
-    r = cfg.recipe
+    r, specs = cfg.recipe, parameters(cfg)
     return pipe(
         transformer.loss(cfg.model, z_loss=r.z_loss),
+        *given(cfg.lora.rank, lambda _: lora({"lora": specs["lora"]}, cfg.lora.alpha)),
         grad(r.engine, r.remat, dtype),
-        accumulate(r.accumulate),
-        *given(r.clip, clip(r.clip)),
-        optimizer(cfg),
-        *given(r.skip_sigma, skip_spikes(r.skip_sigma)),
-        *given(r.ema, ema(r.ema)),
+        accumulate_measured(r.accumulate) if r.noise_scale else accumulate(r.accumulate),
+        *given(r.clip_value, clip_value),
+        *given(r.clip, clip),
+        optimizer(cfg, dtype),
+        *given(r.normalize, lambda _: normalize(dims_of(transformer.specs(cfg.model)))),
+        *given(r.skip_sigma, skip_spikes),
+        *given(r.skip_steps, skip_steps),
+        *given(r.noise_scale, noise_scale),
+        *given(r.ema, ema),
+        *given(r.merge_last, lambda last: merge(last, range(r.merge_every, cfg.run.steps + 1, r.merge_every))),
+        *given(r.freeze, lambda patterns: freeze(*patterns, parameters=specs)),
+        *given(cfg.lora.rank, lambda _: train_only("lora.*", parameters=specs)),
         donate(),
-        *given(r.compile, compile()),
+        *given(r.compile, lambda _: compile()),
     )
 
 
-def optimizer(cfg: Config) -> Transform:
-    """AdamW with the config's schedule."""
-    o = cfg.optim
-    moments = getattr(torch, o.moments)
-    return adamw(schedule(cfg), o.betas, o.eps, o.weight_decay, o.no_decay, moments)
+def parameters(cfg: Config) -> Tree:
+    """The specs of all parameters of a run: the model's, and under ``lora`` its adapters if it trains them."""
+    specs = transformer.specs(cfg.model)
+    return {**specs, **lora_specs(specs, cfg.lora.rank, cfg.lora.patterns)} if cfg.lora.rank else specs
 
 
-def schedule(cfg: Config) -> ScheduleFunction:
-    """The learning rate as a function of the step."""
-    s, lr, total = cfg.schedule, cfg.optim.lr, cfg.run.steps
-    if s.name == "cosine":
-        return warmup_cosine(lr, s.warmup, total, s.final)
-    if s.name == "linear":
-        return warmup_linear(lr, s.warmup, total, s.final)
-    if s.name == "wsd":
-        return wsd(lr, s.warmup, total, round(s.decay * total), s.final * lr)
-    return warmup_constant(lr, s.warmup) if s.warmup else constant(lr)
+def is_trained(cfg: Config, path: str) -> bool:
+    """Whether the parameter at ``path`` is trained, and has slots; the others are frozen."""
+    return (not cfg.lora.rank or path.startswith("lora.")) and not tree.matches(path, cfg.recipe.freeze)
 
 
-def given(value: object, transform: Transform) -> tuple[Transform, ...]:
-    """The transform when the value is set, nothing when it is 0 or False."""
-    return (transform,) if value else ()
+def first_parameters(cfg: Config, device: torch.device) -> Tree:
+    """The parameters that a run begins with."""
+    params = init(parameters(cfg), cfg.run.seed, device=device)
+    return unit_params(params, dims_of(transformer.specs(cfg.model))) if cfg.recipe.normalize else params
+
+
+def model_parameters(cfg: Config, params: Tree) -> Tree:
+    """The parameters as those of an ordinary model: with adapters merged into it."""
+    return merge_lora(params, cfg.lora.alpha) if cfg.lora.rank else params
+
+
+def optimizer(cfg: Config, dtype: torch.dtype = torch.float32) -> Transform:
+    """The config's optimizer with its schedule; beside those for matrices, AdamW for the rest. ``dtype`` is Newton-Schulz's."""
+    o, lr = cfg.optim, schedule(cfg)
+    shared = {"weight_decay": Decay(o.weight_decay, o.no_decay, o.cautious), "moments": getattr(torch, o.moments)}
+    if o.name == "adamw":
+        found = adamw(lr, **options(o, "betas", "eps"), **shared)
+        return first_step_bias(found) if o.first_step_bias else found
+    if o.name == "lion":
+        return lion(lr, **options(o, "betas"), **shared)
+    if o.name == "sgd":
+        return sgd(lr, **options(o, "momentum", "nesterov"), **shared)
+    if o.name == "adafactor":
+        return adafactor(lr, weight_decay=shared["weight_decay"])
+    if o.name == "schedule-free":
+        return schedule_free_adamw(lr, **options(o, "betas", "eps"), **shared)
+    if o.name == "muon":
+        matrix = muon(lr, **options(o, "momentum", "nesterov"), **shared, dtype=dtype)
+    elif o.name == "normuon":
+        matrix = normuon(lr, **options(o, "momentum", "nesterov"), **shared, dtype=dtype)
+    elif o.name == "dion":
+        matrix = dion(lr, **options(o, "momentum", "rank"), **shared)
+    else:
+        matrix = soap(lr, **options(o, "betas", "eps"), **shared)
+    times = (o.adamw_lr or o.lr) / o.lr
+    rest = adamw(lambda step: times * lr(step), **options(o, "betas", "eps"), **shared)
+    return partition({"matrix": matrix, "default": rest}, parameters(cfg))
+
+
+def options(o: Optim, *names: str) -> dict[str, Any]:
+    """The fields that are given, as arguments."""
+    return {name: getattr(o, name) for name in names if getattr(o, name) is not None}
+
+
+def given(value: Any, make: Callable[[Any], Transform]) -> tuple[Transform, ...]:
+    """``make(value)`` when the value is set, nothing when it is 0, False or empty."""
+    return (make(value),) if value else ()

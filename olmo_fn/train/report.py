@@ -14,19 +14,25 @@ from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
 from olmo_fn.step import State
 from olmo_fn.train.config import Config
+from olmo_fn.train.loop import abstract_state
 from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.recipe import is_trained, model_parameters, parameters, recipe
+from olmo_fn.train.schedule import sizes
 from olmo_fn.train.serialize import to_yaml
 
 
 def dry_run(cfg: Config) -> str:
     """The resolved config, parameters, FLOPs, and the memory of the state, without allocating anything."""
+    recipe(cfg)  # a wrong one is refused here too
     r, total = cfg.recipe, num_params(cfg.model)
-    tokens = r.batch_size * r.sequence_length
+    tokens, all_tokens = r.batch_size * r.sequence_length, sizes(cfg).tokens_before(cfg.run.steps)
     flops = flops_per_token(cfg.model, r.sequence_length)
-    moment = 2 if cfg.optim.moments == "bfloat16" else 4
-    parts = {"parameters": 4 * total, "gradients": 4 * total, "moments": 2 * moment * total}
-    if cfg.recipe.ema:
-        parts["ema"] = 4 * total
+    own = tree.flatten(parameters(cfg))
+    trained = sum(spec.size for path, spec in own.items() if is_trained(cfg, path))
+    slots = abstract_state(cfg, recipe(cfg))["slots"]
+    kept = {name: sum(x.nbytes for _, x in tree.items(slot)) for name, slot in slots.items()}
+    parts = {"parameters": 4 * sum(spec.size for spec in own.values()), "gradients": 4 * trained}
+    parts |= {name: size for name, size in kept.items() if size > 1e6}
     shapes = transformer.specs(cfg.model)
     largest = max((spec.size, path) for path, spec in tree.items(shapes))
     return "\n".join(
@@ -36,9 +42,10 @@ def dry_run(cfg: Config) -> str:
             f"parameters        {total:>20,}",
             f"  not embedding   {num_non_embedding_params(cfg.model):>20,}",
             f"  largest         {largest[0]:>20,}  {largest[1]}",
-            f"tokens a step     {tokens:>20,}  in {cfg.run.steps:,} steps: {tokens * cfg.run.steps:,}",
+            *([f"  trained         {trained:>20,}"] if trained != total else []),
+            f"tokens a step     {tokens:>20,}  in {cfg.run.steps:,} steps: {all_tokens:,}",
             f"FLOPs a token     {flops:>20,.0f}  forward and backward, causal pairs only",
-            f"FLOPs of the run  {flops * tokens * cfg.run.steps:>20.3e}",
+            f"FLOPs of the run  {flops * all_tokens:>20.3e}",
             f"memory of state   {gib(sum(parts.values())):>20}  "
             + ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
             + "; activations come on top",
@@ -69,7 +76,8 @@ def comparison(source: Source, found: Heldout | None) -> str:
 
 def next_commands(cfg: Config, folder: Path) -> str:
     """What a user may type after a run."""
-    return (
+    test = f"loss over lr:  python -m olmo_fn.plot range-test {folder}\n" if cfg.schedule.name == "range-test" else ""
+    return test + (
         f"sample more:   python -m olmo_fn.generate {folder} 'def ' --temperature 0.7\n"
         f"checkpoints:   python -m olmo_fn.checkpoint {folder}\n"
         f"train again:   python train.py {folder}/config.yaml --optim.lr {cfg.optim.lr / 2:g} --run.folder {folder}-2"
@@ -113,7 +121,7 @@ def sample(cfg: Config, state: State, source: Source, tokens: int = 160) -> str:
     """A sample of text that goes on from ``run.sample``; empty without a tokenizer or a prompt."""
     if not cfg.run.sample or source.tokenizer is None:
         return ""
-    model = LanguageModel(cfg.model, state.params, source.tokenizer, cfg.recipe.sequence_length)
+    model = LanguageModel(cfg.model, model_parameters(cfg, state.params), source.tokenizer, cfg.recipe.sequence_length)
     text = generate_text(model, cfg.run.sample, Sampling(max_tokens=tokens))
     return f"sample:\n{cfg.run.sample}{text}\n"
 

@@ -17,12 +17,11 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 def to_yaml(config: Any) -> str:
     """A dataclass as YAML, every field of it in its order; `from_yaml` gives back an equal one.
 
-    >>> from olmo_fn.train.config import Schedule
-    >>> print(to_yaml(Schedule(warmup=10)), end="")
-    name: cosine
-    warmup: 10
-    final: 0.1
-    decay: 0.1
+    >>> from olmo_fn.train.config import Lora
+    >>> print(to_yaml(Lora(rank=8, patterns=("*.w_q",))), end="")
+    rank: 8
+    alpha: 16.0
+    patterns: ['*.w_q']
     """
     return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, width=float("inf"), allow_unicode=True)
 
@@ -33,12 +32,12 @@ def from_yaml(text: str, cls: type[C]) -> C:
     ValueError, one line that names the field, for an unknown field, a wrong type, a missing field without a
     default; or that names the line of what is not YAML.
 
-    >>> from olmo_fn.train.config import Schedule
-    >>> from_yaml("warmup: 10", Schedule).warmup
+    >>> from olmo_fn.train.config import Lora
+    >>> from_yaml("rank: 10", Lora).rank
     10
-    >>> from_yaml("warmups: 10", Schedule)
+    >>> from_yaml("ranks: 10", Lora)
     Traceback (most recent call last):
-    ValueError: warmups: there is no such field, did you mean warmup? There are name, warmup, final, decay
+    ValueError: ranks: there is no such field, did you mean rank? There are rank, alpha, patterns
     """
     try:
         value = yaml.load(text, Loader=_Loader)

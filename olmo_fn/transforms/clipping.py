@@ -1,0 +1,79 @@
+"""Other ways to clip than by the global norm (`olmo_fn.step.clip`): by value, and by groups of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from olmo_fn import tree
+from olmo_fn.grad import Batch, Execution, Grads, Metrics
+from olmo_fn.step import Transform
+from olmo_fn.tree import Tree
+
+
+def clip_value(largest: float) -> Transform:
+    """Bring every entry of the gradient into [-largest, largest].
+
+    An infinite entry stays: it must not look like a large one, so that the step is skipped. The norm that is reported
+    is the one after this.
+    """
+    if not largest > 0:
+        raise ValueError(f"clip_value({largest}): the largest value must be positive")
+
+    def apply(inner: Grads) -> Grads:
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
+            grads, metrics = inner(params, batch, execution)
+            clipped = tree.map(lambda g: g.copy_(torch.where(g.isinf(), g, g.clamp(-largest, largest))), grads)
+            return clipped, metrics
+
+        return replace(inner, fn=gradients)
+
+    return Transform(f"clip_value({largest})", Grads, Grads, apply)
+
+
+def clip_groups(max_norms: Mapping[str, float], parameters: Tree) -> Transform:
+    """Clip groups of parameters each by its own norm; ``max_norms`` is from a pattern of paths to the largest norm.
+
+    Parameters that match no pattern are in the group ``default``. ``parameters``: the model's specs, or any tree with
+    its paths. ValueError with the names for a pattern that matches nothing, a parameter that matches two, and for parameters
+    that match none if there is no ``default``. The metrics gain ``grad_norm`` and ``grad_norm/<group>``, all from before.
+
+    >>> clip_groups({"embed": 0.1, "default": 1.0}, {"embed": 0, "w": 0}).name
+    'clip_groups(embed: 0.1, default: 1.0)'
+    """
+    group_of = _groups(max_norms, parameters)
+    members = {group: [path for path, of in group_of.items() if of == group] for group in max_norms}
+
+    def apply(inner: Grads) -> Grads:
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
+            grads, metrics = inner(params, batch, execution)
+            flat = tree.flatten(grads)
+            norms: Metrics = {}
+            for group, max_norm in max_norms.items():
+                part = {path: flat[path] for path in members[group] if path in flat}
+                if part:
+                    norms[f"grad_norm/{group}"] = execution.layout.norm(part)
+                    scale = (max_norm / norms[f"grad_norm/{group}"]).clamp(max=1.0)
+                    tree.map(lambda g, scale=scale: g.mul_(scale), part)
+            whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+            return grads, {**metrics, **norms, "grad_norm": whole}
+
+        return replace(inner, fn=gradients)
+
+    return Transform(f"clip_groups({', '.join(f'{k}: {v}' for k, v in max_norms.items())})", Grads, Grads, apply)
+
+
+def _groups(patterns: Mapping[str, float], parameters: Tree) -> dict[str, str]:
+    group_of: dict[str, str] = {}
+    for pattern in patterns:
+        if pattern != "default":
+            for path in tree.flatten(tree.partition(parameters, [pattern])[0]):
+                if path in group_of:
+                    raise ValueError(f"clip_groups: {path} is in two groups, {group_of[path]!r} and {pattern!r}; narrow one")
+                group_of[path] = pattern
+    left = [path for path in tree.flatten(parameters) if path not in group_of]
+    if left and "default" not in patterns:
+        raise ValueError(f'clip_groups: no group has {", ".join(left[:6])}; add "default", which takes what is left')
+    return {**group_of, **dict.fromkeys(left, "default")}

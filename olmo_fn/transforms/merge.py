@@ -1,0 +1,69 @@
+"""The mean of the weights over the last steps before a checkpoint (OLMo-core's model merging)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from olmo_fn.grad import Function, Metrics
+from olmo_fn.step import Leaf, Scalars, Slots, State, Step, Transform
+from olmo_fn.tree import Tree
+
+
+def merge(last: int, at: Sequence[int]) -> Transform:
+    """Keep in the slot ``merge`` the mean of the parameters after the ``last`` steps up to and including each step of ``at``.
+
+    Between them it keeps the last mean: the checkpoint of step ``at`` holds the merged weights in ``slots.merge``. Skipped
+    steps do not count; before the first window the slot is the initial parameters. ValueError if two windows overlap.
+
+        merge = merge + (params - merge) / k          with k = 1, 2, … the updates in this window
+    """
+    ends = sorted(at)
+    if last < 1 or not ends or ends[0] < last:
+        raise ValueError(
+            f"merge: the last {last} steps before {ends[0] if ends else 'none'}; give 1 to as many as there are before"
+        )
+    for a, b in pairwise(ends):
+        if b - a < last:
+            raise ValueError(
+                f"merge: the last {last} steps before {b} overlap with those before {a}; merge fewer or less often"
+            )
+    name, counter = "merge", "merge_window"
+
+    def apply(inner: Step) -> Step:
+        def init_control() -> Tree:
+            return {**inner.init_control(), counter: {"count": torch.zeros((), dtype=torch.int64)}}
+
+        def control(state: State, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
+            own, scalars, metrics = inner.control(state, metrics)
+            now = torch.tensor(ends, device=state.step.device) - (state.step + 1)  # steps still to go
+            inside = ((now >= 0) & (now < last)).any()
+            count = torch.where((now == last - 1).any(), 0, state.slots[counter]["count"])
+            entered = inside & ~scalars["skip"]
+            count = torch.where(entered, count + 1, count)
+            weight = torch.where(entered, 1 / count.clamp(min=1).double(), 0.0)
+            return {**own, counter: {"count": count}}, {**scalars, "merge_weight": weight}, metrics
+
+        def leaf(path: str) -> Leaf:
+            plain = inner.leaf(path)
+            init = lambda p: {**plain.init(p), name: p.clone()}  # noqa: E731
+            return plain._replace(init=init, update=_merging(plain.update, name))
+
+        return replace(inner, init_control=init_control, control=control, leaf=leaf)
+
+    return Transform(f"merge({last}, {len(ends)} times)", Step, Step, apply)
+
+
+@cache
+def _merging(leaf_update: Function, name: str) -> Function:
+    def update(p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
+        mean = slots[name]
+        new_p, new = leaf_update(p, g, {k: v for k, v in slots.items() if k != name}, scalars)
+        return new_p, {**new, name: mean + scalars["merge_weight"] * (new_p.to(mean.dtype) - mean)}
+
+    return update
