@@ -29,7 +29,7 @@ class MeshConfig:
     pp_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     """Order of work in the pipeline; interleaved needs --mesh.pp-chunks of 2 or more."""
     pp_microbatches: int = 0
-    """Micro-batches that a part of the batch (--recipe.accumulate) goes through the pipeline in. 0: one for each sequence."""
+    """Micro-batches in which a part of the batch (--recipe.accumulate) goes through the pipeline. 0: twice --mesh.pp."""
     pp_chunks: int = 1
     """Virtual stages that each pipeline rank holds."""
     pp_split: str = ""

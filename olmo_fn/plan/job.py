@@ -7,6 +7,7 @@ from functools import cached_property
 from math import prod
 
 from olmo_fn.models.config import Model, divisors
+from olmo_fn.parallel.check import check_layout
 from olmo_fn.parallel.mesh import FLATTENED, Mesh, flag, solve
 from olmo_fn.parallel.pipeline.schedule import Action, Program, schedule
 from olmo_fn.parallel.pipeline.split import Ranges, parse_split, split
@@ -25,7 +26,7 @@ class Job:
     @property
     def microbatches(self) -> int:
         """Parts in which one part of the batch (of `recipe.accumulate`) goes through the pipeline; 1 without one."""
-        return (self.cfg.mesh.pp_microbatches or self._part) if self.mesh.pp > 1 else 1
+        return (self.cfg.mesh.pp_microbatches or 2 * self.mesh.pp) if self.mesh.pp > 1 else 1
 
     @property
     def rows(self) -> int:
@@ -85,35 +86,13 @@ def job(cfg: Config) -> Job:
 
 def check(job: Job) -> Job:
     """The job itself. ValueError, with the fix, if its numbers do not fit together."""
-    cfg, mesh, m, r = job.cfg, job.mesh, job.cfg.model, job.cfg.recipe
+    cfg, mesh, r = job.cfg, job.mesh, job.cfg.recipe
     cfg.check()
-    for name, count in (("heads", m.n_heads), ("kv-heads", m.kv_heads)):
-        if count % mesh.tp:
-            raise ValueError(f"--mesh.tp {mesh.tp} does not divide --model.n-{name} {count}; choose one of {divisors(count)}")
-    if r.sequence_length % (2 * mesh.cp if mesh.cp > 1 else 1):
+    check_layout(cfg.model, mesh, cfg.mesh, r.batch_size, r.sequence_length, r.accumulate)
+    if job._part % job.microbatches:
         raise ValueError(
-            f"--mesh.cp {mesh.cp} needs a --recipe.sequence-length that {2 * mesh.cp} divides, not {r.sequence_length}"
-        )
-    if r.sequence_length // mesh.cp % mesh.tp:
-        raise ValueError(
-            f"--mesh.tp {mesh.tp} does not divide the {r.sequence_length // mesh.cp} positions of a rank; "
-            f"choose one of {divisors(r.sequence_length // mesh.cp)}"
-        )
-    if cfg.mesh.cp_method == "ulysses" and m.kv_heads // mesh.tp % mesh.cp:
-        raise ValueError(
-            f"--mesh.cp-method ulysses cannot share {m.kv_heads // mesh.tp} key/value heads among --mesh.cp {mesh.cp}; "
-            f"use gather or ring"
-        )
-    parts = {
-        "data-parallel ranks": job.size("data"),
-        "--recipe.accumulate": r.accumulate,
-        "--mesh.pp-microbatches": max(cfg.mesh.pp_microbatches, 1) if mesh.pp > 1 else 1,
-    }
-    if r.batch_size % prod(parts.values()):
-        shown = " x ".join(f"{name} {n}" for name, n in parts.items() if n > 1)
-        raise ValueError(
-            f"{shown} = {prod(parts.values())} does not divide --recipe.batch-size {r.batch_size}; "
-            f"choose a multiple, such as {-(-r.batch_size // prod(parts.values())) * prod(parts.values())}"
+            f"{job._part} sequences a data-parallel rank cannot be cut into {job.microbatches} micro-batches; "
+            f"set --mesh.pp-microbatches to one of {divisors(job._part)}"
         )
     if mesh.pp > 1:
         job.ranges, job.programs  # noqa: B018  # they refuse what they cannot do

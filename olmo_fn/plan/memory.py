@@ -86,21 +86,22 @@ def _name(label: Label) -> str:
 
 
 def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
-    """The rank's program. Activations live from F until B or W; every micro-batch adds to the gradients that are there.
-
-    Weights are gathered for every action: those of the two largest neighbours are there, or of all where they are kept.
+    """The rank's program. Activations live from F until B or W; weights are gathered once and stay, gradients are added up whole
+    and scattered together at the end (`olmo_fn.parallel.pipeline.sweep`).
     """
-    rest, labels = at_rest(job, profile, rank), held(job, rank)
-    kept = job.cfg.mesh.keep_gathered or job.size("fsdp") == 1
-    in_use = sorted((profile.in_use[profile.of(label)] for label in labels), reverse=True)
-    always = rest + Counter(gradients=rest["parameters"], tables=profile.tables)
-    live = always + Counter(weights=sum(in_use) if kept else sum(in_use[:2]))
+    rest, labels = at_rest(job, profile, rank), [profile.of(label) for label in held(job, rank)]
+    before = Counter(gradients=rest["parameters"]) if job.cfg.recipe.accumulate > 1 else Counter[str]()
+    whole = 4 * sum(profile.whole[label] for label in labels)
+    weights = Counter(weights=sum(profile.in_use[label] for label in labels), tables=profile.tables)
+    live = rest + before + weights + Counter(gradients=whole)
     for action in job.programs[rank]:
         ours = job.labels(action.chunk * job.mesh.pp + rank)
         for label in ours if action.op == "F" else reversed(ours):
             pieces = profile.forward if action.op == "F" else profile.backward
             if action.op != "W":
-                yield _moment(live, pieces[profile.of(label)], f"{action} of {_name(label)}", apart=("weights",))
+                yield _moment(live, pieces[profile.of(label)], f"{action} of {_name(label)}", ("weights", "gradients"))
             activations = profile.forward[profile.of(label)].grown["activations"]
             live["activations"] += {"F": activations, "I": 0}.get(action.op, -activations)
-    yield _moment(always, profile.update, "update")
+    sent = whole if job.size("data") * job.mesh.cp > 1 else 0
+    yield Peak(live + Counter(gradients=sent + (rest["parameters"] if job.size("fsdp") > 1 else 0)), "reducing the gradients")
+    yield _moment(rest + Counter(gradients=rest["parameters"], tables=profile.tables), profile.update, "update")

@@ -6,6 +6,7 @@ optimizer and collectives are the ones that train.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,22 +15,22 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.grad import Batch, Chain, Stage
-from olmo_fn.layout import SINGLE, compute_copy
-from olmo_fn.models import transformer
+from olmo_fn.layout import compute_copy
 from olmo_fn.nn import attend
 from olmo_fn.parallel.axis import Axes, Axis
 from olmo_fn.parallel.connect import Connection
 from olmo_fn.parallel.mesh import Mesh
-from olmo_fn.parallel.rules import Rules, plan, size
+from olmo_fn.parallel.rules import Rules, size
 from olmo_fn.parallel.sharded import Sharded
 from olmo_fn.plan.job import Label
 from olmo_fn.plan.trace import Seen, Trace, Traffic
 from olmo_fn.tape import remat_policy, segments
 from olmo_fn.train.config import Config
-from olmo_fn.train.recipe import recipe
+from olmo_fn.train.recipe import parameters, recipe
 from olmo_fn.tree import Tree
 
 class Piece(NamedTuple):
@@ -50,6 +51,7 @@ class Profile:
     update: Piece
     state: dict[Label, Counter[str]]  # bytes at rest, by purpose
     in_use: dict[Label, int]  # bytes of the weights to compute with, beside those at rest
+    whole: dict[Label, int]  # entries of its parameters, whole but for tensor parallelism
     gathered: dict[Label, Traffic]  # by one gather of its weights
     reduced: dict[Label, Traffic]  # by its gradients, once
     tables: int  # bytes that attention keeps from step to step
@@ -89,27 +91,27 @@ def kinds(cfg: Config) -> dict[int, int]:
 
 @lru_cache(256)
 def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block: bool = False) -> Profile:
-    """The pieces of a step of ``rows`` sequences a rank, computed at once in ``dtype``, on the mesh without its ``pp``.
+    """The pieces of a step of ``rows`` sequences a rank, computed at once in ``dtype``, on a mesh without pipeline.
 
     ValueError for a layout that the model's own code refuses. ``every_block`` leaves nothing to likeness, which takes longer.
     """
     alike = {i: i for i in range(cfg.model.n_layers)} if every_block else kinds(cfg)
     watch = Watch(cfg, mesh, frozenset(alike.values()))
-    step = recipe(replace(cfg, recipe=replace(cfg.recipe, accumulate=1, compile=False)), dtype)
-    trace = watch.trace
+    once = replace(cfg.recipe, accumulate=1, compile=False, noise_scale=0.0)
+    step, trace = recipe(replace(cfg, recipe=once), dtype), watch.trace
     kernels = {"wrap": trace.stage, "wrap_leaf": trace.kernel} if cfg.recipe.compile else {}
-    step = replace(step, execution=replace(step.execution, layout=watch, **kernels))
+    step = replace(step, execution=replace(step.execution, layout=watch.layout, **kernels))
     attend._bias.cache_clear()  # its tables are part of the memory
     ids = torch.empty(rows, cfg.recipe.sequence_length, dtype=torch.int64, device="meta")
     with trace:
         with trace.purpose("parameters"):
-            params = watch.params()
+            params = tree.map(lambda shape: torch.empty(shape, device="meta"), watch.shapes())
         with trace.purpose("optimizer"):
             state = step.init(params)
         at_rest = {"parameters": state.params, **state.slots}
         del params
         trace.cut()
-        grads, metrics = step.grads(state.params, {"input_ids": ids, "labels": ids}, step.execution)
+        grads, metrics = step.grads(step.point(state), {"input_ids": ids, "labels": ids}, step.execution)
         watch.next("update", None)
         step.update(state, grads, metrics)
         del grads, metrics, ids
@@ -128,8 +130,9 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         ways["backward"],
         one["end", None],
         one["update", None],
-        _state(at_rest, watch.specs),
+        _state(at_rest, watch.layout.specs),
         watch.in_use(dtype),
+        watch.whole(),
         watch.gathered,
         watch.reduced,
         sum(piece.grown["tables"] for piece in one.values()),
@@ -155,50 +158,44 @@ def label_of(path: str) -> Label:
     >>> label_of("blocks.3.attention.w_q"), label_of("head.norm")
     (3, 'head')
     """
-    first, _, rest = path.partition(".")
-    return int(rest.partition(".")[0]) if first == "blocks" else first
+    names = path.split(".")
+    return int(names[names.index("blocks") + 1]) if "blocks" in names else "head" if "head" in names else "embed"
 
 
 class Watch:
-    """A layout that hands everything on to the real one, and cuts the trace where a piece ends."""
+    """Cuts the trace of a step where a piece ends, and adds up what is gathered and reduced for each label."""
 
     def __init__(self, cfg: Config, mesh: Mesh, blocks: frozenset[int]) -> None:
         self.cfg, self.mesh, self.blocks, self.trace = cfg, mesh, blocks, Trace()
-        whole = transformer.specs(cfg.model)
-        self.specs = {**whole, "blocks": {key: block for key, block in whole["blocks"].items() if int(key) in blocks}}
-        axes = axes_of(mesh)
-        self.axes = axes
-        connection = Connection(mesh, 0, axes, None)  # type: ignore[arg-type]
-        self.inner: Any = SINGLE if mesh.size == 1 else Sharded(connection, self.specs, rules_of(cfg))
+        connection = Connection(mesh, 0, axes_of(mesh), None)  # type: ignore[arg-type]
+        mine = {p: s for p, s in tree.items(parameters(cfg)) if not isinstance(label_of(p), int) or label_of(p) in blocks}
+        self.layout = Watched(connection, tree.unflatten(mine), rules_of(cfg), watch=self)
         self.now: tuple[str, Label | None] = ("begin", None)
         self.pieces: dict[tuple[str, Label | None], Piece] = {}
-        self.order: list[Label] = []  # of the segments
+        self.order: list[Label] = []  # of the segments that wait for their backward
         self.gathered: dict[Label, Traffic] = {}
         self.reduced: dict[Label, Traffic] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def params(self) -> Tree:
-        """The parameters of rank 0, whose parts are the largest."""
-        placed = plan(self.specs, rules_of(self.cfg), self.mesh)
-        fsdp, tp = self.axes.fsdp.size, self.axes.tp.size
-        return tree.map_with_path(
-            lambda path, _: torch.empty(placed[path].box((0, fsdp), (0, tp))[1], device="meta"), self.specs
-        )
+    def shapes(self) -> Tree:
+        """Of rank 0's parts of the parameters, which are the largest."""
+        fsdp, tp = self.layout.axes.fsdp.size, self.mesh.tp
+        return tree.unflatten((path, place.box((0, fsdp), (0, tp))[1]) for path, place in self.layout.placed.items())
 
     def in_use(self, dtype: torch.dtype) -> dict[Label, int]:
         """Bytes of the weights that a label computes with, unless they are the ones at rest."""
         found: dict[Label, int] = {}
-        for path, place in plan(self.specs, rules_of(self.cfg), self.mesh).items():
-            shape = place.box((0, 1), (0, self.mesh.tp))[1]
-            like = compute_copy(torch.empty(shape, device="meta"), dtype)
-            own = self.axes.fsdp.size == 1 and like.dtype == torch.float32
-            label = label_of(path)
-            found[label] = found.get(label, 0) + (0 if own else like.nbytes)
+        for path, place in self.layout.placed.items():
+            like = compute_copy(torch.empty(place.box((0, 1), (0, self.mesh.tp))[1], device="meta"), dtype)
+            own = self.layout.axes.fsdp.size == 1 and like.dtype == torch.float32
+            found[label_of(path)] = found.get(label_of(path), 0) + (0 if own else like.nbytes)
         return found
 
-    # --- where pieces end ---------------------------------------------------------------------------------------------
+    def whole(self) -> dict[Label, int]:
+        """Entries of a label's parameters, whole but for tensor parallelism."""
+        found: dict[Label, int] = {}
+        for path, place in self.layout.placed.items():
+            found[label_of(path)] = found.get(label_of(path), 0) + math.prod(place.box((0, 1), (0, self.mesh.tp))[1])
+        return found
 
     def next(self, way: str, label: Label | None) -> None:
         """A piece ends, another begins."""
@@ -211,11 +208,10 @@ class Watch:
 
     def chain(self, chain: Chain) -> Chain:
         """The stages of the chosen blocks, which say when they run."""
-        ours = self.inner.chain(chain)
-        stages = [stage for stage in ours.stages if stage.block is None or stage.block in self.blocks]
+        stages = [stage for stage in chain.stages if stage.block is None or stage.block in self.blocks]
         parts = segments(tuple(stages), self.cfg.recipe.remat)
         self.order = [_label(i, part.stages[0]) for i, part in enumerate(parts)]
-        return replace(ours, stages=tuple(self._marked(s, _label(i, s), s is stages[-1]) for i, s in enumerate(stages)))
+        return replace(chain, stages=tuple(self._marked(s, _label(i, s), s is stages[-1]) for i, s in enumerate(stages)))
 
     def _marked(self, stage: Stage, label: Label, last: bool) -> Stage:
         on_chip = self.trace.on_chip if stage.name == "attend" else nullcontext
@@ -244,52 +240,61 @@ class Watch:
 
         return stage._replace(fn=fn, vjp=vjp if stage.vjp else None)
 
+    def reducing(self, grads: dict[str, Tensor]) -> Label:
+        """A segment's backward is over but for sending its gradients, which goes on during the next one's."""
+        label = self.order.pop()
+        self.trace.is_for("gradients", grads)
+        self.next(*(("backward", self.order[-1]) if self.order else ("end", None)))
+        return label
+
     @contextmanager
-    def _adding(self, table: dict[Label, Traffic], label: Label) -> Iterator[None]:
+    def adding(self, table: dict[Label, Traffic], label: Label) -> Iterator[None]:
         """Add the collectives inside to a label's."""
         before = Counter(self.trace.seen.traffic)
         yield
         table.setdefault(label, Counter()).update(_minus(self.trace.seen.traffic, before))
 
-    # --- the layout -----------------------------------------------------------------------------------------------------
+
+class Watched(Sharded):
+    """The real layout, every part of which says what it is for. State is plain tensors: DTensors need process groups."""
+
+    watch: Watch
+
+    def __init__(self, connection: Connection, specs: Tree, rules: Rules, watch: Watch) -> None:
+        object.__setattr__(self, "watch", watch)
+        super().__init__(connection, specs, rules)
+
+    def chain(self, chain: Chain) -> Chain:
+        return self.watch.chain(super().chain(chain))
 
     def part(self, batch: Batch) -> Batch:
-        """The batch is this rank's already."""
-        return batch
+        return batch  # is this rank's already
 
     def adopt(self, params: Tree) -> Tree:
-        """They are parts already."""
         return params
 
-    def place(self, path: str, part: Any) -> Any:
-        """A part of the state: no DTensor, which would need process groups."""
+    def place(self, path: str, part: Tensor) -> Any:
         return part
 
     def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype) -> Any:
-        """The real layout's weights, under their purpose."""
-        paths = tuple(paths)
-        label = label_of(paths[0])
-        with self.trace.purpose("weights"), self._adding(self.gathered, label):
-            return _Weights(self.trace, self.inner.fetch(params, paths, dtype))
+        paths, watch = tuple(paths), self.watch
+        with watch.trace.purpose("weights"), watch.adding(watch.gathered, label_of(paths[0])):
+            return _Weights(watch.trace, super().fetch(params, paths, dtype))
 
-    def reduce(self, grads: dict[str, Any]) -> Callable[[], Any]:
-        """A segment's backward is over but for sending its gradients, which goes on during the next one's."""
-        label = self.order.pop()
-        self.trace.is_for("gradients", grads)
-        self.next(*(("backward", self.order[-1]) if self.order else ("end", None)))
-        with self.trace.purpose("gradients"), self._adding(self.reduced, label):
-            end = self.inner.reduce(grads)
+    def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        watch, label = self.watch, self.watch.reducing(grads)
+        with watch.trace.purpose("gradients"), watch.adding(watch.reduced, label):
+            end = super().reduce(grads)
 
-        def arriving() -> Any:
-            with self.trace.purpose("gradients"), self._adding(self.reduced, label):
+        def arriving() -> dict[str, Tensor]:
+            with watch.trace.purpose("gradients"), watch.adding(watch.reduced, label):
                 return end()
 
         return arriving
 
-    def finish(self, grads: dict[str, Any]) -> Any:
-        """The real layout's, under its purpose."""
-        with self.trace.purpose("gradients"):
-            return self.inner.finish(grads)
+    def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        with self.watch.trace.purpose("gradients"):
+            return super().finish(grads)
 
 
 class _Weights:
@@ -309,6 +314,10 @@ class _Weights:
     def again(self) -> None:
         with self.trace.purpose("weights"):
             self.inner.again()
+
+
+def _label(i: int, stage: Stage) -> Label:
+    return stage.block if stage.block is not None else "head" if i else "embed"
 
 
 def _label(i: int, stage: Stage) -> Label:

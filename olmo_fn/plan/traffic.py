@@ -9,33 +9,30 @@ from olmo_fn.plan.memory import held
 from olmo_fn.plan.profile import Profile
 from olmo_fn.plan.trace import Traffic
 
-WEIGHTS = ("fsdp", "all_gather")
-
-
 def traffic(job: Job, profile: Profile, rank: int = 0) -> Traffic:
     """All collectives of one step on pipeline rank ``rank``, and what it sends to other stages.
 
     Bytes are those of the whole tensor: the result of an all_gather, the argument of the others.
     """
     labels = [profile.of(label) for label in held(job, rank)]
-    sweeps = job.cfg.recipe.accumulate * job.microbatches
+    parts = job.cfg.recipe.accumulate
     total: Traffic = Counter()
     if job.mesh.pp == 1:
         for piece in (profile.begin, *(p[label] for p in (profile.forward, profile.backward) for label in labels), profile.end):
-            add(total, piece.seen.traffic, sweeps)
-        add(total, profile.update.seen.traffic, 1)
-        return _norm_once(total, profile, sweeps)
-    for label in labels:
-        for pieces in (profile.forward, profile.backward):
-            inside = {key: n for key, n in pieces[label].seen.traffic.items() if key[0] in ("tp", "cp")}
-            add(total, Counter(inside), sweeps)
-        add(total, profile.gathered[label], sweeps if job.cfg.mesh.keep_gathered else 2 * sweeps)
-        add(total, profile.reduced[label], sweeps)
-    add(total, _sent(job, rank), job.cfg.recipe.accumulate)
-    rest = Counter({key: n for key, n in profile.end.seen.traffic.items() if key[0] in ("tokens", "world")})
-    add(total, rest, sweeps)
+            add(total, piece.seen.traffic, parts)
+    else:  # what is gathered and reduced comes once, the rest for every micro-batch
+        for label in labels:
+            for pieces in (profile.forward, profile.backward):
+                inside = {key: n for key, n in pieces[label].seen.traffic.items() if key[0] in ("tp", "cp")}
+                add(total, Counter(inside), parts * job.microbatches)
+            add(total, profile.gathered[label] + profile.reduced[label], parts)
+        add(total, _sent(job, rank), parts)
+        add(total, _without_segments(job, profile), parts)
     add(total, profile.update.seen.traffic, 1)
-    return _norm_once(total, profile, sweeps)
+    for key, n in profile.end.seen.traffic.items():
+        if key[0] == "world":  # the norm of the gradient: once a step
+            total[key] -= n * (parts - 1)
+    return total
 
 
 def add(total: Traffic, more: Traffic, times: int) -> None:
@@ -44,12 +41,10 @@ def add(total: Traffic, more: Traffic, times: int) -> None:
         total[key] += n * times
 
 
-def _norm_once(total: Traffic, profile: Profile, sweeps: int) -> Traffic:
-    """The norm of the gradient comes once a step, after all sweeps, not in each."""
-    for key, n in profile.end.seen.traffic.items():
-        if key[0] == "world":
-            total[key] -= n * (sweeps - 1)
-    return total
+def _without_segments(job: Job, profile: Profile) -> Traffic:
+    """What ends a sweep: sums over tokens, in a pipeline over its ranks too, and the norm."""
+    found = Counter({key: n for key, n in profile.end.seen.traffic.items() if key[0] in ("tokens", "world")})
+    return found + Counter({("pp", "all_reduce", "calls"): 1, ("pp", "all_reduce", "bytes"): 12})
 
 
 def carry(job: Job) -> int:
