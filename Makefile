@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup train test test-slow check format clean
+.PHONY: setup train test test-slow notebooks check format clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
@@ -19,6 +19,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+notebooks: setup
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 check: setup
 	$(BIN)/ruff check .

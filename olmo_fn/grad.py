@@ -111,7 +111,7 @@ class Execution:
     ``wrap`` goes around every stage function, and ``wrap_leaf`` around every parameter update and other kernels that see
     tensors of many shapes (compilation); ``donate`` lets an update write into the memory of the state it replaces;
     ``layout`` is where parameters live (`olmo_fn.layout`). ``wants`` says of a path whether its gradient is asked for; the
-    tree of gradients has no others.
+    tree of gradients has no others. ``differentiable`` keeps what a derivative of the whole step needs.
     """
 
     wrap: Callable[[Function], Function] = identity
@@ -119,6 +119,7 @@ class Execution:
     donate: bool = False
     layout: Any = SINGLE
     wants: Callable[[str], bool] = everything
+    differentiable: bool = False
 
 
 EAGER = Execution()

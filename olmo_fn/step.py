@@ -124,9 +124,12 @@ class Step:
 
         return tree.map_with_path(at, state.params)
 
-    @torch.no_grad()
     def update(self, state: State, grads: Tree, metrics: Metrics) -> tuple[State, Metrics]:
         """The second half of a step: from gradients to the next state. Consumes ``grads``."""
+        with torch.set_grad_enabled(self.execution.differentiable):
+            return self._update(state, grads, metrics)
+
+    def _update(self, state: State, grads: Tree, metrics: Metrics) -> tuple[State, Metrics]:
         if "grad_norm" not in metrics:
             metrics = {**metrics, "grad_norm": self.execution.layout.norm(grads)}
         control, scalars, metrics = self.control(state, metrics)
@@ -336,7 +339,7 @@ def accumulate(n: int) -> Transform:
             total, metrics = inner(params, parts[0], execution)
             for part in parts[1:]:
                 grads, more = inner(params, part, execution)
-                tree.map(lambda a, b: a.add_(b), total, grads)
+                total = tree.map(torch.add if execution.differentiable else Tensor.add_, total, grads)
                 metrics = {name: value + more[name] for name, value in metrics.items()}
             return total, metrics
 
@@ -367,8 +370,8 @@ def clip(max_norm: float) -> Transform:
             grads, metrics = inner(params, batch, execution)
             norm = execution.layout.norm(grads)
             scale = (max_norm / norm).clamp(max=1.0)
-            tree.map(lambda g: g.mul_(scale), grads)
-            return grads, {**metrics, "grad_norm": norm}
+            scaled = torch.mul if execution.differentiable else Tensor.mul_
+            return tree.map(lambda g: scaled(g, scale), grads), {**metrics, "grad_norm": norm}
 
         return replace(inner, fn=gradients)
 
@@ -444,5 +447,16 @@ def donate() -> Transform:
     return Transform("donate()", Step, Step, partial(_execute, donate=True))
 
 
+def differentiable() -> Transform:
+    """Let derivatives flow through the step, from the next state to the state before it: nothing is overwritten or detached.
+
+    For ``torch.func.grad`` through steps (`olmo_fn.research.hypergradient`); engine func only.
+    """
+    return Transform("differentiable()", Step, Step, partial(_execute, differentiable=True))
+
+
 def _execute(step: Step, **changes: Any) -> Step:
-    return replace(step, execution=replace(step.execution, **changes))
+    execution = replace(step.execution, **changes)
+    if execution.donate and execution.differentiable:
+        raise ValueError("donate() overwrites what differentiable() must keep; leave one of them out")
+    return replace(step, execution=execution)

@@ -108,6 +108,8 @@ def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction
     remat_policy(remat)  # refuses an unknown one now
 
     def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
+        if execution.differentiable or torch._C._are_functorch_transforms_active():
+            raise ValueError("engine tape cannot be inside vmap, jvp or another derivative; use grad(engine='func')")
         layout, tokens = execution.layout, loss_tokens(batch)
         flat, sums = layout.sweep(chain, remat, params, batch, tokens, dtype, execution)
         grads = tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat)

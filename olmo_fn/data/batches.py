@@ -54,8 +54,11 @@ class Batches:
         """Steps in one pass over the data."""
         return batches_per_epoch(self.num_instances, self.batch_size)
 
+    def numbers(self, step: int) -> np.ndarray:
+        """The windows of the global batch of ``step`` (from 0), (batch_size,) uint32."""
+        return indices(step, self.batch_size, self.num_instances, self.seed)
+
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """``input_ids`` and ``labels``, (batch_size / world, T) int64, of ``step`` (from 0) for ``rank``."""
-        numbers = indices(step, self.batch_size, self.num_instances, self.seed)
-        ids, mask = self.windows.read(numbers[share(self.batch_size, rank, world)])
+        ids, mask = self.windows.read(self.numbers(step)[share(self.batch_size, rank, world)])
         return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels_of(ids, mask))}

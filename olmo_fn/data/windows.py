@@ -31,6 +31,11 @@ class Windows:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The file (its place in ``files``) and the first token's offset there of each of the windows ``numbers`` (B,)."""
+        which = np.searchsorted(self.ends, numbers, side="right")
+        return which, self.sequence_length * (numbers - np.where(which > 0, self.ends[which - 1], 0))
+
     def read(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Token ids (B, T) int64 and label mask (B, T) bool or None of the windows ``numbers``.
 
@@ -40,8 +45,7 @@ class Windows:
         t = self.sequence_length
         ids = np.empty((len(numbers), t), dtype=np.int64)
         mask = np.empty((len(numbers), t), dtype=np.bool_) if self.masks else None
-        which = np.searchsorted(self.ends, numbers, side="right")
-        starts = t * (numbers - np.where(which > 0, self.ends[which - 1], 0))
+        which, starts = self.locate(numbers)
         for row, (file, start) in enumerate(zip(which.tolist(), starts.tolist(), strict=True)):
             ids[row] = view(self.files[file])[start : start + t]
             if mask is not None:

@@ -85,10 +85,11 @@ def optimizer(name: str, rule: Rule, lr: Schedule | float, weight_decay: Decay |
         finite = metrics["loss"].isfinite() & metrics["grad_norm"].isfinite()
         skip = ~finite | metrics.get("skip", False)
         before = state.slots[name]
-        scalars = {**before, "count": before["count"] + 1, "lr": schedule(state.step + 1), "skip": skip}
+        rate = schedule(state.step + 1) * metrics.get("lr_scale", 1.0)
+        scalars = {**before, "count": before["count"] + 1, "lr": rate, "skip": skip}
         scalars |= rule.scalars(scalars)
         slot = {name: {k: torch.where(skip, old, scalars[k]) for k, old in before.items()}}
-        report = {k: v for k, v in metrics.items() if k != "skip"}
+        report = {k: v for k, v in metrics.items() if k not in ("skip", "lr_scale")}
         return slot, scalars, {**report, "lr": scalars["lr"], "skipped": skip.float()}
 
     return Transform(f"{name}(...)", Grads, Step, lambda grads: Step(grads, init_control, control, leaf))

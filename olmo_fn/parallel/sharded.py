@@ -172,7 +172,8 @@ class Sharded(Single):
     def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype) -> Weights:
         """Begin to gather the subtrees at ``paths``."""
         subtrees = {path: tree.at(params, path) for path in paths}
-        if self.axes.fsdp.size == 1:
+        sharded = (self.placed[path].fsdp is not None for top, part in subtrees.items() for path, _ in tree.items(part, top))
+        if self.axes.fsdp.size == 1 or not any(sharded):
             return Here({path: compute_copies(subtree, dtype) for path, subtree in subtrees.items()})
         return Gathered(self, subtrees, dtype)
 

@@ -1,0 +1,40 @@
+"""A transform of one's own: gradient centralisation, in ten lines."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from olmo_fn import tree
+from olmo_fn.grad import Batch, Execution, Grads, Metrics
+from olmo_fn.step import Transform
+from olmo_fn.tree import Tree, matches
+
+
+def centralize(patterns: tuple[str, ...] = ("blocks.*",)) -> Transform:
+    """Subtract from each matrix's gradient its mean over the inputs (Yong et al. 2020, arXiv 2004.01461, eq. 1).
+
+        g = g - mean(g, dim 0)          for g (inputs, outputs) whose path matches one of ``patterns``
+
+    A projection: doing it twice is doing it once. Linear: before or after `accumulate` is the same.
+
+    >>> import torch
+    >>> from olmo_fn.step import grad, pipe
+    >>> def loss(params, batch):
+    ...     return (params["blocks"]["w"] * batch["labels"]).sum(), {}
+    >>> centered = pipe(loss, grad("func"), centralize())
+    >>> grads, _ = centered({"blocks": {"w": torch.zeros(2, 1)}}, {"labels": torch.tensor([[1], [5]])})
+    >>> grads["blocks"]["w"].tolist()
+    [[-1.0], [1.0]]
+    """
+
+    def centered(path: str, g: Tensor) -> Tensor:
+        return g - g.mean(0, keepdim=True) if g.ndim == 2 and matches(path, patterns) else g
+
+    def apply(inner: Grads) -> Grads:
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
+            grads, metrics = inner(params, batch, execution)
+            return tree.map_with_path(centered, grads), metrics
+
+        return Grads(gradients)
+
+    return Transform("centralize()", Grads, Grads, apply)
