@@ -7,7 +7,8 @@ The assumptions, none of which has been measured by this project (it has had no 
 - A collective moves (n - 1) / n of its tensor over the slowest link of its group, an all_reduce twice that, after a fixed latency.
   A group with g ranks in a machine drives g network cards.
 - Weights and gradients (``fsdp``, ``dp_replicate``) travel while a neighbouring segment computes: a segment takes the longer of
-  the two. ``tp`` and ``cp`` collectives are waited for. Sends of the pipeline overlap as its simulation says.
+  the two. ``tp`` and ``cp`` collectives are waited for. A pipeline gathers its weights before it begins and scatters its gradients
+  when it has ended, which nothing overlaps with; its sends overlap as its simulation says.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from olmo_fn.models.count import flops_per_sequence
 from olmo_fn.parallel.mesh import AXES, FLATTENED
 from olmo_fn.parallel.pipeline.simulate import Costs, simulate
 from olmo_fn.plan.accelerators import Accelerator
-from olmo_fn.plan.job import Job, Label
-from olmo_fn.plan.memory import at_rest
-from olmo_fn.plan.profile import Piece, Profile
-from olmo_fn.plan.trace import Traffic
-from olmo_fn.plan.traffic import carry
+from olmo_fn.plan.job import Job
+from olmo_fn.plan.memory import at_rest, carry, held
+from olmo_fn.plan.profile import Profile
+from olmo_fn.plan.trace import Seen, Traffic
 
 GEMM, ATTENTION, STREAM = 0.65, 0.4, 0.75
 LATENCY = {"link": 10e-6, "network": 30e-6}
@@ -45,21 +45,30 @@ class Clock:
     """The model's FLOPs, without what is computed again or masked, over the peak."""
     tokens: float
     """Tokens a second and accelerator."""
+    linear: float
+    """FLOPs of a rank's products with weights, what is computed again included."""
+    batched: float
+    """FLOPs of its attention, masked parts of its tiles included."""
 
 
 def clock(job: Job, profile: Profile, gpu: Accelerator) -> Clock:
     """The estimated time of a step."""
-    r = job.cfg.recipe
-    busy = {way: [0.0] * len(job.ranges) for way in "FBC"}
+    r, alone = job.cfg.recipe, job.mesh.pp == 1
+    busy = {way: [0.0] * len(job.ranges) for way in "FB"}
+    computing = linear = batched = 0.0
     for stage in range(len(job.ranges)):
         for label in job.labels(stage):
             for way, pieces in (("F", profile.forward), ("B", profile.backward)):
-                seconds = _piece(job, profile, pieces[profile.of(label)], way, label, gpu)
-                busy[way][stage] += seconds[0]
-                busy["C"][stage] += seconds[1]
+                seen = pieces[profile.of(label)].seen
+                one = _computing(seen, gpu)
+                wires = _wire(job, seen.traffic, gpu)
+                waited = one + sum(seconds for axis, seconds in wires.items() if axis not in OVERLAPPED)
+                busy[way][stage] += max(waited, sum(wires.get(axis, 0.0) for axis in OVERLAPPED)) if alone else waited
+                computing, linear, batched = computing + one, linear + seen.linear, batched + seen.batched
+    each = job.microbatches * r.accumulate / job.mesh.pp  # how often an average rank does it all
     per_sweep = [f + b for f, b in zip(busy["F"], busy["B"], strict=True)]
     bubble = 0.0
-    if job.mesh.pp == 1:
+    if alone:
         sweep = per_sweep[0] + sum(_wire(job, profile.end.seen.traffic, gpu).values())
     else:
         n = len(per_sweep)
@@ -68,24 +77,27 @@ def clock(job: Job, profile: Profile, gpu: Accelerator) -> Clock:
         link = _bandwidth(job, "pp", gpu)
         transfer = carry(job) / link[0] + link[1]
         timeline = simulate(job.programs, Costs(forward, backward, backward / 2, backward / 2, transfer, scale))
-        sweep, bubble = timeline.ticks, timeline.bubble
+        sweep, bubble = timeline.ticks + _before_and_after(job, profile, gpu), timeline.bubble
     update = _update(job, profile, gpu)
     seconds = r.accumulate * sweep + update
-    computing = sum(busy["C"]) / job.mesh.pp * job.microbatches * r.accumulate
-    waiting = sum(per_sweep) / job.mesh.pp * job.microbatches * r.accumulate - computing
+    waiting = sum(per_sweep) * each - computing * each + (0 if alone else r.accumulate * _before_and_after(job, profile, gpu))
     useful = flops_per_sequence(job.cfg.model, r.sequence_length) * r.batch_size
-    tokens = r.batch_size * r.sequence_length
-    size = job.mesh.size
-    return Clock(seconds, computing, waiting, update, bubble, useful / (seconds * gpu.peak * size), tokens / seconds / size)
+    tokens, size = r.batch_size * r.sequence_length, job.mesh.size
+    mfu, rate = useful / (seconds * gpu.peak * size), tokens / seconds / size
+    return Clock(seconds, computing * each, waiting, update, bubble, mfu, rate, linear * each, batched * each)
 
 
-def _piece(job: Job, profile: Profile, piece: Piece, way: str, label: Label, gpu: Accelerator) -> tuple[float, float]:
-    """Seconds of a piece, and of its computation."""
-    seen = piece.seen
-    computing = seen.linear / (GEMM * gpu.peak) + seen.batched / (ATTENTION * gpu.peak) + seen.moved / (STREAM * gpu.bandwidth)
-    wires = _wire(job, seen.traffic, gpu)
-    waited = sum(seconds for axis, seconds in wires.items() if axis not in OVERLAPPED)
-    return max(computing + waited, sum(wires.get(axis, 0.0) for axis in OVERLAPPED)), computing
+def _computing(seen: Seen, gpu: Accelerator) -> float:
+    return seen.linear / (GEMM * gpu.peak) + seen.batched / (ATTENTION * gpu.peak) + seen.moved / (STREAM * gpu.bandwidth)
+
+
+def _before_and_after(job: Job, profile: Profile, gpu: Accelerator) -> float:
+    """Seconds in which the slowest pipeline rank gathers its weights and scatters its gradients, with nothing to overlap."""
+    found = []
+    for rank in range(job.mesh.pp):
+        tables = (table[profile.of(label)] for label in held(job, rank) for table in (profile.gathered, profile.reduced))
+        found.append(sum(sum(_wire(job, table, gpu).values()) for table in tables))
+    return max(found)
 
 
 def _update(job: Job, profile: Profile, gpu: Accelerator) -> float:

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from olmo_fn.parallel.pipeline.schedule import Action
+from olmo_fn.parallel.pipeline.communicate import AHEAD
+from olmo_fn.parallel.pipeline.execute import SENDS
 from olmo_fn.plan.job import Job, Label
 from olmo_fn.plan.profile import Piece, Profile
 
@@ -40,7 +41,8 @@ def at_rest(job: Job, profile: Profile, rank: int = 0) -> Counter[str]:
     labels = held(job, rank)
     if job.cfg.model.tie_embeddings and "head" in labels:
         labels |= {"embed"}
-    return sum((profile.state.get(profile.of(label), Counter()) for label in labels), Counter[str]())
+    control = Counter(optimizer=profile.control)
+    return sum((profile.state.get(profile.of(label), Counter()) for label in labels), control)
 
 
 def held(job: Job, rank: int) -> set[Label]:
@@ -85,6 +87,12 @@ def _name(label: Label) -> str:
     return f"block {label}" if isinstance(label, int) else label
 
 
+def carry(job: Job) -> int:
+    """Bytes that go from one virtual stage to the next: this rank's part of the residual stream."""
+    positions = job.rows * job.cfg.recipe.sequence_length // (job.mesh.cp * job.mesh.tp)
+    return positions * job.cfg.model.d_model * (2 if job.dtype == "bfloat16" else 4)
+
+
 def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
     """The rank's program. Activations live from F until B or W; weights are gathered once and stay, gradients are added up whole
     and scattered together at the end (`olmo_fn.parallel.pipeline.sweep`).
@@ -93,7 +101,7 @@ def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
     before = Counter(gradients=rest["parameters"]) if job.cfg.recipe.accumulate > 1 else Counter[str]()
     whole = 4 * sum(profile.whole[label] for label in labels)
     weights = Counter(weights=sum(profile.in_use[label] for label in labels), tables=profile.tables)
-    live = rest + before + weights + Counter(gradients=whole)
+    live = rest + before + weights + Counter(gradients=whole, activations=(SENDS + AHEAD) * carry(job))
     for action in job.programs[rank]:
         ours = job.labels(action.chunk * job.mesh.pp + rank)
         for label in ours if action.op == "F" else reversed(ours):
@@ -102,6 +110,8 @@ def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
                 yield _moment(live, pieces[profile.of(label)], f"{action} of {_name(label)}", ("weights", "gradients"))
             activations = profile.forward[profile.of(label)].grown["activations"]
             live["activations"] += {"F": activations, "I": 0}.get(action.op, -activations)
+        if ours[0] != "embed":  # the carry that came from the stage before
+            live["activations"] += {"F": carry(job), "I": 0}.get(action.op, -carry(job))
     sent = whole if job.size("data") * job.mesh.cp > 1 else 0
     yield Peak(live + Counter(gradients=sent + (rest["parameters"] if job.size("fsdp") > 1 else 0)), "reducing the gradients")
     yield _moment(rest + Counter(gradients=rest["parameters"], tables=profile.tables), profile.update, "update")

@@ -54,6 +54,8 @@ class Profile:
     whole: dict[Label, int]  # entries of its parameters, whole but for tensor parallelism
     gathered: dict[Label, Traffic]  # by one gather of its weights
     reduced: dict[Label, Traffic]  # by its gradients, once
+    finished: dict[Label, int]  # bytes of its gradients that are summed once all are there
+    control: int  # bytes of the state that belong to no parameter
     tables: int  # bytes that attention keeps from step to step
     alike: dict[int, int]  # every block -> the one that stands for it
 
@@ -109,6 +111,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         with trace.purpose("optimizer"):
             state = step.init(params)
         at_rest = {"parameters": state.params, **state.slots}
+        control = trace.live.total()
         del params
         trace.cut()
         grads, metrics = step.grads(step.point(state), {"input_ids": ids, "labels": ids}, step.execution)
@@ -117,9 +120,12 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         del grads, metrics, ids
         watch.next("over", None)
     one = watch.pieces
+    one["end", None].seen.traffic.subtract(watch.finished.get("head", Counter()))  # of all blocks, see `Profile.finished`
     for born, kept in trace.living("activations"):  # what outlives a step is made once: the tables
         list(one.values())[born - 1].grown.update(activations=-kept, tables=kept)
     attend._bias.cache_clear()
+    rest = _state(at_rest, watch.layout.specs)
+    control -= sum(part.total() for part in rest.values())
     ways: dict[str, dict[Label, Piece]] = {"forward": {}, "backward": {}}
     for (way, label), piece in one.items():
         if label is not None:
@@ -130,11 +136,13 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         ways["backward"],
         one["end", None],
         one["update", None],
-        _state(at_rest, watch.layout.specs),
+        rest,
         watch.in_use(dtype),
         watch.whole(),
         watch.gathered,
         watch.reduced,
+        watch.kept_whole(),
+        control,
         sum(piece.grown["tables"] for piece in one.values()),
         alike,
     )
@@ -175,6 +183,7 @@ class Watch:
         self.order: list[Label] = []  # of the segments that wait for their backward
         self.gathered: dict[Label, Traffic] = {}
         self.reduced: dict[Label, Traffic] = {}
+        self.finished: dict[Label, Traffic] = {}
 
     def shapes(self) -> Tree:
         """Of rank 0's parts of the parameters, which are the largest."""
@@ -195,6 +204,16 @@ class Watch:
         found: dict[Label, int] = {}
         for path, place in self.layout.placed.items():
             found[label_of(path)] = found.get(label_of(path), 0) + math.prod(place.box((0, 1), (0, self.mesh.tp))[1])
+        return found
+
+    def kept_whole(self) -> dict[Label, int]:
+        """Bytes of a label's gradients that ``finish`` sums, as their parameters are not sharded over ``fsdp``."""
+        found: dict[Label, int] = {}
+        if self.layout.axes.fsdp.size > 1:
+            for path, place in self.layout.placed.items():
+                if place.fsdp is None:
+                    size = math.prod(place.box((0, 1), (0, self.mesh.tp))[1])
+                    found[label_of(path)] = found.get(label_of(path), 0) + 4 * size
         return found
 
     def next(self, way: str, label: Label | None) -> None:
@@ -293,7 +312,8 @@ class Watched(Sharded):
         return arriving
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        with self.watch.trace.purpose("gradients"):
+        watch = self.watch
+        with watch.trace.purpose("gradients"), watch.adding(watch.finished, "head"):
             return super().finish(grads)
 
 

@@ -59,6 +59,7 @@ class Trace(TorchDispatchMode):
         self._born: dict[int, int] = {}  # the number of cuts when it was made
         self._fused: list[Tensor] | None = None  # inside one kernel: what it keeps although it is no result
         self._on_chip = False
+        self._sent: dict[int, Tensor] = {}  # what a gather reads until somebody waits for its result
         self._results: dict[Any, tuple[Any, int]] = {}  # of kernels: the number of an input, or a tensor like a new one
 
     # --- what is live -------------------------------------------------------------------------------------------------
@@ -150,6 +151,7 @@ class Trace(TorchDispatchMode):
     def _collective(self, func: Any, args: Any) -> Any:
         name, x = func._schema.name.split("::")[1], args[0]
         if name == "wait_tensor":
+            self._sent.pop(x.untyped_storage()._cdata, None)
             return x if x.is_meta else func(*args)
         group = args[-1]
         kind = "ring_shift" if name == "all_to_all_single" and 0 in args[2] else KINDS[name]
@@ -166,6 +168,8 @@ class Trace(TorchDispatchMode):
         self.seen.traffic[group, kind, "calls"] += 1
         self.seen.traffic[group, kind, "bytes"] += (out if kind == "all_gather" else x).nbytes
         self._made(out)
+        if kind == "all_gather":
+            self._sent[out.untyped_storage()._cdata] = x
         if self._fused is not None:
             self._fused.append(out)
         return out

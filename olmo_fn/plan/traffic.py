@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 
+from olmo_fn.parallel.axis import Axes
+from olmo_fn.parallel.mesh import FLATTENED
 from olmo_fn.plan.job import Job
-from olmo_fn.plan.memory import held
+from olmo_fn.plan.memory import carry, held
 from olmo_fn.plan.profile import Profile
 from olmo_fn.plan.trace import Traffic
 
@@ -29,10 +32,25 @@ def traffic(job: Job, profile: Profile, rank: int = 0) -> Traffic:
         add(total, _sent(job, rank), parts)
         add(total, _without_segments(job, profile), parts)
     add(total, profile.update.seen.traffic, 1)
-    for key, n in profile.end.seen.traffic.items():
-        if key[0] == "world":  # the norm of the gradient: once a step
-            total[key] -= n * (parts - 1)
-    return total
+    finished = sum(profile.finished.get(label, 0) for label in labels)
+    if finished:
+        add(total, _call("tokens", "all_reduce", finished), parts)
+    for key in [key for key in total if key[0] == "world"]:
+        del total[key]
+    if job.mesh.size > 1:  # the norm of the gradient, once a step
+        add(total, _call("world", "all_reduce", 8), 1)
+    return +total
+
+
+def shared_groups(job: Job, traffic: Traffic) -> Traffic:
+    """The same with every axis called by the first in `Axes` over the same ranks, as these share a process group."""
+    lines: dict[tuple[int, ...], str] = {}
+    for name in (field.name for field in fields(Axes)):
+        lines.setdefault(job.mesh.ranks(FLATTENED.get(name, (name,)), 0), name)
+    found: Traffic = Counter()
+    for (axis, kind, unit), n in traffic.items():
+        found[lines[job.mesh.ranks(FLATTENED.get(axis, (axis,)), 0)], kind, unit] += n
+    return found
 
 
 def add(total: Traffic, more: Traffic, times: int) -> None:
@@ -42,15 +60,14 @@ def add(total: Traffic, more: Traffic, times: int) -> None:
 
 
 def _without_segments(job: Job, profile: Profile) -> Traffic:
-    """What ends a sweep: sums over tokens, in a pipeline over its ranks too, and the norm."""
-    found = Counter({key: n for key, n in profile.end.seen.traffic.items() if key[0] in ("tokens", "world")})
-    return found + Counter({("pp", "all_reduce", "calls"): 1, ("pp", "all_reduce", "bytes"): 12})
+    """What ends a sweep: sums over tokens, in a pipeline over its ranks too; gradients of tied weights over its two ends."""
+    found = Counter({key: n for key, n in profile.end.seen.traffic.items() if key[0] == "tokens"})
+    found += _call("pp", "all_reduce", 12)
+    return found + _call("pp", "all_reduce", profile.state["embed"]["parameters"]) if job.cfg.model.tie_embeddings else found
 
 
-def carry(job: Job) -> int:
-    """Bytes that go from one virtual stage to the next: this rank's part of the residual stream."""
-    positions = job.rows * job.cfg.recipe.sequence_length // (job.mesh.cp * job.mesh.tp)
-    return positions * job.cfg.model.d_model * (2 if job.dtype == "bfloat16" else 4)
+def _call(axis: str, kind: str, size: int) -> Traffic:
+    return Counter({(axis, kind, "calls"): 1, (axis, kind, "bytes"): size})
 
 
 def _sent(job: Job, rank: int) -> Traffic:
