@@ -18,7 +18,7 @@ class Accelerator(NamedTuple):
 
 
 ACCELERATORS = {
-    # NVIDIA A100 80GB SXM data sheet (2021): 312 TFLOPS, 2,039 GB/s, NVLink 600 GB/s both ways; DGX A100: one HDR 200 Gb/s a GPU
+    # NVIDIA A100 80GB SXM data sheet (2021): 312 TFLOPS, 2,039 GB/s, NVLink 600 GB/s both ways; DGX A100: HDR 200 Gb/s a GPU
     "a100": Accelerator("A100 80GB SXM", 312e12, 80e9, 2.039e12, 300e9, 25e9),
     # NVIDIA H100 SXM data sheet: 1,979 TFLOPS sparse, 3.35 TB/s, NVLink 900 GB/s both ways; DGX H100: one NDR 400 Gb/s a GPU
     "h100": Accelerator("H100 80GB SXM", 989.4e12, 80e9, 3.35e12, 450e9, 50e9),

@@ -3,16 +3,19 @@
 The assumptions, none of which has been measured by this project (it has had no GPU):
 
 - A product of matrices runs at `GEMM` of the peak, attention's at `ATTENTION`; elementwise kernels at `STREAM` of the memory's
-  bandwidth. Attention's tiles stay on chip, as in FlashAttention; what the plain tiles of `olmo_fn.nn.attend` would move is not counted.
-- A collective moves (n - 1) / n of its tensor over the slowest link of its group, an all_reduce twice that, after a fixed latency.
-  A group with g ranks in a machine drives g network cards.
-- Weights and gradients (``fsdp``, ``dp_replicate``) travel while a neighbouring segment computes: a segment takes the longer of
-  the two. ``tp`` and ``cp`` collectives are waited for. A pipeline gathers its weights before it begins and scatters its gradients
-  when it has ended, which nothing overlaps with; its sends overlap as its simulation says.
+  bandwidth. Attention's tiles stay on chip, as in FlashAttention: what the plain tiles of `olmo_fn.nn.attend` would move is not
+  counted.
+- A collective moves (n - 1) / n of its tensor over the slowest link of its group, an all_reduce twice that. It takes `LAUNCH`,
+  and `HOP` for each of the n - 1 steps of a ring, an all_reduce for the 2 log n of a tree. A group with g ranks in a machine
+  drives g network cards.
+- Weights and gradients (``fsdp``, ``dp_replicate``) travel while a neighbouring segment computes: a segment takes the longer
+  of the two. ``tp`` and ``cp`` collectives are waited for. A pipeline gathers its weights before it begins and scatters its
+  gradients when it has ended, which nothing overlaps with; its sends overlap as its simulation says.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from math import prod
 
@@ -26,7 +29,8 @@ from olmo_fn.plan.profile import Profile
 from olmo_fn.plan.trace import Seen, Traffic
 
 GEMM, ATTENTION, STREAM = 0.65, 0.4, 0.75
-LATENCY = {"link": 10e-6, "network": 30e-6}
+HOP = {"link": 1e-6, "network": 5e-6}  # seconds from one rank to the next
+LAUNCH = 10e-6  # seconds a collective takes before anything moves
 OVERLAPPED = ("fsdp", "dp_replicate")
 
 
@@ -75,7 +79,7 @@ def clock(job: Job, profile: Profile, gpu: Accelerator) -> Clock:
         forward, backward = sum(busy["F"]) / n, sum(busy["B"]) / n
         scale = tuple(max(one * n / sum(per_sweep), 1e-3) for one in per_sweep)
         link = _bandwidth(job, "pp", gpu)
-        transfer = carry(job) / link[0] + link[1]
+        transfer = carry(job) / link[0] + LAUNCH + link[1]
         timeline = simulate(job.programs, Costs(forward, backward, backward / 2, backward / 2, transfer, scale))
         sweep, bubble = timeline.ticks + _before_and_after(job, profile, gpu), timeline.bubble
     update = _update(job, profile, gpu)
@@ -111,22 +115,25 @@ def _wire(job: Job, traffic: Traffic, gpu: Accelerator) -> dict[str, float]:
     """Seconds of collectives by axis."""
     found: dict[str, float] = {}
     for (axis, kind, unit), n in traffic.items():
-        size, (bandwidth, latency) = job.size(axis), _bandwidth(job, axis, gpu)
+        if job.size(axis) == 1:
+            continue
+        size, (bandwidth, hop) = job.size(axis), _bandwidth(job, axis, gpu)
         if unit == "calls":
-            seconds = n * latency
+            steps = 2 * math.log2(size) if kind == "all_reduce" else 1 if kind == "ring_shift" else size - 1
+            seconds = n * (LAUNCH + steps * hop)
         else:
-            passes = {"all_reduce": 2, "ring_shift": size / (size - 1)}.get(kind, 1)
-            seconds = n * passes * (size - 1) / size / bandwidth
+            seconds = n * (1 if kind in ("ring_shift", "send") else (size - 1) / size) / bandwidth
+            seconds *= 2 if kind == "all_reduce" else 1
         found[axis] = found.get(axis, 0.0) + seconds
     return found
 
 
 def _bandwidth(job: Job, axis: str, gpu: Accelerator) -> tuple[float, float]:
-    """Bytes/s of a rank, and latency, on the links between the ranks of an axis."""
+    """Bytes/s of a rank, and seconds a hop, on the links between the ranks of an axis."""
     members = FLATTENED.get(axis, (axis,))
     inner = AXES[AXES.index(members[-1]) + 1 :]
     stride = prod(getattr(job.mesh, name) for name in inner)
     here = max(1, min(job.size(axis), gpu.node // stride))
     if job.size(axis) <= here and stride < gpu.node:
-        return gpu.link, LATENCY["link"]
-    return min(gpu.link, gpu.network * here), LATENCY["network"]
+        return gpu.link, HOP["link"]
+    return min(gpu.link, gpu.network * here), HOP["network"]

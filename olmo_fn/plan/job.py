@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from typing import Any, cast
 
 from olmo_fn.models.config import Model, divisors
 from olmo_fn.parallel.check import check_layout
@@ -79,16 +80,16 @@ def job(cfg: Config) -> Job:
     ValueError for a config or a mesh that cannot run.
     """
     c = cfg.mesh
-    given = {"pp": c.pp, "dp_replicate": c.dp_replicate, "dp_shard": c.dp_shard, "cp": c.cp, "tp": c.tp}
-    processes = cfg.gpus or prod(degree for degree in given.values() if degree)
-    return check(Job(cfg, solve(processes, **given)))
+    processes = cfg.gpus or prod(n for n in (c.pp, c.dp_replicate, c.dp_shard, c.cp, c.tp) if n)
+    mesh = solve(processes, pp=c.pp, dp_replicate=c.dp_replicate, dp_shard=c.dp_shard, cp=c.cp, tp=c.tp)
+    return check(Job(cfg, mesh))
 
 
 def check(job: Job) -> Job:
     """The job itself. ValueError, with the fix, if its numbers do not fit together."""
     cfg, mesh, r = job.cfg, job.mesh, job.cfg.recipe
     cfg.check()
-    check_layout(cfg.model, mesh, cfg.mesh, r.batch_size, r.sequence_length, r.accumulate)
+    check_layout(cfg.model, mesh, cast(Any, cfg.mesh), r.batch_size, r.sequence_length, r.accumulate)
     if job._part % job.microbatches:
         raise ValueError(
             f"{job._part} sequences a data-parallel rank cannot be cut into {job.microbatches} micro-batches; "

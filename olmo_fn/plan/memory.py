@@ -94,8 +94,8 @@ def carry(job: Job) -> int:
 
 
 def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
-    """The rank's program. Activations live from F until B or W; weights are gathered once and stay, gradients are added up whole
-    and scattered together at the end (`olmo_fn.parallel.pipeline.sweep`).
+    """The rank's program. Activations live from F until B or W; weights are gathered once and stay, gradients are added up
+    whole and scattered together at the end (`olmo_fn.parallel.pipeline.sweep`).
     """
     rest, labels = at_rest(job, profile, rank), [profile.of(label) for label in held(job, rank)]
     before = Counter(gradients=rest["parameters"]) if job.cfg.recipe.accumulate > 1 else Counter[str]()

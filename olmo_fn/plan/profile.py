@@ -1,7 +1,7 @@
 """What one step does on one rank, piece by piece: the real step, run on meta tensors with a few blocks of each kind.
 
-Nothing here knows what a stage keeps or sends. The recipe's own step says it, under `olmo_fn.plan.trace.Trace`: its tape, buckets,
-optimizer and collectives are the ones that train.
+Nothing here knows what a stage keeps or sends. The recipe's own step says it, under `olmo_fn.plan.trace.Trace`: its tape,
+buckets, optimizer and collectives are the ones that train.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from olmo_fn.tape import remat_policy, segments
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import parameters, recipe
 from olmo_fn.tree import Tree
+
 
 class Piece(NamedTuple):
     """A part of a step: how many bytes of each purpose it leaves behind, and what `Seen` saw, relative to its start."""
@@ -101,8 +102,10 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
     watch = Watch(cfg, mesh, frozenset(alike.values()))
     once = replace(cfg.recipe, accumulate=1, compile=False, noise_scale=0.0)
     step, trace = recipe(replace(cfg, recipe=once), dtype), watch.trace
-    kernels = {"wrap": trace.stage, "wrap_leaf": trace.kernel} if cfg.recipe.compile else {}
-    step = replace(step, execution=replace(step.execution, layout=watch.layout, **kernels))
+    execution = replace(step.execution, layout=watch.layout)
+    if cfg.recipe.compile:
+        execution = replace(execution, wrap=trace.stage, wrap_leaf=trace.kernel)
+    step = replace(step, execution=execution)
     attend._bias.cache_clear()  # its tables are part of the memory
     ids = torch.empty(rows, cfg.recipe.sequence_length, dtype=torch.int64, device="meta")
     with trace:
@@ -325,7 +328,7 @@ class _Weights:
 
     def ready(self) -> dict[str, Tree]:
         with self.trace.purpose("weights"):
-            return self.inner.ready()  # type: ignore[no-any-return]
+            return self.inner.ready()
 
     def free(self) -> None:
         with self.trace.purpose("weights"):
@@ -340,10 +343,5 @@ def _label(i: int, stage: Stage) -> Label:
     return stage.block if stage.block is not None else "head" if i else "embed"
 
 
-def _label(i: int, stage: Stage) -> Label:
-    return stage.block if stage.block is not None else "head" if i else "embed"
-
-
 def _minus(a: Counter[Any], b: Counter[Any]) -> Counter[Any]:
     return Counter({name: a[name] - b[name] for name in {*a, *b}})
-

@@ -80,7 +80,11 @@ def time(found: Estimate) -> str:
     tokens = c.tokens * found.job.mesh.size
     days = found.job.cfg.run.steps * c.seconds / 86400
     rows = [
-        ("computing", f"{c.computing:.3f} s", f"products at {GEMM:.0%} of the peak, attention {ATTENTION:.0%}, streams {STREAM:.0%}"),
+        (
+            "computing",
+            f"{c.computing:.3f} s",
+            f"products at {GEMM:.0%} of the peak, attention {ATTENTION:.0%}, streams {STREAM:.0%}",
+        ),
         ("  products", f"{(c.linear + c.batched) / 1e12:,.1f} TFLOP", f"{c.batched / 1e12:,.1f} of them attention"),
         ("waiting for others", f"{c.waiting:.3f} s", "tp, cp, and what weights and gradients take longer than computing"),
         ("optimizer", f"{c.update:.3f} s", ""),
@@ -110,8 +114,8 @@ def ranking(found: Sequence[Estimate]) -> str:
     for i, one in enumerate(found):
         c = one.clock
         size = f"{one.largest.total / GIB:.1f}"
-        rows.append((f"{i + 1}", f"{c.tokens:,.0f}", f"{c.seconds:.2f}", f"{c.mfu:.1%}", f"{c.bubble:.1%}", size, flags(one.job)))
+        rows.append(
+            (f"{i + 1}", f"{c.tokens:,.0f}", f"{c.seconds:.2f}", f"{c.mfu:.1%}", f"{c.bubble:.1%}", size, flags(one.job))
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     return "\n".join("  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[6]]) for row in rows)
-
-

@@ -12,6 +12,7 @@ from olmo_fn.plan.memory import carry, held
 from olmo_fn.plan.profile import Profile
 from olmo_fn.plan.trace import Traffic
 
+
 def traffic(job: Job, profile: Profile, rank: int = 0) -> Traffic:
     """All collectives of one step on pipeline rank ``rank``, and what it sends to other stages.
 

@@ -1,0 +1,176 @@
+"""Search the layouts of a number of accelerators: all of them roughly, the best few exactly.
+
+Roughly: one trace for each (tp, cp), of one sequence on as many ``dp_shard`` ranks as there are; a layout's pieces are those
+with activations, FLOPs and traffic times its sequences, its state divided by its own ``fsdp``, its bubble that of equal stages.
+The best of each (pp, tp, cp, remat) are then estimated like any dry run, until enough of them fit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from olmo_fn.parallel.mesh import Mesh
+from olmo_fn.parallel.pipeline.schedule import Kind, schedule
+from olmo_fn.parallel.pipeline.simulate import simulate
+from olmo_fn.plan.accelerators import ACCELERATORS
+from olmo_fn.plan.clock import clock
+from olmo_fn.plan.estimate import RESERVED, Estimate, estimate, profile_of
+from olmo_fn.plan.job import Job, Label, changed, check
+from olmo_fn.plan.memory import at_rest, peak_memory
+from olmo_fn.plan.profile import Piece, Profile
+from olmo_fn.train.config import Config
+
+ROWS = (1, 2, 4, 8)  # sequences at once that are tried
+LONG = 4096  # positions of a rank from which on context parallelism is tried
+NODE = 8  # parameters are sharded over at least a machine
+PIPELINES: tuple[tuple[Kind, int], ...] = (("1f1b", 1), ("interleaved", 2))
+
+
+class Rough(NamedTuple):
+    """A layout and what it roughly takes."""
+
+    job: Job
+    seconds: float
+    bytes: float
+
+
+def silent(words: str, part: float) -> None:
+    """No progress is shown."""
+
+
+def search(cfg: Config, gpus: int, best: int = 5, progress: Callable[[str, float], None] = silent) -> list[Estimate]:
+    """The ``best`` layouts of ``gpus`` accelerators for ``cfg``, the fastest first; ValueError if none fits.
+
+    Of layouts that differ only in how data-parallel ranks are split, or in micro-batches, only the best is named. ``progress``
+    is called with what is being done, and how much of all is.
+    """
+    gpu = ACCELERATORS[cfg.gpu]
+    found: dict[tuple[object, ...], list[Rough]] = {}
+    pairs = [(tp, cp) for tp in _powers(gpu.node) for cp in _powers(8) if cp == 1 or cfg.recipe.sequence_length // cp >= LONG]
+    for i, (tp, cp) in enumerate(pairs):
+        progress(f"tp {tp}, cp {cp}", 0.7 * i / len(pairs))
+        for one in _rough(cfg, gpus, tp, cp):
+            key = one.job.mesh.pp, tp, cp, one.job.cfg.recipe.remat
+            if one.bytes <= 1.1 * (gpu.memory - RESERVED):
+                found.setdefault(key, []).append(one)
+    order = sorted((min(ones, key=lambda one: one.seconds) for ones in found.values()), key=lambda one: one.seconds)
+    exact: list[Estimate] = []
+    for i, one in enumerate(order):
+        progress(f"layout {i + 1}", 0.7 + 0.3 * len(exact) / best)
+        exact += [e for e in (estimate(one.job),) if e.fits]
+        if len(exact) == best or i == 3 * best:
+            break
+    if not exact:
+        raise ValueError(
+            f"no layout of {gpus} x {gpu.name} fits this model and batch; use more (--gpus), a larger --gpu, or a smaller batch"
+        )
+    progress("done", 1.0)
+    return sorted(exact, key=lambda e: e.clock.seconds)
+
+
+def _powers(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length()) if 2**i <= most]
+
+
+def layouts(cfg: Config, gpus: int, tp: int, cp: int) -> Iterator[Job]:
+    """All layouts with these degrees that the model and the batch allow."""
+    for pp in _powers(min(8, cfg.model.n_layers)):
+        rest, uneven = divmod(gpus, pp * tp * cp)
+        if uneven:
+            continue
+        for dp_shard in (d for d in range(1, rest + 1) if rest % d == 0 and (d * cp * tp >= NODE or d == rest)):
+            mesh = Mesh(pp, rest // dp_shard, dp_shard, cp, tp)
+            part, uneven = divmod(cfg.recipe.batch_size, rest)
+            if uneven:
+                continue
+            for rows in (r for r in ROWS if part % r == 0):
+                for remat in ("none", "full"):
+                    base = changed(Job(cfg, mesh), mesh=mesh, remat=remat, accumulate=1)
+                    if pp == 1:
+                        yield changed(base, accumulate=part // rows)
+                    elif part // rows >= pp:
+                        for kind, chunks in PIPELINES:
+                            yield changed(base, pp_schedule=kind, pp_chunks=chunks, pp_microbatches=part // rows)
+
+
+def _rough(cfg: Config, gpus: int, tp: int, cp: int) -> Iterator[Rough]:
+    traced: Profile | None = None
+    for one in layouts(cfg, gpus, tp, cp):
+        try:
+            check(one)
+        except ValueError:
+            continue
+        if traced is None:
+            shard = max(2 if cp == 1 else 1, gpus // (tp * cp))
+            whole = changed(one, mesh=Mesh(1, 1, shard, cp, tp), remat="every-2", accumulate=1, batch_size=shard, pp_chunks=1)
+            traced = profile_of(changed(whole, pp_microbatches=0, pp_schedule="1f1b"))
+            times = shard * cp
+        guess = _scaled(traced, one, times / one.size("fsdp"))
+        yield Rough(one, _seconds(one, guess), _bytes(one, guess))
+
+
+def _scaled(traced: Profile, one: Job, spread: float) -> Profile:
+    """The profile of a layout, from one of a single sequence with every second block computed again."""
+    last = one.cfg.model.n_layers - 1
+    again = one.cfg.recipe.remat == "full"
+    kept = [i for i in traced.forward if isinstance(i, int) and (i % 2 == 0) == again]
+    block = min(kept, key=lambda i: (i in (0, last - 1, last), i), default=0)
+
+    def pieces(table: dict[Label, Piece]) -> dict[Label, Piece]:
+        return {label: _times(table[label], one.rows) for label in ("embed", block, "head")}
+
+    state = {label: Counter({k: round(n * spread) for k, n in part.items()}) for label, part in traced.state.items()}
+    alike = dict.fromkeys(range(last + 1), block)
+    return replace(traced, forward=pieces(traced.forward), backward=pieces(traced.backward), state=state, alike=alike)
+
+
+def _times(piece: Piece, rows: int) -> Piece:
+    """A piece for so many times the sequences."""
+    if rows == 1:
+        return piece
+    seen = piece.seen
+    peak = Counter(seen.peak)
+    peak["activations"] = seen.start["activations"] + rows * (seen.peak["activations"] - seen.start["activations"])
+    traffic = Counter({k: n * (rows if k[0] in ("tp", "cp") and k[2] == "bytes" else 1) for k, n in seen.traffic.items()})
+    grown = Counter(piece.grown)
+    grown["activations"] *= rows
+    more = replace(
+        seen, peak=peak, traffic=traffic, linear=seen.linear * rows, batched=seen.batched * rows, moved=seen.moved * rows
+    )
+    return Piece(grown, more)
+
+
+def _seconds(one: Job, guess: Profile) -> float:
+    """By `clock`, but for the pipeline, whose stages are taken to be equal."""
+    if one.mesh.pp == 1:
+        return clock(one, guess, ACCELERATORS[one.cfg.gpu]).seconds
+    c = one.cfg.mesh
+    alone = changed(one, mesh=replace(one.mesh, pp=1), pp_chunks=1, accumulate=one.microbatches)
+    seconds = clock(alone, guess, ACCELERATORS[one.cfg.gpu]).seconds
+    return seconds / one.mesh.pp / (1 - _bubble(c.pp_schedule, one.mesh.pp, one.microbatches, c.pp_chunks))
+
+
+@lru_cache(1024)
+def _bubble(kind: Kind, ranks: int, microbatches: int, chunks: int) -> float:
+    return simulate(schedule(kind, ranks, microbatches, chunks)).bubble
+
+
+@lru_cache(1024)
+def _live(kind: Kind, ranks: int, microbatches: int, chunks: int) -> int:
+    return simulate(schedule(kind, ranks, microbatches, chunks)).peak_live[0]
+
+
+def _bytes(one: Job, guess: Profile) -> float:
+    """The largest moment; in a pipeline that of the first rank, with as many micro-batches as its schedule keeps."""
+    if one.mesh.pp == 1:
+        return peak_memory(one, guess).total
+    c, inside = one.cfg.mesh, [label for label in one.labels(0) if label != "embed"]
+    labels = [guess.of(label) for label in one.labels(0)] * c.pp_chunks
+    kept = sum(guess.forward[guess.of(label)].grown["activations"] for label in inside)
+    live = _live(c.pp_schedule, one.mesh.pp, one.microbatches, c.pp_chunks)
+    weights = sum(guess.in_use[label] + 4 * guess.whole[label] for label in labels)
+    return at_rest(one, guess).total() + live * kept + weights + guess.tables
