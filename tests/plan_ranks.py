@@ -10,9 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from olmo_fn import tree
 from olmo_fn.layout import SINGLE
 from olmo_fn.nn import attend
-from olmo_fn.parallel.pipeline.stages import Pipeline
-from olmo_fn.parallel.shard import shard
-from olmo_fn.plan.profile import rules_of
 from olmo_fn.spec import init
 from olmo_fn.testing.traffic import Traffic
 from olmo_fn.train.recipe import parameters, recipe
@@ -57,9 +54,7 @@ def single_peak(cfg, dtype):
 
 
 def sharded_step(connection, cfg, dtype):
-    c = cfg.mesh
-    pipeline = Pipeline(c.pp_schedule, c.pp_microbatches, c.pp_chunks, c.pp_split)
-    step = shard(connection, parameters(cfg), rules_of(cfg), pipeline)(recipe(cfg, dtype))
+    step = recipe(cfg, dtype, connection)
     return step, step.init(step.execution.layout.init(0))
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import plan_ranks
 import pytest
 import torch
 
+from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
+from olmo_fn.models.count import flops_per_sequence
+from olmo_fn.parallel.axis import Axis
+from olmo_fn.parallel.collectives import all_gather
 from olmo_fn.parallel.config import MeshConfig
 from olmo_fn.parallel.mesh import Mesh
+from olmo_fn.plan.accelerators import ACCELERATORS
+from olmo_fn.plan.clock import clock
 from olmo_fn.plan.estimate import profile_of
 from olmo_fn.plan.job import Job, check
 from olmo_fn.plan.memory import peak_memory
@@ -111,29 +115,18 @@ def test_a_block_stands_for_all_of_its_kind():
 
 def test_planning_notices_a_change_of_the_step(monkeypatch):
     """A mutant of the step, a block that gathers once more than it should, is in the plan, as the plan is the step's own."""
-    from olmo_fn.models import transformer
-    from olmo_fn.parallel.collectives import all_gather
-
+    axis = Axis("tp", 2, 0, "tp")
     job = job_of(Mesh(tp=2))
     before = traffic(job, profile_of(job))["tp", "all_gather", "calls"]
     plain = transformer.residual
-    monkeypatch.setattr(transformer, "residual", lambda *args: plain(*args) + 0 * all_gather(args[1], 0, AXIS)[:1])
+    monkeypatch.setattr(transformer, "residual", lambda *args: plain(*args) + 0 * all_gather(args[1], 0, axis)[:1])
     profile.cache_clear()
     after = traffic(job, profile_of(job))["tp", "all_gather", "calls"]
     profile.cache_clear()
     assert after == before + 2 * job.cfg.model.n_layers
 
 
-from olmo_fn.parallel.axis import Axis  # noqa: E402
-
-AXIS = Axis("tp", 2, 0, "tp")
-
-
 def test_flops_are_those_of_the_model_and_what_tiles_and_remat_add():
-    from olmo_fn.models.count import flops_per_sequence
-    from olmo_fn.plan.accelerators import ACCELERATORS
-    from olmo_fn.plan.clock import clock
-
     job = job_of(sequence_length=256)
     c = clock(job, profile_of(job), ACCELERATORS["h100"])
     m, r = job.cfg.model, job.cfg.recipe
@@ -141,6 +134,7 @@ def test_flops_are_those_of_the_model_and_what_tiles_and_remat_add():
     assert c.linear == flops_per_sequence(m, 256) * r.batch_size - attention
     tiles = 128 * 128 + 128 * 256  # two tiles of rows see 128 and 256 keys; backward makes five products, not four
     assert c.batched == (4 + 10) * m.n_heads * m.k * tiles * m.n_layers * r.batch_size
-    again = clock(replace(job, cfg=replace(job.cfg, recipe=replace(r, remat="full"))), profile_of(job_of(sequence_length=256, remat="full")), ACCELERATORS["h100"])
+    remat = job_of(sequence_length=256, remat="full")
+    again = clock(remat, profile_of(remat), ACCELERATORS["h100"])
     head = 2 * m.vocab_size * m.d_model * 256 * r.batch_size
     assert again.linear == c.linear + (c.linear - 3 * head) / 3

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from olmo_fn.parallel.mesh import AXES, Mesh, solve
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -35,3 +37,11 @@ class MeshConfig:
     pp_split: str = ""
     """Blocks of every virtual stage, such as 0-7,8-15; embed first and head last are ends without blocks. Empty: even in
     cost."""
+
+    def on(self, processes: int) -> Mesh:
+        """The mesh of so many processes; ValueError, one line with the arithmetic, if it cannot be.
+
+        >>> MeshConfig(tp=2).on(8).dp_shard
+        4
+        """
+        return solve(processes, **{axis: getattr(self, axis) for axis in AXES})

@@ -57,6 +57,11 @@ class Sharded(Single):
         return self.specs if self.cut is None else tree.unflatten(self.cut.own(self.axes.pp.index))
 
     @property
+    def shares(self) -> int:  # type: ignore[override]
+        """Sequences of a batch must be a multiple of this: data-parallel ranks times micro-batches."""
+        return self.axes.data.size * (self.cut.pipeline.parts(self.axes.pp.size) if self.cut else 1)
+
+    @property
     def axes(self) -> Axes:
         """This rank's axes."""
         return self.connection.axes

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from olmo_fn.models.config import Model, divisors
 from olmo_fn.parallel.check import check_layout
-from olmo_fn.parallel.mesh import FLATTENED, Mesh, flag, solve
+from olmo_fn.parallel.mesh import FLATTENED, Mesh, flag
 from olmo_fn.parallel.pipeline.schedule import Action, Program, schedule
 from olmo_fn.parallel.pipeline.split import Ranges, parse_split, split
 from olmo_fn.train.config import Config
@@ -80,8 +80,7 @@ def job(cfg: Config) -> Job:
     ValueError for a config or a mesh that cannot run.
     """
     c = cfg.mesh
-    processes = cfg.gpus or prod(n for n in (c.pp, c.dp_replicate, c.dp_shard, c.cp, c.tp) if n)
-    mesh = solve(processes, pp=c.pp, dp_replicate=c.dp_replicate, dp_shard=c.dp_shard, cp=c.cp, tp=c.tp)
+    mesh = c.on(cfg.gpus or cfg.nproc or prod(n for n in (c.pp, c.dp_replicate, c.dp_shard, c.cp, c.tp) if n))
     return check(Job(cfg, mesh))
 
 

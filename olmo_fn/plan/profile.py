@@ -30,7 +30,7 @@ from olmo_fn.plan.job import Label
 from olmo_fn.plan.trace import Seen, Trace, Traffic
 from olmo_fn.tape import remat_policy, segments
 from olmo_fn.train.config import Config
-from olmo_fn.train.recipe import parameters, recipe
+from olmo_fn.train.recipe import parameters, recipe, rules
 from olmo_fn.tree import Tree
 
 
@@ -69,11 +69,6 @@ def axes_of(mesh: Mesh) -> Axes:
     """The axes of rank 0, each with its own name as its group."""
     sizes = {field.name: size(mesh, field.name) for field in fields(Axes)}
     return Axes(**{name: Axis(name, n, 0, name if n > 1 else "") for name, n in sizes.items()})
-
-
-def rules_of(cfg: Config) -> Rules:
-    """The rules that a config stands for."""
-    return Rules(keep_gathered=cfg.mesh.keep_gathered, cp_method=cfg.mesh.cp_method)
 
 
 def kinds(cfg: Config) -> dict[int, int]:
@@ -180,7 +175,7 @@ class Watch:
         self.cfg, self.mesh, self.blocks, self.trace = cfg, mesh, blocks, Trace()
         connection = Connection(mesh, 0, axes_of(mesh), None)  # type: ignore[arg-type]
         mine = {p: s for p, s in tree.items(parameters(cfg)) if not isinstance(label_of(p), int) or label_of(p) in blocks}
-        self.layout = Watched(connection, tree.unflatten(mine), rules_of(cfg), watch=self)
+        self.layout = Watched(connection, tree.unflatten(mine), rules(cfg), watch=self)
         self.now: tuple[str, Label | None] = ("begin", None)
         self.pieces: dict[tuple[str, Label | None], Piece] = {}
         self.order: list[Label] = []  # of the segments that wait for their backward

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from olmo_fn.parallel import rules
+from olmo_fn.parallel.rules import plan, table
 from olmo_fn.plan.clock import ATTENTION, GEMM, STREAM
 from olmo_fn.plan.estimate import RESERVED, Estimate, estimate, first_remedy
 from olmo_fn.plan.job import flags, job
 from olmo_fn.plan.memory import PURPOSES
-from olmo_fn.plan.profile import rules_of
 from olmo_fn.train.config import Config
-from olmo_fn.train.recipe import parameters
+from olmo_fn.train.recipe import parameters, rules
 
 GIB = 2**30
 
@@ -35,7 +34,7 @@ def report(cfg: Config) -> str:
     """The whole of a dry run's plan. ValueError for a layout that cannot run."""
     found = estimate(job(cfg))
     mesh = found.job.mesh
-    placed = rules.table(rules.plan(parameters(cfg), rules_of(cfg), mesh), mesh)
+    placed = table(plan(parameters(cfg), rules(cfg), mesh), mesh)
     return "\n\n".join((layout(found), placed, memory(found), verdict(found), traffic(found), time(found)))
 
 

@@ -259,6 +259,8 @@ class Config:
     """Train low-rank changes only."""
     run: Run = field(default_factory=Run)
     """Where the run lives, how long it is, what it reports."""
+    nproc: int = 0
+    """Start this many processes on this machine, as torchrun would. 0: this process is all, or torchrun started it."""
     dry_run: bool = False
     """Only print the resolved config, counts, the sharding plan, and memory, traffic and time a rank; read no data,
     allocate no weights."""
