@@ -113,6 +113,17 @@ def test_a_block_stands_for_all_of_its_kind():
         assert peak_memory(job, few).total == pytest.approx(peak_memory(job, full).total, abs=CONTROL)
 
 
+def test_many_sequences_are_planned_from_few():
+    """Beyond `TRACED` positions a profile is extrapolated; tracing all of them gives the same."""
+    job = job_of(Mesh(dp_shard=2, tp=2), batch_size=384, sequence_length=128)
+    found, full = profile_of(job), profile(job.cfg, job.mesh, job.rows, dtype_of(job))
+    assert traffic(job, found) == traffic(job, full)
+    assert peak_memory(job, found).total == pytest.approx(peak_memory(job, full).total, rel=1e-3)
+    ours, theirs = (clock(job, one, ACCELERATORS["h100"]) for one in (found, full))
+    assert (ours.linear, ours.batched) == (theirs.linear, theirs.batched)
+    assert ours.seconds == pytest.approx(theirs.seconds, rel=1e-3)  # bytes moved: the head's first rows cost less than others
+
+
 def test_planning_notices_a_change_of_the_step(monkeypatch):
     """A mutant of the step, a block that gathers once more than it should, is in the plan, as the plan is the step's own."""
     axis = Axis("tp", 2, 0, "tp")

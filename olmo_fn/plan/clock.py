@@ -64,10 +64,8 @@ def clock(job: Job, profile: Profile, gpu: Accelerator) -> Clock:
         for label in job.labels(stage):
             for way, pieces in (("F", profile.forward), ("B", profile.backward)):
                 seen = pieces[profile.of(label)].seen
-                one = _computing(seen, gpu)
-                wires = _wire(job, seen.traffic, gpu)
-                waited = one + sum(seconds for axis, seconds in wires.items() if axis not in OVERLAPPED)
-                busy[way][stage] += max(waited, sum(wires.get(axis, 0.0) for axis in OVERLAPPED)) if alone else waited
+                one, taken = piece_seconds(job, seen, gpu)
+                busy[way][stage] += taken
                 computing, linear, batched = computing + one, linear + seen.linear, batched + seen.batched
     each = job.microbatches * r.accumulate / job.mesh.pp  # how often an average rank does it all
     per_sweep = [f + b for f, b in zip(busy["F"], busy["B"], strict=True)]
@@ -78,24 +76,33 @@ def clock(job: Job, profile: Profile, gpu: Accelerator) -> Clock:
         n = len(per_sweep)
         forward, backward = sum(busy["F"]) / n, sum(busy["B"]) / n
         scale = tuple(max(one * n / sum(per_sweep), 1e-3) for one in per_sweep)
-        link = _bandwidth(job, "pp", gpu)
+        link = bandwidth(job, "pp", gpu)
         transfer = carry(job) / link[0] + LAUNCH + link[1]
         timeline = simulate(job.programs, Costs(forward, backward, backward / 2, backward / 2, transfer, scale))
-        sweep, bubble = timeline.ticks + _before_and_after(job, profile, gpu), timeline.bubble
-    update = _update(job, profile, gpu)
-    seconds = r.accumulate * sweep + update
-    waiting = sum(per_sweep) * each - computing * each + (0 if alone else r.accumulate * _before_and_after(job, profile, gpu))
+        sweep, bubble = timeline.ticks + before_and_after(job, profile, gpu), timeline.bubble
+    updating = update(job, profile, gpu)
+    seconds = r.accumulate * sweep + updating
+    waiting = sum(per_sweep) * each - computing * each + (0 if alone else r.accumulate * before_and_after(job, profile, gpu))
     useful = flops_per_sequence(job.cfg.model, r.sequence_length) * r.batch_size
     tokens, size = r.batch_size * r.sequence_length, job.mesh.size
     mfu, rate = useful / (seconds * gpu.peak * size), tokens / seconds / size
-    return Clock(seconds, computing * each, waiting, update, bubble, mfu, rate, linear * each, batched * each)
+    return Clock(seconds, computing * each, waiting, updating, bubble, mfu, rate, linear * each, batched * each)
+
+
+def piece_seconds(job: Job, seen: Seen, gpu: Accelerator) -> tuple[float, float]:
+    """Seconds of a piece's computation, and of the piece."""
+    computing, wires = _computing(seen, gpu), _wire(job, seen.traffic, gpu)
+    waited = computing + sum(seconds for axis, seconds in wires.items() if axis not in OVERLAPPED)
+    if job.mesh.pp > 1:  # whose weights and gradients travel before and after
+        return computing, waited
+    return computing, max(waited, sum(wires.get(axis, 0.0) for axis in OVERLAPPED))
 
 
 def _computing(seen: Seen, gpu: Accelerator) -> float:
     return seen.linear / (GEMM * gpu.peak) + seen.batched / (ATTENTION * gpu.peak) + seen.moved / (STREAM * gpu.bandwidth)
 
 
-def _before_and_after(job: Job, profile: Profile, gpu: Accelerator) -> float:
+def before_and_after(job: Job, profile: Profile, gpu: Accelerator) -> float:
     """Seconds in which the slowest pipeline rank gathers its weights and scatters its gradients, with nothing to overlap."""
     found = []
     for rank in range(job.mesh.pp):
@@ -104,7 +111,7 @@ def _before_and_after(job: Job, profile: Profile, gpu: Accelerator) -> float:
     return max(found)
 
 
-def _update(job: Job, profile: Profile, gpu: Accelerator) -> float:
+def update(job: Job, profile: Profile, gpu: Accelerator) -> float:
     """The optimizer reads and writes the state, and reads the gradients; the slowest pipeline rank's."""
     rest = [at_rest(job, profile, rank) for rank in range(job.mesh.pp)]
     moved = max(2 * state.total() + 2 * state["parameters"] for state in rest)
@@ -117,18 +124,18 @@ def _wire(job: Job, traffic: Traffic, gpu: Accelerator) -> dict[str, float]:
     for (axis, kind, unit), n in traffic.items():
         if job.size(axis) == 1:
             continue
-        size, (bandwidth, hop) = job.size(axis), _bandwidth(job, axis, gpu)
+        size, (speed, hop) = job.size(axis), bandwidth(job, axis, gpu)
         if unit == "calls":
             steps = 2 * math.log2(size) if kind == "all_reduce" else 1 if kind == "ring_shift" else size - 1
             seconds = n * (LAUNCH + steps * hop)
         else:
-            seconds = n * (1 if kind in ("ring_shift", "send") else (size - 1) / size) / bandwidth
+            seconds = n * (1 if kind in ("ring_shift", "send") else (size - 1) / size) / speed
             seconds *= 2 if kind == "all_reduce" else 1
         found[axis] = found.get(axis, 0.0) + seconds
     return found
 
 
-def _bandwidth(job: Job, axis: str, gpu: Accelerator) -> tuple[float, float]:
+def bandwidth(job: Job, axis: str, gpu: Accelerator) -> tuple[float, float]:
     """Bytes/s of a rank, and seconds a hop, on the links between the ranks of an axis."""
     members = FLATTENED.get(axis, (axis,))
     inner = AXES[AXES.index(members[-1]) + 1 :]

@@ -9,16 +9,22 @@ from functools import lru_cache
 import torch
 
 from olmo_fn.models.count import num_params
+from olmo_fn.parallel.config import MeshConfig
 from olmo_fn.plan.accelerators import ACCELERATORS, Accelerator
 from olmo_fn.plan.clock import Clock, clock
 from olmo_fn.plan.job import Job, changed, check
 from olmo_fn.plan.memory import Peak, peak_memory
 from olmo_fn.plan.profile import Profile, profile
+from olmo_fn.plan.scale import extrapolated
 from olmo_fn.plan.trace import Traffic
 from olmo_fn.plan.traffic import traffic
 
+HOPELESS = 8  # times the memory there is: no single flag helps
 RESERVED = 4e9
 """Bytes of an accelerator that are assumed not to be ours: its context, communication buffers, fragments."""
+
+TRACED = 8192
+"""Positions of a rank that are traced, and twice as many, where there are more: far above what a loop takes at once."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,15 @@ class Estimate:
 
 
 def profile_of(job: Job) -> Profile:
-    """The pieces of the job's step."""
-    keep = job.cfg.mesh.keep_gathered if job.mesh.pp == 1 else False
-    cfg = replace(job.cfg, mesh=replace(job.cfg.mesh, keep_gathered=keep))
-    return profile(cfg, replace(job.mesh, pp=1), job.rows, getattr(torch, job.dtype))
+    """The pieces of the job's step; of many sequences from those of few."""
+    keep = job.cfg.mesh.keep_gathered and job.mesh.pp == 1
+    cfg = replace(job.cfg, gpus=0, nproc=0, mesh=MeshConfig(cp_method=job.cfg.mesh.cp_method, keep_gathered=keep))
+    few = -(-TRACED // cfg.recipe.sequence_length) * job.mesh.cp
+
+    def of(rows: int) -> Profile:
+        return profile(cfg, replace(job.mesh, pp=1), rows, getattr(torch, job.dtype))
+
+    return of(job.rows) if job.rows <= 2 * few else extrapolated(of(few), of(2 * few), job.rows / few - 1)
 
 
 @lru_cache(512)
@@ -89,7 +100,9 @@ def remedies(job: Job) -> Iterator[tuple[str, Job]]:
 
 def first_remedy(found: Estimate) -> tuple[list[tuple[str, Estimate]], str]:
     """What was tried, and the first flag that makes the job fit; empty if none does."""
-    tried = []
+    tried: list[tuple[str, Estimate]] = []
+    if found.largest.total > HOPELESS * found.gpu.memory:
+        return tried, ""
     for words, other in remedies(found.job):
         if 8 * num_params(other.cfg.model) / (other.mesh.pp * other.mesh.tp * other.size("fsdp")) > found.gpu.memory:
             continue  # parameters and gradients alone are too much

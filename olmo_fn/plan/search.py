@@ -17,10 +17,10 @@ from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.pipeline.schedule import Kind, schedule
 from olmo_fn.parallel.pipeline.simulate import simulate
 from olmo_fn.plan.accelerators import ACCELERATORS
-from olmo_fn.plan.clock import clock
+from olmo_fn.plan.clock import LAUNCH, bandwidth, before_and_after, clock, piece_seconds, update
 from olmo_fn.plan.estimate import RESERVED, Estimate, estimate, profile_of
 from olmo_fn.plan.job import Job, Label, changed, check
-from olmo_fn.plan.memory import at_rest, peak_memory
+from olmo_fn.plan.memory import at_rest, carry, peak_memory
 from olmo_fn.plan.profile import Piece, Profile
 from olmo_fn.train.config import Config
 
@@ -148,10 +148,14 @@ def _seconds(one: Job, guess: Profile) -> float:
     """By `clock`, but for the pipeline, whose stages are taken to be equal."""
     if one.mesh.pp == 1:
         return clock(one, guess, ACCELERATORS[one.cfg.gpu]).seconds
-    c = one.cfg.mesh
-    alone = changed(one, mesh=replace(one.mesh, pp=1), pp_chunks=1, accumulate=one.microbatches)
-    seconds = clock(alone, guess, ACCELERATORS[one.cfg.gpu]).seconds
-    return seconds / one.mesh.pp / (1 - _bubble(c.pp_schedule, one.mesh.pp, one.microbatches, c.pp_chunks))
+    c, gpu, sweep = one.cfg.mesh, ACCELERATORS[one.cfg.gpu], 0.0
+    for label, times in (("embed", 1), (guess.of(0), one.cfg.model.n_layers), ("head", 1)):
+        sweep += times * sum(piece_seconds(one, pieces[label].seen, gpu)[1] for pieces in (guess.forward, guess.backward))
+    busy = sweep * one.microbatches / one.mesh.pp
+    speed, hop = bandwidth(one, "pp", gpu)
+    sent = 2 * (one.mesh.pp - 1) * (carry(one) / speed + LAUNCH + hop)  # until the first comes back
+    waited = sent + before_and_after(one, guess, gpu) + update(one, guess, gpu)
+    return busy / (1 - _bubble(c.pp_schedule, one.mesh.pp, one.microbatches, c.pp_chunks)) + waited
 
 
 @lru_cache(1024)

@@ -103,8 +103,9 @@ def verdict(found: Estimate) -> str:
         return f"fits: {sizes}"
     tried, words = first_remedy(found)
     rows = [(other, f"{one.largest.total / GIB:.1f} GiB", "fits" if one.fits else "does not fit") for other, one in tried]
-    end = f"try {words}" if words else "none of these is enough; search the layouts: python -m olmo_fn.plan"
-    return f"does not fit: {sizes}\n{columns(rows)}\n{end}"
+    gpus = max(8, 8 * found.job.mesh.size)
+    end = f"try {words}" if words else f"no single flag is enough; search: python -m olmo_fn.plan PRESET --gpus {gpus}"
+    return "\n".join([f"does not fit: {sizes}", *([columns(rows)] if rows else []), end])
 
 
 def ranking(found: Sequence[Estimate]) -> str:
