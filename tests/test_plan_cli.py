@@ -37,7 +37,7 @@ def test_dry_run_of_32b(capsys):
 
 def test_what_does_not_fit_names_the_flag_that_helps(capsys):
     """And typing it does help."""
-    command = "olmo2-7b --dry-run --mesh.dp-shard 8 --recipe.batch-size 64"
+    command = "olmo2-1b --dry-run --mesh.dp-shard 8 --recipe.batch-size 128"
     assert train.main(shlex.split(command)) == 0
     words = re.search(r"^try (--\S+ \S+)", capsys.readouterr().out, re.M)
     assert words is not None
@@ -68,17 +68,17 @@ def test_remedies_are_smaller():
 
 def test_search_finds_the_best_of_all_layouts():
     """Against an exact estimate of every layout: nothing that fits is more than 5 % faster than the first one found."""
-    cfg = replace(CONFIGS["olmo2-370m"], gpu="a100", recipe=Recipe(batch_size=16, sequence_length=1024))
+    cfg = replace(CONFIGS["olmo2-370m"], gpu="a100", recipe=Recipe(batch_size=8, sequence_length=256))
     found = search(cfg, 4, best=3)
     assert [one.clock.seconds for one in found] == sorted(one.clock.seconds for one in found)
-    every = [one for tp in (1, 2, 4) for one in layouts(cfg, 4, tp, 1)]
+    every = [one for tp in (1, 2) for one in layouts(cfg, 4, tp, 1)]
     exact = []
     for one in every:
         try:
             exact.append(estimate(one))
         except ValueError:
             continue
-    assert len(exact) > 20
+    assert len(exact) > 10
     fastest = min(one.clock.seconds for one in exact if one.fits)
     assert found[0].clock.seconds <= 1.05 * fastest
     assert all(one.fits and one.job.mesh.size == 4 and one.gpu is ACCELERATORS["a100"] for one in found)

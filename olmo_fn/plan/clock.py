@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from olmo_fn.models.count import flops_per_sequence
-from olmo_fn.parallel.mesh import AXES, FLATTENED
+from olmo_fn.parallel.mesh import AXES, FLATTENED, Mesh
 from olmo_fn.parallel.pipeline.simulate import Costs, simulate
+from olmo_fn.parallel.rules import size
 from olmo_fn.plan.accelerators import Accelerator
 from olmo_fn.plan.job import Job
 from olmo_fn.plan.memory import at_rest, carry, held
@@ -76,7 +78,7 @@ def clock(job: Job, profile: Profile, gpu: Accelerator) -> Clock:
         n = len(per_sweep)
         forward, backward = sum(busy["F"]) / n, sum(busy["B"]) / n
         scale = tuple(max(one * n / sum(per_sweep), 1e-3) for one in per_sweep)
-        link = bandwidth(job, "pp", gpu)
+        link = bandwidth(job.mesh, "pp", gpu)
         transfer = carry(job) / link[0] + LAUNCH + link[1]
         timeline = simulate(job.programs, Costs(forward, backward, backward / 2, backward / 2, transfer, scale))
         sweep, bubble = timeline.ticks + before_and_after(job, profile, gpu), timeline.bubble
@@ -84,8 +86,8 @@ def clock(job: Job, profile: Profile, gpu: Accelerator) -> Clock:
     seconds = r.accumulate * sweep + updating
     waiting = sum(per_sweep) * each - computing * each + (0 if alone else r.accumulate * before_and_after(job, profile, gpu))
     useful = flops_per_sequence(job.cfg.model, r.sequence_length) * r.batch_size
-    tokens, size = r.batch_size * r.sequence_length, job.mesh.size
-    mfu, rate = useful / (seconds * gpu.peak * size), tokens / seconds / size
+    tokens, devices = r.batch_size * r.sequence_length, job.mesh.size
+    mfu, rate = useful / (seconds * gpu.peak * devices), tokens / seconds / devices
     return Clock(seconds, computing * each, waiting, updating, bubble, mfu, rate, linear * each, batched * each)
 
 
@@ -122,25 +124,26 @@ def _wire(job: Job, traffic: Traffic, gpu: Accelerator) -> dict[str, float]:
     """Seconds of collectives by axis."""
     found: dict[str, float] = {}
     for (axis, kind, unit), n in traffic.items():
-        if job.size(axis) == 1:
+        n_ranks = size(job.mesh, axis)
+        if n_ranks == 1:
             continue
-        size, (speed, hop) = job.size(axis), bandwidth(job, axis, gpu)
+        speed, hop = bandwidth(job.mesh, axis, gpu)
         if unit == "calls":
-            steps = 2 * math.log2(size) if kind == "all_reduce" else 1 if kind == "ring_shift" else size - 1
+            steps = 2 * math.log2(n_ranks) if kind == "all_reduce" else 1 if kind == "ring_shift" else n_ranks - 1
             seconds = n * (LAUNCH + steps * hop)
         else:
-            seconds = n * (1 if kind in ("ring_shift", "send") else (size - 1) / size) / speed
+            seconds = n * (1 if kind in ("ring_shift", "send") else (n_ranks - 1) / n_ranks) / speed
             seconds *= 2 if kind == "all_reduce" else 1
         found[axis] = found.get(axis, 0.0) + seconds
     return found
 
 
-def bandwidth(job: Job, axis: str, gpu: Accelerator) -> tuple[float, float]:
+@lru_cache(1024)
+def bandwidth(mesh: Mesh, axis: str, gpu: Accelerator) -> tuple[float, float]:
     """Bytes/s of a rank, and seconds a hop, on the links between the ranks of an axis."""
     members = FLATTENED.get(axis, (axis,))
-    inner = AXES[AXES.index(members[-1]) + 1 :]
-    stride = prod(getattr(job.mesh, name) for name in inner)
-    here = max(1, min(job.size(axis), gpu.node // stride))
-    if job.size(axis) <= here and stride < gpu.node:
+    stride = prod(getattr(mesh, name) for name in AXES[AXES.index(members[-1]) + 1 :])
+    here = max(1, min(size(mesh, axis), gpu.node // stride))
+    if size(mesh, axis) <= here and stride < gpu.node:
         return gpu.link, HOP["link"]
     return min(gpu.link, gpu.network * here), HOP["network"]

@@ -1,8 +1,8 @@
 """Search the layouts of a number of accelerators: all of them roughly, the best few exactly.
 
-Roughly: one trace for each (tp, cp), of one sequence on as many ``dp_shard`` ranks as there are; a layout's pieces are those
-with activations, FLOPs and traffic times its sequences, its state divided by its own ``fsdp``, its bubble that of equal stages.
-The best of each (pp, tp, cp, remat) are then estimated like any dry run, until enough of them fit.
+Roughly: traces for each (tp, cp), of 1 and 2 sequences on as many ``dp_shard`` ranks as there are, from which the pieces of
+more are extrapolated; a layout's state is divided by its own ``fsdp``, and its bubble is that of equal stages. The best of each
+(pp, tp, cp, remat) are then estimated like any dry run, until enough of them fit.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from olmo_fn.parallel.config import MeshConfig
 from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.pipeline.schedule import Kind, schedule
 from olmo_fn.parallel.pipeline.simulate import simulate
 from olmo_fn.plan.accelerators import ACCELERATORS
 from olmo_fn.plan.clock import LAUNCH, bandwidth, before_and_after, clock, piece_seconds, update
 from olmo_fn.plan.estimate import RESERVED, Estimate, estimate, profile_of
-from olmo_fn.plan.job import Job, Label, changed, check
+from olmo_fn.plan.job import Job, changed, check
 from olmo_fn.plan.memory import at_rest, carry, peak_memory
-from olmo_fn.plan.profile import Piece, Profile
+from olmo_fn.plan.profile import Profile
+from olmo_fn.plan.scale import extrapolated
 from olmo_fn.train.config import Config
 
 ROWS = (1, 2, 4, 8)  # sequences at once that are tried
@@ -98,50 +100,30 @@ def layouts(cfg: Config, gpus: int, tp: int, cp: int) -> Iterator[Job]:
 
 
 def _rough(cfg: Config, gpus: int, tp: int, cp: int) -> Iterator[Rough]:
-    traced: Profile | None = None
+    shard = max(2 if cp == 1 else 1, gpus // (tp * cp))
+    mesh = MeshConfig(dp_shard=shard, cp=cp, tp=tp, cp_method=cfg.mesh.cp_method)
+    guesses: dict[int, Profile] = {}
     for one in layouts(cfg, gpus, tp, cp):
         try:
             check(one)
         except ValueError:
             continue
-        if traced is None:
-            shard = max(2 if cp == 1 else 1, gpus // (tp * cp))
-            whole = changed(one, mesh=Mesh(1, 1, shard, cp, tp), remat="every-2", accumulate=1, batch_size=shard, pp_chunks=1)
-            traced = profile_of(changed(whole, pp_microbatches=0, pp_schedule="1f1b"))
-            times = shard * cp
-        guess = _scaled(traced, one, times / one.size("fsdp"))
+        if not guesses:  # of 1 and 2 sequences, every second block computed again
+            recipes = (replace(cfg.recipe, remat="every-2", accumulate=1, batch_size=rows * shard) for rows in (1, 2))
+            jobs = (Job(replace(cfg, mesh=mesh, recipe=recipe), mesh.on(shard * cp * tp)) for recipe in recipes)
+            single, double = map(profile_of, jobs)
+            guesses = {rows: extrapolated(single, double, rows - 1) for rows in ROWS}
+        guess = _adapted(guesses[one.rows], one, shard * cp / one.size("fsdp"))
         yield Rough(one, _seconds(one, guess), _bytes(one, guess))
 
 
-def _scaled(traced: Profile, one: Job, spread: float) -> Profile:
-    """The profile of a layout, from one of a single sequence with every second block computed again."""
+def _adapted(guess: Profile, one: Job, spread: float) -> Profile:
+    """The profile with blocks all of the kind that a layout has, and with its part of the state."""
     last = one.cfg.model.n_layers - 1
-    again = one.cfg.recipe.remat == "full"
-    kept = [i for i in traced.forward if isinstance(i, int) and (i % 2 == 0) == again]
-    block = min(kept, key=lambda i: (i in (0, last - 1, last), i), default=0)
-
-    def pieces(table: dict[Label, Piece]) -> dict[Label, Piece]:
-        return {label: _times(table[label], one.rows) for label in ("embed", block, "head")}
-
-    state = {label: Counter({k: round(n * spread) for k, n in part.items()}) for label, part in traced.state.items()}
-    alike = dict.fromkeys(range(last + 1), block)
-    return replace(traced, forward=pieces(traced.forward), backward=pieces(traced.backward), state=state, alike=alike)
-
-
-def _times(piece: Piece, rows: int) -> Piece:
-    """A piece for so many times the sequences."""
-    if rows == 1:
-        return piece
-    seen = piece.seen
-    peak = Counter(seen.peak)
-    peak["activations"] = seen.start["activations"] + rows * (seen.peak["activations"] - seen.start["activations"])
-    traffic = Counter({k: n * (rows if k[0] in ("tp", "cp") and k[2] == "bytes" else 1) for k, n in seen.traffic.items()})
-    grown = Counter(piece.grown)
-    grown["activations"] *= rows
-    more = replace(
-        seen, peak=peak, traffic=traffic, linear=seen.linear * rows, batched=seen.batched * rows, moved=seen.moved * rows
-    )
-    return Piece(grown, more)
+    kind = [i for i in guess.forward if isinstance(i, int) and (i % 2 == 0) == (one.cfg.recipe.remat == "full")]
+    block = min(kind, key=lambda i: (i in (0, last - 1, last), i), default=0)
+    state = {label: Counter({k: round(n * spread) for k, n in part.items()}) for label, part in guess.state.items()}
+    return replace(guess, state=state, alike=dict.fromkeys(range(last + 1), block))
 
 
 def _seconds(one: Job, guess: Profile) -> float:
@@ -152,7 +134,7 @@ def _seconds(one: Job, guess: Profile) -> float:
     for label, times in (("embed", 1), (guess.of(0), one.cfg.model.n_layers), ("head", 1)):
         sweep += times * sum(piece_seconds(one, pieces[label].seen, gpu)[1] for pieces in (guess.forward, guess.backward))
     busy = sweep * one.microbatches / one.mesh.pp
-    speed, hop = bandwidth(one, "pp", gpu)
+    speed, hop = bandwidth(one.mesh, "pp", gpu)
     sent = 2 * (one.mesh.pp - 1) * (carry(one) / speed + LAUNCH + hop)  # until the first comes back
     waited = sent + before_and_after(one, guess, gpu) + update(one, guess, gpu)
     return busy / (1 - _bubble(c.pp_schedule, one.mesh.pp, one.microbatches, c.pp_chunks)) + waited

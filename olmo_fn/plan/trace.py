@@ -131,16 +131,17 @@ class Trace(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return 1  # a number that data would decide; sizes do not depend on it
         out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
         product = func in PRODUCTS
         if product:
-            first, result = args[PRODUCTS[func]], out
-            flops = 2 * result.numel() * first.shape[-1]
-            if first.ndim == 3:
+            flops = 2 * out.numel() * args[PRODUCTS[func]].shape[-1]
+            if out.ndim == 3:
                 self.seen.batched += flops
             else:
                 self.seen.linear += flops
         if self._fused is None:
-            if not product and not func.is_view:
+            if not product:
                 self._moved(args, out)
             self._made(out)
         elif product:
