@@ -20,16 +20,16 @@ from olmo_fn.plan.job import Job, check
 from olmo_fn.plan.memory import peak_memory
 from olmo_fn.plan.profile import kinds, profile
 from olmo_fn.plan.traffic import shared_groups, traffic
-from olmo_fn.train.config import Config, Optim, Recipe, Run
+from olmo_fn.train.config import Config, Lora, Optim, Recipe, Run
 
 CONTROL = 100  # bytes of scalars that come and go
 
 
-def job_of(mesh=Mesh(), options=None, optim=None, **recipe):  # noqa: B008
+def job_of(mesh=Mesh(), options=None, optim=None, lora=Lora(), **recipe):  # noqa: B008
     fields = {"d_model": 64, "n_layers": 5, "n_heads": 4, "n_kv_heads": 2, "hidden_size": 161, "vocab_size": 501}
     fields |= {name: recipe.pop(name) for name in list(recipe) if name in Model.__dataclass_fields__}
     given = {"batch_size": 8, "sequence_length": 128, "compile": False, "dtype": "float32"} | recipe
-    parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": Optim(**(optim or {}))}
+    parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": Optim(**(optim or {})), "lora": lora}
     return check(Job(Config(Model(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh))
 
 
@@ -50,6 +50,8 @@ SINGLE_JOBS = {
     "tied, bf16 moments": {"tie_embeddings": True, "dtype": "bfloat16", "optim": {"moments": "bfloat16"}},
     "wide": {"d_model": 192, "hidden_size": 500, "vocab_size": 2000, "n_layers": 2},
     "muon": {"optim": {"name": "muon"}},
+    "lora": {"lora": Lora(rank=4), "accumulate": 2},
+    "frozen": {"freeze": ("embed", "blocks.0.*"), "accumulate": 2},
 }
 
 

@@ -64,7 +64,7 @@ def _alone(job: Job, profile: Profile) -> Iterator[Peak]:
     """One sweep a part of the batch, as the tape does it; from the second on the gradients of those before are there."""
     labels = job.labels(0)
     rest = at_rest(job, profile)
-    gradients = Counter({"gradients": rest["parameters"]})
+    gradients = Counter(gradients=sum(profile.gradients.get(profile.of(label), 0) for label in labels))
     for part in range(min(job.cfg.recipe.accumulate, 2)):
         live = rest + (gradients + Counter(tables=profile.tables) if part else Counter())
         for when, piece in _sweep(profile, labels):
@@ -98,8 +98,9 @@ def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
     whole and scattered together at the end (`olmo_fn.parallel.pipeline.sweep`).
     """
     rest, labels = at_rest(job, profile, rank), [profile.of(label) for label in held(job, rank)]
-    before = Counter(gradients=rest["parameters"]) if job.cfg.recipe.accumulate > 1 else Counter[str]()
-    whole = 4 * sum(profile.whole[label] for label in labels)
+    gradients = sum(profile.gradients.get(label, 0) for label in labels)
+    before = Counter(gradients=gradients) if job.cfg.recipe.accumulate > 1 else Counter[str]()
+    whole = sum(profile.whole.get(label, 0) for label in labels)
     weights = Counter(weights=sum(profile.in_use[label] for label in labels), tables=profile.tables)
     live = rest + before + weights + Counter(gradients=whole, activations=(SENDS + AHEAD) * carry(job))
     for action in job.programs[rank]:
@@ -113,5 +114,5 @@ def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
         if ours[0] != "embed":  # the carry that came from the stage before
             live["activations"] += {"F": carry(job), "I": 0}.get(action.op, -carry(job))
     sent = whole if job.size("data") * job.mesh.cp > 1 else 0
-    yield Peak(live + Counter(gradients=sent + (rest["parameters"] if job.size("fsdp") > 1 else 0)), "reducing the gradients")
-    yield _moment(rest + Counter(gradients=rest["parameters"], tables=profile.tables), profile.update, "update")
+    yield Peak(live + Counter(gradients=sent + (gradients if job.size("fsdp") > 1 else 0)), "reducing the gradients")
+    yield _moment(rest + Counter(gradients=gradients, tables=profile.tables), profile.update, "update")

@@ -30,7 +30,7 @@ from olmo_fn.plan.job import Label
 from olmo_fn.plan.trace import Seen, Trace, Traffic
 from olmo_fn.tape import remat_policy, segments
 from olmo_fn.train.config import Config
-from olmo_fn.train.recipe import parameters, recipe, rules
+from olmo_fn.train.recipe import is_trained, parameters, recipe, rules
 from olmo_fn.tree import Tree
 
 
@@ -52,7 +52,8 @@ class Profile:
     update: Piece
     state: dict[Label, Counter[str]]  # bytes at rest, by purpose
     in_use: dict[Label, int]  # bytes of the weights to compute with, beside those at rest
-    whole: dict[Label, int]  # entries of its parameters, whole but for tensor parallelism
+    gradients: dict[Label, int]  # bytes at rest
+    whole: dict[Label, int]  # bytes of its gradients, whole but for tensor parallelism
     gathered: dict[Label, Traffic]  # by one gather of its weights
     reduced: dict[Label, Traffic]  # by its gradients, once
     finished: dict[Label, int]  # bytes of its gradients that are summed once all are there
@@ -136,7 +137,8 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         one["update", None],
         rest,
         watch.in_use(dtype),
-        watch.whole(),
+        watch.gradients(at_rest=True),
+        watch.gradients(at_rest=False),
         watch.gathered,
         watch.reduced,
         watch.kept_whole(),
@@ -197,11 +199,13 @@ class Watch:
             found[label_of(path)] = found.get(label_of(path), 0) + (0 if own else like.nbytes)
         return found
 
-    def whole(self) -> dict[Label, int]:
-        """Entries of a label's parameters, whole but for tensor parallelism."""
-        found: dict[Label, int] = {}
+    def gradients(self, at_rest: bool) -> dict[Label, int]:
+        """Bytes of a label's gradients in fp32: rank 0's part, or whole but for tensor parallelism."""
+        fsdp, found = self.layout.axes.fsdp.size if at_rest else 1, dict[Label, int]()
         for path, place in self.layout.placed.items():
-            found[label_of(path)] = found.get(label_of(path), 0) + math.prod(place.box((0, 1), (0, self.mesh.tp))[1])
+            if is_trained(self.cfg, path):
+                size = math.prod(place.box((0, fsdp), (0, self.mesh.tp))[1])
+                found[label_of(path)] = found.get(label_of(path), 0) + 4 * size
         return found
 
     def kept_whole(self) -> dict[Label, int]:
@@ -209,7 +213,7 @@ class Watch:
         found: dict[Label, int] = {}
         if self.layout.axes.fsdp.size > 1:
             for path, place in self.layout.placed.items():
-                if place.fsdp is None:
+                if place.fsdp is None and is_trained(self.cfg, path):
                     size = math.prod(place.box((0, 1), (0, self.mesh.tp))[1])
                     found[label_of(path)] = found.get(label_of(path), 0) + 4 * size
         return found

@@ -123,7 +123,8 @@ def _adapted(guess: Profile, one: Job, spread: float) -> Profile:
     kind = [i for i in guess.forward if isinstance(i, int) and (i % 2 == 0) == (one.cfg.recipe.remat == "full")]
     block = min(kind, key=lambda i: (i in (0, last - 1, last), i), default=0)
     state = {label: Counter({k: round(n * spread) for k, n in part.items()}) for label, part in guess.state.items()}
-    return replace(guess, state=state, alike=dict.fromkeys(range(last + 1), block))
+    gradients = {label: round(n * spread) for label, n in guess.gradients.items()}
+    return replace(guess, state=state, gradients=gradients, alike=dict.fromkeys(range(last + 1), block))
 
 
 def _seconds(one: Job, guess: Profile) -> float:
@@ -158,5 +159,5 @@ def _bytes(one: Job, guess: Profile) -> float:
     labels = [guess.of(label) for label in one.labels(0)] * c.pp_chunks
     kept = sum(guess.forward[guess.of(label)].grown["activations"] for label in inside)
     live = _live(c.pp_schedule, one.mesh.pp, one.microbatches, c.pp_chunks)
-    weights = sum(guess.in_use[label] + 4 * guess.whole[label] for label in labels)
+    weights = sum(guess.in_use[label] + guess.whole.get(label, 0) for label in labels)
     return at_rest(one, guess).total() + live * kept + weights + guess.tables
