@@ -57,7 +57,7 @@ def run(cfg: Config) -> int:
     if cfg.nproc and "RANK" not in os.environ:
         from olmo_fn.parallel.launch import launch
 
-        cfg.mesh.on(cfg.nproc)  # refused here, once
+        cfg.check_processes(cfg.nproc)  # refused here, once
         return launch(sys.argv, cfg.nproc, Path(cfg.run.folder))
     from olmo_fn.train.loop import train
 

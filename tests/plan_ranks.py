@@ -68,4 +68,4 @@ def rank_traffic(connection, cfg, dtype):
     step, state = sharded_step(connection, cfg, dtype)
     with Traffic(connection.axes) as traffic:
         step(state, batch_of(cfg))
-    return {(axis, kind): (moved.count, moved.whole) for (kind, axis), moved in traffic.moved.items()}
+    return {(axis, kind): (moved.calls, moved.whole) for (kind, axis), moved in traffic.moved.items()}

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from olmo_fn.models.config import Model, divisors
 from olmo_fn.parallel.mesh import Mesh, flag
 
-if TYPE_CHECKING:
-    from olmo_fn.parallel.rules import Rules
+
+class Method(Protocol):
+    """Rules, or the command line's mesh: what says how sequences are shared."""
+
+    @property
+    def cp_method(self) -> str:
+        """gather, ulysses or ring."""
 
 
-def check_layout(
-    model: Model, mesh: Mesh, rules: Rules, batch_size: int, sequence_length: int, accumulate: int = 1
-) -> None:
+def check_layout(model: Model, mesh: Mesh, rules: Method, batch_size: int, sequence_length: int, accumulate: int = 1) -> None:
     """ValueError, with the flags, the arithmetic and a way out, if the ranks of ``mesh`` cannot share the work evenly.
 
-    ``batch_size`` sequences a step, in ``accumulate`` parts, each of ``sequence_length`` tokens. What may be uneven is not refused:
-    widths, vocabulary and feed-forward size need not be divisible by anything.
+    ``batch_size`` sequences a step, in ``accumulate`` parts, each of ``sequence_length`` tokens. What may be uneven is not
+    refused: widths, vocabulary and feed-forward size need not be divisible by anything.
 
     >>> from olmo_fn.parallel.rules import DEFAULT
     >>> check_layout(Model(64, 2, 4, 96, n_kv_heads=2), Mesh(tp=4), DEFAULT, batch_size=8, sequence_length=64)
@@ -30,7 +33,7 @@ def check_layout(
     _check_tokens(mesh, batch_size, sequence_length, accumulate)
 
 
-def _check_heads(model: Model, mesh: Mesh, rules: Rules) -> None:
+def _check_heads(model: Model, mesh: Mesh, rules: Method) -> None:
     heads = {"--model.n-heads": model.n_heads, "--model.n-kv-heads": model.kv_heads}
     common = gcd(model.n_heads, model.kv_heads)
     for name, many in heads.items():
@@ -67,15 +70,16 @@ def _check_tokens(mesh: Mesh, batch_size: int, sequence_length: int, accumulate:
             f"--recipe.batch-size {batch_size} is not a multiple of {_product(factors)}; "
             f"choose {_multiples(batch_size, accumulate * data)}"
         )
+    length, fits = f"--recipe.sequence-length {sequence_length}", _multiples(sequence_length, _pieces(mesh))
     if sequence_length % (2 * mesh.cp if mesh.cp > 1 else 1):
         raise ValueError(
-            f"--recipe.sequence-length {sequence_length} is not a multiple of 2 x {flag('cp')} {mesh.cp} = {2 * mesh.cp}, the pieces "
-            f"that are dealt to the ranks; choose {_multiples(sequence_length, _pieces(mesh))}"
+            f"{length} is not a multiple of 2 x {flag('cp')} {mesh.cp} = {2 * mesh.cp}, the pieces dealt to the ranks; "
+            f"choose {fits}"
         )
     if sequence_length // mesh.cp % mesh.tp:
+        product = _product({flag("cp"): mesh.cp, flag("tp"): mesh.tp})
         raise ValueError(
-            f"--recipe.sequence-length {sequence_length} is not a multiple of {_product({flag('cp'): mesh.cp, flag('tp'): mesh.tp})}, "
-            f"the ranks that share a sequence between the blocks; choose {_multiples(sequence_length, _pieces(mesh))}"
+            f"{length} is not a multiple of {product}, the ranks that share a sequence between the blocks; choose {fits}"
         )
 
 

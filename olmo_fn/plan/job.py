@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, cast
 
-from olmo_fn.models.config import Model, divisors
-from olmo_fn.parallel.check import check_layout
+from olmo_fn.models.config import Model
 from olmo_fn.parallel.mesh import FLATTENED, Mesh, flag
 from olmo_fn.parallel.pipeline.schedule import Action, Program, schedule
 from olmo_fn.parallel.pipeline.split import Ranges, parse_split, split
@@ -86,14 +84,10 @@ def job(cfg: Config) -> Job:
 
 def check(job: Job) -> Job:
     """The job itself. ValueError, with the fix, if its numbers do not fit together."""
-    cfg, mesh, r = job.cfg, job.mesh, job.cfg.recipe
+    cfg, mesh = job.cfg, job.mesh
     cfg.check()
-    check_layout(cfg.model, mesh, cast(Any, cfg.mesh), r.batch_size, r.sequence_length, r.accumulate)
-    if job._part % job.microbatches:
-        raise ValueError(
-            f"{job._part} sequences a data-parallel rank cannot be cut into {job.microbatches} micro-batches; "
-            f"set --mesh.pp-microbatches to one of {divisors(job._part)}"
-        )
+    cfg.check_processes(mesh.size)
+    assert cfg.mesh.on(mesh.size) == mesh, f"{mesh} is not the config's {cfg.mesh}"
     if mesh.pp > 1:
         job.ranges, job.programs  # noqa: B018  # they refuse what they cannot do
     elif cfg.mesh.pp_chunks > 1 or cfg.mesh.pp_split:

@@ -2,5 +2,6 @@
 
 from olmo_fn.testing.equivalence import Layout, assert_equivalent
 from olmo_fn.testing.pool import Pool, RankFailed
+from olmo_fn.testing.traffic import Live, Moved, Traffic
 
-__all__ = ["Layout", "Pool", "RankFailed", "assert_equivalent"]
+__all__ = ["Layout", "Live", "Moved", "Pool", "RankFailed", "Traffic", "assert_equivalent"]

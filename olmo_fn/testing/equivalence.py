@@ -25,7 +25,6 @@ from olmo_fn.tree import Tree
 
 Name: TypeAlias = tuple[int, str]  # of a step, and of what was seen in it: "gradient blocks.0.attention.w_q"
 Sharding: TypeAlias = Callable[[Connection, Tree, Rules], Transform]
-SMALL = 0.1  # of the largest entry of all leaves of a kind: smaller leaves are measured by that
 
 
 class Layout(NamedTuple):
@@ -71,10 +70,11 @@ def assert_equivalent(
     Compared are the loss and all other metrics, every gradient as the optimizer gets it, in every step, and the whole state
     after the last one, each rank's own part of every leaf with that part of the single process's leaf. A leaf ``x`` passes if
 
-        max |x - x'| <= tolerance · max(max |x'|, SMALL · the largest entry of all leaves of its kind)
+        max |x - x'| <= tolerance · the largest |entry| of all leaves of its kind
 
-    ``x'`` being the single process's, of the same dtype; NaN equals NaN; the gradients are a kind, and so is each slot. (In leaves
-    that are small because their terms cancel, one process in fp32 is itself 1e-5 away from fp64: the second maximum.) Returns the largest such ratio for each layout.
+    ``x'`` being the single process's, of the same dtype and step; NaN equals NaN; gradients, parameters, each slot and each
+    metric are a kind. (Not of the leaf alone: one whose terms cancel is in fp32 itself more than 1e-5 away from fp64, in one
+    process.) Returns the largest such ratio for each layout.
     AssertionError otherwise, naming layout, step, leaf, rank, difference and tolerance of the first step that differs.
 
     ``recipe`` makes the step, without `olmo_fn.parallel.shard.shard`. It travels to other processes by pickle, as do ``specs``
@@ -83,9 +83,9 @@ def assert_equivalent(
     give ``grad(dtype=torch.float64)`` for the tight default. In fp32 state 1e-5, and use an optimizer that does not divide
     by the gradient: AdamW turns the rounding of an entry whose gradient is nearly 0 into a whole step of it.
 
-    To verify your own *transform*, put it into the recipe: it must come out the same on every layout. If it should be invisible,
-    give the recipe without it as ``reference``; ``Mesh()``, one rank, will then do. To verify your own *layout*, give what
-    you use in place of `shard` as ``sharding``. A ``pool`` that is kept makes the second call much faster than the first.
+    To verify your own *transform*, put it into the recipe: it must come out the same on every layout. If it should be
+    invisible, give the recipe without it as ``reference``; ``Mesh()``, one rank, will then do. To verify your own *layout*,
+    give what you use in place of `shard` as ``sharding``. A ``pool`` that is kept makes the second call much faster.
 
     >>> from functools import partial
     >>> from olmo_fn.models import transformer
@@ -134,7 +134,7 @@ def record(step: Step, params: Tree, batches: Sequence[Batch]) -> dict[Name, tup
         return grads, metrics
 
     watched = replace(step, grads=Grads(gradients))
-    for n, batch in enumerate(batches):  # noqa: B007
+    for n, batch in enumerate(batches):
         state, metrics = watched(state, batch)
         found.update({(n, f"metric {name}"): (value.clone(), None) for name, value in metrics.items()})
     for path, leaf in tree.items({"step": state.step, "parameter": state.params, "slot": state.slots}):
@@ -153,7 +153,7 @@ def _compare(
     seed: int,
     dtype: torch.dtype,
     wanted: Mapping[Name, Tensor],
-    scales: Mapping[str, float],
+    scales: Mapping[Name, float],
 ) -> list[Difference]:
     """On a rank: the steps, and how far everything is from what is wanted."""
     step = sharding(connection, specs, rules)(recipe())
@@ -161,7 +161,7 @@ def _compare(
     differences = []
     for (n, name), (leaf, place) in found.items():
         want = wanted.get((n, name))
-        scale = max(0.0 if want is None else _largest(want), SMALL * scales.get(_kind(name), 0.0), torch.finfo(torch.float64).tiny)
+        scale = max(scales.get((n, _kind(name)), 0.0), torch.finfo(torch.float64).tiny)
         differences.append(Difference(n, name, _distance(leaf, want, place), scale))
     return differences
 
@@ -181,17 +181,13 @@ def _distance(leaf: Tensor, want: Tensor | None, place: Any) -> float:
     return float(far.max()) if far.numel() else 0.0
 
 
-def _scales(wanted: Mapping[Name, Tensor]) -> dict[str, float]:
-    """The largest finite entry of all leaves of each kind."""
-    scales: dict[str, float] = {}
-    for (_, name), leaf in wanted.items():
-        scales[_kind(name)] = max(scales.get(_kind(name), 0.0), _largest(leaf))
+def _scales(wanted: Mapping[Name, Tensor]) -> dict[Name, float]:
+    """The largest finite |entry| of all leaves of each kind, by step."""
+    scales: dict[Name, float] = {}
+    for (n, name), leaf in wanted.items():
+        largest = float(leaf.detach().double().abs().nan_to_num(0.0, 0.0, 0.0).max()) if leaf.numel() else 0.0
+        scales[n, _kind(name)] = max(scales.get((n, _kind(name)), 0.0), largest)
     return scales
-
-
-def _largest(leaf: Tensor) -> float:
-    """The largest finite |entry|."""
-    return float(leaf.detach().double().abs().nan_to_num(0.0, 0.0, 0.0).max()) if leaf.numel() else 0.0
 
 
 def _kind(name: str) -> str:
@@ -212,7 +208,7 @@ def _judge(layout: Layout, ranks: list[list[Difference]], wanted: Mapping[Name, 
         found, rank = max((pair for pair in wrong if pair[0].step == first), key=lambda pair: pair[0].relative)
         names = {found.name for found, _ in wrong if found.step == first}
         raise AssertionError(
-            f"{layout}: step {first}, {found.name} on rank {rank} differs by {found.size:.3g}, which is {found.relative:.3g} of "
-            f"{found.scale:.3g}; the tolerance is {tolerance:g} ({len(names)} leaves of this step differ)"
+            f"{layout}: step {first}, {found.name} on rank {rank} differs by {found.size:.3g}, which is "
+            f"{found.relative:.3g} of {found.scale:.3g}; the tolerance is {tolerance:g} ({len(names)} leaves differ then)"
         )
     return max(found.relative for found, _ in every)

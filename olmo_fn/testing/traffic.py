@@ -5,84 +5,68 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olmo_fn.parallel.axis import Axes
+from olmo_fn.parallel.axis import Axes, Axis
 
 _c10d = torch.ops._c10d_functional
 
 
 class Moved(NamedTuple):
-    """``count`` collectives of a kind; ``whole``: bytes of what each is about, the gathered, summed or exchanged tensor; and
+    """``calls``: collectives of a kind; ``whole``: bytes of what they are about, the gathered, summed or exchanged tensors; and
     ``sent``: bytes that a rank must at least send for that.
     """
 
-    count: int = 0
+    calls: int = 0
     whole: int = 0
     sent: int = 0
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the collectives that this rank takes part in: ``moved[kind, axis]``, a kind being a name of a functional collective.
+    """Counts the collectives that this rank takes part in: ``moved[kind, axis]``, for each kind and name of an axis.
 
     Least bytes sent by each of n ranks, for a whole tensor of S bytes (Thakur et al. 2005, section 4): ``all_gather`` and
     ``reduce_scatter`` S (n - 1) / n, ``all_reduce`` 2 S (n - 1) / n; ``all_to_all``, which ring shifts are too, what goes to
-    others. Small ones (0-d or a few numbers) count as well. Axes over the same ranks share a group: it is called by the first of
-    them in `olmo_fn.parallel.axis.Axes`. For eager steps: what a compiled stage does inside cannot be seen.
+    others. Small ones (0-d or a few numbers) count as well. Axes over the same ranks share a group: it goes by the name of the
+    first of them in `olmo_fn.parallel.axis.Axes`. For eager steps: what a compiled stage does inside cannot be seen.
 
         with Traffic(connection.axes) as traffic:
             state, metrics = step(state, batch)
-        traffic.moved["all_gather", "dp_shard"].count
+        traffic.moved["all_gather", "dp_shard"].calls
     """
 
     def __init__(self, axes: Axes) -> None:
         super().__init__()
-        named = [getattr(axes, field.name) for field in fields(Axes)]
-        self.names = {axis.group: axis.name for axis in reversed(named) if axis.size > 1}
+        named: list[Axis] = [getattr(axes, field.name) for field in fields(Axes)]
+        self.axes = {axis.group: axis for axis in reversed(named)}
         self.moved: dict[tuple[str, str], Moved] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = COLLECTIVES.get(func)
-        if count is not None:
-            kind, whole, sent = count(out, *args)
-            key = kind, self.names[args[-1]]
-            old = self.moved.get(key, Moved())
-            self.moved[key] = Moved(old.count + 1, old.whole + whole, old.sent + sent)
+        if func in COLLECTIVES:
+            kind, measure = COLLECTIVES[func]
+            axis = self.axes[args[-1]]
+            old = self.moved.get((kind, axis.name), Moved())
+            whole, sent = measure(out, axis, *args)
+            self.moved[kind, axis.name] = Moved(old.calls + 1, old.whole + whole, old.sent + sent)
         return out
 
 
-def _all_reduce(out: Tensor, x: Tensor, op: str, group: str) -> tuple[str, int, int]:
-    size = torch.distributed.distributed_c10d._resolve_process_group(group).size()
-    return "all_reduce", x.nbytes, 2 * x.nbytes * (size - 1) // size
+def _all_to_all(out: Tensor, axis: Axis, x: Tensor, received: list[int], sent: list[int], group: str) -> tuple[int, int]:
+    return x.nbytes, x.nbytes * (sum(sent) - sent[axis.index]) // sum(sent)
 
 
-def _all_gather(out: Tensor, x: Tensor, size: int, group: str) -> tuple[str, int, int]:
-    return "all_gather", out.nbytes, x.nbytes * (size - 1)
-
-
-def _reduce_scatter(out: Tensor, x: Tensor, op: str, size: int, group: str) -> tuple[str, int, int]:
-    return "reduce_scatter", x.nbytes, out.nbytes * (size - 1)
-
-
-def _all_to_all(out: Tensor, x: Tensor, received: list[int], sent: list[int], group: str) -> tuple[str, int, int]:
-    mine = torch.distributed.get_rank(torch.distributed.distributed_c10d._resolve_process_group(group))
-    row = x.element_size() * prod(x.shape[1:])
-    return "all_to_all", x.nbytes, row * (sum(sent) - sent[mine])
-
-
-COLLECTIVES: dict[Any, Callable[..., tuple[str, int, int]]] = {
-    _c10d.all_reduce.default: _all_reduce,
-    _c10d.all_gather_into_tensor.default: _all_gather,
-    _c10d.reduce_scatter_tensor.default: _reduce_scatter,
-    _c10d.all_to_all_single.default: _all_to_all,
+COLLECTIVES: dict[Any, tuple[str, Callable[..., tuple[int, int]]]] = {
+    _c10d.all_reduce.default: ("all_reduce", lambda out, axis, x, *_: (x.nbytes, 2 * x.nbytes * (axis.size - 1) // axis.size)),
+    _c10d.all_gather_into_tensor.default: ("all_gather", lambda out, axis, x, *_: (out.nbytes, x.nbytes * (axis.size - 1))),
+    _c10d.reduce_scatter_tensor.default: ("reduce_scatter", lambda out, axis, x, *_: (x.nbytes, out.nbytes * (axis.size - 1))),
+    _c10d.all_to_all_single.default: ("all_to_all", _all_to_all),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from olmo_fn.data.config import Data
 from olmo_fn.models.config import Model, divisors
+from olmo_fn.parallel.check import check_layout
 from olmo_fn.parallel.config import MeshConfig
 
 
@@ -290,3 +291,16 @@ class Config:
         if not 0 <= r.ema < 1:
             raise ValueError(f"--recipe.ema {r.ema} is no decay; it must be at least 0 and below 1")
         self.optim.check()
+
+    def check_processes(self, processes: int) -> None:
+        """Raise ValueError, in one line with the arithmetic, unless so many processes can share the work."""
+        mesh, r = self.mesh.on(processes), self.recipe
+        for size in (*self.growth.batch_sizes, r.batch_size):
+            check_layout(self.model, mesh, self.mesh, size, r.sequence_length, r.accumulate)
+            parts = self.mesh.pp_microbatches or 2 * mesh.pp
+            rows = size // (r.accumulate * mesh.dp_replicate * mesh.dp_shard)
+            if mesh.pp > 1 and rows % parts:
+                raise ValueError(
+                    f"--mesh.pp-microbatches {parts} does not divide the {rows} sequences that a pipeline gets "
+                    f"(--recipe.batch-size {size}); choose one of {divisors(rows)}"
+                )

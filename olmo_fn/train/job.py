@@ -66,6 +66,7 @@ def join(cfg: Config) -> Iterator[Job]:
     device = machine.pick_device(cfg.run.device)
     process = init_process_group_from_env(device.type)
     try:
+        cfg.check_processes(process.size)
         mesh = cfg.mesh.on(process.size)
         if process.size == 1:
             yield Job(process, None, device, Ranks())
