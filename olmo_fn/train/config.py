@@ -263,7 +263,12 @@ class Config:
     nproc: int = 0
     """Start this many processes on this machine, as torchrun would. 0: this process is all, or torchrun started it."""
     dry_run: bool = False
-    """Only print the resolved config, parameters, FLOPs and memory; read no data, allocate no weights."""
+    """Only print the resolved config, counts, the sharding plan, and memory, traffic and time a rank; read no data,
+    allocate no weights."""
+    gpus: int = 0
+    """Only for --dry-run: processes there would be. 0: the product of the degrees of --mesh that are given."""
+    gpu: Literal["a100", "h100", "h200", "b200", "mi300x"] = "h100"
+    """Only for --dry-run: the accelerator that memory and time are estimated for."""
 
     def check(self) -> None:
         """Raise ValueError, in one line with the fix, if the numbers do not fit together."""

@@ -15,6 +15,7 @@ from olmo_fn.generate.config import Sampling
 from olmo_fn.generate.text import LanguageModel, generate_text
 from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
+from olmo_fn.plan import tables as plan
 from olmo_fn.step import State
 from olmo_fn.train.config import Config
 from olmo_fn.train.loop import abstract_state
@@ -25,7 +26,7 @@ from olmo_fn.train.serialize import to_yaml
 
 
 def dry_run(cfg: Config) -> str:
-    """The resolved config, parameters, FLOPs, and the memory of the state, without allocating anything."""
+    """The resolved config, parameters, FLOPs, and the plan by rank (`olmo_fn.plan`), without allocating anything."""
     recipe(cfg)  # a wrong one is refused here too
     r, total = cfg.recipe, num_params(cfg.model)
     tokens, all_tokens = r.batch_size * r.sequence_length, sizes(cfg).tokens_before(cfg.run.steps)
@@ -51,7 +52,9 @@ def dry_run(cfg: Config) -> str:
             f"FLOPs of the run  {flops * all_tokens:>20.3e}",
             f"memory of state   {gib(sum(parts.values())):>20}  "
             + ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-            + "; activations come on top",
+            + "; by rank, with activations:",
+            "",
+            plan.report(cfg),
         )
     )
 
