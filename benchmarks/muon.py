@@ -20,14 +20,14 @@ from typing import Any
 
 from olmo_fn.train.environment import prepare_environment
 
-RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
+RATES = (2.4e-2, 4.8e-2, 9.6e-2, 0.192, 0.384)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"d-model": 128, "n-layers": 3, "n-heads": 2, "hidden-size": 384, "vocab-size": 4096}
-    course = {"sequence-length": 128, "batch-size": 8, "steps": 300, "warmup": 20, "every": 25, "heldout": 16384}
+    sizes = {"d-model": 96, "n-layers": 2, "n-heads": 2, "hidden-size": 256, "vocab-size": 4096}
+    course = {"sequence-length": 128, "batch-size": 8, "steps": 300, "warmup": 20, "every": 25, "heldout": 8192}
     for name, default in (sizes | course | {"seed": 0, "threads": 1}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="peak learning rates")
