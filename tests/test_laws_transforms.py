@@ -17,7 +17,7 @@ from olmo_fn.optim import Rule, adamw, muon, optimizer, partition
 from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.shard import shard
 from olmo_fn.research import centralize, lr_scale
-from olmo_fn.spec import Init, Spec, abstract, init
+from olmo_fn.spec import Init, Spec, abstract, count, init
 from olmo_fn.step import (
     State,
     Step,
@@ -64,14 +64,15 @@ BOTH = {**SPECS, **ADAPTERS}
 
 def loss(params, batch):
     """Squares of random projections of all parameters, summed over the rows that count."""
-    flat = torch.cat([p.reshape(-1) for _, p in tree.items(params)])
-    error = (batch["x"].to(flat) @ flat - 1).square() * (batch["labels"][:, 0] >= 0)
-    return error.sum(), {}
+    flat = [p.reshape(-1) for _, p in tree.items(params)]
+    parts = batch["x"].split([p.numel() for p in flat], dim=1)
+    error = sum(x.to(p) @ p for x, p in zip(parts, flat, strict=True)) - 1
+    return (error.square() * (batch["labels"][:, 0] >= 0)).sum(), {}
 
 
 def batch(seed, bad=False):
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(8, sum(spec.size for _, spec in tree.items(SPECS)), generator=g, dtype=DOUBLE) / 10
+    x = torch.randn(8, count(SPECS), generator=g, dtype=DOUBLE) / 10
     labels = torch.zeros(8, 1, dtype=torch.int64)
     labels[:3] = -100  # uneven parts
     return {"x": x * float("inf") if bad else x, "labels": labels}
