@@ -6,6 +6,7 @@ of `olmo_fn.train.config.Config`: ``python train.py olmo2-tiny --help`` lists th
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -53,12 +54,19 @@ def run(cfg: Config) -> int:
     if cfg.dry_run:
         report.say(report.dry_run(cfg))
         return 0
+    if cfg.nproc and "RANK" not in os.environ:
+        from olmo_fn.parallel.launch import launch
+
+        cfg.check_processes(cfg.nproc)  # refused here, once
+        return launch(sys.argv, cfg.nproc, Path(cfg.run.folder))
     from olmo_fn.train.loop import train
 
     try:
         result = train(cfg)
     except SaveFailed as error:
         raise ValueError(str(error)) from error
+    if not result.leads:
+        return 128 + result.stopped_by if result.stopped_by else 0
     if result.stopped_by:
         report.say(report.stopped(result.stopped_by, cfg, int(result.state.step)))
         return 128 + result.stopped_by

@@ -14,7 +14,10 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from olmo_fn.grad import Function
 from olmo_fn.step import Step, Transform, _execute
 
 
@@ -33,10 +36,16 @@ def compile() -> Transform:
         # not fused across leaves: two in one loop are more streams than the first cache holds, and slower
         own = partial(torch.compile, fullgraph=True, isolate_recompiles=True)
         wrap = cache(partial(own, dynamic=False))
-        wrap_leaf = cache(partial(own, dynamic=True, options={"cpp.max_horizontal_fusion_size": 1}))
+        kernel = partial(own, dynamic=True, options={"cpp.max_horizontal_fusion_size": 1})
+        wrap_leaf = cache(lambda fn: _of_plain_tensors(kernel(fn)))
         return _execute(step, wrap=wrap, wrap_leaf=wrap_leaf)
 
     return Transform("compile()", Step, Step, apply)
+
+
+def _of_plain_tensors(fn: Function) -> Function:
+    """``fn`` of tensors that are no views: Dynamo guards on what a view is of, and would compile again for each."""
+    return lambda *args: fn(*tree_map_only(Tensor, lambda x: x.data, args))
 
 
 def has_compiler() -> bool:
@@ -45,11 +54,11 @@ def has_compiler() -> bool:
     return torch.cuda.is_available() or any(shutil.which(c) for c in candidates if c)
 
 
-def prepare_cache(folder: Path) -> list[Path]:
-    """Make Inductor keep its files in ``folder``, and drop those that a killed compile left broken; returns them."""
+def prepare_cache(folder: Path, sweep: bool = True) -> list[Path]:
+    """Make Inductor keep its files in ``folder``, and ``sweep`` away those that a killed compile left broken; returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    broken = [path for path in folder.rglob("*") if path.is_file() and not _whole(path)]
+    broken = [path for path in (folder.rglob("*") if sweep else ()) if path.is_file() and not _whole(path)]
     for path in broken:
         path.unlink(missing_ok=True)
     return broken

@@ -146,7 +146,7 @@ def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
 
     def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
         layout, tokens = execution.layout, loss_tokens(batch)
-        fn = layout.chain(loss) if isinstance(loss, Chain) else loss
+        fn = layout.chain(loss)
 
         def scaled(wanted: Tree, frozen: Tree, part: Batch) -> tuple[Tensor, Metrics]:
             total, metrics = fn(tree.combine(wanted, frozen) if frozen else wanted, part)

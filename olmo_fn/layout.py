@@ -53,6 +53,9 @@ class Here:
 class Single:
     """One process: everything is here, and whole."""
 
+    shares: int = 1
+    """Sequences of a batch must be a multiple of this."""
+
     def chain(self, chain: Chain) -> Chain:
         """The chain as this rank computes it."""
         return chain

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from hypothesis import strategies as st
 
 from olmo_fn.grad import Batch
 from olmo_fn.models.config import Model
+from olmo_fn.parallel.mesh import Mesh
+from olmo_fn.parallel.rules import Rules
 
 
 @st.composite
@@ -56,3 +60,87 @@ def boxes(draw, shape):
 def part_of(tensor, box):
     """That part of a tensor."""
     return tensor[tuple(slice(start, start + n) for start, n in zip(*box, strict=True))]
+
+
+class Case(NamedTuple):
+    """A model, a layout and a way to carry it out that fit each other."""
+
+    model: Model
+    mesh: Mesh
+    rules: Rules
+    rows: int
+    length: int
+    accumulate: int
+    remat: str
+    engine: str
+    documents: bool
+    masked: float  # part of the labels that do not count
+    seed: int
+
+
+ROWS = {"heads": "fsdp", "kv_heads": "fsdp", "mlp": "fsdp", "vocab": "fsdp"}  # instead of columns; "embed" stays whole
+WHOLE = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}  # nothing is sharded over fsdp
+
+
+@st.composite
+def cases(draw: st.DrawFn, ranks: int) -> Case:
+    """Anything that ``ranks`` processes can share: widths, vocabulary and feed-forward size as uneven as they come."""
+    # pp: one more degree here, a schedule and a number of microbatches in Case
+    degrees = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp"), 1)
+    rest = ranks
+    while rest > 1:
+        prime = next(n for n in range(2, rest + 1) if rest % n == 0)
+        degrees[draw(st.sampled_from(sorted(degrees)))] *= prime
+        rest //= prime
+    mesh = Mesh(**degrees)
+    cp_method = draw(st.sampled_from(["gather", "ulysses", "ring"]))
+    kv = mesh.tp * (mesh.cp if cp_method == "ulysses" else 1)
+    kv *= draw(st.sampled_from([1, 2])) if kv < 4 else 1
+    model = Model(
+        d_model=draw(st.sampled_from([5, 7, 10])),
+        n_layers=draw(st.integers(1, 3)),
+        n_heads=kv * draw(st.sampled_from([1, 2])),
+        n_kv_heads=kv,
+        head_dim=draw(st.sampled_from([2, 4])),
+        hidden_size=draw(st.sampled_from([3, 5, 11])),
+        vocab_size=draw(st.sampled_from([13, 19, 22]).filter(lambda V: -(-V // mesh.tp) * (mesh.tp - 1) < V)),
+        window_pattern=draw(st.sampled_from([(), (3, -1), (1, 6, -1)])),
+        tie_embeddings=draw(st.booleans()),
+        init_std=0.3,
+    )
+    stores = [None, WHOLE] if mesh.tp > 1 else [None, WHOLE, ROWS]
+    store = draw(st.sampled_from(stores))
+    gathered = draw(st.booleans())
+    rules = Rules(keep_gathered=gathered, cp_method=cp_method)
+    if store is not None:
+        rules = Rules(store, WHOLE if store is WHOLE else {}, gathered, cp_method)
+    accumulate = draw(st.sampled_from([1, 1, 2]))
+    engine = draw(st.sampled_from(["tape", "tape", "func"]))
+    return Case(
+        model,
+        mesh,
+        rules,
+        rows=mesh.dp_replicate * mesh.dp_shard * accumulate * draw(st.sampled_from([1, 2] if ranks < 8 else [1])),
+        length=2 * mesh.cp * mesh.tp * draw(st.sampled_from([1, 2, 3])),
+        accumulate=accumulate,
+        remat=draw(st.sampled_from(["none", "full", "feed_forward", "every-2"])) if engine == "tape" else "none",
+        engine=engine,
+        documents=draw(st.booleans()),
+        masked=draw(st.sampled_from([0.0, 0.3, 0.9])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def batches_of(case: Case, steps: int) -> list[Batch]:
+    """Batches for a case; some ranks may have no label that counts, but not all."""
+    found = []
+    for i in range(steps):
+        generator = torch.Generator().manual_seed(case.seed + i)
+        ids = torch.randint(case.model.vocab_size, (case.rows, case.length + 1), generator=generator)
+        masked = torch.rand(case.rows, case.length, generator=generator) < case.masked
+        masked[-1, -1] = False
+        batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].masked_fill(masked, -100)}
+        if case.documents:
+            batch["documents"] = (torch.rand(case.rows, case.length, generator=generator) < 0.2).long().cumsum(1)
+        found.append(batch)
+    return found

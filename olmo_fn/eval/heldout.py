@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from olmo_fn.grad import EAGER, Batch, Chain, Execution, loss_tokens
+from olmo_fn.grad import EAGER, IGNORE, Batch, Chain, Execution, loss_tokens
 from olmo_fn.tree import Tree
 
 
@@ -38,8 +38,22 @@ def evaluate(
     layout, total, tokens = execution.layout, 0.0, 0
     params = layout.enter(params)
     for batch in batches:
-        total += float(layout.total(layout.forward(loss, params, batch, dtype, execution))["ce"])
+        even = padded(batch, layout.shares)
+        total += float(layout.total(layout.forward(loss, params, even, dtype, execution))["ce"])
         tokens += int(loss_tokens(batch))
         show(tokens)
     bits = total / math.log(2) / num_bytes if num_bytes else None
     return Heldout(total / max(tokens, 1), tokens, bits)
+
+
+def padded(batch: Batch, multiple: int) -> Batch:
+    """The batch with rows without labels behind it, up to a multiple of so many rows.
+
+    >>> padded({"labels": torch.tensor([[5, 6]])}, 2)["labels"].tolist()
+    [[5, 6], [-100, -100]]
+    """
+    missing = -len(batch["labels"]) % multiple
+    if not missing:
+        return batch
+    rows = {name: x.new_full((missing, *x.shape[1:]), IGNORE if name == "labels" else 0) for name, x in batch.items() if x.ndim}
+    return {name: torch.cat((x, rows[name])) if name in rows else x for name, x in batch.items()}

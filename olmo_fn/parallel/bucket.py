@@ -68,14 +68,14 @@ def reduce_scatter(grads: Sequence[Tensor], shards: Sequence[Shard], axis: Axis,
             source = _by_chunks(_padded(grad, long), Shard(long, shard.dim), axis.size)
         assert source is not None
         part.unflatten(1, chunk).copy_(source)
-    return _c10d.reduce_scatter_tensor(bucket, "sum", axis.size, axis.group)
+    return _c10d.reduce_scatter_tensor(bucket.view(-1), "sum", axis.size, axis.group)
 
 
 def split(reduced: Tensor, shards: Sequence[Shard], axis: Axis) -> list[Tensor]:
     """This rank's chunks, without padding, out of the (waited for) result of `reduce_scatter`."""
     sizes = [torch.Size(shard.chunk(axis.size)).numel() for shard in shards]
     found = []
-    for part, shard in zip(reduced.view(-1).split(sizes), shards, strict=True):
+    for part, shard in zip(reduced.split(sizes), shards, strict=True):
         chunk = shard.chunk(axis.size)
         length = max(0, min(chunk[shard.dim], shard.shape[shard.dim] - axis.index * chunk[shard.dim]))
         found.append(part.view(chunk).narrow(shard.dim, 0, length).contiguous())

@@ -126,6 +126,15 @@ def solve(
     return Mesh(**degrees)
 
 
+def describe(mesh: Mesh) -> str:
+    """The degrees above 1, in words.
+
+    >>> describe(Mesh(dp_shard=4, tp=2))
+    'dp_shard 4, tp 2'
+    """
+    return ", ".join(f"{axis} {degree}" for axis, degree in mesh.degrees.items() if degree > 1) or "1 process"
+
+
 def flag(axis: str) -> str:
     """The command-line flag of an axis.
 

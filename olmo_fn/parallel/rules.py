@@ -81,6 +81,12 @@ def plan(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:
                 raise ValueError(f"a rule shards {logical!r} over {axis!r}; parameters are sharded over 'fsdp' or 'tp'")
             if logical not in known and logical not in DEFAULT.store:
                 raise ValueError(f"a rule names the logical axis {logical!r}; the parameters have {', '.join(sorted(known))}")
+    for logical in known & {*TENSOR}:
+        if mesh.tp > 1 and rules.use.get(logical) != "tp":
+            raise ValueError(
+                f"--mesh.tp is {mesh.tp}, but the rules do not use {logical!r} over 'tp', so that each of its ranks would add "
+                f"the same; store and use {logical!r} over 'tp', or leave --mesh.tp at 1"
+            )
     return {path: _place(path, spec, rules, mesh) for path, spec in tree.items(specs)}
 
 

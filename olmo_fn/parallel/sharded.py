@@ -24,6 +24,7 @@ from olmo_fn.parallel import bucket
 from olmo_fn.parallel.axis import Axes, Axis
 from olmo_fn.parallel.collectives import psum
 from olmo_fn.parallel.connect import Connection
+from olmo_fn.parallel.mesh import flag
 from olmo_fn.parallel.pipeline.stages import Cut
 from olmo_fn.parallel.rules import DEFAULT, Placed, Rules, plan
 from olmo_fn.spec import init_leaf
@@ -55,6 +56,11 @@ class Sharded(Single):
     def own_specs(self) -> Tree:
         """The parameters that this rank has a part of: those of its pipeline stages."""
         return self.specs if self.cut is None else tree.unflatten(self.cut.own(self.axes.pp.index))
+
+    @property
+    def shares(self) -> int:  # type: ignore[override]
+        """Sequences of a batch must be a multiple of this: data-parallel ranks times micro-batches."""
+        return self.axes.data.size * (self.cut.pipeline.parts(self.axes.pp.size) if self.cut else 1)
 
     @property
     def axes(self) -> Axes:
@@ -133,8 +139,15 @@ class Sharded(Single):
     # --- into use and back ----------------------------------------------------------------------------------------------
 
     def chain(self, chain: Chain) -> Chain:
-        """The chain as this rank computes it: with collectives inside its stages."""
-        return chain if chain.on is None else chain.on(self.axes, self.rules.cp_method)
+        """The chain as this rank computes it: with collectives inside its stages. ValueError if it cannot be divided so."""
+        on = getattr(chain, "on", None)  # a plain loss has none
+        for axis in (self.axes.tp, self.axes.cp):
+            if on is None and axis.size > 1:
+                raise ValueError(
+                    f"{flag(axis.name)} is {axis.size}, but the loss is not written for it; give a Chain with `on`, "
+                    "or use data parallelism only"
+                )
+        return chain if on is None else on(self.axes, self.rules.cp_method)
 
     def part(self, batch: Batch) -> Batch:
         """This rank's sequences; their loss is still divided by the tokens of all."""
@@ -172,7 +185,8 @@ class Sharded(Single):
     def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype) -> Weights:
         """Begin to gather the subtrees at ``paths``."""
         subtrees = {path: tree.at(params, path) for path in paths}
-        if self.axes.fsdp.size == 1:
+        sharded = (self.placed[path].fsdp is not None for top, part in subtrees.items() for path, _ in tree.items(part, top))
+        if self.axes.fsdp.size == 1 or not any(sharded):
             return Here({path: compute_copies(subtree, dtype) for path, subtree in subtrees.items()})
         return Gathered(self, subtrees, dtype)
 

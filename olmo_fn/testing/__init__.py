@@ -1,5 +1,7 @@
 """Tools to check a transform, a layout or a collective on a laptop: real processes that talk over gloo."""
 
+from olmo_fn.testing.equivalence import Layout, assert_equivalent
 from olmo_fn.testing.pool import Pool, RankFailed
+from olmo_fn.testing.traffic import Live, Moved, Traffic
 
-__all__ = ["Pool", "RankFailed"]
+__all__ = ["Layout", "Live", "Moved", "Pool", "RankFailed", "Traffic", "assert_equivalent"]

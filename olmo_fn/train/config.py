@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias
 
 from olmo_fn.data.config import Data
 from olmo_fn.models.config import Model, divisors
+from olmo_fn.parallel.check import check_layout
+from olmo_fn.parallel.config import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -252,10 +254,14 @@ class Config:
     """Batch size and sequence length that grow during the run."""
     recipe: Recipe = field(default_factory=Recipe)
     """How a step computes."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the processes divide the work."""
     lora: Lora = field(default_factory=Lora)
     """Train low-rank changes only."""
     run: Run = field(default_factory=Run)
     """Where the run lives, how long it is, what it reports."""
+    nproc: int = 0
+    """Start this many processes on this machine, as torchrun would. 0: this process is all, or torchrun started it."""
     dry_run: bool = False
     """Only print the resolved config, parameters, FLOPs and memory; read no data, allocate no weights."""
 
@@ -280,3 +286,16 @@ class Config:
         if not 0 <= r.ema < 1:
             raise ValueError(f"--recipe.ema {r.ema} is no decay; it must be at least 0 and below 1")
         self.optim.check()
+
+    def check_processes(self, processes: int) -> None:
+        """Raise ValueError, in one line with the arithmetic, unless so many processes can share the work."""
+        mesh, r = self.mesh.on(processes), self.recipe
+        for size in (*self.growth.batch_sizes, r.batch_size):
+            check_layout(self.model, mesh, self.mesh, size, r.sequence_length, r.accumulate)
+            parts = self.mesh.pp_microbatches or 2 * mesh.pp
+            rows = size // (r.accumulate * mesh.dp_replicate * mesh.dp_shard)
+            if mesh.pp > 1 and rows % parts:
+                raise ValueError(
+                    f"--mesh.pp-microbatches {parts} does not divide the {rows} sequences that a pipeline gets "
+                    f"(--recipe.batch-size {size}); choose one of {divisors(rows)}"
+                )

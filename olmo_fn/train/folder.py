@@ -12,7 +12,7 @@ from olmo_fn.checkpoint import steps
 from olmo_fn.train.config import Config
 from olmo_fn.train.serialize import from_yaml, to_yaml
 
-INVISIBLE = ("recipe.accumulate", "recipe.remat", "recipe.engine", "recipe.compile", "data.cache_dir")
+INVISIBLE = ("recipe.accumulate", "recipe.remat", "recipe.engine", "recipe.compile", "data.cache_dir", "nproc", "dry_run")
 NUMERIC_RUN_FIELDS = ("run.steps", "run.seed", "run.start_from", "run.start_with")
 
 
@@ -66,7 +66,8 @@ def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
     [('run.steps', 1000, 5)]
     """
     for name, before, after in _leaves(old, new, ""):
-        irrelevant = name in INVISIBLE or (name.startswith("run.") and name not in NUMERIC_RUN_FIELDS)
+        of_run = name.startswith("run.") and name not in NUMERIC_RUN_FIELDS
+        irrelevant = of_run or name in INVISIBLE or name.startswith("mesh.")
         if before != after and not irrelevant:
             yield name, before, after
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,11 +25,15 @@ from olmo_fn.data.source import Source, heldout_batches, open_data
 from olmo_fn.eval.heldout import Heldout, evaluate
 from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token
+from olmo_fn.parallel.mesh import describe
+from olmo_fn.parallel.process import agree
+from olmo_fn.parallel.watch import watch
 from olmo_fn.spec import abstract
 from olmo_fn.step import State, Step
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.folder import check_folder, write_config
+from olmo_fn.train.job import Job, join
 from olmo_fn.train.metrics import MetricsFile
 from olmo_fn.train.progress import Progress
 from olmo_fn.train.recipe import first_parameters, model_parameters, parameters, recipe
@@ -65,56 +71,82 @@ class Result:
     folder: Path
     heldout: Heldout | None
     stopped_by: int
+    leads: bool = True
+    """Whether this process is the one that reports."""
 
 
 def train(cfg: Config) -> Result:
-    """Train ``cfg`` to its end, going on from the newest whole checkpoint of its folder if there is one."""
-    device = machine.pick_device(cfg.run.device)
-    dtype = machine.compute_dtype(cfg.recipe.dtype, device)
+    """Train ``cfg`` to its end, going on from the newest whole checkpoint of its folder if there is one.
+
+    Every process of a job calls it; `Result.leads` is true on the one that has something to say.
+    """
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     machine.keep_freed_memory()
-    step = recipe(cfg, dtype)  # a wrong recipe is refused here, before anything is read or written
+    with join(cfg) as job, watch(job.process) as beat:
+        return _train(cfg, job, beat)
+
+
+def _train(cfg: Config, job: Job, beat: Callable[[int], None]) -> Result:
+    device, dtype = job.device, machine.compute_dtype(cfg.recipe.dtype, job.device)
+    step = recipe(cfg, dtype, job.connection)  # a wrong recipe is refused here, before anything is read or written
     steps = sizes(cfg)
-    source = open_data(cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, steps.largest)
+    opened = partial(open_data, cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, steps.largest)
+    source = job.first(lambda: opened(show=job.leads))
+    agree(fingerprint(source), "data", job.process)
     check_folder(cfg)
-    state, found, new = first_state(cfg, step, device)
+    state, found, new = first_state(cfg, step, job)  # all ranks have looked at the folder when this returns
     folder = Path(cfg.run.folder)
-    write_config(cfg, folder)
-    if source.tokenizer:
-        source.tokenizer.save(folder / "tokenizer.json")
-    broken = prepare_cache(cache_dir(cfg.data) / "compiled")
+    compiled = cache_dir(cfg.data) / "compiled"
+    broken = job.first(lambda: prepare_cache(compiled, sweep=job.process.local_rank == 0))
+    if job.leads:
+        write_config(cfg, folder)
+        if source.tokenizer:
+            source.tokenizer.save(folder / "tokenizer.json")
+    job.wait()
     start = int(state.step)
     retention = Retention(keep_last=cfg.run.keep_last or None, keep_every=cfg.run.keep_every or None)
     with ExitStack() as stack:
         stop = stack.enter_context(Stop().listening())
-        saver = stack.enter_context(Saver(folder / "checkpoints", retention=retention))
-        metrics_file = stack.enter_context(MetricsFile(folder / "metrics.jsonl", start))
-        progress = stack.enter_context(Progress(cfg.run.steps, start, cfg.run.log_every))
+        saver = stack.enter_context(Saver(folder / "checkpoints", retention=retention, ranks=job.ranks))
+        lines = stack.enter_context(MetricsFile(folder / "metrics.jsonl", start) if job.leads else nullcontext())
+        progress = stack.enter_context(Progress(cfg.run.steps, start, cfg.run.log_every, quiet=not job.leads))
         if broken:
             progress.say(f"dropped {len(broken)} files that a killed compilation left broken")
         if found:
             progress.say(f"going on from {found}" + (f", which has no {', '.join(new)}: begun anew" if new else ""))
-        meter = Meter(cfg, machine.gemm_rate(device, dtype), device)
+        if job.connection:
+            progress.say(f"{job.process.size} processes: {describe(job.connection.mesh)}")
+        meter = Meter(cfg, machine.gemm_rate(device, dtype) * job.process.size, device)
         batches = prefetch(Resized(source.train, steps), start, cfg.run.steps)
         stack.callback(batches.close)  # type: ignore[attr-defined]
         for batch in batches:
             state, metrics = step(state, {name: value.to(device) for name, value in batch.items()})
             line = meter.read(int(state.step), metrics)
-            metrics_file.write(line)
+            if lines:
+                lines.write(line)
             progress.show(line)
             done = line["step"]
-            last = done == cfg.run.steps or stop.signal != 0
+            beat(done)
+            stopped = job.largest(stop.signal)  # a signal reaches the ranks at different steps
+            last = done == cfg.run.steps or stopped != 0
             if last or (cfg.run.checkpoint_every and done % cfg.run.checkpoint_every == 0):
                 saver.submit(as_tree(state), step=done, meta={"tokens": meter.tokens(done)})
-            if stop.signal:
+            if stopped:
                 break
             if not last and cfg.run.eval_every and done % cfg.run.eval_every == 0:
                 with meter.paused():
                     heldout(cfg, step, state, source, dtype, progress)
         saver.wait()
-        result = heldout(cfg, step, state, source, dtype, progress) if not stop.signal else None
-    return Result(state, source, folder, result, stop.signal)
+        result = heldout(cfg, step, state, source, dtype, progress) if not job.largest(stop.signal) else None
+    return Result(state, source, folder, result, job.largest(stop.signal), job.leads)
+
+
+def fingerprint(source: Source) -> str:
+    """What two processes with the same data agree on, as text."""
+    first = source.train(0)
+    parts = {name: f"{zlib.crc32(x.numpy().tobytes()):08x}" for name, x in first.items() if x.ndim}
+    return f"{len(source.heldout)} held-out tokens\nfirst batch {parts}"
 
 
 def as_tree(state: State) -> tree.Tree:
@@ -122,32 +154,34 @@ def as_tree(state: State) -> tree.Tree:
     return {"step": state.step, "params": state.params, "slots": state.slots}
 
 
-def first_state(cfg: Config, step: Step, device: torch.device) -> tuple[State, Path | None, list[str]]:
+def first_state(cfg: Config, step: Step, job: Job) -> tuple[State, Path | None, list[str]]:
     """The state to go on from, the checkpoint it is from, and slots it did not have; or a new one, None, and nothing."""
     whole = abstract_state(cfg, step)
+    newest = partial(load_newest, device=job.device, ranks=job.ranks, subset=cfg.mesh.pp > 1)
 
     def like(index: Index) -> tree.Tree:
         return {**whole, "slots": {name: slot for name, slot in whole["slots"].items() if name in slots_of(index)}}
 
-    found = load_newest(Path(cfg.run.folder) / "checkpoints", like, device=device)
+    found = newest(Path(cfg.run.folder) / "checkpoints", like)
     anew = cfg.run.start_with == "params" or cfg.lora.rank > 0
     if found is None and cfg.run.start_from:
         source = Path(cfg.run.start_from)
         part = {"params": abstract(transformer.specs(cfg.model))} if anew else like
         select = ["params.*"] if anew else None
         if (source / "checkpoints").is_dir():
-            found = load_newest(source / "checkpoints", part, select=select, device=device)
+            found = newest(source / "checkpoints", part, select=select)
         elif source.is_dir():
-            found = (source, *load(source, part, select=select, device=device))
+            found = (source, *load(source, part, select=select, device=job.device, subset=cfg.mesh.pp > 1))
         if found is None:
             raise ValueError(f"--run.start-from {str(source)!r}: there is no whole checkpoint")
         if anew:
-            return step.init({**first_parameters(cfg, device), **found[1]["params"]}), found[0], []
+            return step.init({**first_parameters(cfg, step, job.device), **found[1]["params"]}), found[0], []
     if found is None:
-        return step.init(first_parameters(cfg, device)), None, []
+        return step.init(first_parameters(cfg, step, job.device)), None, []
     path, loaded, _ = found
-    state, new = with_new_slots(step, State(loaded["step"], loaded["params"], loaded["slots"]))
-    return state, path, new
+    state = State(loaded["step"], loaded["params"], loaded["slots"])
+    new = [name for name in whole["slots"] if name not in state.slots]
+    return with_new_slots(step, state, new), path, new
 
 
 def slots_of(index: Index) -> set[str]:
@@ -155,15 +189,13 @@ def slots_of(index: Index) -> set[str]:
     return {path.split(".")[1] for path in (*index.tensors, *index.empty) if path.startswith("slots.")}
 
 
-def with_new_slots(step: Step, state: State) -> tuple[State, list[str]]:
-    """The state with what the step's transforms remember and it has not, begun anew from its parameters; and their names.
+def with_new_slots(step: Step, state: State, new: list[str]) -> State:
+    """The state with what the step's transforms remember and it has not, the slots ``new``, begun anew from its parameters.
 
     So a transform can be added to a run at any time: `ema` starts at the parameters of that step.
     """
-    names = step.init(tree.map(lambda p: p.to("meta"), state.params)).slots
-    new = [name for name in names if name not in state.slots]
     fresh = step.init(state.params).slots if new else {}
-    return state._replace(slots={**state.slots, **{name: fresh[name] for name in new}}), new
+    return state._replace(slots={**state.slots, **{name: fresh[name] for name in new}})
 
 
 def abstract_state(cfg: Config, step: Step) -> tree.Tree:

@@ -42,9 +42,9 @@ def clock(seconds: float) -> str:
 class Progress:
     """Shows each step of a run of ``steps`` that begins at step ``first``."""
 
-    def __init__(self, steps: int, first: int, every: int, console: Console | None = None) -> None:
+    def __init__(self, steps: int, first: int, every: int, console: Console | None = None, quiet: bool = False) -> None:
         self.steps, self.first, self.every = steps, first, max(1, every)
-        self.console = console or Console()
+        self.console = console or Console(quiet=quiet)
         self.started: float | None = None
         self.live = Live(console=self.console, transient=True) if self.console.is_terminal else None
 

@@ -24,6 +24,11 @@ from olmo_fn.optim import (
     sgd,
     soap,
 )
+from olmo_fn.parallel.connect import Connection
+from olmo_fn.parallel.pipeline.stages import Pipeline
+from olmo_fn.parallel.rules import Rules
+from olmo_fn.parallel.shard import shard
+from olmo_fn.parallel.sharded import Sharded
 from olmo_fn.spec import init
 from olmo_fn.step import Step, Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.train.config import Config, Optim
@@ -44,7 +49,7 @@ from olmo_fn.transforms import (
 from olmo_fn.tree import Tree
 
 
-def recipe(cfg: Config, dtype: torch.dtype = torch.float32) -> Step:
+def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connection | None = None) -> Step:
     """The training step of a config: a loss, its gradient, an optimizer, and how they are carried out."""
     r, specs = cfg.recipe, parameters(cfg)
     return pipe(
@@ -63,9 +68,21 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32) -> Step:
         *given(r.merge_last, lambda last: merge(last, range(r.merge_every, cfg.run.steps + 1, r.merge_every))),
         *given(r.freeze, lambda patterns: freeze(*patterns, parameters=specs)),
         *given(cfg.lora.rank, lambda _: train_only("lora.*", parameters=specs)),
+        *given(connection, lambda mesh: shard(mesh, specs, rules(cfg), pipeline(cfg))),
         donate(),
         *given(r.compile, lambda _: compile()),
     )
+
+
+def rules(cfg: Config) -> Rules:
+    """The rules of a config's mesh."""
+    return Rules(keep_gathered=cfg.mesh.keep_gathered, cp_method=cfg.mesh.cp_method)
+
+
+def pipeline(cfg: Config) -> Pipeline:
+    """The pipeline of a config's mesh."""
+    m = cfg.mesh
+    return Pipeline(m.pp_schedule, m.pp_microbatches, m.pp_chunks, m.pp_split)
 
 
 def parameters(cfg: Config) -> Tree:
@@ -79,9 +96,13 @@ def is_trained(cfg: Config, path: str) -> bool:
     return (not cfg.lora.rank or path.startswith("lora.")) and not tree.matches(path, cfg.recipe.freeze)
 
 
-def first_parameters(cfg: Config, device: torch.device) -> Tree:
-    """The parameters that a run begins with."""
-    params = init(parameters(cfg), cfg.run.seed, device=device)
+def first_parameters(cfg: Config, step: Step, device: torch.device) -> Tree:
+    """The parameters that a run begins with; on a mesh each rank makes its own parts."""
+    layout = step.execution.layout
+    if isinstance(layout, Sharded):
+        params = layout.init(cfg.run.seed)
+    else:
+        params = init(parameters(cfg), cfg.run.seed, device=device)
     return unit_params(params, dims_of(transformer.specs(cfg.model))) if cfg.recipe.normalize else params
 
 

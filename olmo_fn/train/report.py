@@ -5,7 +5,10 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+from torch.distributed.tensor import DTensor
+
 from olmo_fn import tree
+from olmo_fn.checkpoint import load, step_path
 from olmo_fn.data.source import Source
 from olmo_fn.eval.heldout import Heldout
 from olmo_fn.generate.config import Sampling
@@ -121,7 +124,11 @@ def sample(cfg: Config, state: State, source: Source, tokens: int = 160) -> str:
     """A sample of text that goes on from ``run.sample``; empty without a tokenizer or a prompt."""
     if not cfg.run.sample or source.tokenizer is None:
         return ""
-    model = LanguageModel(cfg.model, model_parameters(cfg, state.params), source.tokenizer, cfg.recipe.sequence_length)
+    params = state.params
+    if any(isinstance(p, DTensor) for _, p in tree.items(params)):  # the checkpoint of the last step has them whole
+        path = step_path(Path(cfg.run.folder) / "checkpoints", int(state.step))
+        params = load(path, select=["params.*"])[0]["params"]
+    model = LanguageModel(cfg.model, model_parameters(cfg, params), source.tokenizer, cfg.recipe.sequence_length)
     text = generate_text(model, cfg.run.sample, Sampling(max_tokens=tokens))
     return f"sample:\n{cfg.run.sample}{text}\n"
 

@@ -1,0 +1,82 @@
+"""This process among those that train together, as a value: who it is, its mesh, and what only the first of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from olmo_fn.checkpoint import Ranks
+from olmo_fn.parallel.connect import Connection, connect
+from olmo_fn.parallel.process import Process, agree, code_hash, init_process_group_from_env
+from olmo_fn.train import machine
+from olmo_fn.train.config import Config
+from olmo_fn.train.serialize import to_yaml
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """``connection`` is None for a process alone."""
+
+    process: Process
+    connection: Connection | None
+    device: torch.device
+    ranks: Ranks
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that prints, and writes what is written once."""
+        return self.process.rank == 0
+
+    def first(self, make: Callable[[], T]) -> T:
+        """``make()``, by the first process of each machine before the others: it may fill a cache."""
+        if self.process.local_rank == 0:
+            made = make()
+            self.wait()
+            return made
+        self.wait()
+        return make()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.connection is not None:
+            dist.barrier()
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values, on all of them."""
+        if self.connection is None:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+
+@contextmanager
+def join(cfg: Config) -> Iterator[Job]:
+    """Take part in the job that the environment describes; a process alone is one as well.
+
+    ValueError if the processes do not fill the mesh, or run another program or config than the first.
+    """
+    device = machine.pick_device(cfg.run.device)
+    process = init_process_group_from_env(device.type)
+    try:
+        cfg.check_processes(process.size)
+        mesh = cfg.mesh.on(process.size)
+        if process.size == 1:
+            yield Job(process, None, device, Ranks())
+            return
+        if device.type == "cuda":
+            device = torch.device("cuda", process.local_rank)
+        agree(code_hash(), "program", process)
+        agree(to_yaml(replace(cfg, run=replace(cfg.run, threads=0))), "config", process)
+        ranks = Ranks(process.rank, process.size, dist.PrefixStore("checkpoint", process.store))
+        yield Job(process, connect(mesh, device.type), device, ranks)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
