@@ -46,7 +46,9 @@ def main() -> None:
         for lr in args.rates:
             lines.append(train(name, lr, args.steps))
             print(json.dumps(lines[-1]), flush=True)
-    best = {name: min((x for x in lines if x["optimizer"] == name), key=lambda x: x["heldout"][-1]) for name in ("adamw", "muon")}
+    best = {
+        name: min((x for x in lines if x["optimizer"] == name), key=lambda x: x["heldout"][-1]) for name in ("adamw", "muon")
+    }
     target = best["adamw"]["heldout"][-1]
     reached = next((i for i, loss in zip(best["muon"]["at"], best["muon"]["heldout"], strict=True) if loss <= target), None)
     if args.short:

@@ -182,9 +182,11 @@ class Step:
     def _update_whole(self, work: Work, run: Function) -> tuple[Tensor, Slots]:
         """The update of a leaf that has to see all of it, on every rank that has a part."""
         layout, path = self.execution.layout, work.path
-        parts = {k for k, v in work.slots.items() if v.shape == work.p.shape}
+        whole = layout.whole(path, work.p)
+        # what lies in parts is what was made in the whole's shape; a slot that never was cut may have a part's shape
+        parts = {k for k, v in work.leaf.init(torch.empty_like(whole, device="meta")).items() if v.shape == whole.shape}
         slots = {k: layout.whole(path, v) if k in parts else v for k, v in work.slots.items()}
-        ((p, new),) = run([(layout.whole(path, work.p), layout.whole(path, work.g), slots)], work.numbers)
+        ((p, new),) = run([(whole, layout.whole(path, work.g), slots)], work.numbers)
         return layout.own(path, p), {k: layout.own(path, v) if k in parts else v for k, v in new.items()}
 
 
@@ -250,6 +252,7 @@ def _guarded(update: Function, donate: bool, names: tuple[str, ...]) -> Function
 
 
 # --- pipe -------------------------------------------------------------------------------------------------------------
+
 
 class Loss(NamedTuple):
     """The first kind: ``(params, batch) -> (sum of losses, metrics)``. A `Chain` or a plain function becomes one."""

@@ -7,6 +7,7 @@ from functools import cache, partial
 import torch
 
 from olmo_fn import optim, tree
+from olmo_fn.compile import _of_plain_tensors
 from olmo_fn.optim import Decay, partition
 from olmo_fn.optim.muon import JORDAN
 from olmo_fn.spec import Init, Spec, init
@@ -87,7 +88,9 @@ def same_bits(a, b):
 
 
 def wrap_with(backend):
-    return cache(lambda fn: torch.compile(fn, fullgraph=True, dynamic=True, isolate_recompiles=True, backend=backend))
+    """What `compile` puts around updates, with another backend."""
+    one = partial(torch.compile, fullgraph=True, dynamic=True, isolate_recompiles=True, backend=backend)
+    return cache(lambda fn: _of_plain_tensors(one(fn)))
 
 
 def flat_pairs(a, b):

@@ -29,7 +29,7 @@ from olmo_fn.grad import Grads
 from olmo_fn.optim import Rule, optimizer, warmup_linear
 from olmo_fn.spec import Init, Spec, abstract, init
 from olmo_fn.step import State, Step, Transform, _execute, accumulate, clip, donate, ema, grad, pipe, skip_spikes
-from olmo_fn.train.loop import slots_of, with_new_slots
+from olmo_fn.train.loop import what_it_has, with_new_slots
 
 torch.set_num_threads(1)
 
@@ -327,9 +327,10 @@ def through_a_checkpoint(step, state):
     with tempfile.TemporaryDirectory() as folder:
         path = save({"step": state.step, "params": state.params, "slots": state.slots}, folder, step=int(state.step))
         whole = step.init(abstract(SPECS))._asdict()
-        like = lambda index: {**whole, "slots": {k: v for k, v in whole["slots"].items() if k in slots_of(index)}}  # noqa: E731
-        found, _ = load(path, like)
-    return with_new_slots(step, State(found["step"], found["params"], found["slots"]))
+        found, _ = load(path, lambda index: what_it_has(whole, index))
+    state = State(found["step"], found["params"], found["slots"])
+    new = [name for name in whole["slots"] if name not in state.slots]
+    return with_new_slots(step, state, new), new
 
 
 def law_added_later(make, restore):

@@ -32,7 +32,7 @@ from olmo_fn.step import (
     pipe,
     skip_spikes,
 )
-from olmo_fn.train.loop import slots_of, with_new_slots
+from olmo_fn.train.loop import what_it_has, with_new_slots
 from olmo_fn.transforms import (
     accumulate_measured,
     clip_groups,
@@ -51,14 +51,15 @@ DOUBLE = torch.float64
 SPECS = {
     "embed": Spec((6, 4), ("vocab", "embed"), NORMAL),
     "blocks": {
-        "tall": Spec((8, 4), ("embed", "mlp"), NORMAL),  # of which half has the shape of soap's smaller square
+        "square": Spec((4, 4), ("embed", "mlp"), NORMAL),
+        "thin": Spec((2, 1), ("embed", "mlp"), NORMAL),  # of which half has the shape of soap's smaller square
         "short": Spec((2, 3), ("embed", "mlp"), NORMAL),  # of which half has the shape of a mean over rows
         "experts": Spec((2, 3, 4), ("experts", "mlp", "embed"), NORMAL),
         "norm": Spec((4,), ("embed",), Init("ones")),
         "bias": Spec((3,), ("mlp",), Init("zeros")),
     },
 }
-ADAPTERS = lora_specs(SPECS, 1, ["blocks.tall"])
+ADAPTERS = lora_specs(SPECS, 1, ["blocks.square"])
 BOTH = {**SPECS, **ADAPTERS}
 
 
@@ -105,7 +106,10 @@ STEPS = {
     "donate": [donate()],
     "differentiable": [differentiable()],
 }
-ALL = [normalize(dims_of(SPECS)), *(STEPS[n][0] for n in ("skip_spikes", "skip_steps", "noise_scale", "lr_scale", "ema", "merge"))]
+ALL = [
+    normalize(dims_of(SPECS)),
+    *(STEPS[n][0] for n in ("skip_spikes", "skip_steps", "noise_scale", "lr_scale", "ema", "merge")),
+]
 TABLE = {
     **{name: {"grads": [transform]} for name, transform in GRADS.items()},
     **{name: {"optim": transform} for name, transform in OPTIMS.items()},
@@ -196,17 +200,14 @@ def test_compiles_once(name):
 
 
 def test_compiles_once_catches():
-    steps = iter(range(1, 99))
-    count = {"t": 0}
-
-    def update(p, g, slots, s):
-        return s["lr"] * g / count["t"], slots
+    """A mutant with something of Python's that changes from step to step."""
+    names = []
 
     def control(x):
-        count["t"] = next(steps)
+        names.append("x")
         return x
 
-    caught(law_compiles_once, mutant(control, update))
+    caught(law_compiles_once, mutant(control, lambda p, g, slots, s: (sum(s["lr"] * g for _ in names), slots)))
 
 
 # --- accumulation; donation -------------------------------------------------------------------------------------------
@@ -269,7 +270,10 @@ def test_a_step_that_is_not_finite_catches():
 # --- a transform added later ------------------------------------------------------------------------------------------
 
 ADDS = {"skip_spikes": ["skip_spikes"], "ema": ["ema"], "merge": ["merge", "merge_window"], "lr_scale": ["lr_scale"]}
-ADDS |= {"noise_scale": ["noise_scale"], "all": sorted(["noise_scale", "lr_scale", "merge", "merge_window", "skip_spikes", "ema"])}
+ADDS |= {
+    "noise_scale": ["noise_scale"],
+    "all": sorted(["noise_scale", "lr_scale", "merge", "merge_window", "skip_spikes", "ema"]),
+}
 LATER = [name for name in TABLE if name not in ("lora", "partition")]  # another model, another optimizer
 
 
@@ -278,9 +282,10 @@ def through_a_checkpoint(step, state):
     with tempfile.TemporaryDirectory() as folder:
         path = save({"step": state.step, "params": state.params, "slots": state.slots}, folder, step=int(state.step))
         whole = step.init(abstract(SPECS, DOUBLE))._asdict()
-        like = lambda index: {**whole, "slots": {k: v for k, v in whole["slots"].items() if k in slots_of(index)}}  # noqa: E731
-        found, _ = load(path, like)
-    return with_new_slots(step, State(found["step"], found["params"], found["slots"]))
+        found, _ = load(path, lambda index: what_it_has(whole, index))
+    state = State(found["step"], found["params"], found["slots"])
+    new = [name for name in whole["slots"] if name not in state.slots]
+    return with_new_slots(step, state, new), new
 
 
 def law_added_later(new, adds, restore):
@@ -293,7 +298,9 @@ def law_added_later(new, adds, restore):
     assert same_bits(kept, {path: old[path] for path in kept})
     assert same_bits(found.params, state.params)
     for slot in {"ema", "merge"} & set(names):
-        assert same_bits(found.slots[slot], {**tree.unflatten((p, v) for p, v in tree.items(state.params) if has(found, slot, p))})
+        assert same_bits(
+            found.slots[slot], {**tree.unflatten((p, v) for p, v in tree.items(state.params) if has(found, slot, p))}
+        )
     assert restore(new, found)[1] == []
 
 
@@ -343,6 +350,8 @@ def placed_like_its_parameter(state, path, where):
 
 def build(made, more):
     kind, name = made
+    if kind == "mutant":
+        return pipe(loss, *chain(grads=[local_mean()]), *more(SPECS)), SPECS
     if kind == "optimizer":
         return pipe(loss, *chain(optim=OPTIMIZERS[name](0.01, SPECS)), skip_spikes(), ema(0.9), *more(SPECS)), SPECS
     return step_of(name, *more(specs_of(name))), specs_of(name)
@@ -369,6 +378,23 @@ def test_sharded_is_alone(pool):
     law_sharded(pool, [*(("optimizer", name) for name in OPTIMIZERS), *(("transform", name) for name in TABLE)])
 
 
+def local_mean():
+    """A mutant: it subtracts the mean of the part that is here."""
+
+    def apply(inner):
+        def of(params, batch, execution):
+            grads, report = inner(params, batch, execution)
+            return tree.map(lambda g: g - g.mean(), grads), report
+
+        return replace(inner, fn=of)
+
+    return Transform("local_mean()", Grads, Grads, apply)
+
+
+def test_sharded_catches(pool):
+    caught(law_sharded, pool, [("mutant", "")])
+
+
 # --- the order --------------------------------------------------------------------------------------------------------
 
 FIRST = [grad("func"), adamw(1e-3)]
@@ -387,8 +413,11 @@ WRONG = {
         "accumulate(2) after clip(1.0) would clip every part of the batch by itself; put accumulate(2) before clip(1.0)",
     ),
     "ema after freeze": ([*FIRST, STEPS["freeze"][0], ema(0.9)], "put ema(0.9) before freeze(embed, *.bias)"),
-    "merge after train_only": ([*FIRST, STEPS["train_only"][0], merge(2, [3])], "put merge(2, 1 times) before train_only(blocks.*)"),
-    "normalize after ema": ([*FIRST, ema(0.9), STEPS["normalize"][0]], "put normalize(4 parameters) before ema(0.9)"),
+    "merge after train_only": (
+        [*FIRST, STEPS["train_only"][0], merge(2, [3])],
+        "put merge(2, 1 times) before train_only(blocks.*)",
+    ),
+    "normalize after ema": ([*FIRST, ema(0.9), STEPS["normalize"][0]], "put normalize(5 parameters) before ema(0.9)"),
     "two averages": ([*FIRST, ema(0.9), ema(0.99)], "ema(0.99) after ema(0.9) would share its slot; leave out one of them"),
     "noise_scale alone": ([*FIRST, noise_scale()], "noise_scale(0.99) needs accumulate_measured, which is nowhere before it"),
     "measured after clip": ([grad("func"), clip(1.0), accumulate_measured(2)], "put accumulate_measured(2) before clip(1.0)"),
