@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     for name, default in (sizes | course | {"seed": 0, "threads": 1}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="peak learning rates")
-    parser.add_argument("--short", type=float, default=0.75, help="part of the steps that Muon is run with as well; 0: is not")
+    parser.add_argument("--short", type=float, default=0.875, help="part of the steps that Muon is run with as well; 0: is not")
     parser.add_argument("--output", type=Path, default=Path("muon.png"), help="where the picture goes")
     return parser.parse_args()
 
@@ -46,9 +46,8 @@ def main() -> None:
         for lr in args.rates:
             lines.append(train(name, lr, args.steps))
             print(json.dumps(lines[-1]), flush=True)
-    best = {
-        name: min((x for x in lines if x["optimizer"] == name), key=lambda x: x["heldout"][-1]) for name in ("adamw", "muon")
-    }
+    last = lambda line: line["heldout"][-1]  # noqa: E731
+    best = {name: min((x for x in lines if x["optimizer"] == name), key=last) for name in ("adamw", "muon")}
     target = best["adamw"]["heldout"][-1]
     reached = next((i for i, loss in zip(best["muon"]["at"], best["muon"]["heldout"], strict=True) if loss <= target), None)
     if args.short:
@@ -142,6 +141,9 @@ def draw(lines: list[dict[str, Any]], best: dict[str, dict[str, Any]], output: P
         own = [x for x in lines if x["optimizer"] == name and x["steps"] == steps]
         right.plot([x["lr"] for x in own], [x["heldout"][-1] for x in own], "o-", color=colors[name], label=names[name])
     right.set_xscale("log")
+    rates = sorted({x["lr"] for x in lines})
+    right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    right.set_xticks([], minor=True)
     right.set_xlabel("peak learning rate")
     right.set_ylabel(f"after {steps} steps")
     right.legend(frameon=False)
