@@ -19,12 +19,12 @@ from olmo_fn.grad import Chain, Stage
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.optim import adamw
-from olmo_fn.optim.base import optimizer
+from olmo_fn.optim.base import Rule, optimizer
 from olmo_fn.parallel.check import check_layout
 from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.rules import DEFAULT, Rules
 from olmo_fn.spec import Init, Spec, init
-from olmo_fn.step import Leaf, Step, Transform, accumulate, clip, ema, grad, pipe, skip_spikes
+from olmo_fn.step import Step, Transform, accumulate, clip, ema, grad, pipe, skip_spikes
 from olmo_fn.testing import Layout, Pool, assert_equivalent
 from olmo_fn.testing.equivalence import record
 
@@ -36,10 +36,9 @@ def momentum(lr: float) -> Transform:
 
     def update(p, g, slots, s):
         v = 0.9 * slots["velocity"] + g
-        return p - s["lr"] * v / (v.norm() + 1), {"velocity": v}
+        return s["lr"] * v / (v.norm() + 1), {"velocity": v}
 
-    leaf = Leaf(lambda p: {"velocity": torch.zeros_like(p)}, update, elementwise=False)
-    return optimizer("momentum", lambda path: leaf, lr)
+    return optimizer("momentum", Rule(lambda path, p: {"velocity": torch.zeros_like(p)}, update, elementwise=False), lr)
 
 
 def recipe(
