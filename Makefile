@@ -21,7 +21,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 notebooks: setup
-	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	$(BIN)/python notebooks/execute.py
 
 check: setup
 	$(BIN)/ruff check .

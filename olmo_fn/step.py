@@ -34,6 +34,7 @@ from olmo_fn.grad import (
     func_gradients,
     loss_tokens,
 )
+from olmo_fn.order import FROZEN_TOO, LAWFUL_ORDER, PARTS_CLIPPED, SHARED_SLOT, check_order
 from olmo_fn.tape import tape_gradients
 from olmo_fn.tree import Tree
 
@@ -181,9 +182,11 @@ class Step:
     def _update_whole(self, work: Work, run: Function) -> tuple[Tensor, Slots]:
         """The update of a leaf that has to see all of it, on every rank that has a part."""
         layout, path = self.execution.layout, work.path
-        parts = {k for k, v in work.slots.items() if v.shape == work.p.shape}
+        whole = layout.whole(path, work.p)
+        # what lies in parts is what was made in the whole's shape; a slot that never was cut may have a part's shape
+        parts = {k for k, v in work.leaf.init(torch.empty_like(whole, device="meta")).items() if v.shape == whole.shape}
         slots = {k: layout.whole(path, v) if k in parts else v for k, v in work.slots.items()}
-        ((p, new),) = run([(layout.whole(path, work.p), layout.whole(path, work.g), slots)], work.numbers)
+        ((p, new),) = run([(whole, layout.whole(path, work.g), slots)], work.numbers)
         return layout.own(path, p), {k: layout.own(path, v) if k in parts else v for k, v in new.items()}
 
 
@@ -250,8 +253,6 @@ def _guarded(update: Function, donate: bool, names: tuple[str, ...]) -> Function
 
 # --- pipe -------------------------------------------------------------------------------------------------------------
 
-LAWFUL_ORDER = "a loss, then grad(), then accumulate and clip, then an optimizer, then everything else"
-
 
 class Loss(NamedTuple):
     """The first kind: ``(params, batch) -> (sum of losses, metrics)``. A `Chain` or a plain function becomes one."""
@@ -260,12 +261,18 @@ class Loss(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """One element of a `pipe`: what it is called, which kind it takes, which it gives, and what it does."""
+    """One element of a `pipe`: what it is called, which kind it takes, which it gives, and what it does.
+
+    ``not_after``: transforms, by the word before the bracket in their names, that it must not follow in a pipe, and why;
+    ``needs``: one that has to be before it.
+    """
 
     name: str
     takes: type
     gives: type
     apply: Callable[[Any], Any]
+    not_after: Mapping[str, str] = {}
+    needs: str = ""
 
     def __call__(self, x: Any) -> Any:
         if self.takes is Loss and callable(x) and not isinstance(x, (Loss, Grads, Step)):
@@ -275,6 +282,11 @@ class Transform(NamedTuple):
                 f"{self.name} takes a {self.takes.__name__}, not a {type(x).__name__}; the order is {LAWFUL_ORDER}"
             )
         return self.apply(x)
+
+    @property
+    def word(self) -> str:
+        """The name without its arguments."""
+        return self.name.split("(")[0]
 
 
 def pipe(loss: LossFunction, *transforms: Transform) -> Any:
@@ -290,17 +302,15 @@ def pipe(loss: LossFunction, *transforms: Transform) -> Any:
     tensor([0.1500, 0.2000])
     >>> pipe(loss, clip(1.0))
     Traceback (most recent call last):
-    ValueError: clip(1.0) takes a Grads, but it follows the loss, which is a Loss; the order is a loss, then grad(), ...
+    ValueError: clip(1.0) takes a Grads, but it follows the loss, which is a Loss; put grad() before it ...
+    >>> pipe(loss, grad(engine="func"), sgd(lr=0.25), clip(1.0))
+    Traceback (most recent call last):
+    ValueError: clip(1.0) takes a Grads, but it follows sgd(...), which is a Step; put it before sgd(...) ...
     """
     value: Any = loss if isinstance(loss, Loss) else Loss(loss)
-    before = "the loss"
-    for transform in transforms:
-        if not isinstance(value, transform.takes):
-            raise ValueError(
-                f"{transform.name} takes a {transform.takes.__name__}, but it follows {before}, which is a "
-                f"{type(value).__name__}; the order is {LAWFUL_ORDER}"
-            )
-        value, before = transform.apply(value), transform.name
+    for i, transform in enumerate(transforms):
+        check_order(transform, type(value).__name__, transforms[:i])
+        value = transform.apply(value)
     return value
 
 
@@ -345,7 +355,7 @@ def accumulate(n: int) -> Transform:
 
         return replace(inner, fn=gradients)
 
-    return Transform(f"accumulate({n})", Grads, Grads, apply if n > 1 else lambda inner: inner)
+    return Transform(f"accumulate({n})", Grads, Grads, apply if n > 1 else lambda inner: inner, PARTS_CLIPPED)
 
 
 def split_batch(batch: Batch, n: int) -> list[Batch]:
@@ -413,7 +423,7 @@ def skip_spikes(sigma: float = 6.0, window: int = 128) -> Transform:
 
         return replace(inner, init_control=init_control, control=control)
 
-    return Transform(f"skip_spikes({sigma}, window={window})", Step, Step, apply)
+    return Transform(f"skip_spikes({sigma}, window={window})", Step, Step, apply, {name: SHARED_SLOT})
 
 
 def ema(decay: float) -> Transform:
@@ -436,7 +446,7 @@ def ema(decay: float) -> Transform:
 
         return replace(inner, leaf=leaf)
 
-    return Transform(f"ema({decay})", Step, Step, apply)
+    return Transform(f"ema({decay})", Step, Step, apply, {**FROZEN_TOO, "ema": SHARED_SLOT})
 
 
 # --- Step -> Step: these are invisible in the numbers -----------------------------------------------------------------

@@ -1,68 +1,38 @@
-"""One table of laws over every optimizer and transform, each with a mutant that breaks it."""
+"""Laws over every optimizer, each with a mutant that breaks it; those over every transform are in test_laws_transforms.py."""
 
 import tempfile
 from dataclasses import replace
-from functools import cache, partial
 
 import pytest
 import torch
+from optimizers import (
+    MATRIX,
+    NORMAL,
+    OPTIMIZERS,
+    SPECS,
+    WHOLE,
+    exact,
+    flat_pairs,
+    gradients,
+    metrics,
+    same_bits,
+    shapes,
+    step_of,
+    wrap_with,
+)
 from torch._dynamo.utils import counters
 
 from olmo_fn import optim, tree
 from olmo_fn.checkpoint import load, save
 from olmo_fn.compile import compile
 from olmo_fn.grad import Grads
-from olmo_fn.optim import Decay, Rule, optimizer, partition, warmup_linear
-from olmo_fn.optim.muon import JORDAN
+from olmo_fn.optim import Rule, optimizer, warmup_linear
 from olmo_fn.spec import Init, Spec, abstract, init
-from olmo_fn.step import TOGETHER, State, Step, Transform, _execute, accumulate, clip, donate, ema, grad, pipe, skip_spikes
-from olmo_fn.train.loop import slots_of, with_new_slots
+from olmo_fn.step import State, Step, Transform, _execute, accumulate, clip, donate, ema, grad, pipe, skip_spikes
+from olmo_fn.train.loop import what_it_has, with_new_slots
 
 torch.set_num_threads(1)
 
-NORMAL = Init("normal", 1.0)
-SPECS = {
-    "embed": Spec((5, 4), ("vocab", "embed"), NORMAL),
-    "blocks": {
-        "0": {
-            "w": Spec((4, 3), ("embed", "mlp"), NORMAL),
-            "experts": Spec((2, 3, 4), ("experts", "mlp", "embed"), NORMAL),
-            "norm": Spec((3,), ("mlp",), Init("ones")),
-        }
-    },
-    "gains": {str(i): Spec((2,), ("mlp",), Init("ones")) for i in range(TOGETHER + 1)},  # more than share one call
-}
-
-
-def beside(transform):
-    """An optimizer of matrices with AdamW beside it."""
-    return lambda lr, specs=SPECS, **o: partition({"matrix": transform(lr, **o), "default": optim.adamw(lr, **o)}, specs)
-
-
-MATRIX = {
-    "muon": partial(optim.muon, dtype=torch.float32),
-    "muon jordan": partial(optim.muon, iteration=JORDAN, scale="original", moments=torch.bfloat16),
-    "normuon": partial(optim.normuon, dtype=torch.float32),
-    "dion": optim.dion,
-    "dion half": partial(optim.dion, rank=0.5),
-    "soap": partial(optim.soap, every=2, eps=1e-4),
-    "soap one side": partial(optim.soap, every=2, max_dim=3, eps=1e-4),
-}
-WHOLE = {
-    "adamw": optim.adamw,
-    "adamw bf16": partial(optim.adamw, moments=torch.bfloat16),
-    "adamw cautious": partial(optim.adamw, weight_decay=Decay(0.1, (), True)),
-    "sgd": optim.sgd,
-    "momentum": partial(optim.sgd, momentum=0.9),
-    "nesterov": partial(optim.sgd, momentum=0.9, nesterov=True, weight_decay=0.1),
-    "lion": optim.lion,
-    "adafactor": optim.adafactor,
-    "schedule-free": optim.schedule_free_adamw,
-}
-OPTIMIZERS = {
-    **{name: lambda lr, specs=SPECS, f=f, **o: f(lr, **o) for name, f in WHOLE.items()},
-    **{name: beside(f) for name, f in MATRIX.items()},
-}
 AROUND = {
     "plain": [],
     "all": [skip_spikes(sigma=6, window=8), ema(0.9), donate()],
@@ -71,35 +41,12 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(
 around = pytest.mark.parametrize("more", AROUND.values(), ids=list(AROUND))
 
 
-def step_of(transform, *more):
-    """A step whose gradients are given to ``update``."""
-    return pipe(lambda params, batch: None, grad(engine="func"), transform, *more)
-
-
-def gradients(seed, dtype=torch.float32):
-    return init(SPECS, seed + 100, dtype)
-
-
-def metrics(loss=1.0, norm=1.0):
-    return {"loss": torch.tensor(loss), "grad_norm": torch.tensor(norm)}
-
-
 def drive(step, steps=3, state=None, dtype=torch.float32):
     state = step.init(init(SPECS, 0, dtype)) if state is None else state
     for i in range(int(state.step), steps):
         state, report = step.update(state, gradients(i, dtype), metrics(1.0 + 0.01 * i))
         assert not report["skipped"]
     return state
-
-
-def shapes(state):
-    return {path: (x.shape, x.dtype) for path, x in tree.items(state._asdict())}
-
-
-def same_bits(a, b):
-    a, b = tree.flatten(a), tree.flatten(b)
-    raw = lambda x: x.contiguous().reshape(-1).view(torch.uint8)  # noqa: E731
-    return a.keys() == b.keys() and all(a[p].dtype == b[p].dtype and torch.equal(raw(a[p]), raw(b[p])) for p in a)
 
 
 def mutant(update=None, start=None, scalars=lambda s: {}, **more):
@@ -175,15 +122,6 @@ def law_compiles_once(transform, *more):
     assert max(float((x - y).abs().max()) for x, y in flat_pairs(after, drive(step_of(transform, *more), 4))) < 1e-5
 
 
-def wrap_with(backend):
-    return cache(lambda fn: torch.compile(fn, fullgraph=True, dynamic=True, isolate_recompiles=True, backend=backend))
-
-
-def flat_pairs(a, b):
-    b = tree.flatten(b.params)
-    return [(x.double(), b[path].double()) for path, x in tree.items(a.params)]
-
-
 @every_optimizer
 def test_compiles_once(make):
     law_compiles_once(make(0.01), *AROUND["all"])
@@ -242,11 +180,6 @@ def law_accumulates(make, split):
             state, _ = step(state, rows())
         found.append(state)
     assert max(float((x - y).abs().max()) for x, y in flat_pairs(*found)) < 1e-9
-
-
-def exact(make):
-    """Rounding to bf16 turns a last bit into a visible one."""
-    return "jordan" not in make and "bf16" not in make
 
 
 @pytest.mark.parametrize("name", filter(exact, OPTIMIZERS))
@@ -394,9 +327,10 @@ def through_a_checkpoint(step, state):
     with tempfile.TemporaryDirectory() as folder:
         path = save({"step": state.step, "params": state.params, "slots": state.slots}, folder, step=int(state.step))
         whole = step.init(abstract(SPECS))._asdict()
-        like = lambda index: {**whole, "slots": {k: v for k, v in whole["slots"].items() if k in slots_of(index)}}  # noqa: E731
-        found, _ = load(path, like)
-    return with_new_slots(step, State(found["step"], found["params"], found["slots"]))
+        found, _ = load(path, lambda index: what_it_has(whole, index))
+    state = State(found["step"], found["params"], found["slots"])
+    new = [name for name in whole["slots"] if name not in state.slots]
+    return with_new_slots(step, state, new), new
 
 
 def law_added_later(make, restore):

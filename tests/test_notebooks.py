@@ -48,8 +48,9 @@ def test_every_notebook_is_in_the_docs():
     assert named == {path.stem for path in NOTEBOOKS}
 
 
-def test_the_code_of_the_docs_runs():
-    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "research.md").read_text(), re.S))
+@pytest.mark.parametrize("name", ["research", "muon"])
+def test_the_code_of_the_docs_runs(name):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(), re.S))
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert found.returncode == 0, found.stderr
 

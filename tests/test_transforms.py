@@ -236,7 +236,9 @@ def test_noise_scale_needs_finite_values_and_parts():
     state, _ = step(state, batch)
     after, _ = step(state, {**batch, "noise": batch["noise"] * math.nan})
     assert_equal(after.slots["noise_scale"], state.slots["noise_scale"])
-    bare = pipe(loss, grad(engine="func"), accumulate(2), sgd(0.0), noise_scale())
+    with pytest.raises(ValueError, match=r"noise_scale\(0.99\) needs accumulate_measured, which is nowhere before it"):
+        pipe(loss, grad(engine="func"), accumulate(2), sgd(0.0), noise_scale())
+    bare = noise_scale()(pipe(loss, grad(engine="func"), accumulate(2), sgd(0.0)))  # without a pipe that could see it
     with pytest.raises(ValueError, match="noise_scale needs accumulate_measured"):
         bare(bare.init(state.params), batch)
     with pytest.raises(ValueError, match=r"accumulate_measured\(1\)"):

@@ -38,7 +38,8 @@ def load(
     may be a function of the checkpoint's index.
     Of a DTensor in ``like`` the result has mesh and placements, and only this rank's shard is read. With
     ``subset``, ``like`` may leave tensors out, as that of a pipeline stage does. ``select`` are patterns of
-    the paths to load, such as ``["params.*"]``; of ``like``, too, only these count.
+    the paths to load, such as ``["params.*"]``; of ``like``, too, only these count. A leaf of ``like`` that is
+    None may be there, and is left out of the result.
 
     Every byte that is used is checked: of each stored box the chunks (1 MiB) are read that hold a byte asked
     for, whole. Shards of the first dim therefore cost what they hold; a shard of columns, whose rows are
@@ -64,8 +65,9 @@ def load(
     if select is not None:
         names, empty = _select(path, names, select), ()
     if wanted is not None:
-        expected = {name: leaf for name, leaf in wanted.by_path.items() if select is None or matches(name, select)}
-        _check_like(path, index, [] if subset else names, expected)
+        counts = {name: leaf for name, leaf in wanted.by_path.items() if select is None or matches(name, select)}
+        expected = {name: leaf for name, leaf in counts.items() if leaf is not None}
+        _check_like(path, index, [] if subset else [n for n in names if counts.get(n, n) is not None], expected)
         names = list(expected)
     leaves = {name: wanted.by_path[name] if wanted is not None else None for name in names}
     loaded: dict[str, torch.Tensor] = {}

@@ -82,9 +82,11 @@ def turn_back(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 
 
 def when(condition: Tensor, compute: Callable[..., Tensor], a: Tensor, q: Tensor) -> Tensor:
-    """``compute(a, q)`` where the condition (0-d) holds, else ``q``; only one of the two is computed."""
+    """``compute(a, q)`` where the condition (0-d) holds, else ``q``; only one of the two is computed, but inside vmap."""
     if torch.compiler.is_compiling():
         new = lambda a, q: compute(a, q).reshape(q.shape).contiguous()  # noqa: E731
         found: Any = torch.cond(condition, new, lambda a, q: q.clone(), (a, q))
         return found
+    if torch._C._are_functorch_transforms_active():  # where each run has a condition of its own
+        return torch.where(condition, compute(a, q), q)
     return compute(a, q) if condition else q

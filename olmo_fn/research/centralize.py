@@ -1,6 +1,8 @@
-"""A transform of one's own: gradient centralisation, in ten lines."""
+"""A transform of one's own: gradient centralisation."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -27,14 +29,19 @@ def centralize(patterns: tuple[str, ...] = ("blocks.*",)) -> Transform:
     [[-1.0], [1.0]]
     """
 
-    def centered(path: str, g: Tensor) -> Tensor:
-        return g - g.mean(0, keepdim=True) if g.ndim == 2 and matches(path, patterns) else g
-
     def apply(inner: Grads) -> Grads:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
             grads, metrics = inner(params, batch, execution)
+            layout = execution.layout  # this process may have a part of each gradient only
+
+            def centered(path: str, g: Tensor) -> Tensor:
+                if g.ndim != 2 or not matches(path, patterns):
+                    return g
+                whole = layout.whole(path, g)
+                return layout.own(path, whole - whole.mean(0, keepdim=True))
+
             return tree.map_with_path(centered, grads), metrics
 
-        return Grads(gradients)
+        return replace(inner, fn=gradients)
 
     return Transform("centralize()", Grads, Grads, apply)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.grad import Metrics
+from olmo_fn.order import SHARED_SLOT
 from olmo_fn.step import Scalars, State, Step, Transform
 from olmo_fn.tree import Tree
 
@@ -41,7 +42,7 @@ def lr_scale() -> Transform:
 
         return replace(inner, init_control=init_control, control=control)
 
-    return Transform("lr_scale()", Step, Step, apply)
+    return Transform("lr_scale()", Step, Step, apply, {SLOT: SHARED_SLOT})
 
 
 def with_lr_scale(state: State, scale: float | Tensor) -> State:

@@ -160,7 +160,7 @@ def first_state(cfg: Config, step: Step, job: Job) -> tuple[State, Path | None, 
     newest = partial(load_newest, device=job.device, ranks=job.ranks, subset=cfg.mesh.pp > 1)
 
     def like(index: Index) -> tree.Tree:
-        return {**whole, "slots": {name: slot for name, slot in whole["slots"].items() if name in slots_of(index)}}
+        return what_it_has(whole, index)
 
     found = newest(Path(cfg.run.folder) / "checkpoints", like)
     anew = cfg.run.start_with == "params" or cfg.lora.rank > 0
@@ -182,6 +182,16 @@ def first_state(cfg: Config, step: Step, job: Job) -> tuple[State, Path | None, 
     state = State(loaded["step"], loaded["params"], loaded["slots"])
     new = [name for name in whole["slots"] if name not in state.slots]
     return with_new_slots(step, state, new), path, new
+
+
+def what_it_has(whole: tree.Tree, index: Index) -> tree.Tree:
+    """Of a state as it should be, what a checkpoint has. Slots of parameters that are frozen by now are left there."""
+    slots = {name: slot for name, slot in whole["slots"].items() if name in slots_of(index)}
+    params = dict(tree.items(whole["params"]))
+    moving = {path for slot in whole["slots"].values() for path, _ in tree.items(slot) if path in params}
+    frozen = params.keys() - moving if moving else set()
+    left = {name: None for name in index.tensors if name.startswith("slots.") and name.split(".", 2)[-1] in frozen}
+    return tree.combine({**whole, "slots": slots}, tree.unflatten(left)) if left else {**whole, "slots": slots}
 
 
 def slots_of(index: Index) -> set[str]:

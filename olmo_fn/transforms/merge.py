@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.grad import Function, Metrics
+from olmo_fn.order import FROZEN_TOO, SHARED_SLOT
 from olmo_fn.step import Leaf, Scalars, Slots, State, Step, Transform
 from olmo_fn.tree import Tree
 
@@ -56,7 +57,7 @@ def merge(last: int, at: Sequence[int]) -> Transform:
 
         return replace(inner, init_control=init_control, control=control, leaf=leaf)
 
-    return Transform(f"merge({last}, {len(ends)} times)", Step, Step, apply)
+    return Transform(f"merge({last}, {len(ends)} times)", Step, Step, apply, {**FROZEN_TOO, name: SHARED_SLOT})
 
 
 @cache

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from olmo_fn.grad import IGNORE, Batch, Execution, Grads, Metrics, loss_tokens
+from olmo_fn.order import PARTS_CLIPPED, SHARED_SLOT
 from olmo_fn.step import Scalars, State, Step, Transform, accumulate
 from olmo_fn.tree import Tree
 
@@ -41,7 +42,7 @@ def accumulate_measured(n: int) -> Transform:
 
         return replace(inner, fn=gradients)
 
-    return Transform(f"accumulate_measured({n})", Grads, Grads, apply)
+    return Transform(f"accumulate_measured({n})", Grads, Grads, apply, PARTS_CLIPPED)
 
 
 def noise_scale(decay: float = 0.99) -> Transform:
@@ -79,4 +80,4 @@ def noise_scale(decay: float = 0.99) -> Transform:
 
         return replace(inner, init_control=init_control, control=control)
 
-    return Transform(f"noise_scale({decay})", Step, Step, apply)
+    return Transform(f"noise_scale({decay})", Step, Step, apply, {name: SHARED_SLOT}, needs="accumulate_measured")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.grad import Function
+from olmo_fn.order import NOT_YET_UNIT
 from olmo_fn.step import Leaf, Scalars, Slots, Step, Transform
 from olmo_fn.tree import Tree
 
@@ -56,7 +57,7 @@ def normalize(dims: Mapping[str, int]) -> Transform:
 
         return replace(inner, leaf=leaf)
 
-    return Transform(f"normalize({len(dims)} parameters)", Step, Step, apply)
+    return Transform(f"normalize({len(dims)} parameters)", Step, Step, apply, NOT_YET_UNIT)
 
 
 @cache
