@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from math import prod
 
 import pytest
@@ -65,7 +65,7 @@ def test_an_impossible_mesh_is_refused_with_the_arithmetic(processes: int, degre
 
 
 def test_the_command_line_has_the_same_degrees() -> None:
-    assert solve(6, **asdict(MeshConfig(cp=2))) == Mesh(dp_shard=3, cp=2)
+    assert MeshConfig(cp=2).on(6) == Mesh(dp_shard=3, cp=2)
 
 
 def everything(connection):
