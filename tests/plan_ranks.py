@@ -42,7 +42,7 @@ def measure(step, cfg, state, layout):
     """Bytes at the largest moment of a step, state included."""
     leaves = [x for slot in (state.params, state.slots) for _, x in tree.items(layout.enter(slot))]
     batch = batch_of(cfg)
-    attend._bias.cache_clear()
+    attend._kept_bias.cache_clear()
     with Peak([*leaves, *batch.values()]) as peak:
         step(state, batch)
     return peak.bytes + sum(x.nbytes for x in leaves)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from olmo_fn.grad import Batch, Chain, Context, Function, Kernel, Metrics, Pullback, Stage, subtrees
 from olmo_fn.models.config import Model
+from olmo_fn.nn.attend import document_starts
 from olmo_fn.nn.attend_over import CPMethod, attend_over, attend_over_vjp, positions_of
 from olmo_fn.nn.attention import attention_specs, merge_heads, merge_heads_vjp, place_heads, project, project_vjp
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_specs, feed_forward_vjp
@@ -126,27 +127,15 @@ def output_matrix(params: Tree) -> Tensor:
 def context(cfg: Model, batch: Batch, cp: Axis = Axis()) -> Context:  # noqa: B008
     """What all stages share: ids, labels, the rotary table of the positions, and the documents if there are any.
 
-    On an axis ``cp``, those of this rank's positions; documents are whole, for the masks.
+    On an axis ``cp``, those of this rank's positions; documents are whole, for the masks: the first position of each.
     """
     T = batch["input_ids"].shape[1]
     own = positions_of(T, cp, batch["input_ids"].device)
-    documents = batch.get("documents")
-    positions = own if documents is None else restarting_positions(documents)[:, own]
+    documents = document_starts(batch["documents"]) if "documents" in batch else None
+    positions = own if documents is None else own - documents[:, own]
     cos, sin = rope_table(positions, cfg.k, cfg.rope_theta)
     shared = {"input_ids": batch["input_ids"][:, own], "labels": batch["labels"][:, own], "cos": cos, "sin": sin}
     return shared if documents is None else {**shared, "documents": documents}
-
-
-def restarting_positions(documents: Tensor) -> Tensor:
-    """Positions (B, T) that count from 0 in each run of equal numbers.
-
-    >>> restarting_positions(torch.tensor([[4, 4, 7, 7, 7]]))
-    tensor([[0, 1, 0, 1, 2]])
-    """
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    first = torch.ones_like(documents, dtype=torch.bool)
-    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return index - torch.where(first, index, 0).cummax(dim=1).values
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

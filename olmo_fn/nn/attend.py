@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from olmo_fn.grad import Kernel, identity
+from olmo_fn.nn.exponential import exp
 
-UNSEEN = -1e30  # added to scores: finite, so that a row that sees nothing has a log-sum-exp that weighs nothing, and no NaN
+FAR = 1e30  # taken from a score for each position out of sight: finite, so that a row that sees nothing has no NaN
 TILE = 128  # rows or columns of a tile: its scores stay in the processor's cache between two products
 
 
@@ -30,13 +30,25 @@ def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (distance < window)
 
 
+def document_starts(documents: Tensor) -> Tensor:
+    """The first position of each position's document, given numbers (B, T) that differ from one document to the next.
+
+    >>> document_starts(torch.tensor([[4, 4, 7, 7, 7]])).tolist()
+    [[0, 0, 2, 2, 2]]
+    """
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return torch.where(first, index, 0).cummax(dim=1).values
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, documents: Tensor | None = None, offset: int = 0
 ) -> Tensor:
     """Causal softmax(q kᵀ / √K) v, in plain differentiable operations: the definition.
 
     ``q`` (B, H, R, K) for the positions from ``offset`` on, ``k`` and ``v`` (B, N, T, K), N dividing H, for those from 0 on.
-    ``documents`` (B, T): positions of different documents do not see each other. Returns (B, H, R, K). The softmax is in fp32.
+    ``documents`` (B, T), from `document_starts`: those of different documents do not see each other. Returns (B, H, R, K). The softmax is in fp32.
     By blocks of rows, each of which multiplies only with keys that it may see.
     """
     R, N = q.shape[2], k.shape[1]
@@ -107,9 +119,14 @@ def attend_vjp(
     out, lse = tiles.forward(q, k, v)
 
     def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tiles.backward(q, k, v, cotangent, lse, (cotangent.to(lse.dtype) * out).sum(-1))
+        return tiles.backward(q, k, v, cotangent, lse, kernel(row_products)(cotangent, out))
 
     return out, pullback
+
+
+def row_products(d_out: Tensor, out: Tensor) -> Tensor:
+    """Σ d_out · out over the last dim (B, H, R), in at least fp32: what a softmax's backward subtracts (delta)."""
+    return (d_out.to(torch.promote_types(out.dtype, torch.float32)) * out).sum(-1)
 
 
 class Tiles(NamedTuple):
@@ -128,28 +145,32 @@ class Tiles(NamedTuple):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The result (B, H, R, K), and the log-sum-exp of each row (B, H, R), very negative where a row sees nothing."""
         queries, keys, values, heads = *_by_kv_head(q, k, v), _Heads(q, k)
-        softmax, size = self.kernel(_softmax), heads.G
+        weigh, total, size = self.kernel(_weigh), self.kernel(_total), heads.G
         out, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:2], dtype=heads.wide)
+        positions, sight = self._positions(k.shape[2], heads), self._sight(heads)
         scratch = q.new_empty(queries.shape[0] * min(TILE, q.shape[2]) * size * k.shape[2])
         for start in reversed(range(0, q.shape[2], TILE)):  # the widest first, so that kernels are not traced with a square
             stop = min(start + TILE, q.shape[2])
             columns, rows = self._columns(start, stop, k.shape[2]), slice(start * size, stop * size)
-            tile = _product(scratch, queries[:, rows], keys[:, columns].mT)
-            total, lse[:, rows] = softmax(tile, self._bias((start, stop), (columns.start, columns.stop), heads), heads.scale)
-            out[:, rows] = (tile @ values[:, columns]).div_(total)
+            some_queries, some_keys, some_values = _contiguous(queries[:, rows], keys[:, columns], values[:, columns])
+            weights = _product(scratch, some_queries, some_keys.mT)
+            top = weigh(heads.by_row(weights), positions[columns], heads.scale, *(x[:, :, rows, None] for x in sight))
+            sums, lse[:, rows] = total(weights, top.flatten(0, 1))
+            torch.div(torch.bmm(weights, some_values), sums, out=out[:, rows])
         return heads.apart(out), heads.apart(lse[..., None])[..., 0]
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cotangents of ``q``, ``k`` and ``v`` from that of the result. ``lse`` and ``delta`` = Σ d_out · out (B, H, R) may be
-        those of a softmax over more keys than these.
+        """Cotangents of ``q``, ``k`` and ``v`` from that of the result. ``lse`` and ``delta``, `row_products` of the result,
+        may be those of a softmax over more keys than these.
         """
         queries, keys, values, heads = *_by_kv_head(q, k, v), _Heads(q, k)
         d_out, lse, delta = heads.together(d_out), *(heads.together(x[..., None])[..., 0] for x in (lse, delta))
-        gradient, size = self.kernel(_softmax_gradient), heads.G
+        gradient, size = self.kernel(_gradient), heads.G
         d_q = torch.zeros_like(queries, dtype=heads.wide)
         d_k, d_v = torch.zeros_like(keys), torch.zeros_like(values)
+        positions, sight = self._positions(k.shape[2], heads), self._sight(heads)
         one, two = (q.new_empty(queries.shape[0] * min(TILE, k.shape[2]) * size * q.shape[2]) for _ in range(2))
         for start in range(0, k.shape[2], TILE):
             stop = min(start + TILE, k.shape[2])
@@ -157,14 +178,15 @@ class Tiles(NamedTuple):
             if first >= last:
                 continue
             rows, columns = slice(first * size, last * size), slice(start, stop)
-            some_keys, some_queries, some_d_out = (x.contiguous() for x in (keys[:, columns], queries[:, rows], d_out[:, rows]))
+            some_queries, some_d_out, *statistics = _contiguous(*(x[:, rows] for x in (queries, d_out, lse, delta)))
+            some_keys, some_values = _contiguous(keys[:, columns], values[:, columns])
             weights = _product(one, some_keys, some_queries.mT)
-            d_scores = _product(two, values[:, columns].contiguous(), some_d_out.mT)
-            statistics = (x[:, rows].contiguous()[:, None] for x in (lse, delta))
-            gradient(weights, d_scores, self._bias((first, last), (start, stop), heads).mT, *statistics, heads.scale)
-            d_v[:, columns] = weights @ some_d_out
-            d_k[:, columns] = d_scores @ some_queries
-            d_q[:, rows] += d_scores.mT @ some_keys
+            d_scores = _product(two, some_values, some_d_out.mT)
+            tiles = (heads.by_row(x) for x in (weights, d_scores, *(x[:, None] for x in statistics)))
+            gradient(*tiles, positions[columns, None], heads.scale, *(x[:, :, None, rows] for x in sight))
+            torch.bmm(weights, some_d_out, out=d_v[:, columns])
+            torch.bmm(d_scores, some_queries, out=d_k[:, columns])
+            d_q[:, rows].add_(torch.bmm(d_scores.mT, some_keys))
         return heads.apart(d_q.to(q.dtype)), d_k.view_as(k), d_v.view_as(v)
 
     def _columns(self, start: int, stop: int, T: int) -> slice:
@@ -178,13 +200,17 @@ class Tiles(NamedTuple):
         shift = self.offset - self.key_offset
         return max(0, start - shift), R if self.window is None else min(R, stop - 1 - shift + self.window)
 
-    def _bias(self, rows: tuple[int, int], columns: tuple[int, int], heads: _Heads) -> Tensor:
-        at = [(a + by, b + by) for (a, b), by in ((rows, self.offset), (columns, self.key_offset))]
-        if self.documents is None:
-            return _bias(at[0], at[1], self.window, heads.G, heads.wide, heads.device)
-        mask = _mask(at[0], at[1], self.window, self.documents, heads.device)
-        table = _as_bias(mask, heads.G, heads.wide)
-        return table.expand(-1, heads.N, -1, -1).flatten(0, 1)
+    def _positions(self, T: int, heads: _Heads) -> Tensor:
+        """Of each key its position, times `FAR`."""
+        return torch.arange(self.key_offset, self.key_offset + T, dtype=heads.wide, device=heads.device) * FAR
+
+    def _sight(self, heads: _Heads) -> tuple[Tensor, ...]:
+        """Of each row the last position that it sees, and the first if that is not always 0; (1 or B, 1, R·G), times `FAR`."""
+        last = torch.arange(self.offset, self.offset + heads.R, device=heads.device)
+        first = [] if self.window is None else [(last - self.window + 1)[None]]
+        first += [] if self.documents is None else [self.documents[:, self.offset : self.offset + heads.R]]
+        ends = last[None], *([torch.maximum(first[0], first[-1])] if first else [])
+        return tuple(x.repeat_interleave(heads.G, -1)[:, None].to(heads.wide) * FAR for x in ends)
 
 
 class _Heads:
@@ -200,6 +226,10 @@ class _Heads:
         """(B, H, R, ·) as (B·N, R·G, ·)."""
         return x.unflatten(1, (self.N, self.G)).transpose(2, 3).reshape(self.B * self.N, self.R * self.G, -1)
 
+    def by_row(self, x: Tensor) -> Tensor:
+        """(B·N, ·, ·) as (B, N, ·, ·)."""
+        return x.unflatten(0, (self.B, self.N))
+
     def apart(self, x: Tensor) -> Tensor:
         """(B·N, R·G, ·) as (B, H, R, ·)."""
         return x.view(self.B, self.N, self.R, self.G, -1).transpose(2, 3).reshape(self.B, self.N * self.G, self.R, -1)
@@ -209,17 +239,8 @@ def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     return _Heads(q, k).together(q), k.flatten(0, 1), v.flatten(0, 1)
 
 
-@lru_cache(256)
-def _bias(
-    rows: tuple[int, int], columns: tuple[int, int], window: int | None, G: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    return _as_bias(_mask(rows, columns, window, None, device), G, dtype)
-
-
-def _as_bias(mask: Tensor, G: int, dtype: torch.dtype) -> Tensor:
-    """0 where ``mask`` (..., R, C) is true and UNSEEN elsewhere, each row G times: (..., R·G, C)."""
-    bias = torch.where(mask, 0.0, UNSEEN).to(dtype)
-    return bias if G == 1 else bias.repeat_interleave(G, -2)
+def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in tensors)  # a batched product copies what is not, and slower
 
 
 def _product(scratch: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -228,22 +249,40 @@ def _product(scratch: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b, out=scratch[: math.prod(shape)].view(shape))
 
 
-def _softmax(scores: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Overwrite ``scores`` (n, R, C) by exp(x - max x), x = scale · scores + bias.
-
-    Returns the sums (n, R, 1) of what it wrote and the log-sum-exp (n, R) of x.
-    """
-    x = scores.to(bias.dtype) * scale + bias
+def _weigh(scores: Tensor, positions: Tensor, scale: float, last: Tensor, first: Tensor | None = None) -> Tensor:
+    """Overwrite ``scores`` (B, N, R, C) by exp(x - max x), x the scaled and masked scores; returns max x (B, N, R, 1)."""
+    x = _masked(scores, positions, scale, last, first)
     top = x.amax(-1, keepdim=True)
-    weights = (x - top).exp()
-    total = weights.sum(-1, keepdim=True)
-    scores.copy_(weights)
+    scores.copy_(exp(x - top))
+    return top
+
+
+def _masked(scores: Tensor, positions: Tensor, scale: float, last: Tensor, first: Tensor | None) -> Tensor:
+    x = scores.to(positions.dtype) * scale - (positions - last).relu()
+    return x if first is None else x - (first - positions).relu()
+
+
+def _total(weights: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (n, R, 1) of the rows of what `_weigh` wrote, and the log-sum-exp (n, R).
+
+    Apart from `_weigh`, since Inductor makes one slow loop of an exponential that is both stored and added up.
+    """
+    total = weights.to(top.dtype).sum(-1, keepdim=True)
     return total, (top + total.log())[..., 0]
 
 
-def _softmax_gradient(scores: Tensor, d_weights: Tensor, bias: Tensor, lse: Tensor, delta: Tensor, scale: float) -> None:
-    """Overwrite transposed ``scores`` (n, C, R) by the weights, and ``d_weights`` by the cotangent of the scores."""
-    weights = (scores.to(bias.dtype) * scale + bias - lse).exp()
-    d_scores = weights * (d_weights.to(bias.dtype) - delta) * scale
+def _gradient(
+    scores: Tensor,
+    d_weights: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    positions: Tensor,
+    scale: float,
+    last: Tensor,
+    first: Tensor | None = None,
+) -> None:
+    """Overwrite transposed ``scores`` (B, N, C, R) by the weights, and ``d_weights`` by the cotangent of the scores."""
+    weights = exp(_masked(scores, positions, scale, last, first) - lse)
+    d_scores = weights * (d_weights.to(lse.dtype) - delta) * scale
     scores.copy_(weights)
     d_weights.copy_(d_scores)

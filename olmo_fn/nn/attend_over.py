@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.grad import Kernel, identity
-from olmo_fn.nn.attend import Tiles, attend, attend_vjp
+from olmo_fn.nn.attend import Tiles, attend, attend_vjp, row_products
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.collectives import all_gather, all_to_all, reduce_scatter, ring_shift
 
@@ -149,7 +149,7 @@ def _ring_vjp(
     del out, keys, values
 
     def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        delta = (cotangent.to(wide) * result).sum(-1)
+        delta = kernel(row_products)(cotangent, result)
         d_q = torch.zeros_like(q, dtype=wide)
         d_keys, d_values = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         keys, values = k, v
@@ -161,7 +161,7 @@ def _ring_vjp(
                 parts = (q[:, :, rows], keys[:, :, columns], values[:, :, columns], cotangent[:, :, rows], lse[:, :, rows])
                 found = tiles.backward(*(x.contiguous() for x in (*parts, delta[:, :, rows])))
                 for total, part, more in zip((d_q, d_keys, d_values), (rows, columns, columns), found, strict=True):
-                    total[:, :, part] += more
+                    total[:, :, part].add_(more)
         d_keys, d_values = ring_shift(torch.stack((d_keys, d_values)), cp).unbind()
         return d_q.to(q.dtype), d_keys.to(k.dtype), d_values.to(v.dtype)
 

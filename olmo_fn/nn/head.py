@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.grad import IGNORE, Kernel, Metrics, identity
+from olmo_fn.nn.exponential import exp
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.collectives import pmax, psum
 
@@ -112,7 +113,9 @@ def _to_gradient(logits: Tensor, target: Tensor, z_loss: float, kernel: Kernel, 
         lse = top + psum((own - top).exp(), tp).log()
         kernel(_softmax_given)(logits, lse, counts.to(wide), z_loss)
     at_label = (label - lse).exp() * (1 + 2 * z_loss * lse) - 1
-    logits.scatter_(1, index, at_label.to(logits.dtype).where(here & counts, logits.gather(1, index)))
+    at_label = at_label.to(logits.dtype).where(here & counts, logits.gather(1, index))
+    rows = torch.arange(len(target), device=target.device)
+    logits.index_put_((rows, index[:, 0]), at_label[:, 0])  # scatter_ in bf16 would copy all logits there and back
     ce, z = lse - psum(label.where(here, 0.0), tp), z_loss * lse.square()
     return torch.stack((ce, z)).where(counts, 0.0).sum((1, 2))
 
@@ -127,11 +130,11 @@ def _softmax_times(logits: Tensor, counts: Tensor, z_loss: float) -> Tensor:
 def _logsumexp(logits: Tensor, counts: Tensor) -> Tensor:
     x = logits.to(counts.dtype)
     top = x.amax(-1, keepdim=True)
-    return top + (x - top).exp().sum(-1, keepdim=True).log()
+    return top + exp(x - top).sum(-1, keepdim=True).log()
 
 
 def _softmax_given(logits: Tensor, lse: Tensor, counts: Tensor, z_loss: float) -> None:
-    logits.copy_((logits.to(counts.dtype) - lse).exp() * (counts * (1 + 2 * z_loss * lse)))
+    logits.copy_(exp(logits.to(counts.dtype) - lse) * (counts * (1 + 2 * z_loss * lse)))
 
 
 def _add_product(total: Tensor | None, d_logits: Tensor, h: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
     if cfg.recipe.compile:
         execution = replace(execution, wrap=trace.stage, wrap_leaf=trace.kernel)
     step = replace(step, execution=execution)
-    attend._bias.cache_clear()  # its tables are part of the memory
+    attend._kept_bias.cache_clear()  # its tables are part of the memory
     ids = torch.empty(rows, cfg.recipe.sequence_length, dtype=torch.int64, device="meta")
     with trace:
         with trace.purpose("parameters"):
@@ -122,7 +122,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
     one["end", None].seen.traffic.subtract(watch.finished.get("head", Counter()))  # of all blocks, see `Profile.finished`
     for born, kept in trace.living("activations"):  # what outlives a step is made once: the tables
         list(one.values())[born - 1].grown.update(activations=-kept, tables=kept)
-    attend._bias.cache_clear()
+    attend._kept_bias.cache_clear()
     rest = _state(at_rest, watch.layout.specs)
     control -= sum(part.total() for part in rest.values())
     ways: dict[str, dict[Label, Piece]] = {"forward": {}, "backward": {}}
