@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmo_fn import tree
 from olmo_fn.layout import SINGLE
-from olmo_fn.nn import attend
 from olmo_fn.spec import init
 from olmo_fn.testing.traffic import Traffic
 from olmo_fn.train.recipe import parameters, recipe
@@ -42,7 +41,6 @@ def measure(step, cfg, state, layout):
     """Bytes at the largest moment of a step, state included."""
     leaves = [x for slot in (state.params, state.slots) for _, x in tree.items(layout.enter(slot))]
     batch = batch_of(cfg)
-    attend._kept_bias.cache_clear()
     with Peak([*leaves, *batch.values()]) as peak:
         step(state, batch)
     return peak.bytes + sum(x.nbytes for x in leaves)

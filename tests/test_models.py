@@ -19,7 +19,7 @@ from olmo_fn.grad import IGNORE, subtrees
 from olmo_fn.models import count, transformer
 from olmo_fn.models.config import OLMO2, OLMO3, Model
 from olmo_fn.nn import head
-from olmo_fn.nn.attend import TILE, attend, attend_vjp
+from olmo_fn.nn.attend import TILE, attend, attend_vjp, document_starts
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_vjp
 from olmo_fn.nn.norm import rms_norm
 from olmo_fn.step import grad, pipe
@@ -156,7 +156,7 @@ def test_attend_is_softmax_attention(heads, kv_heads, window):
     k_all, v_all = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     distance = torch.arange(T)[:, None] - torch.arange(T)
     sees = (distance >= 0) & (distance < (window or T))
-    for docs in (None, documents):
+    for docs in (None, document_starts(documents)):
         allowed = sees if docs is None else sees & (docs[:, None, :, None] == docs[:, None, None, :])
         scores = (q @ k_all.mT / 6**0.5).masked_fill(~allowed, -torch.inf)
         expected = scores.softmax(-1) @ v_all

@@ -48,8 +48,8 @@ def attend(
     """Causal softmax(q kᵀ / √K) v, in plain differentiable operations: the definition.
 
     ``q`` (B, H, R, K) for the positions from ``offset`` on, ``k`` and ``v`` (B, N, T, K), N dividing H, for those from 0 on.
-    ``documents`` (B, T), from `document_starts`: those of different documents do not see each other. Returns (B, H, R, K). The softmax is in fp32.
-    By blocks of rows, each of which multiplies only with keys that it may see.
+    ``documents`` (B, T), from `document_starts`: those of different documents do not see each other. Returns (B, H, R, K).
+    The softmax is in fp32. By blocks of rows, each of which multiplies only with keys that it may see.
     """
     R, N = q.shape[2], k.shape[1]
     q = q if q.shape[1] == N else q.unflatten(1, (N, -1))

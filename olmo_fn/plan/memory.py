@@ -11,7 +11,7 @@ from olmo_fn.parallel.pipeline.execute import SENDS
 from olmo_fn.plan.job import Job, Label
 from olmo_fn.plan.profile import Piece, Profile
 
-PURPOSES = ("parameters", "optimizer", "ema", "gradients", "weights", "activations", "tables", "scratch")
+PURPOSES = ("parameters", "optimizer", "ema", "gradients", "weights", "activations", "scratch")
 
 
 class Peak(NamedTuple):
@@ -30,7 +30,7 @@ def peak_memory(job: Job, profile: Profile, rank: int = 0) -> Peak:
     """The largest moment of pipeline rank ``rank``.
 
     ``activations`` are those that were kept when the piece began that has the largest moment; what it makes on its way is
-    ``scratch``. ``weights`` are gathered ones, and copies in the compute dtype; ``tables`` attention's masks, made once.
+    ``scratch``. ``weights`` are gathered ones, and copies in the compute dtype.
     """
     moments = _alone(job, profile) if job.mesh.pp == 1 else _in_pipeline(job, profile, rank)
     return max(moments, key=lambda peak: peak.total)
@@ -66,12 +66,11 @@ def _alone(job: Job, profile: Profile) -> Iterator[Peak]:
     rest = at_rest(job, profile)
     gradients = Counter(gradients=sum(profile.gradients.get(profile.of(label), 0) for label in labels))
     for part in range(min(job.cfg.recipe.accumulate, 2)):
-        live = rest + (gradients + Counter(tables=profile.tables) if part else Counter())
+        live = rest + (gradients if part else Counter())
         for when, piece in _sweep(profile, labels):
             yield _moment(live, piece, when)
             live.update(piece.grown)
-            live["tables"] = profile.tables if part else live["tables"]
-    yield _moment(rest + gradients + Counter(tables=profile.tables), profile.update, "update")
+    yield _moment(rest + gradients, profile.update, "update")
 
 
 def _sweep(profile: Profile, labels: tuple[Label, ...]) -> Iterator[tuple[str, Piece]]:
@@ -101,7 +100,7 @@ def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
     gradients = sum(profile.gradients.get(label, 0) for label in labels)
     before = Counter(gradients=gradients) if job.cfg.recipe.accumulate > 1 else Counter[str]()
     whole = sum(profile.whole.get(label, 0) for label in labels)
-    weights = Counter(weights=sum(profile.in_use[label] for label in labels), tables=profile.tables)
+    weights = Counter(weights=sum(profile.in_use[label] for label in labels))
     live = rest + before + weights + Counter(gradients=whole, activations=(SENDS + AHEAD) * carry(job))
     for action in job.programs[rank]:
         ours = job.labels(action.chunk * job.mesh.pp + rank)
@@ -115,4 +114,4 @@ def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
             live["activations"] += {"F": carry(job), "I": 0}.get(action.op, -carry(job))
     sent = whole if job.size("data") * job.mesh.cp > 1 else 0
     yield Peak(live + Counter(gradients=sent + (gradients if job.size("fsdp") > 1 else 0)), "reducing the gradients")
-    yield _moment(rest + Counter(gradients=gradients, tables=profile.tables), profile.update, "update")
+    yield _moment(rest + Counter(gradients=gradients), profile.update, "update")

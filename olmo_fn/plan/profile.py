@@ -20,7 +20,6 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.grad import Batch, Chain, Stage
 from olmo_fn.layout import compute_copy
-from olmo_fn.nn import attend
 from olmo_fn.parallel.axis import Axes, Axis
 from olmo_fn.parallel.connect import Connection
 from olmo_fn.parallel.mesh import Mesh
@@ -58,7 +57,6 @@ class Profile:
     reduced: dict[Label, Traffic]  # by its gradients, once
     finished: dict[Label, int]  # bytes of its gradients that are summed once all are there
     control: int  # bytes of the state that belong to no parameter
-    tables: int  # bytes that attention keeps from step to step
     alike: dict[int, int]  # every block -> the one that stands for it
 
     def of(self, label: Label) -> Label:
@@ -102,7 +100,6 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
     if cfg.recipe.compile:
         execution = replace(execution, wrap=trace.stage, wrap_leaf=trace.kernel)
     step = replace(step, execution=execution)
-    attend._kept_bias.cache_clear()  # its tables are part of the memory
     ids = torch.empty(rows, cfg.recipe.sequence_length, dtype=torch.int64, device="meta")
     with trace:
         with trace.purpose("parameters"):
@@ -120,9 +117,6 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         watch.next("over", None)
     one = watch.pieces
     one["end", None].seen.traffic.subtract(watch.finished.get("head", Counter()))  # of all blocks, see `Profile.finished`
-    for born, kept in trace.living("activations"):  # what outlives a step is made once: the tables
-        list(one.values())[born - 1].grown.update(activations=-kept, tables=kept)
-    attend._kept_bias.cache_clear()
     rest = _state(at_rest, watch.layout.specs)
     control -= sum(part.total() for part in rest.values())
     ways: dict[str, dict[Label, Piece]] = {"forward": {}, "backward": {}}
@@ -143,7 +137,6 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         watch.reduced,
         watch.kept_whole(),
         control,
-        sum(piece.grown["tables"] for piece in one.values()),
         alike,
     )
 

@@ -160,4 +160,4 @@ def _bytes(one: Job, guess: Profile) -> float:
     kept = sum(guess.forward[guess.of(label)].grown["activations"] for label in inside)
     live = _live(c.pp_schedule, one.mesh.pp, one.microbatches, c.pp_chunks)
     weights = sum(guess.in_use[label] + guess.whole.get(label, 0) for label in labels)
-    return at_rest(one, guess).total() + live * kept + weights + guess.tables
+    return at_rest(one, guess).total() + live * kept + weights

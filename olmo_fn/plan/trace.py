@@ -54,9 +54,7 @@ class Trace(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.seen = Seen()
         self._purpose = "activations"
-        self.cuts = 0
         self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
-        self._born: dict[int, int] = {}  # the number of cuts when it was made
         self._fused: list[Tensor] | None = None  # inside one kernel: what it keeps although it is no result
         self._on_chip = False
         self._sent: dict[int, Tensor] = {}  # what a gather reads until somebody waits for its result
@@ -90,12 +88,7 @@ class Trace(TorchDispatchMode):
     def cut(self) -> Seen:
         """What has happened since the last cut."""
         seen, self.seen = self.seen, Seen(Counter(self.live), Counter(self.live))
-        self.cuts += 1
         return seen
-
-    def living(self, purpose: str) -> list[tuple[int, int]]:
-        """For every storage with this purpose, the number of cuts when it was made, and its bytes."""
-        return [(self._born[key], size) for key, (_, name, size) in self._known.items() if name == purpose]
 
     def _add(self, tensor: Tensor, purpose: str) -> None:
         storage = tensor.untyped_storage()
@@ -109,11 +102,9 @@ class Trace(TorchDispatchMode):
 
         def gone(_: Any) -> None:
             _, purpose, size = self._known.pop(key)
-            del self._born[key]
             self.live[purpose] -= size
 
         self._known[key] = (weakref.ref(storage, gone), purpose, size)
-        self._born[key] = self.cuts
         self._count(purpose, size)
 
     def _count(self, purpose: str, size: int) -> None:
