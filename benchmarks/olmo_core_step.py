@@ -118,7 +118,7 @@ def run(args):
         "step_ms": round(1e3 * step, 2),
         "step_ms_min": round(1e3 * min(seconds[2:]), 2),
         "warmup_s": round(sum(seconds[:2]), 3),
-        "peak_rss_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1),
+        "peak_rss_mb": round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1),
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "params": sum(p.numel() for p in model.parameters()),

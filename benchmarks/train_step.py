@@ -84,6 +84,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         state, metrics = step(state, data)
         losses.append(float(metrics["loss"]))
         times.append(time.perf_counter() - begin)
+        if i == 0:
+            machine.give_back_freed_memory()  # as the trainer does
         if i == 1:
             warmup = time.perf_counter() - start
         if i > 0:  # between the steps, so that both see the same machine

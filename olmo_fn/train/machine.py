@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import statistics
 import sys
 import time
+from contextlib import suppress
 
 import torch
 
@@ -71,12 +73,18 @@ def keep_freed_memory() -> None:
     zeroing of them costs a tenth of a CPU step. Larger blocks go back at once: kept, they would be memory that
     sharding has freed and the process still holds.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
-    except (OSError, AttributeError):
-        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    _glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
+    _glibc("mallopt", M_TRIM_THRESHOLD, 256 << 20)
+
+
+def give_back_freed_memory() -> None:
+    """Give freed memory back to the system now: what compilation left, after the first step. Elsewhere than glibc, nothing."""
+    gc.collect()
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *numbers: int) -> None:
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            getattr(ctypes.CDLL("libc.so.6"), function)(*numbers)
