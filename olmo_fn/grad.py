@@ -55,6 +55,7 @@ class Stage(NamedTuple):
     block: int | None = None  # the block of the model that it is part of
     compiled: bool = True  # False: leave it eager under `compile()`
     rowwise: bool = False  # a sum over positions, of which it may be given a few at a time
+    lookup: bool = False  # reads few rows of its weights: these may come as they are stored, and what was read is cast
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,16 @@ class Execution:
 
     ``wrap`` goes around every stage function, and ``wrap_leaf`` around every parameter update and other kernels that see
     tensors of many shapes (compilation); ``donate`` lets an update write into the memory of the state it replaces;
-    ``layout`` is where parameters live (`olmo_fn.layout`). ``wants`` says of a path whether its gradient is asked for; the
-    tree of gradients has no others. ``differentiable`` keeps what a derivative of the whole step needs.
+    ``layout`` is where parameters live (`olmo_fn.layout`), ``dtype`` that of matrices and activations. ``wants`` says of a
+    path whether its gradient is asked for; the tree of gradients has no others. ``differentiable`` keeps what a derivative
+    of the whole step needs.
     """
 
     wrap: Callable[[Function], Function] = identity
     wrap_leaf: Callable[[Function], Function] = identity
     donate: bool = False
     layout: Any = SINGLE
+    dtype: torch.dtype = torch.float32
     wants: Callable[[str], bool] = everything
     differentiable: bool = False
 

@@ -65,37 +65,30 @@ class Single:
         return batch
 
     def sweep(
-        self,
-        chain: Chain,
-        remat: str,
-        params: Tree,
-        batch: Batch,
-        tokens: Tensor,
-        dtype: torch.dtype,
-        execution: Execution,
+        self, chain: Chain, remat: str, params: Tree, batch: Batch, tokens: Tensor, execution: Execution
     ) -> tuple[dict[str, Tensor], Metrics]:
         """Gradients by path of the chain's loss divided by ``tokens``, and the sums of this rank's tokens."""
         from olmo_fn.tape import segments, sweep  # which is above this
 
         ours = self.chain(chain)
         context = ours.context(self.part(batch))
-        return sweep(segments(ours.stages, remat), params, context, tokens, dtype, execution)
+        return sweep(segments(ours.stages, remat), params, context, tokens, execution)
 
-    def forward(self, chain: Chain, params: Tree, batch: Batch, dtype: torch.dtype, execution: Execution) -> Metrics:
+    def forward(self, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
         """The sums over this rank's tokens of the loss and its metrics, forward only."""
-        from olmo_fn.tape import run, segments
+        from olmo_fn.tape import fetch, run, segments
 
         ours, carry = self.chain(chain), None
         context = ours.context(self.part(batch))
         for segment in segments(ours.stages):
-            carry = run(segment, self.fetch(params, segment.params, dtype), carry, context, execution)
+            carry = run(segment, fetch(params, segment, execution), carry, context, execution)
         assert carry is not None
         total, metrics = carry
         return {"loss": total, **metrics}
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype) -> Weights:
-        """Begin to bring the subtrees at ``paths`` into use, matrices in ``dtype``."""
-        return Here({path: compute_copies(tree.at(params, path), dtype) for path in paths})
+    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, lookup: bool = False) -> Weights:
+        """Begin to bring the subtrees at ``paths`` into use, matrices in ``dtype``, or for a ``lookup`` as they are stored."""
+        return Here({path: compute_copies(tree.at(params, path), None if lookup else dtype) for path in paths})
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Begin to bring gradients of a segment, by path, back to where their parameters live; call the result to end."""
@@ -146,12 +139,12 @@ class Single:
 SINGLE: Any = Single()
 
 
-def compute_copy(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrices in the compute dtype; vectors (the gains of norms) stay in fp32. A no-op when nothing changes."""
-    return p.to(dtype) if p.ndim > 1 else p
+def compute_copy(p: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Matrices in the compute dtype; vectors (the gains of norms) stay in fp32. A no-op when nothing changes, or for None."""
+    return p if dtype is None or p.ndim < 2 else p.to(dtype)
 
 
-def compute_copies(subtree: Tree, dtype: torch.dtype) -> Tree:
+def compute_copies(subtree: Tree, dtype: torch.dtype | None) -> Tree:
     """`compute_copy` of every leaf."""
     return tree.map(lambda p: compute_copy(p, dtype), subtree)
 

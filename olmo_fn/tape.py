@@ -8,6 +8,7 @@ custom function).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
@@ -46,6 +47,11 @@ class Segment(NamedTuple):
         """Paths of the subtrees that its stages use."""
         return tuple(dict.fromkeys(path for stage in self.stages for path in stage.params))
 
+    @property
+    def lookup(self) -> bool:
+        """Whether all of its stages only read rows."""
+        return all(stage.lookup for stage in self.stages)
+
 
 def remat_policy(remat: str) -> Callable[[Stage], bool]:
     """Which stages keep only their input and run forward again in the backward sweep.
@@ -81,7 +87,8 @@ def _join(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     joined: list[Stage] = []
     for stage in stages:
         last = joined[-1] if joined else None
-        if last is not None and last.vjp is None and stage.vjp is None and last.compiled == stage.compiled:
+        alike = last is not None and (last.vjp, last.compiled, last.lookup) == (stage.vjp, stage.compiled, stage.lookup)
+        if last is not None and alike and stage.vjp is None:
             both = _compose(last.fn, len(last.params), stage.fn)
             joined[-1] = last._replace(name=f"{last.name}+{stage.name}", params=last.params + stage.params, fn=both)
         else:
@@ -111,7 +118,7 @@ def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction
         if execution.differentiable or torch._C._are_functorch_transforms_active():
             raise ValueError("engine tape cannot be inside vmap, jvp or another derivative; use grad(engine='func')")
         layout, tokens = execution.layout, loss_tokens(batch)
-        flat, sums = layout.sweep(chain, remat, params, batch, tokens, dtype, execution)
+        flat, sums = layout.sweep(chain, remat, params, batch, tokens, replace(execution, dtype=dtype))
         grads = tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat)
         return grads, per_token(layout.total(sums), tokens)
 
@@ -119,7 +126,7 @@ def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction
 
 
 def sweep(
-    parts: tuple[Segment, ...], params: Tree, context: Context, tokens: Tensor, dtype: torch.dtype, execution: Execution
+    parts: tuple[Segment, ...], params: Tree, context: Context, tokens: Tensor, execution: Execution
 ) -> tuple[dict[str, Tensor], Metrics]:
     """Gradients by path of the loss divided by ``tokens``, as the layout keeps them, and the sums of this rank's tokens.
 
@@ -128,16 +135,17 @@ def sweep(
     layout = execution.layout
     held: list[tuple[Weights, SegmentPullback]] = []
     carry: Carry = None
-    ahead = layout.fetch(params, parts[0].params, dtype)
+    ahead = fetch(params, parts[0], execution)
     for i, segment in enumerate(parts):
         weights = ahead
         weights.ready()
         if i + 1 < len(parts):
-            ahead = layout.fetch(params, parts[i + 1].params, dtype)
+            ahead = fetch(params, parts[i + 1], execution)
         carry, pullback = pull(segment, weights, carry, context, execution)
         if i + 1 < len(parts):  # the last one's are needed again at once
             weights.free()
         held.append((weights, pullback))
+    del weights, ahead, pullback  # or the last segment's would live until the end
     total, metrics = carry
     cotangent: Any = 1.0 / tokens.to(total.dtype)
     found: dict[str, Tensor] = {}
@@ -157,6 +165,11 @@ def sweep(
         arriving = leaving
     _add(found, arriving())
     return layout.finish(found), {"loss": total.detach(), **metrics}
+
+
+def fetch(params: Tree, segment: Segment, execution: Execution) -> Weights:
+    """Begin to bring the weights of a segment into use."""
+    return execution.layout.fetch(params, segment.params, execution.dtype, segment.lookup)
 
 
 def flatten(grads: dict[str, Tree], execution: Execution) -> dict[str, Tensor]:
@@ -251,6 +264,7 @@ def pull_stage(
         leaves = tuple(tree.map(_leaf, p) for p in params)
         x = _leaves(carry)
         out = fn(*leaves, x, context)
+        out = out.to(execution.dtype) if stage.lookup else out
     inputs = [*(leaf for p in leaves for _, leaf in tree.items(p)), *_tensors(x)]
 
     def pullback(cotangent: Any) -> tuple[tuple[Tree, ...], Any]:

@@ -225,7 +225,7 @@ def test_head_by_chunks(monkeypatch):
     w_out, h = (torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((11, 8), (3, 7, 8)))
     labels = torch.randint(0, 11, (3, 7), generator=g).masked_fill(torch.rand(3, 7, generator=g) < 0.3, IGNORE)
     monkeypatch.setattr(head, "LOGITS_BYTES", 0)
-    monkeypatch.setattr(head, "LOGITS_ROWS", 5)  # five rows at once, and the last chunk has one
+    monkeypatch.setattr(head, "LOGITS_ROWS", (5, 5))  # five rows at once, and the last chunk has one
     total, parts = head.head_loss(w_out, h, labels, z_loss=0.01)
     expected = torch.autograd.grad(total * 0.7, (w_out, h))
     with torch.no_grad():

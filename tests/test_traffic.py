@@ -161,8 +161,8 @@ def between_sweeps(connection, rules: Rules) -> tuple[int, int]:
     found: list[tuple[int, int]] = []
 
     class Watched(Sharded):
-        def fetch(self, params, paths, dtype):
-            weights = super().fetch(params, paths, dtype)
+        def fetch(self, *args):
+            weights = super().fetch(*args)
             gathered.extend([weights] if isinstance(weights, Gathered) else [])
             return weights
 

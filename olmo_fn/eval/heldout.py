@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +37,11 @@ def evaluate(
     compilation of its own; ``show`` gets the tokens done after each batch.
     """
     layout, total, tokens = execution.layout, 0.0, 0
+    execution = replace(execution, dtype=dtype)
     params = layout.enter(params)
     for batch in batches:
         even = padded(batch, layout.shares)
-        total += float(layout.total(layout.forward(loss, params, even, dtype, execution))["ce"])
+        total += float(layout.total(layout.forward(loss, params, even, execution))["ce"])
         tokens += int(loss_tokens(batch))
         show(tokens)
     bits = total / math.log(2) / num_bytes if num_bytes else None

@@ -88,7 +88,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0, axes: Axes = ALONE, cp_method: CPMe
     return Chain(
         partial(context, cfg, cp=cp),
         (
-            Stage("embed", ("embed",), _embed(tp), compiled=False),  # compiled scatter-add is not deterministic
+            Stage("embed", ("embed",), _embed(tp), compiled=False, lookup=True),  # compiled scatter-add is not deterministic
             *blocks,
             Stage("head_norm", ("head.norm",), _head_norm(cfg.norm_eps, tp)),
             Stage("head", (w_out,), head, head_pullback, rowwise=True),

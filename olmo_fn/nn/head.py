@@ -15,8 +15,8 @@ from olmo_fn.nn.exponential import exp
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.collectives import pmax, psum
 
-LOGITS_BYTES = 1 << 23  # logits that live at once, if that is not less than
-LOGITS_ROWS = 1024  # rows, which fast matrix products need
+LOGITS_BYTES = 1 << 25  # logits that live at once, within these numbers of rows:
+LOGITS_ROWS = (1024, 2048)  # fast matrix products need the first, more than the second gain nothing
 
 
 def head_loss(
@@ -63,7 +63,8 @@ def head_vjp(
     shape, target = h.shape, labels.flatten()
     h = h.flatten(0, -2)  # (N, D)
     N, V = h.shape[0], w_out.shape[0]
-    rows = min(N, max(LOGITS_ROWS, LOGITS_BYTES // (V * h.element_size())))
+    fewest, most = LOGITS_ROWS
+    rows = min(N, max(fewest, min(most, LOGITS_BYTES // (V * h.element_size()))))
     d_w: Tensor | None = None
     d_h = torch.empty_like(h)
     buffer = h.new_empty(rows, V)

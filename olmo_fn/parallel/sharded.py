@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from olmo_fn import tree
 from olmo_fn.grad import Batch, Chain, Execution, Metrics
-from olmo_fn.layout import Here, Single, Weights, compute_copies, compute_copy, wide
+from olmo_fn.layout import Single, Weights, compute_copy, wide
 from olmo_fn.parallel import bucket
 from olmo_fn.parallel.axis import Axes, Axis
 from olmo_fn.parallel.collectives import psum
@@ -158,36 +158,29 @@ class Sharded(Single):
         return {name: x.chunk(axis.size)[axis.index] if x.ndim else x for name, x in batch.items()}
 
     def sweep(
-        self,
-        chain: Chain,
-        remat: str,
-        params: Tree,
-        batch: Batch,
-        tokens: Tensor,
-        dtype: torch.dtype,
-        execution: Execution,
+        self, chain: Chain, remat: str, params: Tree, batch: Batch, tokens: Tensor, execution: Execution
     ) -> tuple[dict[str, Tensor], Metrics]:
         """Gradients by path of the chain's loss divided by ``tokens``, and the sums of this rank's tokens."""
         if self.cut is None:
-            return super().sweep(chain, remat, params, batch, tokens, dtype, execution)
+            return super().sweep(chain, remat, params, batch, tokens, execution)
         from olmo_fn.parallel.pipeline.sweep import pipeline_sweep  # which is above this
 
-        return pipeline_sweep(self, self.cut, chain, remat, params, batch, tokens, dtype, execution)
+        return pipeline_sweep(self, self.cut, chain, remat, params, batch, tokens, execution)
 
-    def forward(self, chain: Chain, params: Tree, batch: Batch, dtype: torch.dtype, execution: Execution) -> Metrics:
+    def forward(self, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
         """The sums over this rank's tokens of the loss and its metrics, forward only."""
         if self.cut is None:
-            return super().forward(chain, params, batch, dtype, execution)
+            return super().forward(chain, params, batch, execution)
         from olmo_fn.parallel.pipeline.sweep import pipeline_forward
 
-        return pipeline_forward(self, self.cut, chain, params, batch, dtype, execution)
+        return pipeline_forward(self, self.cut, chain, params, batch, execution)
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype) -> Weights:
-        """Begin to gather the subtrees at ``paths``."""
+    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, lookup: bool = False) -> Weights:
+        """Begin to gather the subtrees at ``paths``; what travels is in ``dtype`` in any case."""
         subtrees = {path: tree.at(params, path) for path in paths}
         sharded = (self.placed[path].fsdp is not None for top, part in subtrees.items() for path, _ in tree.items(part, top))
         if self.axes.fsdp.size == 1 or not any(sharded):
-            return Here({path: compute_copies(subtree, dtype) for path, subtree in subtrees.items()})
+            return super().fetch(params, subtrees, dtype, lookup)
         return Gathered(self, subtrees, dtype)
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:

@@ -188,7 +188,8 @@ class Watch:
         found: dict[Label, int] = {}
         for path, place in self.layout.placed.items():
             like = compute_copy(torch.empty(place.box((0, 1), (0, self.mesh.tp))[1], device="meta"), dtype)
-            own = self.layout.axes.fsdp.size == 1 and like.dtype == torch.float32
+            stored = like.dtype == torch.float32 or (path == "embed" and not self.cfg.model.tie_embeddings)
+            own = self.layout.axes.fsdp.size == 1 and stored
             found[label_of(path)] = found.get(label_of(path), 0) + (0 if own else like.nbytes)
         return found
 
@@ -290,10 +291,10 @@ class Watched(Sharded):
     def place(self, path: str, part: Tensor) -> Any:
         return part
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype) -> Any:
+    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, lookup: bool = False) -> Any:
         paths, watch = tuple(paths), self.watch
         with watch.trace.purpose("weights"), watch.adding(watch.gathered, label_of(paths[0])):
-            return _Weights(watch.trace, super().fetch(params, paths, dtype))
+            return _Weights(watch.trace, super().fetch(params, paths, dtype, lookup))
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         watch, label = self.watch, self.watch.reducing(grads)

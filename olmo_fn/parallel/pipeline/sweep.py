@@ -19,7 +19,7 @@ from olmo_fn.parallel.pipeline.execute import execute
 from olmo_fn.parallel.pipeline.schedule import Kind, schedule
 from olmo_fn.parallel.pipeline.stages import Cut
 from olmo_fn.parallel.sharded import Sharded
-from olmo_fn.tape import Segment, SegmentPullback, flatten, pull, run, segments
+from olmo_fn.tape import Segment, SegmentPullback, fetch, flatten, pull, run, segments
 from olmo_fn.tree import Tree
 
 
@@ -27,18 +27,18 @@ class Stages:
     """What one rank has of a chain during one step."""
 
     def __init__(
-        self, layout: Sharded, cut: Cut, chain: Chain, remat: str, params: Tree, batch: Batch, dtype: torch.dtype
+        self, layout: Sharded, cut: Cut, chain: Chain, remat: str, params: Tree, batch: Batch, execution: Execution
     ) -> None:
-        self.cut, self.chain, self.dtype, self.pp = cut, layout.chain(chain), dtype, layout.axes.pp
+        self.cut, self.chain, self.dtype, self.pp = cut, layout.chain(chain), execution.dtype, layout.axes.pp
         pp, self.parts = self.pp, cut.pipeline.parts(self.pp.size)
         self.contexts = [self.chain.context(part) for part in _split(layout.part(batch), self.parts)]
         virtual = cut.cut(self.chain)
         self.last = cut.pipeline.chunks - 1 if pp.index == pp.size - 1 else -1  # the chunk that ends the chain
         self.chunks: list[list[tuple[Segment, Weights]]] = [
-            [(segment, layout.fetch(params, segment.params, dtype)) for segment in segments(stages, remat)]
+            [(segment, fetch(params, segment, execution)) for segment in segments(stages, remat)]
             for stages in virtual[pp.index :: pp.size]
         ]
-        zero = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=batch["labels"].device)
+        zero = torch.zeros((), dtype=torch.promote_types(self.dtype, torch.float32), device=batch["labels"].device)
         self.sums: Metrics = dict.fromkeys(("loss", *self.chain.sums), zero)
 
     def plan(self, kind: Kind) -> Plan:
@@ -65,11 +65,10 @@ def pipeline_sweep(
     params: Tree,
     batch: Batch,
     tokens: Tensor,
-    dtype: torch.dtype,
     execution: Execution,
 ) -> tuple[dict[str, Tensor], Metrics]:
     """Gradients by path of this rank's parameters, as the layout keeps them, and the sums of its tokens."""
-    stages = Stages(layout, cut, chain, remat, params, batch, dtype)
+    stages = Stages(layout, cut, chain, remat, params, batch, execution)
     held: dict[tuple[int, int], list[SegmentPullback]] = {}
     later: dict[tuple[int, int], list[Callable[[], dict[str, Tree]]]] = {}
     found: list[list[dict[str, Tensor]]] = [[{} for _ in chunk] for chunk in stages.chunks]
@@ -118,11 +117,9 @@ def pipeline_sweep(
     return layout.finish(grads), stages.sums
 
 
-def pipeline_forward(
-    layout: Sharded, cut: Cut, chain: Chain, params: Tree, batch: Batch, dtype: torch.dtype, execution: Execution
-) -> Metrics:
+def pipeline_forward(layout: Sharded, cut: Cut, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
     """Forward only, for evaluation: the sums of this rank's tokens, zeros on ranks that do not end the chain."""
-    stages = Stages(layout, cut, chain, "none", params, batch, dtype)
+    stages = Stages(layout, cut, chain, "none", params, batch, execution)
 
     def forward(chunk: int, part: int, carry: Tensor | None) -> Tensor | None:
         x: Carry = carry
