@@ -12,6 +12,7 @@ from torch import Tensor
 
 from olmo_fn.grad import IGNORE, Kernel, Metrics, identity
 from olmo_fn.nn.exponential import exp
+from olmo_fn.nn.large import new_large
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.collectives import pmax, psum
 
@@ -67,7 +68,7 @@ def head_vjp(
     rows = min(N, max(fewest, min(most, LOGITS_BYTES // (V * h.element_size()))))
     d_w: Tensor | None = None
     d_h = torch.empty_like(h)
-    buffer = h.new_empty(rows, V)
+    buffer = new_large(h, rows, V)
     sums = torch.zeros(2, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)  # ce, z
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
@@ -81,7 +82,9 @@ def head_vjp(
     def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor]:
         assert d_w is not None
         wide = cotangent.dtype  # scaling in bf16 would round the scale of every gradient
-        return d_w.to(wide).mul_(cotangent), (d_h.to(wide) * cotangent).to(d_h.dtype).view(shape)
+        scaled = new_large(cotangent, *d_w.shape)
+        kernel(_scale)(scaled, d_w, cotangent)
+        return scaled, (d_h.to(wide) * cotangent).to(d_h.dtype).view(shape)
 
     return (ce + z, {"ce": ce, "z": z}), pullback
 
@@ -141,8 +144,12 @@ def _softmax_given(logits: Tensor, lse: Tensor, counts: Tensor, z_loss: float) -
 def _add_product(total: Tensor | None, d_logits: Tensor, h: Tensor) -> Tensor:
     """``total + d_logitsᵀ h``; a single product keeps the dtype of its factors, a sum of them has at least fp32."""
     if total is None:
-        return d_logits.T @ h
+        return torch.mm(d_logits.T, h, out=new_large(h, d_logits.shape[1], h.shape[1]))
     wide = torch.promote_types(h.dtype, torch.float32)
     if h.dtype == wide:
         return total.addmm_(d_logits.T, h)
     return total.to(wide).add_(d_logits.T @ h)
+
+
+def _scale(out: Tensor, x: Tensor, by: Tensor) -> None:
+    out.copy_(x.to(out.dtype) * by)
