@@ -60,7 +60,6 @@ def measure(args: argparse.Namespace) -> None:
     from olmo_fn.train.machine import keep_freed_memory
 
     torch.set_num_threads(1)
-    keep_freed_memory()
     process = init_process_group_from_env()
     prepare_cache(Path(args.cache) / f"rank{process.rank}")
     model = Model(args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size)
@@ -81,6 +80,8 @@ def measure(args: argparse.Namespace) -> None:
         state, metrics = step(state, batch)
         loss = float(metrics["loss"])
         times.append(time.perf_counter() - start)
+        if len(times) == 1:
+            keep_freed_memory()  # as the trainer does
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     line = {"step": statistics.median(times[2:]), "rows": rows, "memory": (peak - before) * 1024, "loss": loss}
     Path(args.out, f"rank{process.rank}.json").write_text(json.dumps(line))

@@ -54,7 +54,6 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     from olmo_fn.train.recipe import recipe
 
     torch.set_num_threads(args.threads)
-    machine.keep_freed_memory()
     model = Model(
         args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size, n_kv_heads=args.n_kv_heads or args.n_heads
     )
@@ -85,7 +84,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         losses.append(float(metrics["loss"]))
         times.append(time.perf_counter() - begin)
         if i == 0:
-            machine.give_back_freed_memory()  # as the trainer does
+            machine.keep_freed_memory()  # as the trainer does
         if i == 1:
             warmup = time.perf_counter() - start
         if i > 0:  # between the steps, so that both see the same machine

@@ -82,7 +82,6 @@ def train(cfg: Config) -> Result:
     """
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    machine.keep_freed_memory()
     with join(cfg) as job, watch(job.process) as beat:
         return _train(cfg, job, beat)
 
@@ -129,7 +128,7 @@ def _train(cfg: Config, job: Job, beat: Callable[[int], None]) -> Result:
             done = line["step"]
             beat(done)
             if done == start + 1:
-                machine.give_back_freed_memory()
+                machine.keep_freed_memory()
             stopped = job.largest(stop.signal)  # a signal reaches the ranks at different steps
             last = done == cfg.run.steps or stopped != 0
             if last or (cfg.run.checkpoint_every and done % cfg.run.checkpoint_every == 0):

@@ -67,21 +67,17 @@ def peak_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep up to 256 MB of freed memory, in blocks below 32 MB; elsewhere, nothing.
+    """Give freed memory back to the system, and from now on keep up to 256 MB of it, in blocks below 32 MB.
 
-    A step frees and allocates the same tensors again and again; without this each gets fresh pages, and the kernel's
-    zeroing of them costs a tenth of a CPU step. Larger blocks go back at once: kept, they would be memory that
-    sharding has freed and the process still holds.
+    To be called after the first step, which has compiled: what that left goes back. From then on a step frees and allocates
+    the same tensors again and again, and fresh pages for each would cost a tenth of a CPU step. Larger blocks go back at
+    once: kept, they would be memory that sharding has freed and the process still holds. Elsewhere than glibc, nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    _glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
-    _glibc("mallopt", M_TRIM_THRESHOLD, 256 << 20)
-
-
-def give_back_freed_memory() -> None:
-    """Give freed memory back to the system now: what compilation left, after the first step. Elsewhere than glibc, nothing."""
     gc.collect()
     _glibc("malloc_trim", 0)
+    _glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
+    _glibc("mallopt", M_TRIM_THRESHOLD, 256 << 20)
 
 
 def _glibc(function: str, *numbers: int) -> None:
