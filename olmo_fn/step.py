@@ -99,9 +99,12 @@ class Step:
                 if value.shape == whole.shape:
                     value = layout.place(path, value if leaf.elementwise else layout.own(path, value))
                 slots.setdefault(name, {})[path] = value
+        control = self.init_control()
+        if clash := slots.keys() & control.keys():
+            raise ValueError(f"{min(clash)!r} is a slot of parameters and one of its own; rename one, such as {min(clash)}_m")
         shaped = {name: tree.unflatten(values) for name, values in slots.items()}
         device = next(p.device for _, p in tree.items(params))
-        own = tree.map(lambda value: value.to(device), {"step": torch.tensor(0), "slots": self.init_control()})
+        own = tree.map(lambda value: value.to(device), {"step": torch.tensor(0), "slots": control})
         return State(own["step"], params, {**own["slots"], **shaped})
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:

@@ -15,6 +15,8 @@ from olmo_fn import tree
 from olmo_fn.grad import Grads
 from olmo_fn.layout import SINGLE
 from olmo_fn.optim import Decay, adamw, sgd
+from olmo_fn.optim.base import Rule
+from olmo_fn.optim.base import optimizer as from_rule
 from olmo_fn.step import clip, donate, ema, grad, pipe, skip_spikes
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
@@ -216,6 +218,13 @@ def test_donate_is_invisible(seed, name, losses):
         assert_equal(in_a, in_b)
         assert_equal(a._asdict(), b._asdict())
     assert {path: p.data_ptr() for path, p in tree.items(b.params)} == memory
+
+
+def test_two_slots_of_one_name_are_refused():
+    """An optimizer keeps its count in a slot of its own name, which a slot of the parameters would overwrite."""
+    rule = Rule(lambda path, p: {"mine": torch.zeros_like(p)}, lambda p, g, slots, scalars: (g, slots))
+    with pytest.raises(ValueError, match="'mine' is a slot of parameters"):
+        make(from_rule("mine", rule, 0.1)).init({"w": torch.zeros(2)})
 
 
 def test_without_donate_the_old_state_stays():

@@ -113,13 +113,13 @@ def attend_vjp(
     """`attend` with its pullback, which takes the result's cotangent to those of ``q``, ``k`` and ``v``.
 
     Keeps only the result and each row's log-sum-exp, and computes the weights again (Dao et al. 2022, FlashAttention,
-    algorithms 1 and 4). ``kernel`` compiles the two elementwise functions.
+    algorithms 1 and 4). ``kernel`` compiles what is between the products.
     """
     tiles = Tiles(window, documents, offset, 0, kernel)
     out, lse = tiles.forward(q, k, v)
 
     def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tiles.backward(q, k, v, cotangent, lse, kernel(row_products)(cotangent, out))
+        return tiles.backward(q, k, v, cotangent, lse, row_products(cotangent, out))
 
     return out, pullback
 

@@ -82,8 +82,7 @@ def head_vjp(
     def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor]:
         assert d_w is not None
         wide = cotangent.dtype  # scaling in bf16 would round the scale of every gradient
-        scaled = new_large(cotangent, *d_w.shape)
-        kernel(_scale)(scaled, d_w, cotangent)
+        scaled = new_large(cotangent, *d_w.shape).copy_(d_w).mul_(cotangent)
         return scaled, (d_h.to(wide) * cotangent).to(d_h.dtype).view(shape)
 
     return (ce + z, {"ce": ce, "z": z}), pullback
@@ -149,7 +148,3 @@ def _add_product(total: Tensor | None, d_logits: Tensor, h: Tensor) -> Tensor:
     if h.dtype == wide:
         return total.addmm_(d_logits.T, h)
     return total.to(wide).add_(d_logits.T @ h)
-
-
-def _scale(out: Tensor, x: Tensor, by: Tensor) -> None:
-    out.copy_(x.to(out.dtype) * by)
