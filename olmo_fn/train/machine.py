@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import resource
 import statistics
 import sys
@@ -74,7 +73,6 @@ def keep_freed_memory() -> None:
     once: kept, they would be memory that sharding has freed and the process still holds. Elsewhere than glibc, nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    gc.collect()
     _glibc("malloc_trim", 0)
     _glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
     _glibc("mallopt", M_TRIM_THRESHOLD, 256 << 20)
