@@ -69,9 +69,10 @@ def trainer(args: argparse.Namespace) -> Callable[[str, float, int], dict[str, A
     from olmo_fn.models import transformer
     from olmo_fn.models.config import Model
     from olmo_fn.optim import adamw, muon, partition, warmup_linear
+    from olmo_fn.pipe import clip, donate, grad, pipe
     from olmo_fn.research import lr_scale, with_lr_scale
     from olmo_fn.spec import init
-    from olmo_fn.step import Step, clip, donate, grad, pipe
+    from olmo_fn.step import Step
     from olmo_fn.train import machine
 
     torch.set_num_threads(args.threads)

@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, cache: Path) -> None:
 
     from olmo_fn import optim, tree
     from olmo_fn.compile import compile, prepare_cache
-    from olmo_fn.step import Transform, donate, grad, pipe
+    from olmo_fn.pipe import Transform, donate, grad, pipe
     from olmo_fn.train import machine
 
     torch.set_num_threads(args.threads)

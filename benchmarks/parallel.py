@@ -55,8 +55,8 @@ def measure(args: argparse.Namespace) -> None:
     from olmo_fn.parallel.process import init_process_group_from_env
     from olmo_fn.parallel.rules import Rules
     from olmo_fn.parallel.shard import shard
+    from olmo_fn.pipe import clip, donate, grad, pipe
     from olmo_fn.spec import init
-    from olmo_fn.step import clip, donate, grad, pipe
     from olmo_fn.train.machine import keep_freed_memory
 
     torch.set_num_threads(1)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from olmo_fn.grad import Function
-from olmo_fn.step import Step, Transform, _execute
+from olmo_fn.pipe import Transform, _execute
+from olmo_fn.step import Step
 
 
 def compile() -> Transform:

@@ -23,8 +23,8 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.grad import Batch, Chain, Function, LossFunction, Metrics, Stage
 from olmo_fn.parallel.axis import Axes
+from olmo_fn.pipe import Loss, Transform
 from olmo_fn.spec import Init, Spec
-from olmo_fn.step import Loss, Transform
 from olmo_fn.tree import Tree
 
 LINEAR = ("*.attention.w_*", "*.feed_forward.w_*")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from olmo_fn.step import Transform
+    from olmo_fn.pipe import Transform
 
 LAWFUL_ORDER = "a loss, then grad(), then accumulate and clip, then an optimizer, then everything else"
 KINDS = ("Loss", "Grads", "Step")

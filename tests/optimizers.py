@@ -10,8 +10,9 @@ from olmo_fn import optim, tree
 from olmo_fn.compile import _of_plain_tensors
 from olmo_fn.optim import Decay, partition
 from olmo_fn.optim.muon import JORDAN
+from olmo_fn.pipe import grad, pipe
 from olmo_fn.spec import Init, Spec, init
-from olmo_fn.step import TOGETHER, grad, pipe
+from olmo_fn.step import TOGETHER
 
 NORMAL = Init("normal", 1.0)
 SPECS = {

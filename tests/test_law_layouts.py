@@ -25,8 +25,9 @@ from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.rules import DEFAULT, Rules
 from olmo_fn.parallel.shard import ONE_BY_ONE
+from olmo_fn.pipe import Transform, accumulate, clip, ema, grad, pipe, skip_spikes
 from olmo_fn.spec import Init, Spec, init
-from olmo_fn.step import Step, Transform, accumulate, clip, ema, grad, pipe, skip_spikes
+from olmo_fn.step import Step
 from olmo_fn.testing import Layout, Pool, assert_equivalent
 from olmo_fn.testing.equivalence import kind, largest_by_kind, record
 

@@ -19,7 +19,7 @@ from olmo_fn.parallel import bucket
 from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.rules import Rules
 from olmo_fn.parallel.sharded import Sharded
-from olmo_fn.step import Transform, _execute
+from olmo_fn.pipe import Transform, _execute
 from olmo_fn.testing import Layout, Pool, assert_equivalent
 from olmo_fn.tree import items
 

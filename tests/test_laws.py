@@ -26,8 +26,9 @@ from olmo_fn.grad import Chain, Grads, Stage
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.optim import adamw, sgd
+from olmo_fn.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.spec import Init, Spec, init, init_leaf
-from olmo_fn.step import State, Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
+from olmo_fn.step import State
 
 DOUBLE = torch.float64
 SMALL = Model(8, 2, 2, 12, vocab_size=17, n_kv_heads=1, window_pattern=(3, -1), init_std=0.3)

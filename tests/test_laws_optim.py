@@ -27,8 +27,9 @@ from olmo_fn.checkpoint import load, save
 from olmo_fn.compile import compile
 from olmo_fn.grad import Grads
 from olmo_fn.optim import Rule, optimizer, warmup_linear
+from olmo_fn.pipe import Transform, _execute, accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.spec import Init, Spec, abstract, init
-from olmo_fn.step import State, Step, Transform, _execute, accumulate, clip, donate, ema, grad, pipe, skip_spikes
+from olmo_fn.step import State, Step
 from olmo_fn.train.loop import what_it_has, with_new_slots
 
 torch.set_num_threads(1)

@@ -16,21 +16,10 @@ from olmo_fn.lora import lora, lora_specs
 from olmo_fn.optim import Rule, adamw, muon, optimizer, partition
 from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.shard import shard
+from olmo_fn.pipe import Transform, _execute, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.research import centralize, lr_scale
 from olmo_fn.spec import Init, Spec, abstract, count, init
-from olmo_fn.step import (
-    State,
-    Transform,
-    _execute,
-    accumulate,
-    clip,
-    differentiable,
-    donate,
-    ema,
-    grad,
-    pipe,
-    skip_spikes,
-)
+from olmo_fn.step import State
 from olmo_fn.train.loop import what_it_has, with_new_slots
 from olmo_fn.transforms import (
     accumulate_measured,

@@ -14,8 +14,8 @@ from olmo_fn.lora import lora, lora_loss, lora_specs, merge_lora
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.optim import adamw
+from olmo_fn.pipe import accumulate, clip, donate, ema, grad, pipe
 from olmo_fn.spec import Init, Spec, abstract, init
-from olmo_fn.step import accumulate, clip, donate, ema, grad, pipe
 from olmo_fn.transforms import freeze, merge, train_only
 
 QUICK = settings(max_examples=12, deadline=None, derandomize=True)

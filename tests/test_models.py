@@ -23,7 +23,7 @@ from olmo_fn.nn.attend import TILE, attend, attend_vjp, document_starts
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_vjp
 from olmo_fn.nn.large import LARGE, new_large
 from olmo_fn.nn.norm import rms_norm
-from olmo_fn.step import grad, pipe
+from olmo_fn.pipe import grad, pipe
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 

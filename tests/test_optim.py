@@ -17,7 +17,7 @@ from olmo_fn.layout import SINGLE
 from olmo_fn.optim import Decay, adamw, sgd
 from olmo_fn.optim.base import Rule
 from olmo_fn.optim.base import optimizer as from_rule
-from olmo_fn.step import clip, donate, ema, grad, pipe, skip_spikes
+from olmo_fn.pipe import clip, donate, ema, grad, pipe, skip_spikes
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from olmo_fn import tree
 from olmo_fn.optim import Decay, adafactor, adam, adamw, dion, lion, muon, normuon, partition, schedule_free_adamw, sgd, soap
 from olmo_fn.optim.muon import DION, JORDAN, orthogonalize
+from olmo_fn.pipe import grad, pipe, skip_spikes
 from olmo_fn.spec import Init, Spec
-from olmo_fn.step import grad, pipe, skip_spikes
 
 torch.set_num_threads(1)
 

@@ -10,8 +10,8 @@ from olmo_fn.models import transformer
 from olmo_fn.models.config import OLMO2, Model
 from olmo_fn.optim import OLMO_CORE_NO_DECAY, Decay, adamw, muon, partition, sgd, warmup_linear
 from olmo_fn.optim.partition import assign
+from olmo_fn.pipe import clip, ema, grad, pipe, skip_spikes
 from olmo_fn.spec import Init, Spec, init
-from olmo_fn.step import clip, ema, grad, pipe, skip_spikes
 from olmo_fn.train.config import USES, Config, Optim, Recipe, Run, Schedule
 from olmo_fn.train.recipe import recipe
 from olmo_fn.train.report import dry_run

@@ -16,8 +16,8 @@ from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.pipeline import sweep
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.shard import shard
+from olmo_fn.pipe import accumulate, clip, ema, grad, pipe, skip_spikes
 from olmo_fn.spec import init
-from olmo_fn.step import accumulate, clip, ema, grad, pipe, skip_spikes
 
 MODEL = Model(16, 3, 4, 18, vocab_size=19, n_kv_heads=2, window_pattern=(5, -1), init_std=0.3)
 TIED = replace(MODEL, tie_embeddings=True)

@@ -23,10 +23,10 @@ from olmo_fn.data.tokenizer import byte_level
 from olmo_fn.grad import IGNORE
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
+from olmo_fn.pipe import grad, pipe
 from olmo_fn.replay.__main__ import main
 from olmo_fn.replay.replay import largest_spike, replay
 from olmo_fn.research import outliers
-from olmo_fn.step import grad, pipe
 from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
 from olmo_fn.train.folder import write_config
 from olmo_fn.train.loop import train

@@ -15,6 +15,7 @@ from olmo_fn.layout import SINGLE
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.optim import adamw, sgd, warmup_cosine
+from olmo_fn.pipe import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.research import (
     centralize,
     check_commutes,
@@ -33,7 +34,6 @@ from olmo_fn.research import (
     with_lr_scale,
 )
 from olmo_fn.research.check_gradients import slope
-from olmo_fn.step import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes
 
 MODEL = Model(8, 1, 2, 8, vocab_size=11, init_std=0.3)
 LOSS = transformer.loss(MODEL, z_loss=1e-2)

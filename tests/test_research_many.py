@@ -13,8 +13,8 @@ from olmo_fn.compile import compile, has_compiler
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.optim import adamw, sgd, warmup_cosine
+from olmo_fn.pipe import accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.research import compiled, lr_scale, many, stack, train_many, unstack, with_lr_scale
-from olmo_fn.step import accumulate, clip, donate, ema, grad, pipe, skip_spikes
 
 MODEL = Model(16, 2, 2, 24, vocab_size=30, init_std=0.3)
 K, STEPS = 4, 6

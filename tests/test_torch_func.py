@@ -9,8 +9,8 @@ from olmo_fn import spec, tree
 from olmo_fn.grad import IGNORE
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
-from olmo_fn.step import grad as gradients
-from olmo_fn.step import pipe
+from olmo_fn.pipe import grad as gradients
+from olmo_fn.pipe import pipe
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 

@@ -16,8 +16,9 @@ from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.rules import DEFAULT, Rules
 from olmo_fn.parallel.shard import shard
 from olmo_fn.parallel.sharded import Gathered, Sharded
+from olmo_fn.pipe import Transform, _execute, clip, grad, pipe
 from olmo_fn.spec import init
-from olmo_fn.step import Step, Transform, _execute, clip, grad, pipe
+from olmo_fn.step import Step
 from olmo_fn.testing import Live, Moved, Pool, Traffic
 
 MODEL = Model(16, 2, 4, 24, vocab_size=32, n_kv_heads=2)

@@ -16,7 +16,7 @@ from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.nn.rope import rope_table
 from olmo_fn.optim import OLMO_CORE_NO_DECAY, Decay, adamw, warmup_cosine
-from olmo_fn.step import accumulate, clip, grad, pipe, skip_spikes
+from olmo_fn.pipe import accumulate, clip, grad, pipe, skip_spikes
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 

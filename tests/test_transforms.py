@@ -17,8 +17,8 @@ from olmo_fn.layout import SINGLE
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.optim import Decay, adamw, sgd
+from olmo_fn.pipe import accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.spec import init
-from olmo_fn.step import accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.transforms import (
     accumulate_measured,
     clip_groups,

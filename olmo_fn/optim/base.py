@@ -10,7 +10,8 @@ from torch import Tensor
 
 from olmo_fn.grad import Grads, Metrics
 from olmo_fn.optim.schedules import Schedule, constant
-from olmo_fn.step import Leaf, Scalars, Slots, State, Step, Transform
+from olmo_fn.pipe import Transform
+from olmo_fn.step import Leaf, Scalars, Slots, State, Step
 from olmo_fn.tree import Tree, matches
 
 NO_DECAY = ("embed", "*norm", "*bias")

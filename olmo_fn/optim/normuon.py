@@ -8,7 +8,8 @@ from torch import Tensor
 from olmo_fn.optim.base import Decay, Rule, optimizer
 from olmo_fn.optim.muon import DION, NewtonSchulz, Scale, check_matrix, orthogonalize, scale_of
 from olmo_fn.optim.schedules import Schedule
-from olmo_fn.step import Scalars, Slots, Transform
+from olmo_fn.pipe import Transform
+from olmo_fn.step import Scalars, Slots
 
 
 def normuon(

@@ -8,8 +8,9 @@ from typing import Any
 
 from olmo_fn import tree
 from olmo_fn.grad import Grads, Metrics
+from olmo_fn.pipe import Transform
 from olmo_fn.spec import Spec
-from olmo_fn.step import Leaf, Scalars, State, Step, Transform
+from olmo_fn.step import Leaf, Scalars, State, Step
 from olmo_fn.tree import Tree
 
 BATCH_AXES = ("layers", "experts")

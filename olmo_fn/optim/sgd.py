@@ -7,7 +7,8 @@ from torch import Tensor
 
 from olmo_fn.optim.base import Decay, Rule, optimizer
 from olmo_fn.optim.schedules import Schedule
-from olmo_fn.step import Scalars, Slots, Transform
+from olmo_fn.pipe import Transform
+from olmo_fn.step import Scalars, Slots
 
 
 def sgd(

@@ -6,7 +6,8 @@ from olmo_fn.parallel.connect import Connection
 from olmo_fn.parallel.pipeline.stages import Cut, Pipeline
 from olmo_fn.parallel.rules import DEFAULT, Rules
 from olmo_fn.parallel.sharded import Sharded
-from olmo_fn.step import Step, Transform, _execute
+from olmo_fn.pipe import Transform, _execute
+from olmo_fn.step import Step
 from olmo_fn.tree import Tree
 
 ONE_BY_ONE = Pipeline()

@@ -22,9 +22,10 @@ from olmo_fn.data.config import cache_dir
 from olmo_fn.data.source import Source, open_data
 from olmo_fn.grad import Batch
 from olmo_fn.models import transformer
+from olmo_fn.pipe import grad, pipe
 from olmo_fn.research.per_example import per_example_loop
 from olmo_fn.spec import init
-from olmo_fn.step import State, Step, grad, pipe
+from olmo_fn.step import State, Step
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.folder import read_config

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.grad import Batch, Chain, Engine, LossFunction
+from olmo_fn.pipe import grad, pipe
 from olmo_fn.research.sharpness import mean_loss
-from olmo_fn.step import grad, pipe
 from olmo_fn.tree import Tree
 
 

@@ -41,7 +41,7 @@ def hypergradient(
 
     >>> from olmo_fn.optim import sgd
     >>> from olmo_fn.research.lr_scale import lr_scale
-    >>> from olmo_fn.step import differentiable, grad, pipe
+    >>> from olmo_fn.pipe import differentiable, grad, pipe
     >>> def loss(params, batch):
     ...     return ((params["w"] - batch["labels"]) ** 2).sum(), {}
     >>> step = pipe(loss, grad("func"), sgd(0.25), lr_scale(), differentiable())

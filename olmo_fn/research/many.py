@@ -94,7 +94,7 @@ def train_many(
     the rounding of batched matrix products.
 
     >>> from olmo_fn.optim import sgd
-    >>> from olmo_fn.step import grad, pipe
+    >>> from olmo_fn.pipe import grad, pipe
     >>> def loss(params, batch):
     ...     return ((params["w"] - batch["labels"]) ** 2).sum(), {}
     >>> step = pipe(loss, grad("func"), sgd(0.25))

@@ -19,8 +19,9 @@ from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.rules import DEFAULT, Rules
 from olmo_fn.parallel.shard import ONE_BY_ONE, shard
+from olmo_fn.pipe import Transform
 from olmo_fn.spec import init
-from olmo_fn.step import Step, Transform
+from olmo_fn.step import Step
 from olmo_fn.testing.pool import Pool
 from olmo_fn.tree import Tree
 

@@ -29,8 +29,9 @@ from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.rules import Rules
 from olmo_fn.parallel.shard import shard
 from olmo_fn.parallel.sharded import Sharded
+from olmo_fn.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.spec import init
-from olmo_fn.step import Step, Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
+from olmo_fn.step import Step
 from olmo_fn.train.config import Config, Optim
 from olmo_fn.train.schedule import schedule
 from olmo_fn.transforms import (

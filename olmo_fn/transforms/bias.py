@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from olmo_fn.grad import Metrics
-from olmo_fn.step import Scalars, State, Step, Transform
+from olmo_fn.pipe import Transform
+from olmo_fn.step import Scalars, State, Step
 from olmo_fn.tree import Tree
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from olmo_fn import tree
 from olmo_fn.grad import Batch, Execution, Metrics
-from olmo_fn.step import Leaf, Step, Transform
+from olmo_fn.pipe import Transform
+from olmo_fn.step import Leaf, Step
 from olmo_fn.tree import Tree
 
 

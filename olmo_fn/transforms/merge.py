@@ -12,7 +12,8 @@ from torch import Tensor
 
 from olmo_fn.grad import Function, Metrics
 from olmo_fn.order import FROZEN_TOO, SHARED_SLOT
-from olmo_fn.step import Leaf, Scalars, Slots, State, Step, Transform
+from olmo_fn.pipe import Transform
+from olmo_fn.step import Leaf, Scalars, Slots, State, Step
 from olmo_fn.tree import Tree
 
 

@@ -12,7 +12,8 @@ import torch
 
 from olmo_fn.grad import IGNORE, Batch, Execution, Grads, Metrics, loss_tokens
 from olmo_fn.order import PARTS_CLIPPED, SHARED_SLOT
-from olmo_fn.step import Scalars, State, Step, Transform, accumulate
+from olmo_fn.pipe import Transform, accumulate
+from olmo_fn.step import Scalars, State, Step
 from olmo_fn.tree import Tree
 
 SMALL, BIG, PARTS, TOKENS = "small_square", "big_square", "parts", "part_tokens"

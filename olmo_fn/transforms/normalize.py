@@ -12,7 +12,8 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.grad import Function
 from olmo_fn.order import NOT_YET_UNIT
-from olmo_fn.step import Leaf, Scalars, Slots, Step, Transform
+from olmo_fn.pipe import Transform
+from olmo_fn.step import Leaf, Scalars, Slots, Step
 from olmo_fn.tree import Tree
 
 
