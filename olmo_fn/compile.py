@@ -12,6 +12,7 @@ import struct
 import warnings
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,15 +34,18 @@ def compile() -> Transform:
         if not has_compiler():
             warnings.warn("no C++ compiler (c++, g++, clang++ or $CXX) found: running eager, which is slower", stacklevel=2)
             return step
-        # isolated: closures of the same code would otherwise share Dynamo's limit of eight compilations;
-        # not fused across leaves: two in one loop are more streams than the first cache holds, and slower
-        own = partial(torch.compile, fullgraph=True, isolate_recompiles=True)
+        # isolated: closures of the same code would otherwise share Dynamo's limit of eight compilations
+        own = partial(torch.compile, fullgraph=True, isolate_recompiles=True, options=_options())
         wrap = cache(partial(own, dynamic=False))
-        kernel = partial(own, dynamic=True, options={"cpp.max_horizontal_fusion_size": 1})
-        wrap_leaf = cache(lambda fn: _of_plain_tensors(kernel(fn)))
+        wrap_leaf = cache(lambda fn: _of_plain_tensors(own(fn, dynamic=True)))
         return _execute(step, wrap=wrap, wrap_leaf=wrap_leaf)
 
     return Transform("compile()", Step, Step, apply)
+
+
+def _options() -> dict[str, Any]:
+    """Where torch's own kernels use wide vectors Inductor's can: its trials, four seconds of a first start, are left out."""
+    return {"cpp.vec_isa_ok": True} if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else {}
 
 
 def _of_plain_tensors(fn: Function) -> Function:

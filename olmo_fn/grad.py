@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.layout import SINGLE
+from olmo_fn.layout import SINGLE, wide
 from olmo_fn.parallel.axis import Axes
 from olmo_fn.tree import Tree
 
@@ -45,7 +45,8 @@ class Stage(NamedTuple):
     stage of a chain returns ``(sum of losses, metrics)``, the others a tensor or a tuple of tensors. ``vjp``, if given, is a
     faster way to the same thing, ``(*subtrees, carry, context, kernel) -> (carry, pullback)``, where the pullback takes
     the carry's cotangent to the subtrees', or to a function that computes them later, and the incoming carry's, and ``kernel``
-    compiles an elementwise function of any shape; that it agrees with the derivative of ``fn`` is a law.
+    compiles an elementwise function of any shape; that it agrees with the derivative of ``fn`` is a law. During a sweep the
+    context's ``cotangent`` is that of the chain's sum, for a last stage that forms gradients on its way forward.
     """
 
     name: str
@@ -131,14 +132,24 @@ GradFunction: TypeAlias = Callable[[Tree, Batch, Execution], tuple[Tree, Metrics
 
 @dataclass(frozen=True)
 class Grads:
-    """A gradient function: ``(params, batch) -> (gradients in fp32, metrics)``."""
+    """A gradient function: ``(params, batch) -> (gradients in at least fp32, metrics)``.
+
+    ``fn`` may leave two things undone: gradients in the dtype of the computation, and a metric ``grad_scale``, a factor of
+    all of them. Called, a Grads does both; a Step takes ``fn`` as it is, since its updates do both on their way.
+    """
 
     fn: GradFunction = field(repr=False)
     chain: Chain | None = field(default=None, repr=False)
     """The loss, if it is a chain: a pipeline cuts it."""
 
     def __call__(self, params: Tree, batch: Batch, execution: Execution = EAGER) -> tuple[Tree, Metrics]:
-        return self.fn(params, batch, execution)
+        grads, metrics = self.fn(params, batch, execution)
+        grads = tree.map(wide, grads)
+        if "grad_scale" in metrics:
+            metrics = dict(metrics)
+            scale, scaled = metrics.pop("grad_scale"), torch.mul if execution.differentiable else Tensor.mul_
+            grads = tree.map(lambda g: scaled(g, scale), grads)
+        return grads, metrics
 
 
 # --- torch.func: the reference for the other engine -------------------------------------------------------------------

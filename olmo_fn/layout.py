@@ -92,8 +92,7 @@ class Single:
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Begin to bring gradients of a segment, by path, back to where their parameters live; call the result to end."""
-        ours = {path: wide(g) for path, g in grads.items()}
-        return lambda: ours
+        return lambda: grads
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is left to do once all gradients are there."""
@@ -109,7 +108,8 @@ class Single:
         >>> SINGLE.norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
         tensor(5.)
         """
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for _, g in tree.items(grads)]))
+        norms = [torch.linalg.vector_norm(wide(part)) for _, g in tree.items(grads) for part in narrow_parts(g)]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def adopt(self, params: Tree) -> Tree:
         """Parameters as the state holds them."""
@@ -152,3 +152,8 @@ def compute_copies(subtree: Tree, dtype: torch.dtype | None) -> Tree:
 def wide(g: Tensor) -> Tensor:
     """A gradient in at least fp32."""
     return g if g.dtype == torch.float64 else g.float()
+
+
+def narrow_parts(g: Tensor) -> tuple[Tensor, ...]:
+    """``g``, or if it is to become wide for a sum, parts of it that do so without leaving the cache."""
+    return (g,) if g.dtype in (torch.float32, torch.float64) else g.reshape(-1).split(1 << 20)

@@ -144,15 +144,18 @@ def split_batch(batch: Batch, n: int) -> list[Batch]:
 
 
 def clip(max_norm: float) -> Transform:
-    """Scale the gradient so that its global norm is at most ``max_norm``; reports ``grad_norm`` from before."""
+    """Scale the gradient so that its global norm is at most ``max_norm``; reports ``grad_norm`` from before.
+
+    The factor is left to the update that follows, which reads the gradients anyway.
+    """
 
     def apply(inner: Grads) -> Grads:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-            grads, metrics = inner(params, batch, execution)
-            norm = execution.layout.norm(grads)
-            scale = (max_norm / norm).clamp(max=1.0)
-            scaled = torch.mul if execution.differentiable else Tensor.mul_
-            return tree.map(lambda g: scaled(g, scale), grads), {**metrics, "grad_norm": norm}
+            grads, metrics = inner.fn(params, batch, execution)
+            before = metrics.get("grad_scale", 1.0)
+            norm = execution.layout.norm(grads) * before
+            scale = (max_norm / norm).clamp(max=1.0) * before
+            return grads, {**metrics, "grad_norm": norm, "grad_scale": scale}
 
         return replace(inner, fn=gradients)
 

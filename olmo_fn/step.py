@@ -97,7 +97,7 @@ class Step:
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         layout = self.execution.layout
         inside = State(state.step, layout.enter(state.params), layout.enter(state.slots))
-        grads, metrics = self.grads(self.point(inside), batch, self.execution)
+        grads, metrics = self.grads.fn(self.point(inside), batch, self.execution)
         new, metrics = self.update(inside, grads, metrics)
         return State(new.step, layout.leave(new.params, state.params), layout.leave(new.slots, state.slots)), metrics
 
@@ -116,11 +116,16 @@ class Step:
         return tree.map_with_path(at, state.params)
 
     def update(self, state: State, grads: Tree, metrics: Metrics) -> tuple[State, Metrics]:
-        """The second half of a step: from gradients to the next state. Consumes ``grads``."""
+        """The second half of a step: from gradients to the next state. Consumes ``grads``.
+
+        A metric ``grad_scale`` is a factor that all of them still lack; each update applies it on its way.
+        """
         with torch.set_grad_enabled(self.execution.differentiable):
             return self._update(state, grads, metrics)
 
     def _update(self, state: State, grads: Tree, metrics: Metrics) -> tuple[State, Metrics]:
+        lacking = {name: value for name, value in metrics.items() if name == "grad_scale"}
+        metrics = {name: value for name, value in metrics.items() if name != "grad_scale"}
         if "grad_norm" not in metrics:
             metrics = {**metrics, "grad_norm": self.execution.layout.norm(grads)}
         control, scalars, metrics = self.control(state, metrics)
@@ -128,72 +133,35 @@ class Step:
         params, flat = tree.flatten(state.params), tree.flatten(grads)
         grads.clear()  # so that each gradient is freed as soon as it is used
         packed: dict[Any, tuple[tuple[str, ...], Tensor]] = {}  # the leaves' scalars, by what they depend on
-        waiting: dict[Any, list[Work]] = {}  # for as many alike as are updated in one call
-        after: dict[str, dict[str, Tensor]] = {name: dict.fromkeys(values) for name, values in before.items()}  # type: ignore[misc]
-
-        def finish(works: list[Work]) -> None:
-            for work, (p, slots) in zip(works, self._update_leaves(works), strict=True):
-                params[work.path] = p
-                for name, value in slots.items():
-                    after[name][work.path] = value
-
-        for path, p in tree.items(state.params):
+        after: dict[str, dict[str, Tensor]] = {name: dict(values) for name, values in before.items()}
+        for path, p in params.items():
             if path not in flat:  # frozen
                 continue
             leaf = self.leaf(path)
             key = leaf.group, *leaf.scalars.items(), p.dtype
             if key not in packed:
-                packed[key] = pack_scalars(leaf, scalars, p.dtype)
+                packed[key] = pack_scalars(leaf, {**scalars, **lacking}, p.dtype)
             slots = {name: values[path] for name, values in before.items() if path in values}
-            works = waiting.setdefault((leaf.update, key, p.numel()) if leaf.elementwise else path, [])
-            works.append(Work(path, leaf, p, flat.pop(path), slots, *packed[key]))
-            if len(works) == TOGETHER:
-                finish(works)
-                works.clear()
-        for works in waiting.values():
-            for work in works:
-                finish([work])
+            params[path], slots = self._update_leaf(path, leaf, p, flat.pop(path), slots, *packed[key])
+            for name, value in slots.items():
+                after[name][path] = value
         shaped = {name: tree.unflatten(values) for name, values in after.items()}
         return State(state.step + 1, tree.unflatten(params), {**control, **shaped}), metrics
 
-    def _update_leaves(self, works: list[Work]) -> list[tuple[Tensor, Slots]]:
-        """The new parameters and slots of leaves with one update, in one call."""
-        first = works[0]
-        run = self.execution.wrap_leaf(_guarded(first.leaf.update, self.execution.donate, first.names))
-        if not first.leaf.elementwise:
-            return [self._update_whole(first, run)]
-        # flattened, so that one compiled function serves all shapes, and parts of them
-        leaves = [(w.p.view(-1), w.g.reshape(-1), {k: v.view(-1) for k, v in w.slots.items()}) for w in works]
-        return [
-            (p.view(w.p.shape), {k: v.view(w.p.shape) for k, v in slots.items()})
-            for w, (p, slots) in zip(works, run(leaves, first.numbers), strict=True)
-        ]
-
-    def _update_whole(self, work: Work, run: Function) -> tuple[Tensor, Slots]:
-        """The update of a leaf that has to see all of it, on every rank that has a part."""
-        layout, path = self.execution.layout, work.path
-        whole = layout.whole(path, work.p)
+    def _update_leaf(
+        self, path: str, leaf: Leaf, p: Tensor, g: Tensor, slots: Slots, names: tuple[str, ...], numbers: Tensor
+    ) -> tuple[Tensor, Slots]:
+        run = self.execution.wrap_leaf(_guarded(leaf.update, self.execution.donate, names))
+        if leaf.elementwise:  # flattened, so that one compiled function serves all shapes, and parts of them
+            new_p, new = run(p.view(-1), g.reshape(-1), {k: v.view(-1) for k, v in slots.items()}, numbers)
+            return new_p.view(p.shape), {k: v.view(p.shape) for k, v in new.items()}
+        layout = self.execution.layout
+        whole = layout.whole(path, p)  # on every rank that has a part
         # what lies in parts is what was made in the whole's shape; a slot that never was cut may have a part's shape
-        parts = {k for k, v in work.leaf.init(torch.empty_like(whole, device="meta")).items() if v.shape == whole.shape}
-        slots = {k: layout.whole(path, v) if k in parts else v for k, v in work.slots.items()}
-        ((p, new),) = run([(whole, layout.whole(path, work.g), slots)], work.numbers)
-        return layout.own(path, p), {k: layout.own(path, v) if k in parts else v for k, v in new.items()}
-
-
-TOGETHER = 8
-"""Elementwise updates of equal size that share one call: as fast as memory, where single calls lose a tenth between them."""
-
-
-class Work(NamedTuple):
-    """The update of one leaf: what goes in."""
-
-    path: str
-    leaf: Leaf
-    p: Tensor
-    g: Tensor
-    slots: Slots
-    names: tuple[str, ...]
-    numbers: Tensor
+        parts = {k for k, v in leaf.init(torch.empty_like(whole, device="meta")).items() if v.shape == whole.shape}
+        slots = {k: layout.whole(path, v) if k in parts else v for k, v in slots.items()}
+        new_p, new = run(whole, layout.whole(path, g), slots, numbers)
+        return layout.own(path, new_p), {k: layout.own(path, v) if k in parts else v for k, v in new.items()}
 
 
 def pack_scalars(leaf: Leaf, scalars: Scalars, dtype: torch.dtype) -> tuple[tuple[str, ...], Tensor]:
@@ -220,12 +188,17 @@ def of_group(scalars: Scalars, group: str) -> Scalars:
 
 @cache
 def _guarded(update: Function, donate: bool, names: tuple[str, ...]) -> Function:
-    """The updates of leaves, with what holds for every one; their scalars are given as one vector.
+    """The update of a leaf with what holds for every one; its scalars are given as one vector.
 
-    A skipped step changes nothing, dtypes stay what they are, donation writes in place.
+    A factor that the gradient lacks is applied, a skipped step changes nothing, dtypes stay what they are, donation writes
+    in place.
     """
 
-    def guarded(p: Tensor, g: Tensor, slots: Slots, scalars: Scalars) -> tuple[Tensor, Slots]:
+    def guarded(p: Tensor, g: Tensor, slots: Slots, numbers: Tensor) -> tuple[Tensor, Slots]:
+        scalars = dict(zip(names, numbers.unbind(), strict=True))
+        scalars["skip"] = scalars["skip"] > 0
+        if "grad_scale" in scalars:
+            g = g.to(numbers.dtype) * scalars.pop("grad_scale")
         new_p, new_slots = update(p, g, slots, scalars)
         new_p = torch.where(scalars["skip"], p, new_p.to(p.dtype))
         new_slots = {k: torch.where(scalars["skip"], slots[k], v.to(slots[k].dtype)) for k, v in new_slots.items()}
@@ -233,9 +206,4 @@ def _guarded(update: Function, donate: bool, names: tuple[str, ...]) -> Function
             return new_p, new_slots
         return p.copy_(new_p), {k: slots[k].copy_(v) for k, v in new_slots.items()}
 
-    def all_guarded(leaves: list[tuple[Tensor, Tensor, Slots]], numbers: Tensor) -> list[tuple[Tensor, Slots]]:
-        scalars = dict(zip(names, numbers.unbind(), strict=True))
-        scalars["skip"] = scalars["skip"] > 0
-        return [guarded(*leaf, scalars) for leaf in leaves]
-
-    return all_guarded
+    return guarded

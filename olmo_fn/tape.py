@@ -30,7 +30,7 @@ from olmo_fn.grad import (
     loss_tokens,
     per_token,
 )
-from olmo_fn.layout import Weights
+from olmo_fn.layout import Weights, wide
 from olmo_fn.tree import Tree
 
 SegmentPullback: TypeAlias = Callable[[Any], tuple[Callable[[], dict[str, Tree]], Any]]
@@ -133,6 +133,8 @@ def sweep(
     While a segment computes, the next one's weights are on their way, and the last one's gradients.
     """
     layout = execution.layout
+    cotangent: Any = of_mean(tokens, execution.dtype)
+    context = {**context, "cotangent": cotangent}
     held: list[tuple[Weights, SegmentPullback]] = []
     carry: Carry = None
     ahead = fetch(params, parts[0], execution)
@@ -147,7 +149,6 @@ def sweep(
         held.append((weights, pullback))
     del weights, ahead, pullback  # or the last segment's would live until the end
     total, metrics = carry
-    cotangent: Any = 1.0 / tokens.to(total.dtype)
     found: dict[str, Tensor] = {}
     arriving: Callable[[], dict[str, Tensor]] = dict
     while held:
@@ -167,6 +168,11 @@ def sweep(
     return layout.finish(found), {"loss": total.detach(), **metrics}
 
 
+def of_mean(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cotangent of the summed loss, so that the gradient is that of the mean: 1 / ``tokens``, in at least fp32."""
+    return 1.0 / tokens.to(torch.promote_types(dtype, torch.float32))
+
+
 def fetch(params: Tree, segment: Segment, execution: Execution) -> Weights:
     """Begin to bring the weights of a segment into use."""
     return execution.layout.fetch(params, segment.params, execution.dtype, segment.lookup)
@@ -181,7 +187,7 @@ def flatten(grads: dict[str, Tree], execution: Execution) -> dict[str, Tensor]:
 def _add(found: dict[str, Tensor], more: dict[str, Tensor]) -> None:
     """Tied weights have gradients from two segments."""
     for path, g in more.items():
-        found[path] = found[path] + g if path in found else g
+        found[path] = wide(found[path]) + g if path in found else g
 
 
 def pull(
@@ -258,7 +264,8 @@ def pull_stage(
     """Run one stage; return its carry with its pullback, which may leave gradients of weights to be computed later."""
     if stage.vjp is not None:
         with torch.no_grad():
-            return stage.vjp(*params, carry, context, execution.wrap_leaf)
+            out, given = stage.vjp(*params, carry, context, execution.wrap_leaf)
+            return out.to(execution.dtype) if stage.lookup else out, given
     fn = execution.wrap(stage.fn) if stage.compiled else stage.fn
     with torch.enable_grad():
         leaves = tuple(tree.map(_leaf, p) for p in params)

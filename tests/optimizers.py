@@ -12,7 +12,6 @@ from olmo_fn.optim import Decay, partition
 from olmo_fn.optim.muon import JORDAN
 from olmo_fn.pipe import grad, pipe
 from olmo_fn.spec import Init, Spec, init
-from olmo_fn.step import TOGETHER
 
 NORMAL = Init("normal", 1.0)
 SPECS = {
@@ -24,7 +23,7 @@ SPECS = {
             "norm": Spec((3,), ("mlp",), Init("ones")),
         }
     },
-    "gains": {str(i): Spec((2,), ("mlp",), Init("ones")) for i in range(TOGETHER + 1)},  # more than share one call
+    "gain": Spec((2,), ("mlp",), Init("ones")),
 }
 
 

@@ -21,7 +21,6 @@ from olmo_fn.models.config import OLMO2, OLMO3, Model
 from olmo_fn.nn import head
 from olmo_fn.nn.attend import TILE, attend, attend_vjp, document_starts
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_vjp
-from olmo_fn.nn.large import LARGE, new_large
 from olmo_fn.nn.norm import rms_norm
 from olmo_fn.pipe import grad, pipe
 
@@ -220,16 +219,9 @@ def test_documents_do_not_see_each_other(pattern):
     assert_close(packed, torch.cat(alone, dim=1), **CLOSE)
 
 
-def test_large_memory_is_ordinary_memory():
-    """Large enough for the hint: the tensor's own shape, dtype and storage, writable to its end, its neighbours untouched."""
-    x = new_large(torch.ones(1, dtype=torch.bfloat16), LARGE // 2 + 3)
-    assert (x.shape, x.dtype, x.nbytes) == ((LARGE // 2 + 3,), torch.bfloat16, LARGE + 6)
-    x.fill_(2)
-    assert x[0] == x[-1] == 2
-
-
-def test_head_by_chunks(monkeypatch):
-    """The head's own pullback, over several chunks of logits, is the derivative of its loss."""
+@pytest.mark.parametrize("known", [False, True])
+def test_head_by_chunks(monkeypatch, known):
+    """The head's own pullback, over chunks of logits, is the derivative of its loss, with the cotangent known before or not."""
     g = torch.Generator().manual_seed(0)
     w_out, h = (torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((11, 8), (3, 7, 8)))
     labels = torch.randint(0, 11, (3, 7), generator=g).masked_fill(torch.rand(3, 7, generator=g) < 0.3, IGNORE)
@@ -237,10 +229,12 @@ def test_head_by_chunks(monkeypatch):
     monkeypatch.setattr(head, "LOGITS_ROWS", (5, 5))  # five rows at once, and the last chunk has one
     total, parts = head.head_loss(w_out, h, labels, z_loss=0.01)
     expected = torch.autograd.grad(total * 0.7, (w_out, h))
+    cotangent = torch.tensor(0.7, dtype=torch.float64)
     with torch.no_grad():
-        (by_chunks, more), pullback = head.head_vjp(w_out, h, labels, z_loss=0.01)
+        given = {"cotangent": cotangent} if known else {}
+        (by_chunks, more), pullback = head.head_vjp(w_out, h, labels, z_loss=0.01, **given)
     assert_close((by_chunks, more), (total.detach(), parts))
-    assert_close(pullback(torch.tensor(0.7, dtype=torch.float64)), expected)
+    assert_close(pullback(cotangent), expected)
 
 
 # --- transformers -------------------------------------------------------------------------------------------

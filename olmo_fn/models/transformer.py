@@ -11,7 +11,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from olmo_fn.grad import Batch, Chain, Context, Function, Kernel, Metrics, Pullback, Stage, subtrees
@@ -19,8 +18,9 @@ from olmo_fn.models.config import Model
 from olmo_fn.nn.attend import document_starts
 from olmo_fn.nn.attend_over import CPMethod, attend_over, attend_over_vjp, positions_of
 from olmo_fn.nn.attention import attention_specs, merge_heads, merge_heads_vjp, place_heads, project, project_vjp
+from olmo_fn.nn.embedding import embed, embed_vjp
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_specs, feed_forward_vjp
-from olmo_fn.nn.head import head_loss, head_vjp, own_rows
+from olmo_fn.nn.head import head_loss, head_vjp
 from olmo_fn.nn.norm import rms_norm, rms_norm_spec
 from olmo_fn.nn.rope import rope_table
 from olmo_fn.parallel.axis import ALONE, Axes, Axis
@@ -88,9 +88,11 @@ def loss(cfg: Model, *, z_loss: float = 0.0, axes: Axes = ALONE, cp_method: CPMe
     return Chain(
         partial(context, cfg, cp=cp),
         (
-            Stage("embed", ("embed",), _embed(tp), compiled=False, lookup=True),  # compiled scatter-add is not deterministic
+            Stage("embed", ("embed",), *_embed(tp), lookup=True),
             *blocks,
-            Stage("head_norm", ("head.norm",), _head_norm(cfg.norm_eps, tp)),
+            Stage("head_input", (), _beside_nothing, _beside_nothing_vjp),
+            Stage("head_norm", ("head.norm",), _add_normed(cfg.norm_eps, tp)),
+            Stage("head_output", (), *_whole_sequence(tp)),
             Stage("head", (w_out,), head, head_pullback, rowwise=True),
         ),
         on=lambda axes, cp_method: loss(cfg, z_loss=z_loss, axes=axes, cp_method=cp_method),
@@ -141,19 +143,16 @@ def context(cfg: Model, batch: Batch, cp: Axis = Axis()) -> Context:  # noqa: B0
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def embed(weight: Tensor, ids: Tensor, tp: Axis = Axis()) -> Tensor:  # noqa: B008
-    """Rows of ``weight`` (V, D) for the ids (B, T): (B, T, D); on an axis ``tp``, where each rank has some rows, this rank's
-    part of the sequence.
-    """
-    if tp.size == 1:
-        return F.embedding(ids, weight)
-    own, here = own_rows(ids, weight.shape[0], tp)
-    return reduce_scatter(F.embedding(own, weight) * here[..., None].to(weight.dtype), 1, tp)
-
-
 @cache
-def _embed(tp: Axis) -> Function:
-    return lambda weight, carry, ctx: embed(weight, ctx["input_ids"], tp)
+def _embed(tp: Axis) -> tuple[Function, Function]:
+    def fn(weight: Tensor, carry: None, ctx: Context) -> Tensor:
+        return embed(weight, ctx["input_ids"], tp)
+
+    def vjp(weight: Tensor, carry: None, ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
+        rows, pullback = embed_vjp(weight, ctx["input_ids"], tp)
+        return rows, lambda c: (lambda: (pullback(c),), None)
+
+    return fn, vjp
 
 
 def block_stages(cfg: Model, layer: int, tp: Axis, cp: Axis, cp_method: CPMethod) -> tuple[Stage, ...]:
@@ -260,12 +259,24 @@ def residual(norm: Tensor, x: Tensor, out: Tensor, eps: float) -> Tensor:
     return x + rms_norm(norm, out, eps)
 
 
-@cache
-def _head_norm(eps: float, tp: Axis) -> Function:
-    def head_norm(norm: Tensor, x: Tensor, ctx: Context) -> Tensor:
-        return all_gather(rms_norm(enter(norm, tp), x, eps), 1, tp)
+def _beside_nothing(x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    """A stream of zeros beside ``x``: the head's norm is then the same function as a block's, and compiles no more."""
+    return torch.zeros_like(x), x
 
-    return head_norm
+
+def _beside_nothing_vjp(x: Tensor, ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
+    return _beside_nothing(x, ctx), lambda c: ((), c[1])
+
+
+@cache
+def _whole_sequence(tp: Axis) -> tuple[Function, Function]:
+    def fn(x: Tensor, ctx: Context) -> Tensor:
+        return all_gather(x, 1, tp)
+
+    def vjp(x: Tensor, ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
+        return fn(x, ctx), lambda c: ((), reduce_scatter(c, 1, tp))
+
+    return fn, vjp
 
 
 @cache
@@ -276,7 +287,8 @@ def _head(z_loss: float, tp: Axis) -> tuple[Function, Function]:
         return head_loss(w_out, h, ctx["labels"], z_loss=z_loss, tp=tp)
 
     def vjp(w_out: Tensor, h: Tensor, ctx: Context, kernel: Kernel) -> tuple[tuple[Tensor, Metrics], Pullback]:
-        out, pullback = head_vjp(w_out, h, ctx["labels"], z_loss=z_loss, kernel=kernel, tp=tp)
+        known = ctx.get("cotangent")
+        out, pullback = head_vjp(w_out, h, ctx["labels"], z_loss=z_loss, cotangent=known, kernel=kernel, tp=tp)
 
         def stage_pullback(cotangent: Tensor) -> tuple[tuple[Tensor], Tensor]:
             d_w, d_h = pullback(cotangent)

@@ -154,7 +154,8 @@ class Tiles(NamedTuple):
             columns, rows = self._columns(start, stop, k.shape[2]), slice(start * size, stop * size)
             some_queries, some_keys, some_values = _contiguous(queries[:, rows], keys[:, columns], values[:, columns])
             weights = _product(scratch, some_queries, some_keys.mT)
-            top = weigh(heads.by_row(weights), positions[columns], heads.scale, *(x[:, :, rows, None] for x in sight))
+            at, *seen = _own(positions[columns], *(x[:, :, rows, None] for x in sight))
+            top = weigh(heads.by_row(weights), at, heads.scale, *seen)
             sums, lse[:, rows] = total(weights, top.flatten(0, 1))
             torch.div(torch.bmm(weights, some_values), sums, out=out[:, rows])
         return heads.apart(out), heads.apart(lse[..., None])[..., 0]
@@ -183,7 +184,8 @@ class Tiles(NamedTuple):
             weights = _product(one, some_keys, some_queries.mT)
             d_scores = _product(two, some_values, some_d_out.mT)
             tiles = (heads.by_row(x) for x in (weights, d_scores, *(x[:, None] for x in statistics)))
-            gradient(*tiles, positions[columns, None], heads.scale, *(x[:, :, None, rows] for x in sight))
+            at, *seen = _own(positions[columns, None], *(x[:, :, None, rows] for x in sight))
+            gradient(*tiles, at, heads.scale, *seen)
             torch.bmm(weights, some_d_out, out=d_v[:, columns])
             torch.bmm(d_scores, some_queries, out=d_k[:, columns])
             d_q[:, rows].add_(torch.bmm(d_scores.mT, some_keys))
@@ -241,6 +243,11 @@ def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in tensors)  # a batched product copies what is not, and slower
+
+
+def _own(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In memory of their own: a kernel is compiled again for a view that begins elsewhere, or is strided."""
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
 
 
 def _product(scratch: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from olmo_fn.grad import IGNORE, Kernel, Metrics, identity
 from olmo_fn.nn.exponential import exp
-from olmo_fn.nn.large import new_large
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.collectives import pmax, psum
 
@@ -53,13 +52,15 @@ def head_vjp(
     labels: Tensor,
     *,
     z_loss: float,
+    cotangent: Tensor | None = None,
     kernel: Kernel = identity,
     tp: Axis = Axis(),  # noqa: B008
 ) -> tuple[tuple[Tensor, Metrics], Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """`head_loss` with its pullback, which takes the cotangent of the sum to those of ``w_out`` and ``h``.
 
     Gradients of the logits are formed in place while the logits of a chunk of positions are in memory, so logits
-    are computed once and never kept: for each chunk three matrix products and one kernel over its logits.
+    are computed once and never kept: for each chunk three matrix products and one kernel over its logits. A ``cotangent`` (0-d)
+    known from the beginning is part of them before they are rounded, and then the pullback takes no other.
     """
     shape, target = h.shape, labels.flatten()
     h = h.flatten(0, -2)  # (N, D)
@@ -68,22 +69,24 @@ def head_vjp(
     rows = min(N, max(fewest, min(most, LOGITS_BYTES // (V * h.element_size()))))
     d_w: Tensor | None = None
     d_h = torch.empty_like(h)
-    buffer = new_large(h, rows, V)
+    buffer = h.new_empty(rows, V)
     sums = torch.zeros(2, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)  # ce, z
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         logits = torch.mm(h[part], w_out.T, out=buffer[: part.stop - start])
-        sums += _to_gradient(logits, target[part], z_loss, kernel, tp)
+        sums += _to_gradient(logits, target[part], z_loss, cotangent, kernel, tp)
         torch.mm(logits, w_out, out=d_h[part])
         d_w = _add_product(d_w, logits, h[part])
     del buffer, logits
     ce, z = sums.unbind()
 
-    def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    def pullback(c: Tensor) -> tuple[Tensor, Tensor]:
         assert d_w is not None
-        wide = cotangent.dtype  # scaling in bf16 would round the scale of every gradient
-        scaled = new_large(cotangent, *d_w.shape).copy_(d_w).mul_(cotangent)
-        return scaled, (d_h.to(wide) * cotangent).to(d_h.dtype).view(shape)
+        if cotangent is not None:
+            assert c is cotangent
+            return d_w, d_h.view(shape)
+        wide = d_w.to(c.dtype)  # or this would round the scale of every gradient
+        return wide * c, (d_h.to(c.dtype) * c).to(d_h.dtype).view(shape)
 
     return (ce + z, {"ce": ce, "z": z}), pullback
 
@@ -99,23 +102,24 @@ def own_rows(ids: Tensor, V: int, tp: Axis) -> tuple[Tensor, Tensor]:
     return own.where(here, 0), here
 
 
-def _to_gradient(logits: Tensor, target: Tensor, z_loss: float, kernel: Kernel, tp: Axis) -> Tensor:
+def _to_gradient(logits: Tensor, target: Tensor, z_loss: float, cotangent: Tensor | None, kernel: Kernel, tp: Axis) -> Tensor:
     """Overwrite ``logits`` (R, V) by the loss's gradient with respect to them; return the sums of ce and z, (2,).
 
-    d/dlogits = softmax · (1 + 2 z_loss · logsumexp) - onehot(target), and 0 in rows without a label.
+    d/dlogits = c · (softmax · (1 + 2 z_loss · logsumexp) - onehot(target)) with the cotangent c, 0 in rows without a label.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     counts = (target != IGNORE)[:, None]
+    weights = counts.to(wide) if cotangent is None else counts.to(wide) * cotangent.to(wide)
     index, here = (x[:, None] for x in own_rows(target, logits.shape[1], tp))
     label = logits.gather(1, index).to(wide)
     if tp.size == 1:
-        lse = kernel(_softmax_times)(logits, counts.to(wide), z_loss)
+        lse = kernel(_softmax_times)(logits, weights, z_loss)
     else:
-        own = kernel(_logsumexp)(logits, counts.to(wide))
+        own = kernel(_logsumexp)(logits, wide)
         top = pmax(own, tp)
         lse = top + psum((own - top).exp(), tp).log()
-        kernel(_softmax_given)(logits, lse, counts.to(wide), z_loss)
-    at_label = (label - lse).exp() * (1 + 2 * z_loss * lse) - 1
+        kernel(_softmax_given)(logits, lse, weights, z_loss)
+    at_label = ((label - lse).exp() * (1 + 2 * z_loss * lse) - 1) * weights
     at_label = at_label.to(logits.dtype).where(here & counts, logits.gather(1, index))
     rows = torch.arange(len(target), device=target.device)
     logits.index_put_((rows, index[:, 0]), at_label[:, 0])  # scatter_ in bf16 would copy all logits there and back
@@ -123,27 +127,27 @@ def _to_gradient(logits: Tensor, target: Tensor, z_loss: float, kernel: Kernel, 
     return torch.stack((ce, z)).where(counts, 0.0).sum((1, 2))
 
 
-def _softmax_times(logits: Tensor, counts: Tensor, z_loss: float) -> Tensor:
-    """Overwrite ``logits`` (R, V) by softmax · ``counts`` · (1 + 2 z_loss · lse); return the log-sum-exp (R, 1)."""
-    lse = _logsumexp(logits, counts)
-    _softmax_given(logits, lse, counts, z_loss)
+def _softmax_times(logits: Tensor, weights: Tensor, z_loss: float) -> Tensor:
+    """Overwrite ``logits`` (R, V) by softmax · ``weights`` · (1 + 2 z_loss · lse); return the log-sum-exp (R, 1)."""
+    lse = _logsumexp(logits, weights.dtype)
+    _softmax_given(logits, lse, weights, z_loss)
     return lse
 
 
-def _logsumexp(logits: Tensor, counts: Tensor) -> Tensor:
-    x = logits.to(counts.dtype)
+def _logsumexp(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    x = logits.to(dtype)
     top = x.amax(-1, keepdim=True)
     return top + exp(x - top).sum(-1, keepdim=True).log()
 
 
-def _softmax_given(logits: Tensor, lse: Tensor, counts: Tensor, z_loss: float) -> None:
-    logits.copy_(exp(logits.to(counts.dtype) - lse) * (counts * (1 + 2 * z_loss * lse)))
+def _softmax_given(logits: Tensor, lse: Tensor, weights: Tensor, z_loss: float) -> None:
+    logits.copy_(exp(logits.to(weights.dtype) - lse) * (weights * (1 + 2 * z_loss * lse)))
 
 
 def _add_product(total: Tensor | None, d_logits: Tensor, h: Tensor) -> Tensor:
     """``total + d_logitsᵀ h``; a single product keeps the dtype of its factors, a sum of them has at least fp32."""
     if total is None:
-        return torch.mm(d_logits.T, h, out=new_large(h, d_logits.shape[1], h.shape[1]))
+        return d_logits.T @ h
     wide = torch.promote_types(h.dtype, torch.float32)
     if h.dtype == wide:
         return total.addmm_(d_logits.T, h)

@@ -110,7 +110,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         control = trace.live.total()
         del params
         trace.cut()
-        grads, metrics = step.grads(step.point(state), {"input_ids": ids, "labels": ids}, step.execution)
+        grads, metrics = step.grads.fn(step.point(state), {"input_ids": ids, "labels": ids}, step.execution)
         watch.next("update", None)
         step.update(state, grads, metrics)
         del grads, metrics, ids

@@ -66,16 +66,16 @@ def peak_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Give freed memory back to the system, and from now on keep up to 256 MB of it, in blocks below 32 MB.
+    """Give freed memory back to the system once, and from now on keep all of it.
 
-    To be called after the first step, which has compiled: what that left goes back. From then on a step frees and allocates
-    the same tensors again and again, and fresh pages for each would cost a tenth of a CPU step. Larger blocks go back at
-    once: kept, they would be memory that sharding has freed and the process still holds. Elsewhere than glibc, nothing.
+    To be called after the first step, which has compiled: what that left goes back. From then on every step allocates and frees
+    the same tensors; the system would want every one of their pages faulted in and cleared again, a quarter of a CPU
+    step with a large vocabulary. The peak stays what it is. Elsewhere than glibc, nothing.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     _glibc("malloc_trim", 0)
-    _glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
-    _glibc("mallopt", M_TRIM_THRESHOLD, 256 << 20)
+    _glibc("mallopt", M_TRIM_THRESHOLD, -1)  # never
+    _glibc("mallopt", M_MMAP_MAX, 0)  # blocks of their own go back at once
 
 
 def _glibc(function: str, *numbers: int) -> None:

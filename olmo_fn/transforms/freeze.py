@@ -42,7 +42,7 @@ def _training(trains: Callable[[str], bool], name: str) -> Transform:
     def apply(inner: Step) -> Step:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
             wanted = execution.wants
-            return inner.grads(params, batch, replace(execution, wants=lambda path: trains(path) and wanted(path)))
+            return inner.grads.fn(params, batch, replace(execution, wants=lambda path: trains(path) and wanted(path)))
 
         def leaf(path: str) -> Leaf:
             return inner.leaf(path) if trains(path) else FROZEN

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_fn.grad import Batch, Carry, Chain, Execution, Metrics
+from olmo_fn.grad import Batch, Carry, Chain, Execution, Metrics, loss_tokens
 from olmo_fn.layout import Weights, wide
 from olmo_fn.parallel.pipeline.communicate import Plan, plan
 from olmo_fn.parallel.pipeline.execute import execute
 from olmo_fn.parallel.pipeline.schedule import Kind, schedule
 from olmo_fn.parallel.pipeline.stages import Cut
 from olmo_fn.parallel.sharded import Sharded
-from olmo_fn.tape import Segment, SegmentPullback, fetch, flatten, pull, run, segments
+from olmo_fn.tape import Segment, SegmentPullback, fetch, flatten, of_mean, pull, run, segments
 from olmo_fn.tree import Tree
 
 
@@ -27,11 +27,20 @@ class Stages:
     """What one rank has of a chain during one step."""
 
     def __init__(
-        self, layout: Sharded, cut: Cut, chain: Chain, remat: str, params: Tree, batch: Batch, execution: Execution
+        self,
+        layout: Sharded,
+        cut: Cut,
+        chain: Chain,
+        remat: str,
+        params: Tree,
+        batch: Batch,
+        tokens: Tensor,
+        execution: Execution,
     ) -> None:
         self.cut, self.chain, self.dtype, self.pp = cut, layout.chain(chain), execution.dtype, layout.axes.pp
         pp, self.parts = self.pp, cut.pipeline.parts(self.pp.size)
-        self.contexts = [self.chain.context(part) for part in _split(layout.part(batch), self.parts)]
+        self.cotangent, parts = of_mean(tokens, self.dtype), _split(layout.part(batch), self.parts)
+        self.contexts = [{**self.chain.context(part), "cotangent": self.cotangent} for part in parts]
         virtual = cut.cut(self.chain)
         self.last = cut.pipeline.chunks - 1 if pp.index == pp.size - 1 else -1  # the chunk that ends the chain
         self.chunks: list[list[tuple[Segment, Weights]]] = [
@@ -68,7 +77,7 @@ def pipeline_sweep(
     execution: Execution,
 ) -> tuple[dict[str, Tensor], Metrics]:
     """Gradients by path of this rank's parameters, as the layout keeps them, and the sums of its tokens."""
-    stages = Stages(layout, cut, chain, remat, params, batch, execution)
+    stages = Stages(layout, cut, chain, remat, params, batch, tokens, execution)
     held: dict[tuple[int, int], list[SegmentPullback]] = {}
     later: dict[tuple[int, int], list[Callable[[], dict[str, Tree]]]] = {}
     found: list[list[dict[str, Tensor]]] = [[{} for _ in chunk] for chunk in stages.chunks]
@@ -86,7 +95,7 @@ def pipeline_sweep(
 
     def backward_input(chunk: int, part: int, cotangent: Any) -> Any:
         if chunk == stages.last:
-            cotangent = 1.0 / tokens.to(stages.sums["loss"].dtype)
+            cotangent = stages.cotangent
         pullbacks, rest = held.pop((chunk, part)), later.setdefault((chunk, part), [])
         while pullbacks:
             grads, cotangent = pullbacks.pop()(cotangent)
@@ -100,7 +109,7 @@ def pipeline_sweep(
 
     def backward(chunk: int, part: int, cotangent: Any) -> Any:
         if chunk == stages.last:
-            cotangent = 1.0 / tokens.to(stages.sums["loss"].dtype)
+            cotangent = stages.cotangent
         pullbacks = held.pop((chunk, part))
         for i in reversed(range(len(pullbacks))):
             grads, cotangent = pullbacks.pop()(cotangent)
@@ -119,7 +128,7 @@ def pipeline_sweep(
 
 def pipeline_forward(layout: Sharded, cut: Cut, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
     """Forward only, for evaluation: the sums of this rank's tokens, zeros on ranks that do not end the chain."""
-    stages = Stages(layout, cut, chain, "none", params, batch, execution)
+    stages = Stages(layout, cut, chain, "none", params, batch, loss_tokens(batch), execution)
 
     def forward(chunk: int, part: int, carry: Tensor | None) -> Tensor | None:
         x: Carry = carry

@@ -1,0 +1,46 @@
+"""Rows of an embedding, and where their gradients go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from olmo_fn.layout import wide
+from olmo_fn.nn.head import own_rows
+from olmo_fn.parallel.axis import Axis
+from olmo_fn.parallel.collectives import all_gather, reduce_scatter
+
+
+def embed(weight: Tensor, ids: Tensor, tp: Axis = Axis()) -> Tensor:  # noqa: B008
+    """Rows of ``weight`` (V, D) for the ids (B, T): (B, T, D); on an axis ``tp``, where each rank has some rows, this rank's
+    part of the sequence.
+
+    >>> embed(torch.tensor([[1.0], [2.0]]), torch.tensor([[1, 0, 1]])).flatten()
+    tensor([2., 1., 2.])
+    """
+    if tp.size == 1:
+        return F.embedding(ids, weight)
+    own, here = own_rows(ids, weight.shape[0], tp)
+    return reduce_scatter(F.embedding(own, weight) * here[..., None].to(weight.dtype), 1, tp)
+
+
+def embed_vjp(weight: Tensor, ids: Tensor, tp: Axis) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`embed` with its pullback, from the cotangent of the rows (B, T, D) to that of ``weight``, in at least fp32.
+
+    Rows are added in the order of the ids, so that the sum is the same every time.
+    """
+
+    def pullback(cotangent: Tensor) -> Tensor:
+        rows = wide(all_gather(cotangent, 1, tp))
+        own = ids
+        if tp.size > 1:
+            own, here = own_rows(ids, weight.shape[0], tp)
+            rows = rows * here[..., None].to(rows.dtype)
+        if weight.device.type != "cpu":  # where adding by index is in no order
+            return torch.ops.aten.embedding_dense_backward(rows, own, weight.shape[0], -1, False)
+        return rows.new_zeros(weight.shape).index_add_(0, own.flatten(), rows.flatten(0, 1))
+
+    return embed(weight, ids, tp), pullback
