@@ -105,7 +105,7 @@ MUTANTS = {
     "QK-norm over a rank's own heads": (TP, "olmo_fn.nn.norm.psum", nothing),
     "QK-norm's statistics without their gradient": (TP, "olmo_fn.nn.norm.enter", nothing),
     "softmax over a rank's own vocabulary": (TP, "olmo_fn.nn.head.psum", nothing),
-    "embedding without a mask": (TP, "olmo_fn.models.transformer.own_rows", without_mask),
+    "embedding without a mask": (TP, "olmo_fn.nn.embedding.own_rows", without_mask),
     "a mean of means": (FSDP, "olmo_fn.tape.loss_tokens", mean_of_means),
     "a ring that does not turn": (RING, "olmo_fn.nn.attend_over.ring_shift", nothing),
     "a ring that forgets a piece": (RING, "olmo_fn.nn.attend_over._offsets", second_piece_only),

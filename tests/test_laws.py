@@ -404,6 +404,50 @@ def test_law_10_clip_idempotent(max_norm, seed):
     assert norm == pytest.approx(min(max_norm, float(metrics["grad_norm"])), rel=1e-5)
 
 
+def law_on_the_way(change):
+    """What a step's update does to gradients on its way is what a called Grads does: at least fp32, and the factor."""
+    loss, params, batch = transformer.loss(SMALL), params_of(SMALL, dtype=torch.float32), batch_of(SMALL)
+    step = pipe(loss, grad(dtype=torch.bfloat16), clip(0.1), sgd(lr=0.5))
+    raw, metrics = step.grads.fn(params, batch, step.execution)
+    assert any(g.dtype == torch.bfloat16 for _, g in tree.items(raw))
+    assert 0 < float(metrics["grad_scale"]) < 1
+    expected, _ = step.update(step.init(params), *step.grads(params, batch, step.execution))
+    found, metrics = replace(step, grads=Grads(change(step.grads.fn)))(step.init(params), batch)
+    assert "grad_scale" not in metrics
+    assert bitwise(as_tree(expected), as_tree(found))
+
+
+def forgotten_factor(fn):
+    """A mutant: the factor gets lost."""
+
+    def gradients(*args):
+        grads, metrics = fn(*args)
+        return grads, {name: value for name, value in metrics.items() if name != "grad_scale"}
+
+    return gradients
+
+
+def narrow_factor(fn):
+    """A mutant: the factor is applied in the dtype of the computation."""
+
+    def gradients(*args):
+        grads, metrics = fn(*args)
+        scale = metrics.pop("grad_scale")
+        return tree.map(lambda g: g * scale, grads), metrics
+
+    return gradients
+
+
+def test_law_10_on_the_way():
+    law_on_the_way(lambda fn: fn)
+
+
+@pytest.mark.parametrize("mutant", [forgotten_factor, narrow_factor])
+def test_law_10_on_the_way_catches(mutant):
+    with pytest.raises(AssertionError):
+        law_on_the_way(mutant)
+
+
 def gradients_of(values):
     """A Grads stage that gives a fixed gradient, and as loss the next of ``values``."""
     values = iter(values)

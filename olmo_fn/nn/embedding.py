@@ -21,10 +21,7 @@ def embed(weight: Tensor, ids: Tensor, tp: Axis = Axis()) -> Tensor:  # noqa: B0
     >>> embed(torch.tensor([[1.0], [2.0]]), torch.tensor([[1, 0, 1]])).flatten()
     tensor([2., 1., 2.])
     """
-    if tp.size == 1:
-        return F.embedding(ids, weight)
-    own, here = own_rows(ids, weight.shape[0], tp)
-    return reduce_scatter(F.embedding(own, weight) * here[..., None].to(weight.dtype), 1, tp)
+    return _rows(weight, *_owned(ids, weight, tp), tp)
 
 
 def embed_vjp(weight: Tensor, ids: Tensor, tp: Axis) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -33,14 +30,22 @@ def embed_vjp(weight: Tensor, ids: Tensor, tp: Axis) -> tuple[Tensor, Callable[[
     Rows are added in the order of the ids, so that the sum is the same every time.
     """
 
+    own, here = _owned(ids, weight, tp)
+
     def pullback(cotangent: Tensor) -> Tensor:
         rows = wide(all_gather(cotangent, 1, tp))
-        own = ids
-        if tp.size > 1:
-            own, here = own_rows(ids, weight.shape[0], tp)
-            rows = rows * here[..., None].to(rows.dtype)
+        rows = rows if here is None else rows * here[..., None].to(rows.dtype)
         if weight.device.type != "cpu":  # where adding by index is in no order
             return torch.ops.aten.embedding_dense_backward(rows, own, weight.shape[0], -1, False)
         return rows.new_zeros(weight.shape).index_add_(0, own.flatten(), rows.flatten(0, 1))
 
-    return embed(weight, ids, tp), pullback
+    return _rows(weight, own, here, tp), pullback
+
+
+def _owned(ids: Tensor, weight: Tensor, tp: Axis) -> tuple[Tensor, Tensor | None]:
+    return (ids, None) if tp.size == 1 else own_rows(ids, weight.shape[0], tp)
+
+
+def _rows(weight: Tensor, own: Tensor, here: Tensor | None, tp: Axis) -> Tensor:
+    rows = F.embedding(own, weight)
+    return rows if here is None else reduce_scatter(rows * here[..., None].to(weight.dtype), 1, tp)
