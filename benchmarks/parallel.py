@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace) -> None:
     from olmo_fn.parallel.shard import shard
     from olmo_fn.pipe import clip, donate, grad, pipe
     from olmo_fn.spec import init
-    from olmo_fn.train.machine import keep_freed_memory
+    from olmo_fn.train.machine import keep_freed_memory, release_freed_memory
 
     torch.set_num_threads(1)
     process = init_process_group_from_env()
@@ -72,6 +72,7 @@ def measure(args: argparse.Namespace) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     state = step.init(step.execution.layout.init(0) if layout else init(specs, 0))
     generator, times = torch.Generator().manual_seed(0), []
+    release_freed_memory()
     rows = args.batch_size * process.size
     for _ in range(args.steps + 2):
         ids = torch.randint(model.vocab_size, (rows, args.sequence_length + 1), generator=generator)
@@ -81,7 +82,7 @@ def measure(args: argparse.Namespace) -> None:
         loss = float(metrics["loss"])
         times.append(time.perf_counter() - start)
         if len(times) == 1:
-            keep_freed_memory()  # as the trainer does
+            keep_freed_memory(large=process.size == 1)  # as the trainer does
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     line = {"step": statistics.median(times[2:]), "rows": rows, "memory": (peak - before) * 1024, "loss": loss}
     Path(args.out, f"rank{process.rank}.json").write_text(json.dumps(line))

@@ -76,6 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
 
     state = step.init(init(transformer.specs(model), 0))
+    machine.release_freed_memory()  # as the trainer does
     start, times, losses, peaks = time.perf_counter(), [], [], []
     for i in range(args.steps + 2):
         data = batch()
@@ -84,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         losses.append(float(metrics["loss"]))
         times.append(time.perf_counter() - begin)
         if i == 0:
-            machine.keep_freed_memory()  # as the trainer does
+            machine.keep_freed_memory()
         if i == 1:
             warmup = time.perf_counter() - start
         if i > 0:  # between the steps, so that both see the same machine

@@ -162,6 +162,7 @@ def sweep(
         del grads
         weights.free()
         leaving = layout.reduce(flat)
+        del flat
         _add(found, arriving())
         arriving = leaving
     _add(found, arriving())

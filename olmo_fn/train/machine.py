@@ -65,17 +65,27 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def keep_freed_memory() -> None:
-    """Give freed memory back to the system once, and from now on keep all of it.
-
-    To be called after the first step, which has compiled: what that left goes back. From then on every step allocates and frees
-    the same tensors; the system would want every one of their pages faulted in and cleared again, a quarter of a CPU
-    step with a large vocabulary. The peak stays what it is. Elsewhere than glibc, nothing.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+def release_freed_memory() -> None:
+    """Give freed memory back to the system, such as what making the state left. Elsewhere than glibc, nothing."""
     _glibc("malloc_trim", 0)
-    _glibc("mallopt", M_TRIM_THRESHOLD, -1)  # never
-    _glibc("mallopt", M_MMAP_MAX, 0)  # blocks of their own go back at once
+
+
+def keep_freed_memory(large: bool = True) -> None:
+    """Release freed memory once, and from now on keep it. Elsewhere than glibc, nothing.
+
+    To be called after the first step, which has compiled. From then on every step allocates and frees the same tensors; the
+    system would want every one of their pages faulted in and cleared again, a quarter of a CPU step with a large
+    vocabulary. Without ``large``, at most 256 MB in blocks below 32 MB: for a rank that shards, whose gathered weights come
+    and go between gradients that stay, and would leave holes as large as themselves.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+    release_freed_memory()
+    if large:
+        _glibc("mallopt", M_TRIM_THRESHOLD, -1)  # never
+        _glibc("mallopt", M_MMAP_MAX, 0)  # blocks of their own go back at once
+    else:
+        _glibc("mallopt", M_TRIM_THRESHOLD, 256 << 20)
+        _glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
 
 
 def _glibc(function: str, *numbers: int) -> None:
