@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> None:
         loss = float(metrics["loss"])
         times.append(time.perf_counter() - start)
         if len(times) == 1:
-            keep_freed_memory(large=process.size == 1)  # as the trainer does
+            keep_freed_memory()  # as the trainer does
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     line = {"step": statistics.median(times[2:]), "rows": rows, "memory": (peak - before) * 1024, "loss": loss}
     Path(args.out, f"rank{process.rank}.json").write_text(json.dumps(line))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
+from olmo_fn.nn.large import to_large
 from olmo_fn.tree import Tree
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ SINGLE: Any = Single()
 
 def compute_copy(p: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Matrices in the compute dtype; vectors (the gains of norms) stay in fp32. A no-op when nothing changes, or for None."""
-    return p if dtype is None or p.ndim < 2 else p.to(dtype)
+    return p if dtype is None or p.ndim < 2 else to_large(p, dtype)
 
 
 def compute_copies(subtree: Tree, dtype: torch.dtype | None) -> Tree:

@@ -21,6 +21,7 @@ from olmo_fn.models.config import OLMO2, OLMO3, Model
 from olmo_fn.nn import head
 from olmo_fn.nn.attend import TILE, attend, attend_vjp, document_starts
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_vjp
+from olmo_fn.nn.large import LARGE, new_large, to_large
 from olmo_fn.nn.norm import rms_norm
 from olmo_fn.pipe import grad, pipe
 
@@ -217,6 +218,15 @@ def test_documents_do_not_see_each_other(pattern):
     packed = transformer.logits(cfg, params, {"input_ids": ids, "documents": documents})
     alone = [transformer.logits(cfg, params, {"input_ids": part}) for part in ids.split(lengths, dim=1)]
     assert_close(packed, torch.cat(alone, dim=1), **CLOSE)
+
+
+def test_large_memory_is_ordinary_memory():
+    """Large enough for the hint: the tensor's own shape, dtype and storage, writable to its end, its neighbours untouched."""
+    x = new_large(torch.ones(1, dtype=torch.bfloat16), LARGE // 2 + 3)
+    assert (x.shape, x.dtype, x.nbytes) == ((LARGE // 2 + 3,), torch.bfloat16, LARGE + 6)
+    x.fill_(2)
+    assert x[0] == x[-1] == 2
+    assert bool((to_large(x, torch.float32) == 2.0).all())
 
 
 @pytest.mark.parametrize("known", [False, True])

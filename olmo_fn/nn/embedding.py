@@ -10,6 +10,7 @@ from torch import Tensor
 
 from olmo_fn.layout import wide
 from olmo_fn.nn.head import own_rows
+from olmo_fn.nn.large import new_large
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.collectives import all_gather, reduce_scatter
 
@@ -37,7 +38,7 @@ def embed_vjp(weight: Tensor, ids: Tensor, tp: Axis) -> tuple[Tensor, Callable[[
         rows = rows if here is None else rows * here[..., None].to(rows.dtype)
         if weight.device.type != "cpu":  # where adding by index is in no order
             return torch.ops.aten.embedding_dense_backward(rows, own, weight.shape[0], -1, False)
-        return rows.new_zeros(weight.shape).index_add_(0, own.flatten(), rows.flatten(0, 1))
+        return new_large(rows, *weight.shape).zero_().index_add_(0, own.flatten(), rows.flatten(0, 1))
 
     return _rows(weight, own, here, tp), pullback
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from olmo_fn.grad import IGNORE, Kernel, Metrics, identity
 from olmo_fn.nn.exponential import exp
+from olmo_fn.nn.large import new_large
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.collectives import pmax, psum
 
@@ -69,7 +70,7 @@ def head_vjp(
     rows = min(N, max(fewest, min(most, LOGITS_BYTES // (V * h.element_size()))))
     d_w: Tensor | None = None
     d_h = torch.empty_like(h)
-    buffer = h.new_empty(rows, V)
+    buffer = new_large(h, rows, V)
     sums = torch.zeros(2, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)  # ce, z
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
@@ -147,7 +148,7 @@ def _softmax_given(logits: Tensor, lse: Tensor, weights: Tensor, z_loss: float) 
 def _add_product(total: Tensor | None, d_logits: Tensor, h: Tensor) -> Tensor:
     """``total + d_logitsᵀ h``; a single product keeps the dtype of its factors, a sum of them has at least fp32."""
     if total is None:
-        return d_logits.T @ h
+        return torch.mm(d_logits.T, h, out=new_large(h, d_logits.shape[1], h.shape[1]))
     wide = torch.promote_types(h.dtype, torch.float32)
     if h.dtype == wide:
         return total.addmm_(d_logits.T, h)

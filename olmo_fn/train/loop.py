@@ -129,7 +129,7 @@ def _train(cfg: Config, job: Job, beat: Callable[[int], None]) -> Result:
             done = line["step"]
             beat(done)
             if done == start + 1:
-                machine.keep_freed_memory(large=job.process.size == 1)
+                machine.keep_freed_memory()
             stopped = job.largest(stop.signal)  # a signal reaches the ranks at different steps
             last = done == cfg.run.steps or stopped != 0
             if last or (cfg.run.checkpoint_every and done % cfg.run.checkpoint_every == 0):

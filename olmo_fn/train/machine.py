@@ -70,22 +70,18 @@ def release_freed_memory() -> None:
     _glibc("malloc_trim", 0)
 
 
-def keep_freed_memory(large: bool = True) -> None:
-    """Release freed memory once, and from now on keep it. Elsewhere than glibc, nothing.
+def keep_freed_memory() -> None:
+    """Release freed memory once, and from now on keep up to 256 MB of it, in blocks below 32 MB.
 
-    To be called after the first step, which has compiled. From then on every step allocates and frees the same tensors; the
-    system would want every one of their pages faulted in and cleared again, a quarter of a CPU step with a large
-    vocabulary. Without ``large``, at most 256 MB in blocks below 32 MB: for a rank that shards, whose gathered weights come
-    and go between gradients that stay, and would leave holes as large as themselves.
+    To be called after the first step, which has compiled. From then on a step frees and allocates the same tensors again and
+    again, and fresh pages for each would cost a tenth of a CPU step. Larger blocks go back at once: kept, a small tensor
+    in the place of a large one would keep the next large one out, and the process would grow by it. Elsewhere than glibc,
+    nothing.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     release_freed_memory()
-    if large:
-        _glibc("mallopt", M_TRIM_THRESHOLD, -1)  # never
-        _glibc("mallopt", M_MMAP_MAX, 0)  # blocks of their own go back at once
-    else:
-        _glibc("mallopt", M_TRIM_THRESHOLD, 256 << 20)
-        _glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
+    _glibc("mallopt", M_TRIM_THRESHOLD, 256 << 20)
+    _glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
 
 
 def _glibc(function: str, *numbers: int) -> None:
