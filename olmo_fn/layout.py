@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.nn.large import to_large
+from olmo_fn.large import to_large
 from olmo_fn.tree import Tree
 
 if TYPE_CHECKING:

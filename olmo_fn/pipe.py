@@ -93,7 +93,7 @@ def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torc
 
     ``tape`` sweeps a `Chain` stage by stage (see `olmo_fn.grad`), with ``remat`` none, full, feed_forward or every-n; ``func``
     is ``torch.func.grad_and_value`` of any loss. ``dtype``: that of matrices and activations in the computation;
-    parameters and gradients keep their own.
+    parameters keep their own, and gradients are in at least fp32 (see `Grads`).
     """
 
     def apply(loss: Loss) -> Grads:

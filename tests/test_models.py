@@ -16,12 +16,12 @@ from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo3Config, Olmo3ForCau
 
 from olmo_fn import spec, tree
 from olmo_fn.grad import IGNORE, subtrees
+from olmo_fn.large import LARGE, new_large, to_large
 from olmo_fn.models import count, transformer
 from olmo_fn.models.config import OLMO2, OLMO3, Model
 from olmo_fn.nn import head
 from olmo_fn.nn.attend import TILE, attend, attend_vjp, document_starts
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_vjp
-from olmo_fn.nn.large import LARGE, new_large, to_large
 from olmo_fn.nn.norm import rms_norm
 from olmo_fn.pipe import grad, pipe
 

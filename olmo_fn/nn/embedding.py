@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from olmo_fn.large import new_large
 from olmo_fn.layout import wide
 from olmo_fn.nn.head import own_rows
-from olmo_fn.nn.large import new_large
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.collectives import all_gather, reduce_scatter
 
@@ -30,7 +30,6 @@ def embed_vjp(weight: Tensor, ids: Tensor, tp: Axis) -> tuple[Tensor, Callable[[
 
     Rows are added in the order of the ids, so that the sum is the same every time.
     """
-
     own, here = _owned(ids, weight, tp)
 
     def pullback(cotangent: Tensor) -> Tensor:

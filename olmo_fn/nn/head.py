@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from olmo_fn.grad import IGNORE, Kernel, Metrics, identity
+from olmo_fn.large import new_large
 from olmo_fn.nn.exponential import exp
-from olmo_fn.nn.large import new_large
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.collectives import pmax, psum
 

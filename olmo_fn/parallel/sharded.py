@@ -165,7 +165,7 @@ class Sharded(Single):
             return super().sweep(chain, remat, params, batch, tokens, execution)
         from olmo_fn.parallel.pipeline.sweep import pipeline_sweep  # which is above this
 
-        return pipeline_sweep(self, self.cut, chain, remat, params, batch, tokens, execution)
+        return pipeline_sweep(self, self.cut, chain, remat, params, batch, execution)
 
     def forward(self, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
         """The sums over this rank's tokens of the loss and its metrics, forward only."""

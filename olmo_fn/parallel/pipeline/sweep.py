@@ -27,19 +27,11 @@ class Stages:
     """What one rank has of a chain during one step."""
 
     def __init__(
-        self,
-        layout: Sharded,
-        cut: Cut,
-        chain: Chain,
-        remat: str,
-        params: Tree,
-        batch: Batch,
-        tokens: Tensor,
-        execution: Execution,
+        self, layout: Sharded, cut: Cut, chain: Chain, remat: str, params: Tree, batch: Batch, execution: Execution
     ) -> None:
         self.cut, self.chain, self.dtype, self.pp = cut, layout.chain(chain), execution.dtype, layout.axes.pp
         pp, self.parts = self.pp, cut.pipeline.parts(self.pp.size)
-        self.cotangent, parts = of_mean(tokens, self.dtype), _split(layout.part(batch), self.parts)
+        self.cotangent, parts = of_mean(loss_tokens(batch), self.dtype), _split(layout.part(batch), self.parts)
         self.contexts = [{**self.chain.context(part), "cotangent": self.cotangent} for part in parts]
         virtual = cut.cut(self.chain)
         self.last = cut.pipeline.chunks - 1 if pp.index == pp.size - 1 else -1  # the chunk that ends the chain
@@ -73,11 +65,10 @@ def pipeline_sweep(
     remat: str,
     params: Tree,
     batch: Batch,
-    tokens: Tensor,
     execution: Execution,
 ) -> tuple[dict[str, Tensor], Metrics]:
     """Gradients by path of this rank's parameters, as the layout keeps them, and the sums of its tokens."""
-    stages = Stages(layout, cut, chain, remat, params, batch, tokens, execution)
+    stages = Stages(layout, cut, chain, remat, params, batch, execution)
     held: dict[tuple[int, int], list[SegmentPullback]] = {}
     later: dict[tuple[int, int], list[Callable[[], dict[str, Tree]]]] = {}
     found: list[list[dict[str, Tensor]]] = [[{} for _ in chunk] for chunk in stages.chunks]
@@ -128,7 +119,7 @@ def pipeline_sweep(
 
 def pipeline_forward(layout: Sharded, cut: Cut, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
     """Forward only, for evaluation: the sums of this rank's tokens, zeros on ranks that do not end the chain."""
-    stages = Stages(layout, cut, chain, "none", params, batch, loss_tokens(batch), execution)
+    stages = Stages(layout, cut, chain, "none", params, batch, execution)
 
     def forward(chunk: int, part: int, carry: Tensor | None) -> Tensor | None:
         x: Carry = carry
