@@ -34,6 +34,7 @@ def new_large(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Te
 
 def to_large(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, into such memory; under functorch's transforms, which know no memory, just that."""
-    if x.dtype == dtype or x.numel() * dtype.itemsize < LARGE or torch._C._are_functorch_transforms_active():
+    small = x.numel() * dtype.itemsize < LARGE or x.device.type != "cpu"
+    if x.dtype == dtype or small or torch._C._are_functorch_transforms_active():
         return x.to(dtype)
     return new_large(x, *x.shape, dtype=dtype).copy_(x)
