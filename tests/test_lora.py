@@ -183,3 +183,12 @@ def test_with_merging_over_time():
         seen.append(state.params["lora"])
     assert_close(state.slots["merge"]["lora"], tree.map(lambda a, b: (a + b) / 2, *seen))
     assert set(state.slots["merge"]) == {"lora"}
+
+
+def test_an_adapted_embedding_stays_eager():
+    """It has no pullback of its own any more, and a compiled scatter-add is not deterministic."""
+    chain = lora(lora_specs(SPECS, 2, ["embed"]))(transformer.loss(MODEL)).fn
+    first = chain.stages[0]
+    assert first.params == ("embed", "lora.embed")
+    assert first.vjp is None
+    assert not first.compiled

@@ -88,7 +88,8 @@ def loss(cfg: Model, *, z_loss: float = 0.0, axes: Axes = ALONE, cp_method: CPMe
     return Chain(
         partial(context, cfg, cp=cp),
         (
-            Stage("embed", ("embed",), *_embed(tp), lookup=True),
+            # eager also where LoRA leaves it to autograd: a compiled scatter-add is not deterministic
+            Stage("embed", ("embed",), *_embed(tp), compiled=False, lookup=True),
             *blocks,
             Stage("head_input", (), _beside_nothing, _beside_nothing_vjp),
             Stage("head_norm", ("head.norm",), _add_normed(cfg.norm_eps, tp)),
