@@ -68,8 +68,8 @@ class Chain:
 
     context: Callable[[Batch], Context]
     stages: tuple[Stage, ...]
-    on: Callable[[Axes, Any], Chain] | None = None
-    """The same chain as one rank of a mesh computes it, by axes and method of context parallelism; None: data-parallel only."""
+    on: Callable[[Axes], Chain] | None = None
+    """The same chain as one rank of a mesh computes it; None: data-parallel only."""
     carry: Callable[[Context, torch.dtype], Tensor] | None = None
     """An empty tensor like what goes from block to block; None: it cannot be a pipeline."""
     sums: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class Chain:
     def changed(self, change: Callable[[Stage], Stage]) -> Chain:
         """The chain with every stage changed, on a mesh too."""
         there = self.on
-        on = None if there is None else lambda axes, cp_method: there(axes, cp_method).changed(change)
+        on = None if there is None else lambda axes: there(axes).changed(change)
         return replace(self, stages=tuple(map(change, self.stages)), on=on)
 
     def __call__(self, params: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -128,6 +128,17 @@ class Execution:
 
 EAGER = Execution()
 GradFunction: TypeAlias = Callable[[Tree, Batch, Execution], tuple[Tree, Metrics]]
+
+
+class Sweep(NamedTuple):
+    """The ways of one rank through its part of a chain.
+
+    ``gradients(chain, remat, params, batch, execution)``: there and back; gradients of the mean loss by path, as the layout
+    keeps them, and the sums of this rank's tokens. ``sums(chain, params, batch, execution)``: there only, for these sums.
+    """
+
+    gradients: Callable[[Chain, str, Tree, Batch, Execution], tuple[dict[str, Tensor], Metrics]]
+    sums: Callable[[Chain, Tree, Batch, Execution], Metrics]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from olmo_fn.large import to_large
 from olmo_fn.tree import Tree
 
 if TYPE_CHECKING:
-    from olmo_fn.grad import Batch, Chain, Execution, Metrics
+    from olmo_fn.grad import Batch, Chain, Metrics, Sweep
 
 
 class Weights(Protocol):
@@ -65,27 +65,9 @@ class Single:
         """This rank's part of a batch."""
         return batch
 
-    def sweep(
-        self, chain: Chain, remat: str, params: Tree, batch: Batch, tokens: Tensor, execution: Execution
-    ) -> tuple[dict[str, Tensor], Metrics]:
-        """Gradients by path of the chain's loss divided by ``tokens``, and the sums of this rank's tokens."""
-        from olmo_fn.tape import segments, sweep  # which is above this
-
-        ours = self.chain(chain)
-        context = ours.context(self.part(batch))
-        return sweep(segments(ours.stages, remat), params, context, tokens, execution)
-
-    def forward(self, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
-        """The sums over this rank's tokens of the loss and its metrics, forward only."""
-        from olmo_fn.tape import fetch, run, segments
-
-        ours, carry = self.chain(chain), None
-        context = ours.context(self.part(batch))
-        for segment in segments(ours.stages):
-            carry = run(segment, fetch(params, segment, execution), carry, context, execution)
-        assert carry is not None
-        total, metrics = carry
-        return {"loss": total, **metrics}
+    def sweep(self, alone: Sweep) -> Sweep:
+        """How a rank goes through its part of a chain, given how a process ``alone`` does (`olmo_fn.tape.ALONE`)."""
+        return alone
 
     def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, lookup: bool = False) -> Weights:
         """Begin to bring the subtrees at ``paths`` into use, matrices in ``dtype``, or for a ``lookup`` as they are stored."""

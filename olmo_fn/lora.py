@@ -85,11 +85,11 @@ def lora(adapters: Tree, alpha: float = 16.0) -> Transform:
         chain = loss.fn.changed(lambda stage: _stage(stage, own, alpha))
         there = chain.on
 
-        def on(axes: Axes, cp_method: str) -> Chain:
+        def on(axes: Axes) -> Chain:
             if axes.tp.size > 1:
                 raise ValueError("LoRA adapts whole matrices, and --mesh.tp cuts them; use --mesh.dp-shard for adapters")
             assert there is not None
-            return there(axes, cp_method)
+            return there(axes)
 
         return Loss(chain if there is None else replace(chain, on=on))
 

@@ -27,6 +27,7 @@ from olmo_fn.grad import (
     GradFunction,
     Metrics,
     Stage,
+    Sweep,
     loss_tokens,
     per_token,
 )
@@ -117,24 +118,28 @@ def tape_gradients(chain: Chain, remat: str, dtype: torch.dtype) -> GradFunction
     def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
         if execution.differentiable or torch._C._are_functorch_transforms_active():
             raise ValueError("engine tape cannot be inside vmap, jvp or another derivative; use grad(engine='func')")
-        layout, tokens = execution.layout, loss_tokens(batch)
-        flat, sums = layout.sweep(chain, remat, params, batch, tokens, replace(execution, dtype=dtype))
+        layout = execution.layout
+        flat, sums = layout.sweep(ALONE).gradients(chain, remat, params, batch, replace(execution, dtype=dtype))
         grads = tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat)
-        return grads, per_token(layout.total(sums), tokens)
+        return grads, per_token(layout.total(sums), loss_tokens(batch))
 
     return gradients
 
 
-def sweep(
-    parts: tuple[Segment, ...], params: Tree, context: Context, tokens: Tensor, execution: Execution
-) -> tuple[dict[str, Tensor], Metrics]:
-    """Gradients by path of the loss divided by ``tokens``, as the layout keeps them, and the sums of this rank's tokens.
-
-    While a segment computes, the next one's weights are on their way, and the last one's gradients.
-    """
+def loss_sums(chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
+    """The sums over all tokens of the loss and its metrics, forward only, by the functions that training has compiled."""
     layout = execution.layout
-    cotangent: Any = of_mean(tokens, execution.dtype)
-    context = {**context, "cotangent": cotangent}
+    return layout.total(layout.sweep(ALONE).sums(chain, params, batch, execution))
+
+
+def there_and_back(
+    chain: Chain, remat: str, params: Tree, batch: Batch, execution: Execution
+) -> tuple[dict[str, Tensor], Metrics]:
+    """`Sweep.gradients`. While a segment computes, the next one's weights are on their way, and the last one's gradients."""
+    layout = execution.layout
+    ours = layout.chain(chain)
+    parts, cotangent = segments(ours.stages, remat), of_mean(loss_tokens(batch), execution.dtype)
+    context = {**ours.context(layout.part(batch)), "cotangent": cotangent}
     held: list[tuple[Weights, SegmentPullback]] = []
     carry: Carry = None
     ahead = fetch(params, parts[0], execution)
@@ -167,6 +172,20 @@ def sweep(
         arriving = leaving
     _add(found, arriving())
     return layout.finish(found), {"loss": total.detach(), **metrics}
+
+
+def there(chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
+    """`Sweep.sums`."""
+    ours, carry = execution.layout.chain(chain), None
+    context = ours.context(execution.layout.part(batch))
+    for segment in segments(ours.stages):
+        carry = run(segment, fetch(params, segment, execution), carry, context, execution)
+    assert carry is not None
+    total, metrics = carry
+    return {"loss": total, **metrics}
+
+
+ALONE = Sweep(there_and_back, there)
 
 
 def of_mean(tokens: Tensor, dtype: torch.dtype) -> Tensor:

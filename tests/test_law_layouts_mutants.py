@@ -66,7 +66,7 @@ def mean_of_means(batch):
     return (batch["labels"].chunk(dist.get_world_size())[dist.get_rank()] != IGNORE).sum() * dist.get_world_size()
 
 
-def without_mask(ids, V, tp):
+def without_mask(ids, first, V):
     return ids % V, torch.ones_like(ids, dtype=torch.bool)
 
 
@@ -99,7 +99,7 @@ def second_piece_only(R, index, n):
 SHARDED = "olmo_fn.parallel.sharded.Sharded."
 MUTANTS = {
     "gradients of whole leaves are not summed": (FSDP, SHARDED + "finish", unchanged),
-    "gradients are not summed": (Layout(Mesh(dp_replicate=2)), "olmo_fn.parallel.sharded._summing", not_summing),
+    "gradients are not summed": (Layout(Mesh(dp_replicate=2)), "olmo_fn.parallel.sharded.summing", not_summing),
     "metrics are not summed": (FSDP, SHARDED + "total", unchanged),
     "enter does not sum in backward": (TP, "olmo_fn.models.transformer.enter", nothing),
     "QK-norm over a rank's own heads": (TP, "olmo_fn.nn.norm.psum", nothing),

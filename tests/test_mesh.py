@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
 from math import prod
 
 import pytest
@@ -13,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Shard
 
-from olmo_fn.parallel.axis import ALONE, Axes
+from olmo_fn.parallel.axis import ALONE, NAMES, Axes
 from olmo_fn.parallel.collectives import all_gather
 from olmo_fn.parallel.config import MeshConfig
-from olmo_fn.parallel.mesh import AXES, FLATTENED, Mesh, solve
+from olmo_fn.parallel.mesh import AXES, Mesh, members, solve
 
 degree = st.integers(1, 3)
 meshes = st.builds(Mesh, degree, degree, degree, degree, degree)
@@ -71,7 +70,7 @@ def test_the_command_line_has_the_same_degrees() -> None:
 def everything(connection):
     """What this rank gathers of the ranks' numbers over each axis, and its place; a DTensor sharded and whole again."""
     rank = torch.tensor([connection.rank])
-    axes = {field.name: getattr(connection.axes, field.name) for field in fields(Axes)}
+    axes = {name: getattr(connection.axes, name) for name in NAMES}
     gathered = {name: (all_gather(rank, 0, axis).tolist(), axis.index, axis.size) for name, axis in axes.items()}
     mesh = connection.device_mesh
     whole = torch.arange(40.0).view(5, 8)
@@ -85,7 +84,7 @@ def everything(connection):
 def test_connected_axes_reach_the_ranks_on_paper(pool, mesh: Mesh) -> None:
     for rank, (gathered, whole, table, coordinate) in enumerate(pool.run(everything, mesh=mesh)):
         for name, (ranks, index, size) in gathered.items():
-            line = mesh.ranks(FLATTENED.get(name, (name,)), rank)
+            line = mesh.ranks(members(name), rank)
             assert (ranks, index, size) == (list(line), line.index(rank), len(line)), name
         assert torch.equal(whole, torch.arange(40.0).view(5, 8))
         here = mesh.coordinates(rank)
@@ -94,7 +93,7 @@ def test_connected_axes_reach_the_ranks_on_paper(pool, mesh: Mesh) -> None:
 
 
 def test_alone_is_one_of_everything() -> None:
-    assert all(getattr(ALONE, field.name).size == 1 for field in fields(Axes))
+    assert all(getattr(ALONE, name).size == 1 for name in NAMES)
     assert hash(ALONE) == hash(Axes())
 
 

@@ -122,7 +122,6 @@ def test_tensor_and_sequence_parallel(pool: Pool) -> None:
         Moved(4 * LAYERS, 4 * LAYERS * statistic, 0),  # mean squares of queries and of keys, and their gradients
         Moved(BLOCK + 1, (BLOCK + 1) * 4 * D, 0),  # gains of norms, which see a part of the sequence
         Moved(3, 3 * statistic, 0),  # the head: largest logit, sum of exponentials, logit of the label
-        Moved(2, 2 * 8, 0),  # how wide a part of the vocabulary is: embedding and head
         Moved(1, 8, 0),  # the squared norm
     ]
     want = {("all_gather", "tp"): stream, ("reduce_scatter", "tp"): stream}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from olmo_fn.grad import EAGER, IGNORE, Batch, Chain, Execution, loss_tokens
+from olmo_fn.tape import loss_sums
 from olmo_fn.tree import Tree
 
 
@@ -40,8 +41,7 @@ def evaluate(
     execution = replace(execution, dtype=dtype)
     params = layout.enter(params)
     for batch in batches:
-        even = padded(batch, layout.shares)
-        total += float(layout.total(layout.forward(loss, params, even, execution))["ce"])
+        total += float(loss_sums(loss, params, padded(batch, layout.shares), execution)["ce"])
         tokens += int(loss_tokens(batch))
         show(tokens)
     bits = total / math.log(2) / num_bytes if num_bytes else None

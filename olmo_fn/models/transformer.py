@@ -16,14 +16,14 @@ from torch import Tensor
 from olmo_fn.grad import Batch, Chain, Context, Function, Kernel, Metrics, Pullback, Stage, subtrees
 from olmo_fn.models.config import Model
 from olmo_fn.nn.attend import document_starts
-from olmo_fn.nn.attend_over import CPMethod, attend_over, attend_over_vjp, positions_of
+from olmo_fn.nn.attend_over import attend_over, attend_over_vjp, positions_of
 from olmo_fn.nn.attention import attention_specs, merge_heads, merge_heads_vjp, place_heads, project, project_vjp
 from olmo_fn.nn.embedding import embed, embed_vjp
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_specs, feed_forward_vjp
 from olmo_fn.nn.head import head_loss, head_vjp
 from olmo_fn.nn.norm import rms_norm, rms_norm_spec
 from olmo_fn.nn.rope import rope_table
-from olmo_fn.parallel.axis import ALONE, Axes, Axis
+from olmo_fn.parallel.axis import ALONE, Axes, Axis, CPMethod, chunk
 from olmo_fn.parallel.collectives import all_gather, enter, reduce_scatter
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
@@ -70,7 +70,7 @@ def _embed_init(cfg: Model) -> Init:
     return Init("normal", cfg.d_model**-0.5 if cfg.init_method == "normalized" else 1.0)
 
 
-def loss(cfg: Model, *, z_loss: float = 0.0, axes: Axes = ALONE, cp_method: CPMethod = "gather") -> Chain:
+def loss(cfg: Model, *, z_loss: float = 0.0, axes: Axes = ALONE) -> Chain:
     """The training loss as a chain: ``(params, batch) -> (sum of losses, metrics)``.
 
     ``batch`` holds ``input_ids`` and ``labels`` (B, T) int64, and optionally ``documents`` (B, T): numbers that tell the
@@ -81,22 +81,23 @@ def loss(cfg: Model, *, z_loss: float = 0.0, axes: Axes = ALONE, cp_method: CPMe
     sum is that of this rank's tokens.
     """
     cfg.check()
-    tp, cp = axes.tp, axes.cp
-    blocks = [stage for layer in range(cfg.n_layers) for stage in block_stages(cfg, layer, tp, cp, cp_method)]
+    tp = axes.tp
+    blocks = [stage for layer in range(cfg.n_layers) for stage in block_stages(cfg, layer, axes)]
     w_out = "embed" if cfg.tie_embeddings else "head.w_out"
-    head, head_pullback = _head(z_loss, tp)
+    first, _ = chunk(cfg.vocab_size, tp.index, tp.size)
+    head, head_pullback = _head(z_loss, tp, first)
     return Chain(
-        partial(context, cfg, cp=cp),
+        partial(context, cfg, cp=axes.cp),
         (
             # eager also where LoRA leaves it to autograd: a compiled scatter-add is not deterministic
-            Stage("embed", ("embed",), *_embed(tp), compiled=False, lookup=True),
+            Stage("embed", ("embed",), *_embed(tp, first), compiled=False, lookup=True),
             *blocks,
             Stage("head_input", (), _beside_nothing, _beside_nothing_vjp),
             Stage("head_norm", ("head.norm",), _add_normed(cfg.norm_eps, tp)),
             Stage("head_output", (), *_whole_sequence(tp)),
             Stage("head", (w_out,), head, head_pullback, rowwise=True),
         ),
-        on=lambda axes, cp_method: loss(cfg, z_loss=z_loss, axes=axes, cp_method=cp_method),
+        on=lambda axes: loss(cfg, z_loss=z_loss, axes=axes),
         carry=partial(_carry, cfg.d_model, tp),
         sums=("ce", "z"),
     )
@@ -145,18 +146,18 @@ def context(cfg: Model, batch: Batch, cp: Axis = Axis()) -> Context:  # noqa: B0
 
 
 @cache
-def _embed(tp: Axis) -> tuple[Function, Function]:
+def _embed(tp: Axis, first: int) -> tuple[Function, Function]:
     def fn(weight: Tensor, carry: None, ctx: Context) -> Tensor:
-        return embed(weight, ctx["input_ids"], tp)
+        return embed(weight, ctx["input_ids"], tp, first)
 
     def vjp(weight: Tensor, carry: None, ctx: Context, kernel: Kernel) -> tuple[Any, Pullback]:
-        rows, pullback = embed_vjp(weight, ctx["input_ids"], tp)
+        rows, pullback = embed_vjp(weight, ctx["input_ids"], tp, first)
         return rows, lambda c: (lambda: (pullback(c),), None)
 
     return fn, vjp
 
 
-def block_stages(cfg: Model, layer: int, tp: Axis, cp: Axis, cp_method: CPMethod) -> tuple[Stage, ...]:
+def block_stages(cfg: Model, layer: int, axes: Axes) -> tuple[Stage, ...]:
     """The stages of a block. Blocks with the same window share their functions, so they compile once.
 
     Every matrix product is in a stage with a pullback of its own; what is compiled is what fuses, between them. The carry is x
@@ -165,11 +166,11 @@ def block_stages(cfg: Model, layer: int, tp: Axis, cp: Axis, cp_method: CPMethod
     at, attention = f"blocks.{layer}", f"blocks.{layer}.attention"
     matrices = tuple(f"{attention}.{name}" for name in ("w_q", "w_k", "w_v"))
     gains = tuple(f"{attention}.{name}" for name in ("q_norm", "k_norm"))
-    add = _add_normed(cfg.norm_eps, tp)
+    tp, add = axes.tp, _add_normed(cfg.norm_eps, axes.tp)
     return (
         Stage("project", matrices, *_project(tp), layer),
         Stage("place_heads", gains, _place_heads(cfg.k, cfg.norm_eps, tp), None, layer),
-        Stage("attend", (), *_attend(cfg.window(layer), cp, cp_method), layer),
+        Stage("attend", (), *_attend(cfg.window(layer), axes.cp, axes.cp_method), layer),
         Stage("merge_heads", (f"{attention}.w_out",), *_merge_heads(tp), layer),
         Stage("attention_norm", (f"{at}.attention_norm",), add, None, layer),
         Stage("feed_forward", (f"{at}.feed_forward",), *_feed_forward(tp), layer),
@@ -281,15 +282,15 @@ def _whole_sequence(tp: Axis) -> tuple[Function, Function]:
 
 
 @cache
-def _head(z_loss: float, tp: Axis) -> tuple[Function, Function]:
+def _head(z_loss: float, tp: Axis, first: int) -> tuple[Function, Function]:
     """``fn`` and ``vjp`` of the head's stage."""
 
     def fn(w_out: Tensor, h: Tensor, ctx: Context) -> tuple[Tensor, Metrics]:
-        return head_loss(w_out, h, ctx["labels"], z_loss=z_loss, tp=tp)
+        return head_loss(w_out, h, ctx["labels"], z_loss=z_loss, tp=tp, first=first)
 
     def vjp(w_out: Tensor, h: Tensor, ctx: Context, kernel: Kernel) -> tuple[tuple[Tensor, Metrics], Pullback]:
-        known = ctx.get("cotangent")
-        out, pullback = head_vjp(w_out, h, ctx["labels"], z_loss=z_loss, cotangent=known, kernel=kernel, tp=tp)
+        given, known = partial(head_vjp, z_loss=z_loss, tp=tp, first=first), ctx.get("cotangent")
+        out, pullback = given(w_out, h, ctx["labels"], cotangent=known, kernel=kernel)
 
         def stage_pullback(cotangent: Tensor) -> tuple[tuple[Tensor], Tensor]:
             d_w, d_h = pullback(cotangent)

@@ -9,17 +9,16 @@ are merged by their log-sum-exp (Liu et al. 2023), so that no rank ever holds al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from olmo_fn.grad import Kernel, identity
 from olmo_fn.nn.attend import Tiles, attend, attend_vjp, row_products
-from olmo_fn.parallel.axis import Axis
+from olmo_fn.parallel.axis import Axis, CPMethod
 from olmo_fn.parallel.collectives import all_gather, all_to_all, reduce_scatter, ring_shift
 
-CPMethod: TypeAlias = Literal["gather", "ulysses", "ring"]
 Pullback: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 

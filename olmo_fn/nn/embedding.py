@@ -10,27 +10,27 @@ from torch import Tensor
 
 from olmo_fn.large import new_large
 from olmo_fn.layout import wide
-from olmo_fn.nn.head import own_rows
+from olmo_fn.nn.vocabulary import own_rows
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.collectives import all_gather, reduce_scatter
 
 
-def embed(weight: Tensor, ids: Tensor, tp: Axis = Axis()) -> Tensor:  # noqa: B008
-    """Rows of ``weight`` (V, D) for the ids (B, T): (B, T, D); on an axis ``tp``, where each rank has some rows, this rank's
-    part of the sequence.
+def embed(weight: Tensor, ids: Tensor, tp: Axis = Axis(), first: int = 0) -> Tensor:  # noqa: B008
+    """Rows of ``weight`` (V, D) for the ids (B, T): (B, T, D); on an axis ``tp``, where each rank has some rows, those from
+    ``first`` on, this rank's part of the sequence.
 
     >>> embed(torch.tensor([[1.0], [2.0]]), torch.tensor([[1, 0, 1]])).flatten()
     tensor([2., 1., 2.])
     """
-    return _rows(weight, *_owned(ids, weight, tp), tp)
+    return _rows(weight, *_owned(ids, weight, tp, first), tp)
 
 
-def embed_vjp(weight: Tensor, ids: Tensor, tp: Axis) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def embed_vjp(weight: Tensor, ids: Tensor, tp: Axis, first: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """`embed` with its pullback, from the cotangent of the rows (B, T, D) to that of ``weight``, in at least fp32.
 
     Rows are added in the order of the ids, so that the sum is the same every time.
     """
-    own, here = _owned(ids, weight, tp)
+    own, here = _owned(ids, weight, tp, first)
 
     def pullback(cotangent: Tensor) -> Tensor:
         rows = wide(all_gather(cotangent, 1, tp))
@@ -42,8 +42,8 @@ def embed_vjp(weight: Tensor, ids: Tensor, tp: Axis) -> tuple[Tensor, Callable[[
     return _rows(weight, own, here, tp), pullback
 
 
-def _owned(ids: Tensor, weight: Tensor, tp: Axis) -> tuple[Tensor, Tensor | None]:
-    return (ids, None) if tp.size == 1 else own_rows(ids, weight.shape[0], tp)
+def _owned(ids: Tensor, weight: Tensor, tp: Axis, first: int) -> tuple[Tensor, Tensor | None]:
+    return (ids, None) if tp.size == 1 else own_rows(ids, first, weight.shape[0])
 
 
 def _rows(weight: Tensor, own: Tensor, here: Tensor | None, tp: Axis) -> Tensor:

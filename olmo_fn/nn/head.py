@@ -13,6 +13,7 @@ from torch import Tensor
 from olmo_fn.grad import IGNORE, Kernel, Metrics, identity
 from olmo_fn.large import new_large
 from olmo_fn.nn.exponential import exp
+from olmo_fn.nn.vocabulary import own_rows
 from olmo_fn.parallel.axis import Axis
 from olmo_fn.parallel.collectives import pmax, psum
 
@@ -27,18 +28,19 @@ def head_loss(
     *,
     z_loss: float,
     tp: Axis = Axis(),  # noqa: B008
+    first: int = 0,
 ) -> tuple[Tensor, Metrics]:
     """Summed cross entropy plus ``z_loss · logsumexp²`` (PaLM, section 5) over the labels that count.
 
     ``w_out`` (V, D), ``h`` (..., D) after the final norm, ``labels`` (...), `IGNORE` where there is no loss. Returns the sum
     (0-d, fp32) and its two parts ``ce`` and ``z``. Plain differentiable operations: for ``torch.func``, and the
-    definition that `head_vjp` must agree with. On an axis ``tp`` each rank has some rows of the vocabulary, and the same
-    ``h``; the sum is the whole one on all of them, the gradient of ``h`` a rank's share.
+    definition that `head_vjp` must agree with. On an axis ``tp`` each rank has some rows of the vocabulary, those from
+    ``first`` on, and the same ``h``; the sum is the whole one on all of them, the gradient of ``h`` a rank's share.
     """
     logits = h @ w_out.T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     counts = labels != IGNORE
-    index, here = own_rows(labels, w_out.shape[0], tp)
+    index, here = own_rows(labels, first, w_out.shape[0])
     top = pmax(logits.detach().amax(-1), tp)
     lse = top + psum((logits - top[..., None]).exp().sum(-1), tp).log()
     target = psum(logits.gather(-1, index[..., None])[..., 0].where(here, 0.0), tp)
@@ -56,6 +58,7 @@ def head_vjp(
     cotangent: Tensor | None = None,
     kernel: Kernel = identity,
     tp: Axis = Axis(),  # noqa: B008
+    first: int = 0,
 ) -> tuple[tuple[Tensor, Metrics], Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """`head_loss` with its pullback, which takes the cotangent of the sum to those of ``w_out`` and ``h``.
 
@@ -75,7 +78,7 @@ def head_vjp(
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         logits = torch.mm(h[part], w_out.T, out=buffer[: part.stop - start])
-        sums += _to_gradient(logits, target[part], z_loss, cotangent, kernel, tp)
+        sums += _to_gradient(logits, target[part], z_loss, cotangent, kernel, tp, first)
         torch.mm(logits, w_out, out=d_h[part])
         d_w = _add_product(d_w, logits, h[part])
     del buffer, logits
@@ -92,18 +95,9 @@ def head_vjp(
     return (ce + z, {"ce": ce, "z": z}), pullback
 
 
-def own_rows(ids: Tensor, V: int, tp: Axis) -> tuple[Tensor, Tensor]:
-    """Ids as rows of this rank's part of the vocabulary, 0 where they are not of it; and where they are.
-
-    ``V`` is the size of this rank's part. Parts but the last ones are of one size, which the first rank's tells.
-    """
-    width = V if tp.size == 1 else int(pmax(torch.tensor(V, device=ids.device), tp))
-    own = ids - tp.index * width
-    here = (own >= 0) & (own < V)
-    return own.where(here, 0), here
-
-
-def _to_gradient(logits: Tensor, target: Tensor, z_loss: float, cotangent: Tensor | None, kernel: Kernel, tp: Axis) -> Tensor:
+def _to_gradient(
+    logits: Tensor, target: Tensor, z_loss: float, cotangent: Tensor | None, kernel: Kernel, tp: Axis, first: int
+) -> Tensor:
     """Overwrite ``logits`` (R, V) by the loss's gradient with respect to them; return the sums of ce and z, (2,).
 
     d/dlogits = c · (softmax · (1 + 2 z_loss · logsumexp) - onehot(target)) with the cotangent c, 0 in rows without a label.
@@ -111,7 +105,7 @@ def _to_gradient(logits: Tensor, target: Tensor, z_loss: float, cotangent: Tenso
     wide = torch.promote_types(logits.dtype, torch.float32)
     counts = (target != IGNORE)[:, None]
     weights = counts.to(wide) if cotangent is None else counts.to(wide) * cotangent.to(wide)
-    index, here = (x[:, None] for x in own_rows(target, logits.shape[1], tp))
+    index, here = (x[:, None] for x in own_rows(target, first, logits.shape[1]))
     label = logits.gather(1, index).to(wide)
     if tp.size == 1:
         lse = kernel(_softmax_times)(logits, weights, z_loss)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal, TypeAlias
+
+CPMethod: TypeAlias = Literal["gather", "ulysses", "ring"]
+"""How attention sees other ranks' keys and values: all gathered; heads instead of positions exchanged; or passed on."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Axes:
-    """Every axis of a rank: the five of the mesh, and those flattened from them (`olmo_fn.parallel.mesh.FLATTENED`)."""
+    """Every axis of a rank: the five of the mesh, and those flattened from them (`olmo_fn.parallel.mesh.FLATTENED`); and how
+    attention uses ``cp``.
+    """
 
     pp: Axis = Axis()
     dp_replicate: Axis = Axis()
@@ -31,7 +37,22 @@ class Axes:
     data: Axis = Axis()
     tokens: Axis = Axis()
     world: Axis = Axis()
+    cp_method: CPMethod = "gather"
 
+
+NAMES = tuple(field.name for field in fields(Axes) if field.name != "cp_method")
+"""The names of all axes."""
 
 ALONE = Axes()
 """One process: every axis has size 1, and every collective over it is the identity."""
+
+
+def chunk(length: int, index: int, size: int) -> tuple[int, int]:
+    """Offset and length of chunk ``index`` of ``size``: all as long as the first, but the last, which may be empty.
+
+    >>> [chunk(5, i, 4) for i in range(4)]
+    [(0, 2), (2, 2), (4, 1), (5, 0)]
+    """
+    width = -(-length // size)
+    start = min(index * width, length)
+    return start, min(width, length - start)

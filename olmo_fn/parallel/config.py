@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from olmo_fn.parallel.axis import CPMethod
 from olmo_fn.parallel.mesh import AXES, Mesh, solve
 
 
@@ -25,7 +26,7 @@ class MeshConfig:
     """Processes that share each matrix product (tensor parallelism, with sequence-parallel norms)."""
     keep_gathered: bool = False
     """Keep gathered parameters from the forward to the backward sweep (ZeRO-2): less traffic, more memory."""
-    cp_method: Literal["gather", "ulysses", "ring"] = "gather"
+    cp_method: CPMethod = "gather"
     """How attention sees the keys and values of other --mesh.cp ranks: all gathered; heads exchanged for positions; or
     passed on in a ring."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from olmo_fn.parallel.axis import Axes, Axis
-from olmo_fn.parallel.mesh import AXES, FLATTENED, Mesh
+from olmo_fn.parallel.axis import NAMES, Axes, Axis
+from olmo_fn.parallel.mesh import AXES, Mesh, members
 
 AT_REST = ("dp_replicate", "fsdp", "tp")
 """The dims of the device mesh on which parameters and state live."""
@@ -48,12 +49,13 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
         return found
 
     def axis(name: str) -> Axis:
-        axes = FLATTENED.get(name, (name,))
+        axes = members(name)
         line = mesh.ranks(axes, rank)
         return Axis(name, len(line), line.index(rank), group(axes).group_name if len(line) > 1 else "")
 
-    axes = Axes(**{field.name: axis(field.name) for field in fields(Axes)})
-    dims = [FLATTENED.get(name, (name,)) for name in AT_REST]
+    every: dict[str, Any] = {name: axis(name) for name in NAMES}
+    axes = Axes(**every)
+    dims = [members(name) for name in AT_REST]
     stage = torch.tensor(mesh.ranks(AXES[1:], rank)).view(mesh.dp_replicate, mesh.dp_shard * mesh.cp, mesh.tp)
     device_mesh = DeviceMesh.from_group([group(d) for d in dims], device_type, stage, mesh_dim_names=AT_REST)
     return Connection(mesh, rank, axes, device_mesh)

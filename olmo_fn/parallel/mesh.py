@@ -12,11 +12,15 @@ FLATTENED: dict[str, tuple[str, ...]] = {
     "fsdp": ("dp_shard", "cp"),
     "data": ("dp_replicate", "dp_shard"),
     "tokens": ("dp_replicate", "dp_shard", "cp"),
-    "model": ("pp", "tp"),
     "world": AXES,
 }
 """Axes made of several: ``fsdp``, which parameters at rest are sharded over; ``data``, the ranks with different
-sequences; ``tokens``, the ranks with different tokens, which gradients are summed over; ``model``; ``world``."""
+sequences; ``tokens``, the ranks with different tokens, which gradients are summed over; ``world``."""
+
+
+def members(axis: str) -> tuple[str, ...]:
+    """The axes of the mesh that an axis is made of: itself, if it is one of them."""
+    return FLATTENED.get(axis, (axis,))
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,14 @@ class Mesh:
     def degrees(self) -> dict[str, int]:
         """The five degrees by name, outermost first."""
         return {axis: getattr(self, axis) for axis in AXES}
+
+    def degree(self, axis: str) -> int:
+        """Ranks on an axis, a flattened one perhaps.
+
+        >>> Mesh(dp_shard=4, cp=2).degree("fsdp")
+        8
+        """
+        return prod(getattr(self, name) for name in members(axis))
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where ``rank`` stands on each axis."""

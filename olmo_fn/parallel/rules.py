@@ -5,13 +5,13 @@ A plan is pure data, made without devices: it is what initialisation, checkpoint
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from olmo_fn import tree
-from olmo_fn.parallel.mesh import FLATTENED, Mesh
+from olmo_fn.parallel.axis import CPMethod, chunk
+from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.spec import Spec
 from olmo_fn.tree import Tree
 
@@ -29,8 +29,7 @@ class Rules:
     store: Mapping[str, str] = field(default_factory=lambda: {"embed": "fsdp", **TENSOR})
     use: Mapping[str, str] = field(default_factory=lambda: dict(TENSOR))
     keep_gathered: bool = False
-    cp_method: Literal["gather", "ulysses", "ring"] = "gather"
-    """How attention sees other ranks' keys and values: all gathered; heads instead of positions exchanged; or passed on."""
+    cp_method: CPMethod = "gather"
 
 
 DEFAULT = Rules()
@@ -54,17 +53,6 @@ class Placed(NamedTuple):
             if dim is not None:
                 offset[dim], shape[dim] = chunk(self.shape[dim], index, size)
         return tuple(offset), tuple(shape)
-
-
-def chunk(length: int, index: int, size: int) -> tuple[int, int]:
-    """Offset and length of chunk ``index`` of ``size``: all as long as the first, but the last, which may be empty.
-
-    >>> [chunk(5, i, 4) for i in range(4)]
-    [(0, 2), (2, 2), (4, 1), (5, 0)]
-    """
-    width = -(-length // size)
-    start = min(index * width, length)
-    return start, min(width, length - start)
 
 
 def plan(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:
@@ -109,15 +97,6 @@ def _place(path: str, spec: Spec, rules: Rules, mesh: Mesh) -> Placed:
     return Placed(spec.shape, found.get("fsdp"), found.get("tp"))
 
 
-def size(mesh: Mesh, axis: str) -> int:
-    """Ranks on an axis of the mesh, a flattened one perhaps.
-
-    >>> size(Mesh(dp_shard=4, cp=2), "fsdp")
-    8
-    """
-    return math.prod(getattr(mesh, name) for name in FLATTENED.get(axis, (axis,)))
-
-
 def table(placed: Mapping[str, Placed], mesh: Mesh) -> str:
     """The plan in words: a line for each kind of parameter, alike blocks together."""
     lines: dict[tuple[str, Placed], int] = {}
@@ -126,7 +105,7 @@ def table(placed: Mapping[str, Placed], mesh: Mesh) -> str:
         lines[name, place] = lines.get((name, place), 0) + 1
     rows = [("parameter", "whole", "on a rank", "sharded")]
     for (name, place), many in lines.items():
-        _, local = place.box((0, size(mesh, "fsdp")), (0, mesh.tp))
+        _, local = place.box((0, mesh.degree("fsdp")), (0, mesh.tp))
         over = [f"dim {dim} over {axis}" for axis, dim in (("fsdp", place.fsdp), ("tp", place.tp)) if dim is not None]
         times = f"{name}  x {many}" if many > 1 else name
         rows.append((times, " x ".join(map(str, place.shape)), " x ".join(map(str, local)), ", ".join(over) or "whole"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from olmo_fn.parallel.connect import Connection
+from olmo_fn.parallel.pipeline.pipelined import Pipelined
 from olmo_fn.parallel.pipeline.stages import Cut, Pipeline
 from olmo_fn.parallel.rules import DEFAULT, Rules
 from olmo_fn.parallel.sharded import Sharded
@@ -25,10 +26,11 @@ def shard(connection: Connection, specs: Tree, rules: Rules = DEFAULT, pipeline:
     """
 
     def apply(step: Step) -> Step:
-        pp = connection.axes.pp.size
-        if pp > 1 and (step.grads.chain is None or step.grads.chain.carry is None):
+        pp, chain = connection.axes.pp.size, step.grads.chain
+        if pp == 1:
+            return _execute(step, layout=Sharded(connection, specs, rules))
+        if chain is None or chain.carry is None:
             raise ValueError("a pipeline (--mesh.pp) cuts a chain of stages: use grad('tape') and a model with `Chain.carry`")
-        cut = Cut(step.grads.chain, specs, pp, pipeline) if pp > 1 and step.grads.chain else None
-        return _execute(step, layout=Sharded(connection, specs, rules, cut))
+        return _execute(step, layout=Pipelined(connection, specs, rules, cut=Cut(chain, specs, pp, pipeline)))
 
     return Transform(f"shard({connection.mesh})", Step, Step, apply)

@@ -8,8 +8,9 @@ gradients come back by one reduce-scatter in fp32. Sharding over ``tp`` stays in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -18,14 +19,13 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from olmo_fn import tree
-from olmo_fn.grad import Batch, Chain, Execution, Metrics
+from olmo_fn.grad import Batch, Chain, Metrics
 from olmo_fn.layout import Single, Weights, compute_copy, wide
 from olmo_fn.parallel import bucket
 from olmo_fn.parallel.axis import Axes, Axis
 from olmo_fn.parallel.collectives import psum
 from olmo_fn.parallel.connect import Connection
 from olmo_fn.parallel.mesh import flag
-from olmo_fn.parallel.pipeline.stages import Cut
 from olmo_fn.parallel.rules import DEFAULT, Placed, Rules, plan
 from olmo_fn.spec import init_leaf
 from olmo_fn.tree import Tree
@@ -40,11 +40,8 @@ class Sharded(Single):
     connection: Connection
     specs: Tree = field(repr=False)
     rules: Rules = DEFAULT
-    cut: Cut | None = None
-    """How the chain is cut for a pipeline; None without one."""
 
     def __post_init__(self) -> None:
-        assert (self.cut is None) == (self.axes.pp.size == 1)
         _ = self.placed  # refuses what makes no sense, by name
 
     @cached_property
@@ -52,15 +49,15 @@ class Sharded(Single):
         """How each parameter lies on the mesh."""
         return plan(self.specs, self.rules, self.connection.mesh)
 
-    @cached_property
+    @property
     def own_specs(self) -> Tree:
-        """The parameters that this rank has a part of: those of its pipeline stages."""
-        return self.specs if self.cut is None else tree.unflatten(self.cut.own(self.axes.pp.index))
+        """The parameters that this rank has a part of."""
+        return self.specs
 
     @property
     def shares(self) -> int:  # type: ignore[override]
-        """Sequences of a batch must be a multiple of this: data-parallel ranks times micro-batches."""
-        return self.axes.data.size * (self.cut.pipeline.parts(self.axes.pp.size) if self.cut else 1)
+        """Sequences of a batch must be a multiple of this: the data-parallel ranks."""
+        return self.axes.data.size
 
     @property
     def axes(self) -> Axes:
@@ -74,7 +71,7 @@ class Sharded(Single):
         device = self.connection.device_mesh.device_type
 
         def leaf(path: str, spec: Any) -> DTensor:
-            part = init_leaf(spec, seed, path, self._box(path)).to(device=device, dtype=dtype)
+            part = init_leaf(spec, seed, path, self.box(path)).to(device=device, dtype=dtype)
             return self.place(path, part)
 
         return tree.map_with_path(leaf, self.own_specs)
@@ -127,12 +124,13 @@ class Sharded(Single):
 
     def own(self, path: str, whole: Tensor) -> Tensor:
         """The inverse of `whole`: this rank's part."""
-        offset, shape = self._box(path)
+        offset, shape = self.box(path)
         for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
             whole = whole.narrow(dim, start, length)
         return whole.clone(memory_format=torch.contiguous_format)  # not a view, which would keep the whole
 
-    def _box(self, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def box(self, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Offset and shape of this rank's part."""
         fsdp, tp = self.axes.fsdp, self.axes.tp
         return self.placed[path].box((fsdp.index, fsdp.size), (tp.index, tp.size))
 
@@ -147,7 +145,7 @@ class Sharded(Single):
                     f"{flag(axis.name)} is {axis.size}, but the loss is not written for it; give a Chain with `on`, "
                     "or use data parallelism only"
                 )
-        return chain if on is None else on(self.axes, self.rules.cp_method)
+        return chain if on is None else on(replace(self.axes, cp_method=self.rules.cp_method))
 
     def part(self, batch: Batch) -> Batch:
         """This rank's sequences; their loss is still divided by the tokens of all."""
@@ -156,24 +154,6 @@ class Sharded(Single):
         if rows % axis.size:
             raise ValueError(f"{rows} sequences cannot be shared evenly by the {axis.size} data-parallel ranks")
         return {name: x.chunk(axis.size)[axis.index] if x.ndim else x for name, x in batch.items()}
-
-    def sweep(
-        self, chain: Chain, remat: str, params: Tree, batch: Batch, tokens: Tensor, execution: Execution
-    ) -> tuple[dict[str, Tensor], Metrics]:
-        """Gradients by path of the chain's loss divided by ``tokens``, and the sums of this rank's tokens."""
-        if self.cut is None:
-            return super().sweep(chain, remat, params, batch, tokens, execution)
-        from olmo_fn.parallel.pipeline.sweep import pipeline_sweep  # which is above this
-
-        return pipeline_sweep(self, self.cut, chain, remat, params, batch, execution)
-
-    def forward(self, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
-        """The sums over this rank's tokens of the loss and its metrics, forward only."""
-        if self.cut is None:
-            return super().forward(chain, params, batch, execution)
-        from olmo_fn.parallel.pipeline.sweep import pipeline_forward
-
-        return pipeline_forward(self, self.cut, chain, params, batch, execution)
 
     def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, lookup: bool = False) -> Weights:
         """Begin to gather the subtrees at ``paths``; what travels is in ``dtype`` in any case."""
@@ -195,7 +175,7 @@ class Sharded(Single):
         if not scattered:
             if fsdp.size > 1 or not kept:
                 return lambda: kept
-            return _summing(kept, replicas)
+            return summing(kept, replicas)
         shards = [self.shard(path) for path in scattered]
         reduced = bucket.reduce_scatter([*scattered.values()], shards, fsdp, wide(next(iter(scattered.values()))[:0]).dtype)
 
@@ -206,19 +186,11 @@ class Sharded(Single):
         return end
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum, in one collective each, gradients of parameters that are whole on the ranks of ``fsdp``, and of those that two
-        pipeline stages share.
-        """
-        if self.axes.fsdp.size > 1:
-            kept = {path: g for path, g in grads.items() if self.placed[path].fsdp is None}
-            grads = {**grads, **_summing(kept, self.axes.tokens)()} if kept else grads
-        if self.cut is not None:
-            tied = [path for path, ranks in self.cut.owners.items() if len(ranks) > 1]
-            like = next(iter(grads.values()))
-            shares = {path: grads[path] if path in grads else like.new_zeros(self._box(path)[1]) for path in tied}
-            total = _summing(shares, self.axes.pp)() if tied else {}
-            grads = {path: total.get(path, g) for path, g in grads.items()}
-        return grads
+        """Sum, in one collective, gradients of parameters that are whole on the ranks of ``fsdp``."""
+        if self.axes.fsdp.size == 1:
+            return grads
+        kept = {path: g for path, g in grads.items() if self.placed[path].fsdp is None}
+        return {**grads, **summing(kept, self.axes.tokens)()} if kept else grads
 
     def total(self, sums: Metrics) -> Metrics:
         """Sums over the tokens of this rank become sums over all tokens, in one collective."""
@@ -228,19 +200,15 @@ class Sharded(Single):
 
     def norm(self, grads: Tree) -> Tensor:
         """√ of the sum of squares of all entries: local sums, each divided by how many ranks have it, one collective."""
-        sizes = {"fsdp": self.axes.fsdp.size, "tp": self.axes.tp.size}
-        squares = []
-        for path, g in tree.items(grads):
-            copies = self.axes.dp_replicate.size * (len(self.cut.owners[path]) if self.cut else 1)
-            for name, size in sizes.items():
-                copies *= size if getattr(self.placed[path], name) is None else 1
-            squares.append(torch.linalg.vector_norm(g).double().square() / copies)
-        total = (
-            torch.stack(squares).sum().sqrt()
-            if self.axes.world.size == 1
-            else psum(torch.stack(squares).sum(), self.axes.world).sqrt()
-        )
+        squares = [torch.linalg.vector_norm(g).double().square() / self.copies(path) for path, g in tree.items(grads)]
+        total = psum(torch.stack(squares).sum(), self.axes.world).sqrt()
         return total.to(torch.promote_types(next(g for _, g in tree.items(grads)).dtype, torch.float32))
+
+    def copies(self, path: str) -> int:
+        """How many ranks have the same part of the parameter."""
+        place, axes = self.placed[path], self.axes
+        whole = (axis.size for axis, dim in ((axes.fsdp, place.fsdp), (axes.tp, place.tp)) if dim is None)
+        return axes.dp_replicate.size * prod(whole)
 
     def shard(self, path: str) -> bucket.Shard:
         """A parameter as the buckets over ``fsdp`` see it: whole but for what ``tp`` shards."""
@@ -250,7 +218,7 @@ class Sharded(Single):
         return bucket.Shard(shape, place.fsdp)
 
 
-def _summing(grads: Mapping[str, Tensor], axis: Axis) -> Callable[[], dict[str, Tensor]]:
+def summing(grads: Mapping[str, Tensor], axis: Axis) -> Callable[[], dict[str, Tensor]]:
     """Begin to sum tensors over an axis in one collective."""
     if axis.size == 1:
         return lambda: dict(grads)

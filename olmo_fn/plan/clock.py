@@ -21,9 +21,8 @@ from functools import lru_cache
 from math import prod
 
 from olmo_fn.models.count import flops_per_sequence
-from olmo_fn.parallel.mesh import AXES, FLATTENED, Mesh
+from olmo_fn.parallel.mesh import AXES, Mesh, members
 from olmo_fn.parallel.pipeline.simulate import Costs, simulate
-from olmo_fn.parallel.rules import size
 from olmo_fn.plan.accelerators import Accelerator
 from olmo_fn.plan.job import Job
 from olmo_fn.plan.memory import at_rest, carry, held
@@ -124,7 +123,7 @@ def _wire(job: Job, traffic: Traffic, gpu: Accelerator) -> dict[str, float]:
     """Seconds of collectives by axis."""
     found: dict[str, float] = {}
     for (axis, kind, unit), n in traffic.items():
-        n_ranks = size(job.mesh, axis)
+        n_ranks = job.mesh.degree(axis)
         if n_ranks == 1:
             continue
         speed, hop = bandwidth(job.mesh, axis, gpu)
@@ -141,9 +140,9 @@ def _wire(job: Job, traffic: Traffic, gpu: Accelerator) -> dict[str, float]:
 @lru_cache(1024)
 def bandwidth(mesh: Mesh, axis: str, gpu: Accelerator) -> tuple[float, float]:
     """Bytes/s of a rank, and seconds a hop, on the links between the ranks of an axis."""
-    members = FLATTENED.get(axis, (axis,))
-    stride = prod(getattr(mesh, name) for name in AXES[AXES.index(members[-1]) + 1 :])
-    here = max(1, min(size(mesh, axis), gpu.node // stride))
-    if size(mesh, axis) <= here and stride < gpu.node:
+    last = members(axis)[-1]
+    stride = prod(getattr(mesh, name) for name in AXES[AXES.index(last) + 1 :])
+    here = max(1, min(mesh.degree(axis), gpu.node // stride))
+    if mesh.degree(axis) <= here and stride < gpu.node:
         return gpu.link, HOP["link"]
     return min(gpu.link, gpu.network * here), HOP["network"]

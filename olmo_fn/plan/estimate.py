@@ -104,7 +104,7 @@ def first_remedy(found: Estimate) -> tuple[list[tuple[str, Estimate]], str]:
     if found.largest.total > HOPELESS * found.gpu.memory:
         return tried, ""
     for words, other in remedies(found.job):
-        if 8 * num_params(other.cfg.model) / (other.mesh.pp * other.mesh.tp * other.size("fsdp")) > found.gpu.memory:
+        if 8 * num_params(other.cfg.model) / (other.mesh.pp * other.mesh.tp * other.mesh.degree("fsdp")) > found.gpu.memory:
             continue  # parameters and gradients alone are too much
         better = estimate(other)
         tried.append((words, better))

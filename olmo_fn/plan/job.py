@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 
 from olmo_fn.models.config import Model
-from olmo_fn.parallel.mesh import FLATTENED, Mesh, flag
+from olmo_fn.parallel.mesh import Mesh, flag
 from olmo_fn.parallel.pipeline.schedule import Action, Program, schedule
 from olmo_fn.parallel.pipeline.split import Ranges, parse_split, split
 from olmo_fn.train.config import Config
@@ -34,16 +34,12 @@ class Job:
 
     @property
     def _part(self) -> int:
-        return self.cfg.recipe.batch_size // (self.size("data") * self.cfg.recipe.accumulate)
+        return self.cfg.recipe.batch_size // (self.mesh.degree("data") * self.cfg.recipe.accumulate)
 
     @property
     def dtype(self) -> str:
         """Compute dtype; every accelerator of the table multiplies bf16 natively."""
         return "bfloat16" if self.cfg.recipe.dtype == "auto" else self.cfg.recipe.dtype
-
-    def size(self, axis: str) -> int:
-        """Ranks on an axis, a flattened one perhaps."""
-        return prod(getattr(self.mesh, name) for name in FLATTENED.get(axis, (axis,)))
 
     @cached_property
     def ranges(self) -> Ranges:

@@ -112,6 +112,6 @@ def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
             live["activations"] += {"F": activations, "I": 0}.get(action.op, -activations)
         if ours[0] != "embed":  # the carry that came from the stage before
             live["activations"] += {"F": carry(job), "I": 0}.get(action.op, -carry(job))
-    sent = whole if job.size("data") * job.mesh.cp > 1 else 0
-    yield Peak(live + Counter(gradients=sent + (gradients if job.size("fsdp") > 1 else 0)), "reducing the gradients")
+    sent = whole if job.mesh.degree("data") * job.mesh.cp > 1 else 0
+    yield Peak(live + Counter(gradients=sent + (gradients if job.mesh.degree("fsdp") > 1 else 0)), "reducing the gradients")
     yield _moment(rest + Counter(gradients=gradients), profile.update, "update")

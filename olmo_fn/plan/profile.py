@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,10 +20,10 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.grad import Batch, Chain, Stage
 from olmo_fn.layout import compute_copy
-from olmo_fn.parallel.axis import Axes, Axis
+from olmo_fn.parallel.axis import NAMES, Axes, Axis
 from olmo_fn.parallel.connect import Connection
 from olmo_fn.parallel.mesh import Mesh
-from olmo_fn.parallel.rules import Rules, size
+from olmo_fn.parallel.rules import Rules
 from olmo_fn.parallel.sharded import Sharded
 from olmo_fn.plan.job import Label
 from olmo_fn.plan.trace import Seen, Trace, Traffic
@@ -66,8 +66,9 @@ class Profile:
 
 def axes_of(mesh: Mesh) -> Axes:
     """The axes of rank 0, each with its own name as its group."""
-    sizes = {field.name: size(mesh, field.name) for field in fields(Axes)}
-    return Axes(**{name: Axis(name, n, 0, name if n > 1 else "") for name, n in sizes.items()})
+    sizes = {name: mesh.degree(name) for name in NAMES}
+    every: dict[str, Any] = {name: Axis(name, n, 0, name if n > 1 else "") for name, n in sizes.items()}
+    return Axes(**every)
 
 
 def kinds(cfg: Config) -> dict[int, int]:

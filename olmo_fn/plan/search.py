@@ -113,7 +113,7 @@ def _rough(cfg: Config, gpus: int, tp: int, cp: int) -> Iterator[Rough]:
             jobs = (Job(replace(cfg, mesh=mesh, recipe=recipe), mesh.on(shard * cp * tp)) for recipe in recipes)
             single, double = map(profile_of, jobs)
             guesses = {rows: extrapolated(single, double, rows - 1) for rows in ROWS}
-        guess = _adapted(guesses[one.rows], one, shard * cp / one.size("fsdp"))
+        guess = _adapted(guesses[one.rows], one, shard * cp / one.mesh.degree("fsdp"))
         yield Rough(one, _seconds(one, guess), _bytes(one, guess))
 
 

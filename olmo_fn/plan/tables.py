@@ -69,7 +69,7 @@ def traffic(found: Estimate) -> str:
         if unit == "calls":
             count, size = most[axis, kind, "calls"], most[axis, kind, "bytes"]
             each = f"{size / count / 2**20:,.2f}"
-            rows.append((axis, kind, f"{found.job.size(axis)}", f"{count:,}", f"{size / GIB:,.3f}", each))
+            rows.append((axis, kind, f"{found.job.mesh.degree(axis)}", f"{count:,}", f"{size / GIB:,.3f}", each))
     return columns(rows, left=2) if len(rows) > 1 else "no traffic: one process"
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
 
-from olmo_fn.parallel.axis import Axes
-from olmo_fn.parallel.mesh import FLATTENED
+from olmo_fn.parallel.axis import NAMES
+from olmo_fn.parallel.mesh import members
 from olmo_fn.plan.job import Job
 from olmo_fn.plan.memory import carry, held
 from olmo_fn.plan.profile import Profile
@@ -46,11 +45,11 @@ def traffic(job: Job, profile: Profile, rank: int = 0) -> Traffic:
 def shared_groups(job: Job, traffic: Traffic) -> Traffic:
     """The same with every axis called by the first in `Axes` over the same ranks, as these share a process group."""
     lines: dict[tuple[int, ...], str] = {}
-    for name in (field.name for field in fields(Axes)):
-        lines.setdefault(job.mesh.ranks(FLATTENED.get(name, (name,)), 0), name)
+    for name in NAMES:
+        lines.setdefault(job.mesh.ranks(members(name), 0), name)
     found: Traffic = Counter()
     for (axis, kind, unit), n in traffic.items():
-        found[lines[job.mesh.ranks(FLATTENED.get(axis, (axis,)), 0)], kind, unit] += n
+        found[lines[job.mesh.ranks(members(axis), 0)], kind, unit] += n
     return found
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olmo_fn.parallel.axis import Axes, Axis
+from olmo_fn.parallel.axis import NAMES, Axes, Axis
 
 _c10d = torch.ops._c10d_functional
 
@@ -41,7 +40,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self, axes: Axes) -> None:
         super().__init__()
-        named: list[Axis] = [getattr(axes, field.name) for field in fields(Axes)]
+        named: list[Axis] = [getattr(axes, name) for name in NAMES]
         self.axes = {axis.group: axis for axis in reversed(named)}
         self.moved: dict[tuple[str, str], Moved] = {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from olmo_fn.optim.schedules.base import Length, Schedule, check_fit, half_cosine, line, ramp, whole
 
@@ -27,12 +26,8 @@ def warmup_linear(lr: float, warmup: Length, total: int, alpha_f: float = 0.1, s
     0.55
     """
     length = _warmup("warmup_linear", warmup, total)
-
-    def rate(step: Tensor) -> Tensor:
-        falling = line(lr, alpha_f * lr, step - length, max(1, total - length))
-        return torch.where(step < length, ramp(lr, step, length, start), falling)
-
-    return rate
+    decay = max(1, total - length)
+    return _then(lr, length, start, lambda step: line(lr, alpha_f * lr, step - length, decay))
 
 
 def warmup_cosine(lr: float, warmup: Length, total: int, alpha_f: float = 0.1, start: float = 0.0) -> Schedule:
@@ -44,12 +39,8 @@ def warmup_cosine(lr: float, warmup: Length, total: int, alpha_f: float = 0.1, s
     0.55
     """
     length = _warmup("warmup_cosine", warmup, total)
-
-    def rate(step: Tensor) -> Tensor:
-        falling = half_cosine(lr, alpha_f * lr, step - length, max(1, total - length))
-        return torch.where(step < length, ramp(lr, step, length, start), falling)
-
-    return rate
+    decay = max(1, total - length)
+    return _then(lr, length, start, lambda step: half_cosine(lr, alpha_f * lr, step - length, decay))
 
 
 def warmup_half_cosine(lr: float, warmup: Length, total: int, alpha_f: float = 0.1, start: float = 0.0) -> Schedule:
@@ -62,12 +53,8 @@ def warmup_half_cosine(lr: float, warmup: Length, total: int, alpha_f: float = 0
     """
     length = _warmup("warmup_half_cosine", warmup, total)
     decay, end = max(1, total - length), alpha_f * lr
-
-    def rate(step: Tensor) -> Tensor:
-        falling = half_cosine(lr, end, step - length + decay, 2 * decay)
-        return torch.where(step < length, ramp(end + (lr - end) / 2, step, length, start), falling)
-
-    return rate
+    middle = end + (lr - end) / 2
+    return _then(middle, length, start, lambda step: half_cosine(lr, end, step - length + decay, 2 * decay))
 
 
 def warmup_inv_sqrt(lr: float, warmup: Length, total: int | None = None, alpha_f: float = 0.1, start: float = 0.0) -> Schedule:
@@ -83,11 +70,13 @@ def warmup_inv_sqrt(lr: float, warmup: Length, total: int | None = None, alpha_f
     if total is not None:
         check_fit("warmup_inv_sqrt", total, warmup=length)
 
-    def rate(step: Tensor) -> Tensor:
-        falling = alpha_f * lr + (lr - alpha_f * lr) * (length / step.double().clamp(min=length)).sqrt()
-        return torch.where(step < length, ramp(lr, step, length, start), falling)
+    floor = alpha_f * lr
+    return _then(lr, length, start, lambda step: floor + (lr - floor) * (length / step.double().clamp(min=length)).sqrt())
 
-    return rate
+
+def _then(top: float, length: int, start: float, falling: Schedule) -> Schedule:
+    """A warm-up from ``start`` to ``top`` over ``length`` steps, and then another schedule."""
+    return lambda step: torch.where(step < length, ramp(top, step, length, start), falling(step))
 
 
 def _warmup(schedule: str, warmup: Length, total: int) -> int:
