@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.grad import Kernel, identity
+from olmo_fn.nn.attend_whole import attend_whole_vjp, suits
 from olmo_fn.nn.exponential import exp
 
 FAR = 1e30  # taken from a score for each position out of sight: finite, so that a row that sees nothing has no NaN
@@ -115,6 +116,8 @@ def attend_vjp(
     Keeps only the result and each row's log-sum-exp, and computes the weights again (Dao et al. 2022, FlashAttention,
     algorithms 1 and 4). ``kernel`` compiles what is between the products.
     """
+    if offset == 0 and suits(q, k, window, documents):
+        return attend_whole_vjp(q, k, v)
     tiles = Tiles(window, documents, offset, 0, kernel)
     out, lse = tiles.forward(q, k, v)
 
