@@ -6,7 +6,7 @@ must be invisible in the numbers: that is law 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -109,6 +109,25 @@ class Single:
     def leave(self, leaves: Tree, like: Tree) -> Tree:
         """The inverse of `enter`."""
         return leaves
+
+    def rounds(self, paths: Iterable[str]) -> Iterable[tuple[str, ...]]:
+        """Parameters whose updates need them whole, a round for each time that `deal` gives a rank one of them."""
+        return ((path,) for path in paths)
+
+    def deal(self, parts: Mapping[str, Sequence[Tensor]]) -> tuple[str, list[Tensor]] | None:
+        """Of the parameters of a round, each with tensors of its shape, the one that this rank updates; if any, whole."""
+        ((path, tensors),) = parts.items()
+        return path, list(tensors)
+
+    def collect(
+        self, mine: Sequence[Tensor] | None, like: Mapping[str, Sequence[tuple[Tensor, bool]]]
+    ) -> dict[str, list[Tensor]]:
+        """The inverse of `deal`: this rank's parts of what all have updated.
+
+        ``like`` has of each parameter the tensors as they were, and whether they have its shape; others are whole on all ranks.
+        """
+        assert mine is not None
+        return {path: list(mine) for path in like}
 
     def whole(self, path: str, part: Tensor) -> Tensor:
         """A tensor shaped like a parameter, of which this rank has ``part``, whole."""

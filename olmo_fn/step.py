@@ -134,34 +134,69 @@ class Step:
         grads.clear()  # so that each gradient is freed as soon as it is used
         packed: dict[Any, tuple[tuple[str, ...], Tensor]] = {}  # the leaves' scalars, by what they depend on
         after: dict[str, dict[str, Tensor]] = {name: dict(values) for name, values in before.items()}
-        for path, p in params.items():
-            if path not in flat:  # frozen
-                continue
-            leaf = self.leaf(path)
+
+        def task(path: str) -> Task:
+            leaf, p = self.leaf(path), params[path]
             key = leaf.group, *leaf.scalars.items(), p.dtype
             if key not in packed:
                 packed[key] = pack_scalars(leaf, {**scalars, **lacking}, p.dtype)
+            names, numbers = packed[key]
+            run = self.execution.wrap_leaf(_guarded(leaf.update, self.execution.donate, names))
             slots = {name: values[path] for name, values in before.items() if path in values}
-            params[path], slots = self._update_leaf(path, leaf, p, flat.pop(path), slots, *packed[key])
-            for name, value in slots.items():
+            return Task(leaf, run, p, flat.pop(path), slots, numbers)
+
+        def keep(path: str, new_p: Tensor, new: Slots) -> None:
+            params[path] = new_p
+            for name, value in new.items():
                 after[name][path] = value
+
+        apart = []
+        for path in [path for path in params if path in flat]:  # the others are frozen
+            if self.leaf(path).elementwise:
+                keep(path, *_flattened(task(path)))
+            else:
+                apart.append(path)
+        for paths in self.execution.layout.rounds(apart):
+            for path, updated in self._whole({path: task(path) for path in paths}).items():
+                keep(path, *updated)
         shaped = {name: tree.unflatten(values) for name, values in after.items()}
         return State(state.step + 1, tree.unflatten(params), {**control, **shaped}), metrics
 
-    def _update_leaf(
-        self, path: str, leaf: Leaf, p: Tensor, g: Tensor, slots: Slots, names: tuple[str, ...], numbers: Tensor
-    ) -> tuple[Tensor, Slots]:
-        run = self.execution.wrap_leaf(_guarded(leaf.update, self.execution.donate, names))
-        if leaf.elementwise:  # flattened, so that one compiled function serves all shapes, and parts of them
-            new_p, new = run(p.view(-1), g.reshape(-1), {k: v.view(-1) for k, v in slots.items()}, numbers)
-            return new_p.view(p.shape), {k: v.view(p.shape) for k, v in new.items()}
-        layout = self.execution.layout
-        whole = layout.whole(path, p)  # on every rank that has a part
-        # what lies in parts is what was made in the whole's shape; a slot that never was cut may have a part's shape
-        parts = {k for k, v in leaf.init(torch.empty_like(whole, device="meta")).items() if v.shape == whole.shape}
-        slots = {k: layout.whole(path, v) if k in parts else v for k, v in slots.items()}
-        new_p, new = run(whole, layout.whole(path, g), slots, numbers)
-        return layout.own(path, new_p), {k: layout.own(path, v) if k in parts else v for k, v in new.items()}
+    def _whole(self, tasks: dict[str, Task]) -> dict[str, tuple[Tensor, Slots]]:
+        """Updates that see whole matrices, of a round: the layout gives each to a rank, which does it for all."""
+        layout, cut = self.execution.layout, {}
+        for path, task in tasks.items():
+            whole = layout.whole(path, torch.empty_like(task.p, device="meta"))
+            # what lies in parts is what was made in the whole's shape; a slot that never was cut may have a part's shape
+            cut[path] = [name for name, slot in task.leaf.init(whole).items() if slot.shape == whole.shape]
+        dealt = layout.deal({path: [t.p, t.g, *(t.slots[name] for name in cut[path])] for path, t in tasks.items()})
+        mine: list[Tensor] | None = None
+        if dealt is not None:
+            path, (p, g, *slots) = dealt
+            task = tasks[path]
+            new_p, new = task.run(p, g, {**task.slots, **dict(zip(cut[path], slots, strict=True))}, task.numbers)
+            mine = [new_p, *(new[name] for name in task.slots)]
+        like = {path: [(t.p, True), *((x, name in cut[path]) for name, x in t.slots.items())] for path, t in tasks.items()}
+        found = layout.collect(mine, like)
+        return {path: (new_p, dict(zip(tasks[path].slots, new, strict=True))) for path, (new_p, *new) in found.items()}
+
+
+class Task(NamedTuple):
+    """The update of one parameter, ready to run."""
+
+    leaf: Leaf
+    run: Function
+    p: Tensor
+    g: Tensor
+    slots: Slots
+    numbers: Tensor  # its scalars
+
+
+def _flattened(task: Task) -> tuple[Tensor, Slots]:
+    """An elementwise update, of flat tensors, so that one compiled function serves all shapes, and parts of them."""
+    p = task.p
+    new_p, new = task.run(p.view(-1), task.g.reshape(-1), {k: v.view(-1) for k, v in task.slots.items()}, task.numbers)
+    return new_p.view(p.shape), {k: v.view(p.shape) for k, v in new.items()}
 
 
 def pack_scalars(leaf: Leaf, scalars: Scalars, dtype: torch.dtype) -> tuple[tuple[str, ...], Tensor]:

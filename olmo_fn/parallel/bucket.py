@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from olmo_fn.parallel.axis import Axis
+from olmo_fn.parallel.axis import Axis, chunk
 
 _c10d = torch.ops._c10d_functional
 ALIGN = 16  # bytes: a part of a bucket can then be viewed as any dtype
@@ -32,11 +32,17 @@ class Shard(NamedTuple):
 
 def all_gather(parts: Sequence[Tensor], shards: Sequence[Shard], axis: Axis) -> Tensor:
     """Begin to gather chunks of any dtypes as bytes, one collective; give the result to `unpack`."""
+    return _c10d.all_gather_into_tensor(pack(parts, shards, axis.size), axis.size, axis.group)
+
+
+def pack(parts: Sequence[Tensor], shards: Sequence[Shard | None], n: int) -> Tensor:
+    """Chunks of any dtypes, padded, one behind the other as bytes; a tensor without a `Shard` as it is."""
     flat = []
     for part, shard in zip(parts, shards, strict=True):
-        data = _padded(part, shard.chunk(axis.size)).contiguous().view(-1).view(torch.uint8)
+        even = part if shard is None else _padded(part, shard.chunk(n))
+        data = even.contiguous().view(-1).view(torch.uint8)
         flat.append(pad(data, (0, -len(data) % ALIGN)))
-    return _c10d.all_gather_into_tensor(torch.cat(flat), axis.size, axis.group)
+    return torch.cat(flat)
 
 
 def unpack(gathered: Tensor, outs: Sequence[Tensor], shards: Sequence[Shard], axis: Axis) -> None:
@@ -44,9 +50,11 @@ def unpack(gathered: Tensor, outs: Sequence[Tensor], shards: Sequence[Shard], ax
     rows = _c10d.wait_tensor(gathered).view(axis.size, -1)
     offset = 0
     for out, shard in zip(outs, shards, strict=True):
-        chunk = shard.chunk(axis.size)
-        length = torch.Size(chunk).numel() * out.element_size()
-        part = rows[:, offset : offset + length].view(out.dtype).unflatten(1, chunk)  # (n, *chunk)
+        shape = shard.chunk(axis.size)
+        length = torch.Size(shape).numel() * out.element_size()
+        if not length:
+            continue
+        part = rows[:, offset : offset + length].view(out.dtype).unflatten(1, shape)  # (n, *shape)
         target = _by_chunks(out, shard, axis.size)
         if target is not None:
             target.copy_(part)
@@ -61,13 +69,13 @@ def reduce_scatter(grads: Sequence[Tensor], shards: Sequence[Shard], axis: Axis,
     sizes = [torch.Size(shard.chunk(axis.size)).numel() for shard in shards]
     bucket = grads[0].new_empty(axis.size, sum(sizes), dtype=dtype)
     for grad, shard, part in zip(grads, shards, bucket.split(sizes, dim=1), strict=True):
-        chunk = shard.chunk(axis.size)
+        shape = shard.chunk(axis.size)
         source = _by_chunks(grad, shard, axis.size)
         if source is None:
-            long = (*shard.shape[: shard.dim], chunk[shard.dim] * axis.size, *shard.shape[shard.dim + 1 :])
+            long = (*shard.shape[: shard.dim], shape[shard.dim] * axis.size, *shard.shape[shard.dim + 1 :])
             source = _by_chunks(_padded(grad, long), Shard(long, shard.dim), axis.size)
         assert source is not None
-        part.unflatten(1, chunk).copy_(source)
+        part.unflatten(1, shape).copy_(source)
     return _c10d.reduce_scatter_tensor(bucket.view(-1), "sum", axis.size, axis.group)
 
 
@@ -76,10 +84,15 @@ def split(reduced: Tensor, shards: Sequence[Shard], axis: Axis) -> list[Tensor]:
     sizes = [torch.Size(shard.chunk(axis.size)).numel() for shard in shards]
     found = []
     for part, shard in zip(reduced.split(sizes), shards, strict=True):
-        chunk = shard.chunk(axis.size)
-        length = max(0, min(chunk[shard.dim], shard.shape[shard.dim] - axis.index * chunk[shard.dim]))
-        found.append(part.view(chunk).narrow(shard.dim, 0, length).contiguous())
+        _, length = chunk(shard.shape[shard.dim], axis.index, axis.size)
+        found.append(part.view(shard.chunk(axis.size)).narrow(shard.dim, 0, length).contiguous())
     return found
+
+
+def chunk_of(whole: Tensor, shard: Shard, index: int, n: int) -> Tensor:
+    """Chunk ``index`` of ``n``, without padding, a view."""
+    start, length = chunk(shard.shape[shard.dim], index, n)
+    return whole.narrow(shard.dim, start, length)
 
 
 def _padded(part: Tensor, shape: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ gradients come back by one reduce-scatter in fp32. Sharding over ``tp`` stays in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -22,9 +22,10 @@ from olmo_fn import tree
 from olmo_fn.grad import Batch, Chain, Metrics
 from olmo_fn.layout import Single, Weights, compute_copy, wide
 from olmo_fn.parallel import bucket
-from olmo_fn.parallel.axis import Axes, Axis
+from olmo_fn.parallel.axis import Axes, Axis, chunk
 from olmo_fn.parallel.collectives import psum
 from olmo_fn.parallel.connect import Connection
+from olmo_fn.parallel.deal import collect, deal
 from olmo_fn.parallel.mesh import flag
 from olmo_fn.parallel.rules import DEFAULT, Placed, Rules, plan
 from olmo_fn.spec import init_leaf
@@ -108,19 +109,57 @@ class Sharded(Single):
 
         return tree.map(wrap, leaves, like)
 
+    def rounds(self, paths: Iterable[str]) -> Iterable[tuple[str, ...]]:
+        """As many as ``fsdp`` has ranks to a round, of those that it shards; each of the others is everybody's."""
+        dealt, n = [path for path in paths if self.is_dealt(path)], self.axes.fsdp.size
+        yield from ((path,) for path in paths if not self.is_dealt(path))
+        yield from (tuple(dealt[i : i + n]) for i in range(0, len(dealt), n))
+
+    def deal(self, parts: Mapping[str, Sequence[Tensor]]) -> tuple[str, list[Tensor]] | None:
+        """This rank's parameter of a round, whole: one exchange over ``fsdp``."""
+        index, paths = self.axes.fsdp.index, list(parts)
+        if not self.is_dealt(paths[0]):
+            return paths[0], [self.whole(paths[0], part) for part in parts[paths[0]]]
+        mine = deal([*parts.values()], [[self.shard(path)] * len(parts[path]) for path in paths], self.axes.fsdp)
+        return None if mine is None else (paths[index], [self.over_tp(paths[index], part) for part in mine])
+
+    def collect(
+        self, mine: Sequence[Tensor] | None, like: Mapping[str, Sequence[tuple[Tensor, bool]]]
+    ) -> dict[str, list[Tensor]]:
+        """This rank's parts of what all have updated: one exchange over ``fsdp``."""
+        paths = list(like)
+        if not self.is_dealt(paths[0]):
+            assert mine is not None
+            kinds = (shaped for _, shaped in like[paths[0]])
+            return {paths[0]: [self.own(paths[0], x) if s else x for x, s in zip(mine, kinds, strict=True)]}
+        shards = [[self.shard(path) if shaped else None for _, shaped in like[path]] for path in paths]
+        if mine is not None:
+            path = paths[self.axes.fsdp.index]
+            kinds = (shaped for _, shaped in like[path])
+            mine = [self._tp_part(path, x) if s else x for x, s in zip(mine, kinds, strict=True)]
+        found = collect(mine, [[x for x, _ in like[path]] for path in paths], shards, self.axes.fsdp)
+        return dict(zip(paths, found, strict=True))
+
+    def is_dealt(self, path: str) -> bool:
+        """Whether one rank of ``fsdp`` updates the parameter, where it must be whole."""
+        return self.placed[path].fsdp is not None and self.axes.fsdp.size > 1
+
     def whole(self, path: str, part: Tensor) -> Tensor:
         """A tensor shaped like a parameter, of which this rank has ``part``, whole."""
         place = self.placed[path]
         if part.is_meta:
             return part.new_empty(place.shape)
-        for dim, axis in ((place.tp, self.axes.tp), (place.fsdp, self.axes.fsdp)):
-            if dim is not None and axis.size > 1:
-                shape = list(part.shape)
-                shape[dim] = place.shape[dim]
-                shard, out = bucket.Shard(tuple(shape), dim), part.new_empty(shape)
-                bucket.unpack(bucket.all_gather([part], [shard], axis), [out], [shard], axis)
-                part = out
-        return part
+        part = self.over_tp(path, part)
+        return _gathered(part, place.shape, place.fsdp, self.axes.fsdp)
+
+    def over_tp(self, path: str, part: Tensor) -> Tensor:
+        """A tensor shaped like a parameter, of which this rank has the ``part`` along ``tp``, whole."""
+        place = self.placed[path]
+        return _gathered(part, place.shape, place.tp, self.axes.tp)
+
+    def _tp_part(self, path: str, whole: Tensor) -> Tensor:
+        dim, tp = self.placed[path].tp, self.axes.tp
+        return whole if dim is None else whole.narrow(dim, *chunk(whole.shape[dim], tp.index, tp.size))
 
     def own(self, path: str, whole: Tensor) -> Tensor:
         """The inverse of `whole`: this rank's part."""
@@ -216,6 +255,16 @@ class Sharded(Single):
         _, shape = place.box((0, 1), (tp.index, tp.size))
         assert place.fsdp is not None
         return bucket.Shard(shape, place.fsdp)
+
+
+def _gathered(part: Tensor, shape: tuple[int, ...], dim: int | None, axis: Axis) -> Tensor:
+    """A tensor whole along ``dim``, which ``axis`` shards."""
+    if dim is None or axis.size == 1:
+        return part
+    whole = (*part.shape[:dim], shape[dim], *part.shape[dim + 1 :])
+    shard, out = bucket.Shard(whole, dim), part.new_empty(whole)
+    bucket.unpack(bucket.all_gather([part], [shard], axis), [out], [shard], axis)
+    return out
 
 
 def summing(grads: Mapping[str, Tensor], axis: Axis) -> Callable[[], dict[str, Tensor]]:

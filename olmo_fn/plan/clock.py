@@ -25,9 +25,10 @@ from olmo_fn.parallel.mesh import AXES, Mesh, members
 from olmo_fn.parallel.pipeline.simulate import Costs, simulate
 from olmo_fn.plan.accelerators import Accelerator
 from olmo_fn.plan.job import Job
-from olmo_fn.plan.memory import at_rest, carry, held
+from olmo_fn.plan.memory import at_rest, carry, held, whole_updates
 from olmo_fn.plan.profile import Profile
 from olmo_fn.plan.trace import Seen, Traffic
+from olmo_fn.plan.whole import share
 
 GEMM, ATTENTION, STREAM = 0.65, 0.4, 0.75
 HOP = {"link": 1e-6, "network": 5e-6}  # seconds from one rank to the next
@@ -113,10 +114,17 @@ def before_and_after(job: Job, profile: Profile, gpu: Accelerator) -> float:
 
 
 def update(job: Job, profile: Profile, gpu: Accelerator) -> float:
-    """The optimizer reads and writes the state, and reads the gradients; the slowest pipeline rank's."""
-    rest = [at_rest(job, profile, rank) for rank in range(job.mesh.pp)]
-    moved = max(2 * state.total() + 2 * state["parameters"] for state in rest)
-    return moved / (STREAM * gpu.bandwidth)
+    """The optimizer reads and writes the state, reads the gradients, and does its share of what sees whole matrices; the
+    slowest pipeline rank's.
+    """
+    found = []
+    for rank in range(job.mesh.pp):
+        state = at_rest(job, profile, rank)
+        traffic, products = share(whole_updates(job, profile, rank), job.mesh.degree("fsdp"))
+        moved = 2 * state.total() + 2 * state["parameters"]
+        computing = products / (GEMM * gpu.peak) + moved / (STREAM * gpu.bandwidth)
+        found.append(computing + sum(_wire(job, traffic, gpu).values()))
+    return max(found)
 
 
 def _wire(job: Job, traffic: Traffic, gpu: Accelerator) -> dict[str, float]:

@@ -10,6 +10,7 @@ from olmo_fn.parallel.pipeline.communicate import AHEAD
 from olmo_fn.parallel.pipeline.execute import SENDS
 from olmo_fn.plan.job import Job, Label
 from olmo_fn.plan.profile import Piece, Profile
+from olmo_fn.plan.whole import WholeUpdate
 
 PURPOSES = ("parameters", "optimizer", "ema", "gradients", "weights", "activations", "scratch")
 
@@ -48,6 +49,13 @@ def at_rest(job: Job, profile: Profile, rank: int = 0) -> Counter[str]:
 def held(job: Job, rank: int) -> set[Label]:
     """What a pipeline rank holds."""
     return {label for stage in range(rank, len(job.ranges), job.mesh.pp) for label in job.labels(stage)}
+
+
+def whole_updates(job: Job, profile: Profile, rank: int) -> list[WholeUpdate]:
+    """Of a pipeline rank's parameters, in the order of the model."""
+    order: tuple[Label, ...] = ("embed", *range(job.cfg.model.n_layers), "head")
+    here = held(job, rank)
+    return [update for label in order if label in here for update in profile.whole_updates.get(profile.of(label), [])]
 
 
 def _moment(live: Counter[str], piece: Piece, when: str, apart: tuple[str, ...] = ()) -> Peak:

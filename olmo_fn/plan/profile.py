@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,11 +22,13 @@ from olmo_fn.grad import Batch, Chain, Stage
 from olmo_fn.layout import compute_copy
 from olmo_fn.parallel.axis import NAMES, Axes, Axis
 from olmo_fn.parallel.connect import Connection
+from olmo_fn.parallel.deal import row_bytes
 from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.rules import Rules
 from olmo_fn.parallel.sharded import Sharded
 from olmo_fn.plan.job import Label
 from olmo_fn.plan.trace import Seen, Trace, Traffic
+from olmo_fn.plan.whole import WholeUpdate
 from olmo_fn.tape import remat_policy, segments
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import is_trained, parameters, recipe, rules
@@ -56,6 +58,7 @@ class Profile:
     gathered: dict[Label, Traffic]  # by one gather of its weights
     reduced: dict[Label, Traffic]  # by its gradients, once
     finished: dict[Label, int]  # bytes of its gradients that are summed once all are there
+    whole_updates: dict[Label, list[WholeUpdate]]  # in the order of its parameters
     control: int  # bytes of the state that belong to no parameter
     alike: dict[int, int]  # every block -> the one that stands for it
 
@@ -118,6 +121,8 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         watch.next("over", None)
     one = watch.pieces
     one["end", None].seen.traffic.subtract(watch.finished.get("head", Counter()))  # of all blocks, see `Profile.finished`
+    for update in (update for updates in watch.whole_updates.values() for update in updates):
+        one["update", None].seen.traffic.subtract(update.over_tp)  # see `olmo_fn.plan.whole.share`
     rest = _state(at_rest, watch.layout.specs)
     control -= sum(part.total() for part in rest.values())
     ways: dict[str, dict[Label, Piece]] = {"forward": {}, "backward": {}}
@@ -137,6 +142,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         watch.gathered,
         watch.reduced,
         watch.kept_whole(),
+        watch.whole_updates,
         control,
         alike,
     )
@@ -178,6 +184,7 @@ class Watch:
         self.gathered: dict[Label, Traffic] = {}
         self.reduced: dict[Label, Traffic] = {}
         self.finished: dict[Label, Traffic] = {}
+        self.whole_updates: dict[Label, list[WholeUpdate]] = {}
 
     def shapes(self) -> Tree:
         """Of rank 0's parts of the parameters, which are the largest."""
@@ -307,6 +314,30 @@ class Watched(Sharded):
                 return end()
 
         return arriving
+
+    def rounds(self, paths: Iterable[str]) -> Iterable[tuple[str, ...]]:
+        return ((path,) for path in paths)  # all of them, of which `olmo_fn.plan.whole.share` takes a rank's
+
+    def deal(self, parts: Mapping[str, Sequence[Tensor]]) -> tuple[str, list[Tensor]] | None:
+        ((path, tensors),) = parts.items()
+        seen, n, dealt = self.watch.trace.seen, self.axes.fsdp.size, self.is_dealt(path)
+        before = Counter(seen.traffic)
+        wholes = [self.over_tp(path, x.new_empty(self.shard(path).shape) if dealt else x) for x in tensors]
+        sent = sum(row_bytes(x, self.shard(path), n) for x in tensors) if dealt else 0
+        begun = WholeUpdate(dealt, sent, 0, -seen.linear - seen.batched, _minus(seen.traffic, before))
+        self.watch.whole_updates.setdefault(label_of(path), []).append(begun)
+        return path, wholes
+
+    def collect(
+        self, mine: Sequence[Tensor] | None, like: Mapping[str, Sequence[tuple[Tensor, bool]]]
+    ) -> dict[str, list[Tensor]]:
+        ((path, pairs),) = like.items()
+        assert mine is not None
+        seen, n, updates = self.watch.trace.seen, self.axes.fsdp.size, self.watch.whole_updates[label_of(path)]
+        begun = updates.pop()
+        rows = sum(row_bytes(x, self.shard(path) if shaped else None, n) for x, shaped in pairs) if begun.dealt else 0
+        updates.append(begun._replace(rows=rows, products=begun.products + seen.linear + seen.batched))
+        return {path: [self.own(path, x) if shaped else x for x, (_, shaped) in zip(mine, pairs, strict=True)]}
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         watch = self.watch

@@ -7,9 +7,10 @@ from collections import Counter
 from olmo_fn.parallel.axis import NAMES
 from olmo_fn.parallel.mesh import members
 from olmo_fn.plan.job import Job
-from olmo_fn.plan.memory import carry, held
+from olmo_fn.plan.memory import carry, held, whole_updates
 from olmo_fn.plan.profile import Profile
 from olmo_fn.plan.trace import Traffic
+from olmo_fn.plan.whole import share
 
 
 def traffic(job: Job, profile: Profile, rank: int = 0) -> Traffic:
@@ -32,6 +33,7 @@ def traffic(job: Job, profile: Profile, rank: int = 0) -> Traffic:
         add(total, _sent(job, rank), parts)
         add(total, _without_segments(job, profile), parts)
     add(total, profile.update.seen.traffic, 1)
+    add(total, share(whole_updates(job, profile, rank), job.mesh.degree("fsdp"))[0], 1)
     finished = sum(profile.finished.get(label, 0) for label in labels)
     if finished:
         add(total, _call("tokens", "all_reduce", finished), parts)

@@ -58,7 +58,7 @@ class Traffic(TorchDispatchMode):
 
 
 def _all_to_all(out: Tensor, axis: Axis, x: Tensor, received: list[int], sent: list[int], group: str) -> tuple[int, int]:
-    return x.nbytes, x.nbytes * (sum(sent) - sent[axis.index]) // sum(sent)
+    return x.nbytes, x.nbytes * (sum(sent) - sent[axis.index]) // max(1, sum(sent))
 
 
 COLLECTIVES: dict[Any, tuple[str, Callable[..., tuple[int, int]]]] = {
