@@ -32,6 +32,9 @@ def parse() -> argparse.Namespace:
     for name, default in (SIZES | {"sequence-length": 512, "steps": 5, "rounds": 3}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument(
+        "--optim", choices=("adamw", "muon"), default="adamw", help="muon's steps are shared out among fsdp's ranks"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--remat", default="none")
     parser.add_argument("--rank-of", choices=MODES, default="", help="be a rank of a mode and write what it measures to --out")
@@ -49,7 +52,7 @@ def measure(args: argparse.Namespace) -> None:
     from olmo_fn.compile import compile, prepare_cache
     from olmo_fn.models import transformer
     from olmo_fn.models.config import Model
-    from olmo_fn.optim import adamw
+    from olmo_fn.optim import adamw, muon, partition
     from olmo_fn.parallel.connect import connect
     from olmo_fn.parallel.mesh import Mesh
     from olmo_fn.parallel.process import init_process_group_from_env
@@ -67,8 +70,10 @@ def measure(args: argparse.Namespace) -> None:
     layout = []
     if process.size > 1:
         layout = [shard(connect(Mesh(**MODES[args.rank_of])), specs, Rules(keep_gathered=args.rank_of == "zero2"))]
-    engine = grad("tape", args.remat, dtype)
-    step = pipe(transformer.loss(model), engine, clip(1.0), adamw(1e-3), *layout, donate(), compile())
+    engine, optim = grad("tape", args.remat, dtype), adamw(1e-3)
+    if args.optim == "muon":
+        optim = partition({"matrix": muon(1e-3, dtype=dtype), "default": adamw(1e-3)}, specs)
+    step = pipe(transformer.loss(model), engine, clip(1.0), optim, *layout, donate(), compile())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     state = step.init(step.execution.layout.init(0) if layout else init(specs, 0))
     generator, times = torch.Generator().manual_seed(0), []
