@@ -45,8 +45,15 @@ def test_every_function_compiles_once(monkeypatch, dtype):
     seen = compilations(monkeypatch, Model(32, 3, 4, 48, vocab_size=80), 400, dtype)
     assert seen.pop("_guarded.<locals>.guarded") == (1 if dtype == torch.float32 else 2)
     assert set(seen.values()) == {1}
-    kernels = {"_weigh", "_total", "_gradient", "_gated", "_gated_gradient", "_softmax_times"}
-    assert set(seen) == {*kernels, "_place_heads.<locals>.fn", "_add_normed.<locals>.fn"}
+    tiles = {"_weigh", "_total", "_gradient"} if dtype == torch.bfloat16 else set()  # in fp32 torch's own kernel attends
+    assert set(seen) == {
+        *tiles,
+        "_gated",
+        "_gated_gradient",
+        "_softmax_times",
+        "_place_heads.<locals>.fn",
+        "_add_normed.<locals>.fn",
+    }
 
 
 FREED = """
