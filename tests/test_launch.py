@@ -81,6 +81,9 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path, failure: str, code: i
 def test_wrong_input_is_said_once(tmp_path: Path) -> None:
     code, _, err = run(tmp_path, "time.sleep(600 * rank); print('error: no such flag', file=sys.stderr); sys.exit(2)")
     assert (code, err) == (2, "error: no such flag\n")
+    program = "time.sleep(0.3 * (rank == 0)); print('error: no such flag', file=sys.stderr); sys.exit(2)"
+    code, _, err = run(tmp_path, program)
+    assert (code, err) == (2, "error: no such flag\n"), "another rank came first"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -135,6 +135,7 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(tmp_path, tokens, alone):
         ("--mesh.tp 2", "--mesh.tp 2 does not divide the 1 processes"),
         ("--nproc 4 --mesh.tp 4", "--model.n-heads 2"),
         ("--nproc 3", "--recipe.batch-size 8"),
+        ("--nproc 2 --schedule.warmup 100", "warmup 100 is longer than the whole schedule of 8"),
         ("--nproc 2 --mesh.pp 2 --mesh.pp-microbatches 3", "--mesh.pp-microbatches 3 does not divide the 8 sequences"),
     ],
 )

@@ -50,7 +50,7 @@ def launch(arguments: Sequence[str], nproc: int, folder: Path | None = None) -> 
         assert failed is not None
         logs.move()
         code = job.codes[failed]
-        if code != 2 or failed:  # 2 is wrong input, which rank 0 has explained
+        if (code, job.codes[0]) != (2, 2):  # wrong input, which rank 0 has explained
             print(_report(failed, code, status, logs), file=sys.stderr, flush=True)
         return code if code > 0 else 128 - code
 
@@ -193,6 +193,8 @@ def _report(rank: int, code: int, status: Path, logs: Logs) -> str:
     """Which rank failed, after which step and how, and its traceback or the end of its log."""
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     step, traced, log = status / f"rank{rank}.step", status / f"rank{rank}.traceback", logs.path(rank)
+    if code == 2 and traced.exists():  # wrong input, which is said in one line
+        return "error: " + traced.read_text().rpartition("ValueError: ")[2].strip()
     after = f" after step {step.read_text().strip()}" if step.exists() and step.stat().st_size else ""
     lines = [f"rank {rank} failed{after}: {how}"]
     if traced.exists():
