@@ -60,7 +60,11 @@ def test_output_of_rank_0_goes_through_and_the_rest_into_the_run_folder(tmp_path
             1,
             r"^rank 1 failed: exit code 1\nsecond 1\nTraceback (.|\n)*LookupError: oh\n$",
         ),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 137, r"^rank 1 failed: killed by SIGKILL\nsecond 1\n$"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            137,
+            r"^rank 1 failed: killed by SIGKILL, .* when memory runs out\nsecond 1\n$",
+        ),
         ("sys.exit(2)", 2, r"^rank 1 failed: exit code 2\nsecond 1\n$"),
     ],
 )
@@ -144,7 +148,7 @@ def test_the_whole_with_collectives(tmp_path: Path) -> None:
         """,
     )
     assert (code, out) == (137, "")
-    assert err == "rank 2 failed after step 4: killed by SIGKILL\n"
+    assert err == "rank 2 failed after step 4: killed by SIGKILL, as a system does when memory runs out\n"
 
 
 def test_the_ranks_of_a_killed_launch_stop_in_order(tmp_path: Path) -> None:

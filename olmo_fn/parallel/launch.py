@@ -192,6 +192,7 @@ def _reserved_port() -> Iterator[int]:
 def _report(rank: int, code: int, status: Path, logs: Logs) -> str:
     """Which rank failed, after which step and how, and its traceback or the end of its log."""
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    how += ", as a system does when memory runs out" if code == -signal.SIGKILL else ""
     step, traced, log = status / f"rank{rank}.step", status / f"rank{rank}.traceback", logs.path(rank)
     if code == 2 and traced.exists():  # wrong input, which is said in one line
         return "error: " + traced.read_text().rpartition("ValueError: ")[2].strip()
