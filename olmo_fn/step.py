@@ -135,8 +135,10 @@ class Step:
         packed: dict[Any, tuple[tuple[str, ...], Tensor]] = {}  # the leaves' scalars, by what they depend on
         after: dict[str, dict[str, Tensor]] = {name: dict(values) for name, values in before.items()}
 
+        leaves = {path: self.leaf(path) for path in params if path in flat}  # the others are frozen
+
         def task(path: str) -> Task:
-            leaf, p = self.leaf(path), params[path]
+            leaf, p = leaves[path], params[path]
             key = leaf.group, *leaf.scalars.items(), p.dtype
             if key not in packed:
                 packed[key] = pack_scalars(leaf, {**scalars, **lacking}, p.dtype)
@@ -150,13 +152,10 @@ class Step:
             for name, value in new.items():
                 after[name][path] = value
 
-        apart = []
-        for path in [path for path in params if path in flat]:  # the others are frozen
-            if self.leaf(path).elementwise:
+        for path, leaf in leaves.items():
+            if leaf.elementwise:
                 keep(path, *_flattened(task(path)))
-            else:
-                apart.append(path)
-        for paths in self.execution.layout.rounds(apart):
+        for paths in self.execution.layout.rounds([path for path, leaf in leaves.items() if not leaf.elementwise]):
             for path, updated in self._whole({path: task(path) for path in paths}).items():
                 keep(path, *updated)
         shaped = {name: tree.unflatten(values) for name, values in after.items()}
