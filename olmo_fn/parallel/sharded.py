@@ -43,6 +43,7 @@ class Sharded(Single):
     rules: Rules = DEFAULT
 
     def __post_init__(self) -> None:
+        assert self.axes.pp.size == 1, "stages on other ranks: that is `olmo_fn.parallel.pipeline.pipelined.Pipelined`"
         _ = self.placed  # refuses what makes no sense, by name
 
     @cached_property

@@ -21,6 +21,9 @@ class Pipelined(Sharded):
 
     cut: Cut = field(kw_only=True)
 
+    def __post_init__(self) -> None:
+        _ = self.placed  # refuses what makes no sense, by name
+
     @cached_property
     def own_specs(self) -> Tree:
         """The parameters that this rank has a part of: those of its stages."""
