@@ -40,7 +40,7 @@ class Axes:
     cp_method: CPMethod = "gather"
 
 
-NAMES = tuple(field.name for field in fields(Axes) if field.name != "cp_method")
+NAMES = tuple(field.name for field in fields(Axes) if isinstance(field.default, Axis))
 """The names of all axes."""
 
 ALONE = Axes()

@@ -90,7 +90,11 @@ def split(reduced: Tensor, shards: Sequence[Shard], axis: Axis) -> list[Tensor]:
 
 
 def chunk_of(whole: Tensor, shard: Shard, index: int, n: int) -> Tensor:
-    """Chunk ``index`` of ``n``, without padding, a view."""
+    """Chunk ``index`` of ``n``, without padding, a view.
+
+    >>> chunk_of(torch.arange(5), Shard((5,), 0), index=2, n=3)
+    tensor([4])
+    """
     start, length = chunk(shard.shape[shard.dim], index, n)
     return whole.narrow(shard.dim, start, length)
 

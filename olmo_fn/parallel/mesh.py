@@ -19,7 +19,11 @@ sequences; ``tokens``, the ranks with different tokens, which gradients are summ
 
 
 def members(axis: str) -> tuple[str, ...]:
-    """The axes of the mesh that an axis is made of: itself, if it is one of them."""
+    """The axes of the mesh that an axis is made of: itself, if it is one of them.
+
+    >>> members("fsdp"), members("tp")
+    (('dp_shard', 'cp'), ('tp',))
+    """
     return FLATTENED.get(axis, (axis,))
 
 

@@ -19,7 +19,13 @@ class WholeUpdate(NamedTuple):
 
 
 def share(updates: list[WholeUpdate], n: int) -> tuple[Traffic, int]:
-    """Collectives, and FLOPs of products, of the first of ``n`` ranks: it does the first of every round of ``n``."""
+    """Collectives, and FLOPs of products, of the first of ``n`` ranks: it does the first of every round of ``n``.
+
+    >>> one = WholeUpdate(dealt=True, parts=16, rows=16, products=100, over_tp=Counter())
+    >>> traffic, products = share([one] * 3, n=2)
+    >>> traffic["fsdp", "all_to_all", "calls"], traffic["fsdp", "all_to_all", "bytes"], products
+    (4, 112, 200)
+    """
     dealt = [update for update in updates if update.dealt]
     own = [*dealt[::n], *(update for update in updates if not update.dealt)]
     traffic: Traffic = Counter()
