@@ -1,7 +1,8 @@
 # Every target sets up what it needs: `make train` and `make test` work on a fresh clone.
-PYTHON ?= python3
-VENV   ?= .venv
-BIN    := $(VENV)/bin
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+BIN     := $(VENV)/bin
 
 .PHONY: setup train test test-slow notebooks check format clean
 setup: $(VENV)/.ready
@@ -15,7 +16,7 @@ train: setup
 	$(BIN)/python train.py olmo2-tiny $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -15,7 +15,8 @@ import torch
 from sharding import Layout
 from torch.distributed import TCPStore
 
-from olmo_fn.checkpoint import Ranks, Retention, SaveFailed, Saver, save, steps
+from olmo_fn.checkpoint import Ranks, Retention, SaveFailed, Saver, save, steps, writing
+from olmo_fn.checkpoint.tensorfile import write_file
 from olmo_fn.tree import Tree
 
 PATIENCE = 2.0
@@ -39,10 +40,22 @@ def save_forever(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str],
 
 
 def save_on_a_small_disk(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str], None]) -> None:
-    """One checkpoint, during which rank 1 cannot write more than 100 kB into a file, as if its disk were full."""
+    """One checkpoint, during which rank 1 cannot write more than 100 kB into a file, as if its disk were full.
+
+    Rank 2 is late: it begins to write when the folder is gone that it writes into.
+    """
     if ranks.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    if ranks.rank == 2:
+        writing.write_file = late_write_file
     save(layout.state(big(2), ranks.rank), folder, step=2, threads=1, ranks=ranks)
+
+
+def late_write_file(path: Path, *args: Any) -> Any:
+    """`write_file`, when the folder is gone."""
+    while path.parent.exists():
+        time.sleep(0.01)
+    return write_file(path, *args)
 
 
 def save_without_the_last(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -142,8 +143,20 @@ def test_the_bpe_never_sees_held_out_documents(tmp_path):
     assert written[0][2] != written[1][2]
 
 
-def test_interrupted(tmp_path):
-    """Ctrl-C: one line, exit code 130, nothing left in the output folder."""
+def written(folder, process):
+    return list(folder.glob("out/.tmp-*/part-00000.npy"))
+
+
+def a_worker_starts(folder, process):
+    """One that is still importing; the other child is multiprocessing's own."""
+    started = sum(len(path.read_text().split()) for path in Path(f"/proc/{process.pid}/task").glob("*/children")) > 1
+    time.sleep(0.1 * started)
+    return started
+
+
+@pytest.mark.parametrize("moment", [written, a_worker_starts])
+def test_interrupted(tmp_path, moment):
+    """Ctrl-C, which reaches the workers too: one line, exit code 130, nothing left in the output folder."""
     (tmp_path / "a.jsonl").write_bytes(jsonl(some_texts(3000)) * 30)
     command = [
         sys.executable,
@@ -156,8 +169,8 @@ def test_interrupted(tmp_path):
     command += ["--output", str(tmp_path / "out"), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out/.tmp-*/part-00000.npy")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while not moment(tmp_path, process) and time.monotonic() < deadline:
+        time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, "interrupted; nothing is written\n")
@@ -191,7 +204,7 @@ def run(capsys, *arguments):
         ("a.jsonl", b'{"text": "x"\n', "a.jsonl' line 1 is not JSON: "),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl' line 1 is not UTF-8 text (byte 10)"),
         ("a.txt", b"ab\xff", "a.txt' is not UTF-8 text (byte 2)"),
-        ("a.jsonl.gz", gzip.compress(jsonl(["x"] * 9))[:-20], "cannot read '"),
+        ("a.jsonl.gz", gzip.compress(jsonl(["x"] * 9), mtime=0)[:-20], "cannot read '"),
         ("a.jsonl.gz", b"not gzip", "Not a gzipped file"),
         ("a.parquet", b"not parquet", "a.parquet' is not a parquet file: "),
         ("a.jsonl", b"", "no training documents in the 1 input files"),

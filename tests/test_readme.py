@@ -4,11 +4,10 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from programs import ROOT, python
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
@@ -31,5 +30,5 @@ def test_commands_exist(command, tmp_path):
         words += ["--dry-run"]
     elif "--help" not in words and "--dry-run" not in words:
         words = [*words[:3], "--help"] if words[1] in ("-m", "train.py") else [*words[:2], "--help"]
-    found = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    found = python(*words[1:])
     assert found.returncode == 0, found.stderr

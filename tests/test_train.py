@@ -1,7 +1,6 @@
 """Whole runs: killed and gone on with, stopped, resumed, refused; and what they leave in their folder."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from programs import ROOT, context, python
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, newest_whole, steps
@@ -25,10 +25,7 @@ from olmo_fn.models.config import Model
 from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
 from olmo_fn.train.metrics import read_metrics
 
-ROOT = Path(__file__).parent.parent
 SAME = ("step", "loss", "ce", "z", "grad_norm", "lr", "skipped", "tokens")
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["olmo_fn.train.loop"])
 
 
 def run_of(folder, tokens, **run):
@@ -203,10 +200,8 @@ def test_retention_and_start_from(tmp_path, tokens):
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def cli(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=240, **options
-    )
+def cli(*arguments):
+    return python("train.py", *arguments)
 
 
 def tiny(tokens, folder, *more):
@@ -222,7 +217,8 @@ def tiny(tokens, folder, *more):
 
 def test_a_run_from_the_command_line(tmp_path, tokens):
     folder = tmp_path / "run"
-    first = cli(*tiny(tokens, folder))
+    command = [sys.executable, "train.py", *map(str, tiny(tokens, folder))]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert first.returncode == 0, first.stderr
     assert "step 6/6  loss" in first.stdout
     assert "held-out after step 6" in first.stdout

@@ -7,17 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from programs import ROOT, python
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, newest_whole, steps
 from olmo_fn.train.metrics import read_metrics
 
-ROOT = Path(__file__).parent.parent
 FLAGS = shlex.split("""
 --model.d-model 16 --model.n-layers 2 --model.n-heads 2 --model.hidden-size 24 --model.vocab-size 64
 --recipe.batch-size 8 --recipe.sequence-length 16 --recipe.no-compile --recipe.dtype float32 --recipe.ema 0.9
@@ -39,8 +38,7 @@ def command(folder, tokens, *more):
 
 
 def run(folder, tokens, *more, code=0):
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    done = subprocess.run(command(folder, tokens, *more), capture_output=True, text=True, timeout=240, env=environment)
+    done = python(*command(folder, tokens, *more)[1:])
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

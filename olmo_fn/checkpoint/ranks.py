@@ -125,13 +125,12 @@ class Meeting:
     def conclude(self) -> None:
         """Raise `RankLost` if a rank has failed; after this none can make the meeting fail but rank 0, which calls it."""
         if not self._decide("concluded"):
-            self.looked = 0.0
-            self.look()
+            self.look(at_once=True)
 
-    def look(self) -> None:
+    def look(self, at_once: bool = False) -> None:
         """Raise `RankLost` if the meeting has failed or a rank gives no sign of life; cheap to call often."""
         now = time.monotonic()
-        if self.ranks.size == 1 or now - self.looked < _LOOK_SECONDS:
+        if self.ranks.size == 1 or (now - self.looked < _LOOK_SECONDS and not at_once):
             return
         self.looked = now
         for word in ("verdict", "outcome"):

@@ -147,6 +147,8 @@ def save_held(
     except TimeoutError:
         raise
     except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            meeting.look(at_once=True)  # rank 0 takes the folder away when any rank fails: what that one said counts
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise SaveFailed(
             f"could not save step {step} into {folder}: {error.strerror or error}; "

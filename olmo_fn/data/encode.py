@@ -7,7 +7,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -64,22 +64,24 @@ def encode_all(job: Job, chunks: Iterable[Chunk], workers: int) -> Iterator[tupl
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer library's threads in mid-air
     pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_worker)
+    # Ctrl-C is for the main thread to answer: processes inherit the mask of the thread that starts them, by submitting
+    deaf = ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, {signal.SIGINT}))
     waiting: deque[tuple[Chunk, Future[tuple[Tokens, Tokens]]]] = deque()
     try:
         for chunk in chunks:
-            waiting.append((chunk, pool.submit(encode, job, chunk)))
+            waiting.append((chunk, deaf.submit(pool.submit, encode, job, chunk).result()))
             if len(waiting) >= 3 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
         for done, future in waiting:
             yield done, future.result()
     finally:
+        deaf.shutdown()
         pool.shutdown(cancel_futures=True)
 
 
 def _worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to answer
 
 
 @lru_cache(maxsize=1)
