@@ -56,7 +56,7 @@ class Stage(NamedTuple):
     block: int | None = None  # the block of the model that it is part of
     compiled: bool = True  # False: leave it eager under `compile()`
     rowwise: bool = False  # a sum over positions, of which it may be given a few at a time
-    lookup: bool = False  # reads few rows of its weights: these may come as they are stored, and what was read is cast
+    stored: bool = False  # its weights may come as they are stored: it casts what it uses, or its output is cast
 
 
 @dataclass(frozen=True)

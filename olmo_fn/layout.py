@@ -6,7 +6,7 @@ must be invisible in the numbers: that is law 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,9 +69,9 @@ class Single:
         """How a rank goes through its part of a chain, given how a process ``alone`` does (`olmo_fn.tape.ALONE`)."""
         return alone
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, lookup: bool = False) -> Weights:
-        """Begin to bring the subtrees at ``paths`` into use, matrices in ``dtype``, or for a ``lookup`` as they are stored."""
-        return Here({path: compute_copies(tree.at(params, path), None if lookup else dtype) for path in paths})
+    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, stored: Collection[str] = ()) -> Weights:
+        """Begin to bring the subtrees at ``paths`` into use, matrices in ``dtype``, those of ``stored`` as they are stored."""
+        return Here({path: compute_copies(tree.at(params, path), None if path in stored else dtype) for path in paths})
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Begin to bring gradients of a segment, by path, back to where their parameters live; call the result to end."""

@@ -31,7 +31,7 @@ from olmo_fn.grad import (
     loss_tokens,
     per_token,
 )
-from olmo_fn.layout import Weights, wide
+from olmo_fn.layout import Weights, compute_copies, wide
 from olmo_fn.tree import Tree
 
 SegmentPullback: TypeAlias = Callable[[Any], tuple[Callable[[], dict[str, Tree]], Any]]
@@ -49,9 +49,10 @@ class Segment(NamedTuple):
         return tuple(dict.fromkeys(path for stage in self.stages for path in stage.params))
 
     @property
-    def lookup(self) -> bool:
-        """Whether all of its stages only read rows."""
-        return all(stage.lookup for stage in self.stages)
+    def stored(self) -> frozenset[str]:
+        """Of these, the subtrees that all of their stages take as they are stored."""
+        cast = {path for stage in self.stages if not stage.stored for path in stage.params}
+        return frozenset(self.params) - cast
 
 
 def remat_policy(remat: str) -> Callable[[Stage], bool]:
@@ -88,7 +89,7 @@ def _join(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     joined: list[Stage] = []
     for stage in stages:
         last = joined[-1] if joined else None
-        alike = last is not None and (last.vjp, last.compiled, last.lookup) == (stage.vjp, stage.compiled, stage.lookup)
+        alike = last is not None and (last.vjp, last.compiled, last.stored) == (stage.vjp, stage.compiled, stage.stored)
         if last is not None and alike and stage.vjp is None:
             both = _compose(last.fn, len(last.params), stage.fn)
             joined[-1] = last._replace(name=f"{last.name}+{stage.name}", params=last.params + stage.params, fn=both)
@@ -195,7 +196,7 @@ def of_mean(tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
 def fetch(params: Tree, segment: Segment, execution: Execution) -> Weights:
     """Begin to bring the weights of a segment into use."""
-    return execution.layout.fetch(params, segment.params, execution.dtype, segment.lookup)
+    return execution.layout.fetch(params, segment.params, execution.dtype, segment.stored)
 
 
 def flatten(grads: dict[str, Tree], execution: Execution) -> dict[str, Tensor]:
@@ -261,6 +262,7 @@ def run(segment: Segment, weights: Weights, carry: Carry, context: Context, exec
 @torch.no_grad()
 def _loss_by_rows(stage: Stage, params: tuple[Tree, ...], x: Tensor, context: Context, rows: int) -> tuple[Tensor, Metrics]:
     total: dict[str, Tensor] = {}
+    params = tuple(compute_copies(p, x.dtype) for p in params)  # once, if they came as they are stored
     for part, labels in zip(x.flatten(0, -2).split(rows), context["labels"].flatten().split(rows), strict=True):
         loss, metrics = stage.fn(*params, part, {**context, "labels": labels})
         for name, value in {"loss": loss, **metrics}.items():
@@ -285,13 +287,13 @@ def pull_stage(
     if stage.vjp is not None:
         with torch.no_grad():
             out, given = stage.vjp(*params, carry, context, execution.wrap_leaf)
-            return out.to(execution.dtype) if stage.lookup else out, given
+            return _cast(stage, out, execution.dtype), given
     fn = execution.wrap(stage.fn) if stage.compiled else stage.fn
     with torch.enable_grad():
         leaves = tuple(tree.map(_leaf, p) for p in params)
         x = _leaves(carry)
         out = fn(*leaves, x, context)
-        out = out.to(execution.dtype) if stage.lookup else out
+        out = _cast(stage, out, execution.dtype)
     inputs = [*(leaf for p in leaves for _, leaf in tree.items(p)), *_tensors(x)]
 
     def pullback(cotangent: Any) -> tuple[tuple[Tree, ...], Any]:
@@ -303,6 +305,10 @@ def pull_stage(
         return grads, rest if isinstance(x, tuple) else (rest[0] if rest else None)
 
     return _detach(out), pullback
+
+
+def _cast(stage: Stage, out: Carry, dtype: torch.dtype) -> Carry:
+    return out.to(dtype) if stage.stored and isinstance(out, Tensor) else out
 
 
 def _leaf(p: Tensor) -> Tensor:

@@ -22,8 +22,10 @@ from olmo_fn.models.config import OLMO2, OLMO3, Model
 from olmo_fn.nn import head
 from olmo_fn.nn.attend import TILE, attend, attend_vjp, document_starts
 from olmo_fn.nn.attend_whole import attend_whole_vjp, suits
+from olmo_fn.nn.embedding import embed_vjp
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_vjp
 from olmo_fn.nn.norm import rms_norm
+from olmo_fn.parallel.axis import ALONE
 from olmo_fn.pipe import grad, pipe
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
@@ -260,6 +262,16 @@ def test_head_by_chunks(monkeypatch, known):
         (by_chunks, more), pullback = head.head_vjp(w_out, h, labels, z_loss=0.01, **given)
     assert_close((by_chunks, more), (total.detach(), parts))
     assert_close(pullback(cotangent), expected)
+
+
+def test_rows_of_an_embedding_are_summed_wide_and_rounded_once():
+    """Each of 300 cotangents of 1 is lost in a bf16 sum above 256; rows that no id reads have none."""
+    weight, ids = torch.randn(5, 2), torch.tensor([[3] * 300 + [1]])
+    rows, pullback = embed_vjp(weight, ids, ALONE.tp, 0)
+    assert_close(rows, weight[ids])
+    found = pullback(torch.ones(1, 301, 2, dtype=torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    assert found[:, 0].tolist() == [0, 1, 0, 300, 0]
 
 
 # --- transformers -------------------------------------------------------------------------------------------

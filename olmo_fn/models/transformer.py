@@ -90,12 +90,12 @@ def loss(cfg: Model, *, z_loss: float = 0.0, axes: Axes = ALONE) -> Chain:
         partial(context, cfg, cp=axes.cp),
         (
             # eager also where LoRA leaves it to autograd: a compiled scatter-add is not deterministic
-            Stage("embed", ("embed",), *_embed(tp, first), compiled=False, lookup=True),
+            Stage("embed", ("embed",), *_embed(tp, first), compiled=False, stored=True),
             *blocks,
             Stage("head_input", (), _beside_nothing, _beside_nothing_vjp),
             Stage("head_norm", ("head.norm",), _add_normed(cfg.norm_eps, tp)),
             Stage("head_output", (), *_whole_sequence(tp)),
-            Stage("head", (w_out,), head, head_pullback, rowwise=True),
+            Stage("head", (w_out,), head, head_pullback, rowwise=True, stored=True),
         ),
         on=lambda axes: loss(cfg, z_loss=z_loss, axes=axes),
         carry=partial(_carry, cfg.d_model, tp),

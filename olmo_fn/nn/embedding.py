@@ -26,9 +26,9 @@ def embed(weight: Tensor, ids: Tensor, tp: Axis = Axis(), first: int = 0) -> Ten
 
 
 def embed_vjp(weight: Tensor, ids: Tensor, tp: Axis, first: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """`embed` with its pullback, from the cotangent of the rows (B, T, D) to that of ``weight``, in at least fp32.
+    """`embed` with its pullback, from the cotangent of the rows (B, T, D) to that of ``weight``, in the same dtype.
 
-    Rows are added in the order of the ids, so that the sum is the same every time.
+    Rows are added in the order of the ids, so that the sum is the same every time, in at least fp32, and rounded once.
     """
     own, here = _owned(ids, weight, tp, first)
 
@@ -36,8 +36,10 @@ def embed_vjp(weight: Tensor, ids: Tensor, tp: Axis, first: int) -> tuple[Tensor
         rows = wide(all_gather(cotangent, 1, tp))
         rows = rows if here is None else rows * here[..., None].to(rows.dtype)
         if weight.device.type != "cpu":  # where adding by index is in no order
-            return torch.ops.aten.embedding_dense_backward(rows, own, weight.shape[0], -1, False)
-        return new_large(rows, *weight.shape).zero_().index_add_(0, own.flatten(), rows.flatten(0, 1))
+            return torch.ops.aten.embedding_dense_backward(rows, own, weight.shape[0], -1, False).to(cotangent.dtype)
+        used, place = own.unique(return_inverse=True)
+        sums = rows.new_zeros(len(used), rows.shape[-1]).index_add_(0, place.flatten(), rows.flatten(0, 1))
+        return new_large(cotangent, *weight.shape).zero_().index_copy_(0, used, sums.to(cotangent.dtype))
 
     return _rows(weight, own, here, tp), pullback
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.grad import IGNORE, Kernel, Metrics, identity
-from olmo_fn.large import new_large
+from olmo_fn.large import new_large, to_large
 from olmo_fn.nn.exponential import exp
 from olmo_fn.nn.vocabulary import own_rows
 from olmo_fn.parallel.axis import Axis
@@ -32,12 +32,13 @@ def head_loss(
 ) -> tuple[Tensor, Metrics]:
     """Summed cross entropy plus ``z_loss · logsumexp²`` (PaLM, section 5) over the labels that count.
 
-    ``w_out`` (V, D), ``h`` (..., D) after the final norm, ``labels`` (...), `IGNORE` where there is no loss. Returns the sum
-    (0-d, fp32) and its two parts ``ce`` and ``z``. Plain differentiable operations: for ``torch.func``, and the
-    definition that `head_vjp` must agree with. On an axis ``tp`` each rank has some rows of the vocabulary, those from
-    ``first`` on, and the same ``h``; the sum is the whole one on all of them, the gradient of ``h`` a rank's share.
+    ``w_out`` (V, D) in any dtype, ``h`` (..., D) after the final norm in that of the products, ``labels`` (...), `IGNORE`
+    where there is no loss. Returns the sum (0-d, fp32) and its two parts ``ce`` and ``z``. Plain differentiable operations:
+    for ``torch.func``, and the definition that `head_vjp` must agree with. On an axis ``tp`` each rank has some rows of the
+    vocabulary, those from ``first`` on, and the same ``h``; the sum is the whole one on all of them, the gradient of ``h`` a
+    rank's share.
     """
-    logits = h @ w_out.T
+    logits = h @ w_out.to(h.dtype).T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     counts = labels != IGNORE
     index, here = own_rows(labels, first, w_out.shape[0])
@@ -71,15 +72,17 @@ def head_vjp(
     N, V = h.shape[0], w_out.shape[0]
     fewest, most = LOGITS_ROWS
     rows = min(N, max(fewest, min(most, LOGITS_BYTES // (V * h.element_size()))))
-    d_w: Tensor | None = None
+    w, d_w = to_large(w_out, h.dtype), None
     d_h = torch.empty_like(h)
     buffer = new_large(h, rows, V)
     sums = torch.zeros(2, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)  # ce, z
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
-        logits = torch.mm(h[part], w_out.T, out=buffer[: part.stop - start])
+        logits = torch.mm(h[part], w.T, out=buffer[: part.stop - start])
         sums += _to_gradient(logits, target[part], z_loss, cotangent, kernel, tp, first)
-        torch.mm(logits, w_out, out=d_h[part])
+        torch.mm(logits, w, out=d_h[part])
+        if part.stop == N:
+            del w  # a copy, or not, in whose place its gradient may lie
         d_w = _add_product(d_w, logits, h[part])
     del buffer, logits
     ce, z = sums.unbind()

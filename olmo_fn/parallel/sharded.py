@@ -7,7 +7,7 @@ gradients come back by one reduce-scatter in fp32. Sharding over ``tp`` stays in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -195,12 +195,12 @@ class Sharded(Single):
             raise ValueError(f"{rows} sequences cannot be shared evenly by the {axis.size} data-parallel ranks")
         return {name: x.chunk(axis.size)[axis.index] if x.ndim else x for name, x in batch.items()}
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, lookup: bool = False) -> Weights:
+    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, stored: Collection[str] = ()) -> Weights:
         """Begin to gather the subtrees at ``paths``; what travels is in ``dtype`` in any case."""
         subtrees = {path: tree.at(params, path) for path in paths}
         sharded = (self.placed[path].fsdp is not None for top, part in subtrees.items() for path, _ in tree.items(part, top))
         if self.axes.fsdp.size == 1 or not any(sharded):
-            return super().fetch(params, subtrees, dtype, lookup)
+            return super().fetch(params, subtrees, dtype, stored)
         return Gathered(self, subtrees, dtype)
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:

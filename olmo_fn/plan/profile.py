@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -299,10 +299,10 @@ class Watched(Sharded):
     def place(self, path: str, part: Tensor) -> Any:
         return part
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, lookup: bool = False) -> Any:
+    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, stored: Collection[str] = ()) -> Any:
         paths, watch = tuple(paths), self.watch
         with watch.trace.purpose("weights"), watch.adding(watch.gathered, label_of(paths[0])):
-            return _Weights(watch.trace, super().fetch(params, paths, dtype, lookup))
+            return _Weights(watch.trace, super().fetch(params, paths, dtype, stored))
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         watch, label = self.watch, self.watch.reducing(grads)
