@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> None:
     from olmo_fn.parallel.shard import shard
     from olmo_fn.pipe import clip, donate, grad, pipe
     from olmo_fn.spec import init
-    from olmo_fn.train.machine import keep_freed_memory, release_freed_memory
+    from olmo_fn.train.machine import warm_up
 
     torch.set_num_threads(1)
     process = init_process_group_from_env()
@@ -77,17 +77,17 @@ def measure(args: argparse.Namespace) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     state = step.init(step.execution.layout.init(0) if layout else init(specs, 0))
     generator, times = torch.Generator().manual_seed(0), []
-    release_freed_memory()
     rows = args.batch_size * process.size
-    for _ in range(args.steps + 2):
-        ids = torch.randint(model.vocab_size, (rows, args.sequence_length + 1), generator=generator)
-        batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
-        start = time.perf_counter()
-        state, metrics = step(state, batch)
-        loss = float(metrics["loss"])
-        times.append(time.perf_counter() - start)
-        if len(times) == 1:
-            keep_freed_memory()  # as the trainer does
+    with warm_up() as warm:  # as the trainer does
+        for _ in range(args.steps + 2):
+            ids = torch.randint(model.vocab_size, (rows, args.sequence_length + 1), generator=generator)
+            batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+            start = time.perf_counter()
+            state, metrics = step(state, batch)
+            loss = float(metrics["loss"])
+            times.append(time.perf_counter() - start)
+            if len(times) == 1:
+                warm()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     line = {"step": statistics.median(times[2:]), "rows": rows, "memory": (peak - before) * 1024, "loss": loss}
     Path(args.out, f"rank{process.rank}.json").write_text(json.dumps(line))

@@ -76,20 +76,20 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
 
     state = step.init(init(transformer.specs(model), 0))
-    machine.release_freed_memory()  # as the trainer does
     start, times, losses, peaks = time.perf_counter(), [], [], []
-    for i in range(args.steps + 2):
-        data = batch()
-        begin = time.perf_counter()
-        state, metrics = step(state, data)
-        losses.append(float(metrics["loss"]))
-        times.append(time.perf_counter() - begin)
-        if i == 0:
-            machine.keep_freed_memory()
-        if i == 1:
-            warmup = time.perf_counter() - start
-        if i > 0:  # between the steps, so that both see the same machine
-            peaks.append(machine.gemm_rate(device, dtype, seconds=0.1))
+    with machine.warm_up() as warm:  # as the trainer does
+        for i in range(args.steps + 2):
+            data = batch()
+            begin = time.perf_counter()
+            state, metrics = step(state, data)
+            losses.append(float(metrics["loss"]))
+            times.append(time.perf_counter() - begin)
+            if i == 0:
+                warm()
+            if i == 1:
+                warmup = time.perf_counter() - start
+            if i > 0:  # between the steps, so that both see the same machine
+                peaks.append(machine.gemm_rate(device, dtype, seconds=0.1))
     tokens_per_s = args.batch_size * args.sequence_length / statistics.median(times[2:])
     peak = statistics.median(peaks)
     if args.profile:

@@ -119,7 +119,7 @@ def _train(cfg: Config, job: Job, beat: Callable[[int], None]) -> Result:
         meter = Meter(cfg, machine.gemm_rate(device, dtype) * job.process.size, device)
         batches = prefetch(Resized(source.train, steps), start, cfg.run.steps)
         stack.callback(batches.close)  # type: ignore[attr-defined]
-        machine.release_freed_memory()
+        warm = stack.enter_context(machine.warm_up())
         for batch in batches:
             state, metrics = step(state, {name: value.to(device) for name, value in batch.items()})
             line = meter.read(int(state.step), metrics)
@@ -129,7 +129,7 @@ def _train(cfg: Config, job: Job, beat: Callable[[int], None]) -> Result:
             done = line["step"]
             beat(done)
             if done == start + 1:
-                machine.keep_freed_memory()
+                warm()
             stopped = job.largest(stop.signal)  # a signal reaches the ranks at different steps
             last = done == cfg.run.steps or stopped != 0
             if last or (cfg.run.checkpoint_every and done % cfg.run.checkpoint_every == 0):
