@@ -66,9 +66,14 @@ def estimate(job: Job) -> Estimate:
     check(job)
     gpu = ACCELERATORS[job.cfg.gpu]
     found = profile_of(job)
-    ranks = range(job.mesh.pp)
-    peaks = tuple(peak_memory(job, found, rank) for rank in ranks)
-    return Estimate(job, gpu, peaks, tuple(traffic(job, found, rank) for rank in ranks), clock(job, found, gpu))
+    sent = tuple(traffic(job, found, rank) for rank in range(job.mesh.pp))
+    return Estimate(job, gpu, peaks(job), sent, clock(job, found, gpu))
+
+
+def peaks(job: Job) -> tuple[Peak, ...]:
+    """The largest moment of a step, by pipeline rank."""
+    found = profile_of(job)
+    return tuple(peak_memory(job, found, rank) for rank in range(job.mesh.pp))
 
 
 def remedies(job: Job) -> Iterator[tuple[str, Job]]:

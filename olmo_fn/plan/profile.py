@@ -196,7 +196,7 @@ class Watch:
         found: dict[Label, int] = {}
         for path, place in self.layout.placed.items():
             like = compute_copy(torch.empty(place.box((0, 1), (0, self.mesh.tp))[1], device="meta"), dtype)
-            stored = like.dtype == torch.float32 or (path == "embed" and not self.cfg.model.tie_embeddings)
+            stored = like.dtype == torch.float32 or not isinstance(label_of(path), int)  # embedding and head cast what they use
             own = self.layout.axes.fsdp.size == 1 and stored
             found[label_of(path)] = found.get(label_of(path), 0) + (0 if own else like.nbytes)
         return found
