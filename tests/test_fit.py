@@ -64,6 +64,7 @@ def test_the_quick_bound_is_one(data):
         heads,
         draw(st.sampled_from((16, 700))),
         vocab_size=draw(st.sampled_from((64, 50_000))),
+        head_dim=draw(st.sampled_from((None, 128))),
     )
     recipe = Recipe(draw(st.sampled_from((1, 4, 32))), draw(st.sampled_from((16, 512))), ema=draw(st.sampled_from((0.0, 0.9))))
     recipe = replace(recipe, dtype=draw(st.sampled_from(("float32", "bfloat16"))))

@@ -50,7 +50,7 @@ def _at_most(job: Job) -> float:
     if job.cfg.optim.name == "soap":
         return inf
     m, tokens = job.cfg.model, job.rows * job.cfg.recipe.sequence_length
-    activations = 4 * tokens * m.n_layers * (20 * m.d_model + 6 * m.hidden_size)
+    activations = 4 * tokens * m.n_layers * (20 * max(m.d_model, m.n_heads * m.k) + 6 * m.hidden_size)
     return PROCESS + 64 * num_params(m) + activations + 8 * 2048 * m.vocab_size
 
 
