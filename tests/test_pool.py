@@ -29,6 +29,8 @@ def fail(connection, rank, how):
             raise LookupError("on purpose")
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "crash":
+            os.abort()
         if how == "sleep":
             time.sleep(60)
     dist.barrier()
@@ -53,7 +55,13 @@ STACK = r"no answer from rank 0, 1, 2 within 3 s(.|\n)*rank 1: .*\n  File .*test
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"), [("raise", "LookupError: on purpose"), ("kill", "exit code -9"), ("sleep", STACK)]
+    ("how", "expected"),
+    [
+        ("raise", "LookupError: on purpose"),
+        ("kill", "exit code -9"),
+        ("crash", r"exit code -6\nFatal Python error: Aborted(.|\n)*test_pool\.py\", line \d+ in fail"),
+        ("sleep", STACK),
+    ],
 )
 def test_a_failing_rank_is_named_and_the_next_call_works(pool: Pool, how: str, expected: str) -> None:
     start = time.monotonic()

@@ -170,7 +170,8 @@ class _World:
                 failures[rank] = value.decode()
         except (EOFError, ConnectionResetError):
             self.processes[rank].join(1)
-            failures[rank] = f"{DIED}, exit code {self.processes[rank].exitcode}"
+            where = (self.folder / f"rank{rank}.stack").read_text()
+            failures[rank] = "\n".join([f"{DIED}, exit code {self.processes[rank].exitcode}", *where.splitlines()[:40]])
 
     def kill(self) -> None:
         """End the processes, whatever they are doing."""
@@ -201,10 +202,11 @@ def _own_folder() -> tuple[Path, int]:
 
 
 def _serve(pipe: Pipe, rank: int, size: int, port: int, folder: Path) -> None:
-    """A rank's process: answers messages until its pipe is closed. SIGUSR1 makes it write down where it is."""
+    """A rank's process: answers messages until its pipe is closed. SIGUSR1, or a crash, makes it write down where it is."""
     torch.set_num_threads(1)
     stack = (folder / f"rank{rank}.stack").open("w")
     faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
+    faulthandler.enable(stack)
     cache = folder / "compiled"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
