@@ -125,14 +125,18 @@ class Meeting:
     def conclude(self) -> None:
         """Raise `RankLost` if a rank has failed; after this none can make the meeting fail but rank 0, which calls it."""
         if not self._decide("concluded"):
-            self.look(at_once=True)
+            self.look_now()
 
-    def look(self, at_once: bool = False) -> None:
-        """Raise `RankLost` if the meeting has failed or a rank gives no sign of life; cheap to call often."""
-        now = time.monotonic()
-        if self.ranks.size == 1 or (now - self.looked < _LOOK_SECONDS and not at_once):
+    def look(self) -> None:
+        """`look_now`, but not so soon after the last time: cheap to call often."""
+        if time.monotonic() - self.looked >= _LOOK_SECONDS:
+            self.look_now()
+
+    def look_now(self) -> None:
+        """Raise `RankLost` if the meeting has failed or a rank gives no sign of life."""
+        if self.ranks.size == 1:
             return
-        self.looked = now
+        self.looked = now = time.monotonic()
         for word in ("verdict", "outcome"):
             if self._there(word) and (text := self._ask("get", self._key(word)).decode()).startswith("failed "):
                 raise RankLost(text.removeprefix("failed "))

@@ -148,7 +148,7 @@ def save_held(
         raise
     except OSError as error:
         if isinstance(error, FileNotFoundError):
-            meeting.look(at_once=True)  # rank 0 takes the folder away when any rank fails: what that one said counts
+            meeting.look_now()  # rank 0 takes the folder away when any rank fails: what that one said counts
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise SaveFailed(
             f"could not save step {step} into {folder}: {error.strerror or error}; "
