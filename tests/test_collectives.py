@@ -108,7 +108,7 @@ def expected(name: str, ranks: int):
         (Mesh(tp=3), "world", "func"),
         (Mesh(dp_shard=2, tp=2), "dp_shard", "eager"),
         (Mesh(dp_shard=2, tp=2), "tp", "func"),
-        pytest.param(Mesh(tp=2), "tp", "compile", marks=pytest.mark.slow),  # a compilation a case; law 5 has whole steps
+        pytest.param(Mesh(tp=2), "tp", "compile", marks=pytest.mark.slow),  # test_compiled_layouts has whole steps
     ],
 )
 def test_values_and_gradients(pool, mesh: Mesh, axis: str, engine: str) -> None:

@@ -70,7 +70,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 def total_memory(device: torch.device) -> float:
-    """Bytes that one process may use: those of its accelerator, or its part of the machine's, or of its container's."""
+    """Bytes that one process may use: those of its accelerator, or its part of the machine's, or of its container's.
+
+    >>> total_memory(torch.device("cpu")) > 1e8
+    True
+    """
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
