@@ -181,6 +181,7 @@ class Watch:
         self.now: tuple[str, Label | None] = ("begin", None)
         self.pieces: dict[tuple[str, Label | None], Piece] = {}
         self.order: list[Label] = []  # of the segments that wait for their backward
+        self.stored: set[str] = set()  # paths that are fetched as they are stored
         self.gathered: dict[Label, Traffic] = {}
         self.reduced: dict[Label, Traffic] = {}
         self.finished: dict[Label, Traffic] = {}
@@ -196,7 +197,7 @@ class Watch:
         found: dict[Label, int] = {}
         for path, place in self.layout.placed.items():
             like = compute_copy(torch.empty(place.box((0, 1), (0, self.mesh.tp))[1], device="meta"), dtype)
-            stored = like.dtype == torch.float32 or not isinstance(label_of(path), int)  # embedding and head cast what they use
+            stored = like.dtype == torch.float32 or path in self.stored
             own = self.layout.axes.fsdp.size == 1 and stored
             found[label_of(path)] = found.get(label_of(path), 0) + (0 if own else like.nbytes)
         return found
@@ -301,6 +302,7 @@ class Watched(Sharded):
 
     def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, stored: Collection[str] = ()) -> Any:
         paths, watch = tuple(paths), self.watch
+        watch.stored.update(stored)
         with watch.trace.purpose("weights"), watch.adding(watch.gathered, label_of(paths[0])):
             return _Weights(watch.trace, super().fetch(params, paths, dtype, stored))
 
