@@ -12,9 +12,9 @@ from programs import python
 from configs import CONFIGS
 from olmo_fn.models.config import Model
 from olmo_fn.parallel.mesh import Mesh
+from olmo_fn.plan.fit import _at_most, _need, check_memory
 from olmo_fn.plan.job import Job
 from olmo_fn.train.config import Config, Recipe
-from olmo_fn.train.fit import _at_most, _need, check_memory
 
 GB = 1e9
 

@@ -67,12 +67,18 @@ def estimate(job: Job) -> Estimate:
     gpu = ACCELERATORS[job.cfg.gpu]
     found = profile_of(job)
     sent = tuple(traffic(job, found, rank) for rank in range(job.mesh.pp))
-    return Estimate(job, gpu, peaks(job), sent, clock(job, found, gpu))
+    return Estimate(job, gpu, peaks(job, found), sent, clock(job, found, gpu))
 
 
-def peaks(job: Job) -> tuple[Peak, ...]:
-    """The largest moment of a step, by pipeline rank."""
-    found = profile_of(job)
+def peaks(job: Job, found: Profile) -> tuple[Peak, ...]:
+    """The largest moment of a step, by pipeline rank.
+
+    >>> from configs import CONFIGS
+    >>> from olmo_fn.parallel.mesh import Mesh
+    >>> tiny = Job(CONFIGS["olmo2-tiny"], Mesh())
+    >>> [peak.when for peak in peaks(tiny, profile_of(tiny))]
+    ['forward of head']
+    """
     return tuple(peak_memory(job, found, rank) for rank in range(job.mesh.pp))
 
 
@@ -83,8 +89,7 @@ def remedies(job: Job) -> Iterator[tuple[str, Job]]:
     if c.keep_gathered and mesh.pp == 1:
         tries.append(("--mesh.no-keep-gathered", changed(job, keep_gathered=False)))
     if job.cfg.optim.moments == "float32":
-        cfg = replace(job.cfg, optim=replace(job.cfg.optim, moments="bfloat16"))
-        tries.append(("--optim.moments bfloat16", Job(cfg, mesh)))
+        tries.append(("--optim.moments bfloat16", changed(job, moments="bfloat16")))
     if mesh.pp > 1:
         times = 2 * job.microbatches
         tries.append((f"--mesh.pp-microbatches {times}", changed(job, pp_microbatches=times)))

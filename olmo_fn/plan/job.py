@@ -113,7 +113,7 @@ def flags(job: Job) -> str:
 
 
 def changed(job: Job, *, mesh: Mesh | None = None, **changes: object) -> Job:
-    """The job with another mesh, or other fields of ``recipe`` and ``mesh``, which have no name in common.
+    """The job with another mesh, or other fields of ``recipe``, ``optim`` and ``mesh``, which have no name in common.
 
     >>> from configs import CONFIGS
     >>> changed(Job(CONFIGS["olmo2-1b"], Mesh()), remat="full", pp_chunks=2).cfg.mesh.pp_chunks
@@ -121,7 +121,8 @@ def changed(job: Job, *, mesh: Mesh | None = None, **changes: object) -> Job:
     """
     cfg, new = job.cfg, mesh or job.mesh
     recipe = {k: v for k, v in changes.items() if hasattr(cfg.recipe, k)}
-    rest = {k: v for k, v in changes.items() if k not in recipe}
+    optim = {k: v for k, v in changes.items() if hasattr(cfg.optim, k)}
+    rest = {k: v for k, v in changes.items() if k not in recipe and k not in optim}
     degrees = {k: v for k, v in new.degrees.items() if mesh}
-    cfg = replace(cfg, recipe=replace(cfg.recipe, **recipe), mesh=replace(cfg.mesh, **{**degrees, **rest}))  # type: ignore[arg-type]
-    return Job(cfg, new)
+    cfg = replace(cfg, recipe=replace(cfg.recipe, **recipe), optim=replace(cfg.optim, **optim))  # type: ignore[arg-type]
+    return Job(replace(cfg, mesh=replace(cfg.mesh, **{**degrees, **rest})), new)  # type: ignore[arg-type]

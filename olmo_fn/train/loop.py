@@ -25,14 +25,14 @@ from olmo_fn.data.source import Source, heldout_batches, open_data
 from olmo_fn.eval.heldout import Heldout, evaluate
 from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token
-from olmo_fn.parallel.mesh import Mesh, describe
+from olmo_fn.parallel.mesh import describe
 from olmo_fn.parallel.process import agree
 from olmo_fn.parallel.watch import watch
+from olmo_fn.plan.fit import check_memory
 from olmo_fn.spec import abstract
 from olmo_fn.step import State, Step
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
-from olmo_fn.train.fit import check_memory
 from olmo_fn.train.folder import check_folder, write_config
 from olmo_fn.train.job import Job, join
 from olmo_fn.train.metrics import MetricsFile
@@ -90,8 +90,7 @@ def train(cfg: Config) -> Result:
 def _train(cfg: Config, job: Job, beat: Callable[[int], None]) -> Result:
     device, dtype = job.device, machine.compute_dtype(cfg.recipe.dtype, job.device)
     step = recipe(cfg, dtype, job.connection)  # a wrong recipe is refused here, before anything is read or written
-    mesh = job.connection.mesh if job.connection else Mesh()
-    check_memory(cfg, mesh, str(dtype).removeprefix("torch."), machine.total_memory(device))
+    check_memory(cfg, cfg.mesh.on(job.process.size), str(dtype).removeprefix("torch."), machine.total_memory(device))
     steps = sizes(cfg)
     opened = partial(open_data, cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, steps.largest)
     source = job.first(lambda: opened(show=job.leads))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from math import inf
 
 from olmo_fn.models.count import num_params
 from olmo_fn.parallel.mesh import Mesh
-from olmo_fn.plan.estimate import peaks
+from olmo_fn.plan.estimate import peaks, profile_of
 from olmo_fn.plan.job import Job, changed, check
+from olmo_fn.plan.tables import GIB
 from olmo_fn.train.config import Config
 
-GIB = 2**30
 PROCESS = 0.5e9  # bytes of Python, torch and what they compiled
 
 
@@ -55,7 +54,7 @@ def _at_most(job: Job) -> float:
 
 
 def _need(job: Job) -> float:
-    return PROCESS + max(peak.total for peak in peaks(job))
+    return PROCESS + max(peak.total for peak in peaks(job, profile_of(job)))
 
 
 def _smaller(job: Job) -> Iterator[tuple[str, Job]]:
@@ -63,8 +62,7 @@ def _smaller(job: Job) -> Iterator[tuple[str, Job]]:
     yield "", job
     full = changed(job, remat="full")
     yield " --recipe.remat full", full
-    optim = replace(job.cfg.optim, moments="bfloat16")
-    yield " --recipe.remat full --optim.moments bfloat16", Job(replace(full.cfg, optim=optim), job.mesh)
+    yield " --recipe.remat full --optim.moments bfloat16", changed(full, moments="bfloat16")
 
 
 def _accumulated(job: Job) -> list[Job]:
