@@ -14,6 +14,7 @@ from pathlib import Path
 import tyro
 
 from configs import CONFIGS
+from olmo_fn.parallel.leave import leaving
 from olmo_fn.train.config import Config
 from olmo_fn.train.environment import prepare_environment
 
@@ -80,4 +81,5 @@ def run(cfg: Config) -> int:
 
 if __name__ == "__main__":
     prepare_environment()
-    sys.exit(main(sys.argv[1:]))
+    with leaving():
+        sys.exit(main(sys.argv[1:]))

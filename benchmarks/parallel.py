@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from olmo_fn.parallel.launch import launch
+from olmo_fn.parallel.leave import leaving
 from olmo_fn.train.environment import prepare_environment
 
 MODES = {"one": {}, "ddp": {"dp_replicate": 2}, "fsdp": {"dp_shard": 2}, "zero2": {"dp_shard": 2}}
@@ -111,7 +112,8 @@ def main() -> None:
     """Run all modes in turn and print one line."""
     args = parse()
     if args.rank_of:
-        measure(args)
+        with leaving():
+            measure(args)
         return
     with tempfile.TemporaryDirectory() as cache:
         for mode in args.modes:  # compile first

@@ -178,12 +178,13 @@ def test_the_ranks_of_a_killed_launch_stop_in_order(tmp_path: Path) -> None:
 
 PROGRAM = """
 import torch, torch.distributed as dist
+from olmo_fn.parallel.leave import leaving
 from olmo_fn.parallel.process import init_process_group_from_env
 from olmo_fn.parallel.watch import watch
 process = init_process_group_from_env()
 saved = Path(sys.argv[1])
 first = int(saved.read_text()) if saved.exists() else 0
-with watch(process) as beat:
+with leaving(), watch(process) as beat:
     for step in range(first + 1, 11):
         if rank == 1 and step == 5 and first == 0:
             raise LookupError("on purpose")
@@ -191,7 +192,7 @@ with watch(process) as beat:
         beat(step)
         if rank == 0:
             saved.write_text(str(step))
-print("done from", first)
+    print("done from", first)
 """
 
 
