@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import inf
 
 from olmo_fn.models.count import num_params
+from olmo_fn.nn.attend import TILE
 from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.plan.estimate import peaks, profile_of
 from olmo_fn.plan.job import Job, changed, check
@@ -48,9 +49,10 @@ def _at_most(job: Job) -> float:
     """Bytes, more than any step needs, and quick to say; of SOAP, whose state grows with the square of a dim, nothing is."""
     if job.cfg.optim.name == "soap":
         return inf
-    m, tokens = job.cfg.model, job.rows * job.cfg.recipe.sequence_length
-    activations = 4 * tokens * m.n_layers * (20 * max(m.d_model, m.n_heads * m.k) + 6 * m.hidden_size)
-    return PROCESS + 64 * num_params(m) + activations + 8 * 2048 * m.vocab_size
+    m, length = job.cfg.model, job.cfg.recipe.sequence_length
+    activations = 4 * job.rows * length * m.n_layers * (20 * max(m.d_model, m.n_heads * m.k) + 6 * m.hidden_size)
+    scores = 16 * job.rows * m.n_heads * min(TILE, length) * length
+    return PROCESS + 64 * num_params(m) + activations + scores + 8 * 2048 * m.vocab_size
 
 
 def _need(job: Job) -> float:
