@@ -66,6 +66,12 @@ def head_vjp(
     Gradients of the logits are formed in place while the logits of a chunk of positions are in memory, so logits
     are computed once and never kept: for each chunk three matrix products and one kernel over its logits. A ``cotangent`` (0-d)
     known from the beginning is part of them before they are rounded, and then the pullback takes no other.
+
+    >>> w, h, labels = torch.eye(3), torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0])
+    >>> (loss, metrics), pullback = head_vjp(w, h, labels, z_loss=0.0)
+    >>> d_w, d_h = pullback(torch.tensor(1.0))
+    >>> [round(x, 3) for x in (loss.item(), *d_h[0].tolist())]  # 0.787 is the label's probability
+    [0.24, -0.213, 0.107, 0.107]
     """
     shape, target = h.shape, labels.flatten()
     h = h.flatten(0, -2)  # (N, D)
