@@ -114,6 +114,9 @@ def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torc
 def accumulate(n: int) -> Transform:
     """Split the batch in ``n`` parts along its first dim and add their gradients. Invisible, also with uneven masks."""
 
+    if n < 1:
+        raise ValueError(f"accumulate({n}): a batch has at least one part")
+
     def apply(inner: Grads) -> Grads:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
             parts = split_batch(batch, n)
@@ -148,6 +151,8 @@ def clip(max_norm: float) -> Transform:
 
     The factor is left to the update that follows, which reads the gradients anyway.
     """
+    if not max_norm > 0:
+        raise ValueError(f"clip({max_norm}): the largest norm must be positive; leave clip out to clip nothing")
 
     def apply(inner: Grads) -> Grads:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
@@ -171,6 +176,8 @@ def skip_spikes(sigma: float = 6.0, window: int = 128) -> Transform:
     OLMo-core's rule: mean and unbiased deviation of the last ``window`` steps, one-sided, active from half a window on.
     Unlike there, the history is part of the state, and values that are not finite never enter it.
     """
+    if not sigma > 0 or window < 2:
+        raise ValueError(f"skip_spikes({sigma}, window={window}): sigma must be positive, and the window at least 2 steps")
     name = "skip_spikes"
 
     def apply(inner: Step) -> Step:
@@ -202,6 +209,8 @@ def skip_spikes(sigma: float = 6.0, window: int = 128) -> Transform:
 
 def ema(decay: float) -> Transform:
     """Keep ``ema = decay · ema + (1 - decay) · params`` in the slot ``ema``; it starts at the initial parameters."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema({decay}): the decay must be at least 0 and below 1")
 
     def apply(inner: Step) -> Step:
         @cache

@@ -23,7 +23,7 @@ def test_the_command_says_so_in_one_line(tmp_path):
     found = python("train.py", "olmo2-32b", "--run.folder", tmp_path / "run")  # no machine has the 48,800 GiB of its batch
     assert found.returncode == 2
     assert found.stderr.count("\n") == 1
-    assert re.match(r"error: a step needs 4\d,\d{3}\.\d GiB, for 1024 sequences of 4,096 at once; there are ", found.stderr)
+    assert re.match(r"error: a step needs 4\d,\d{3}\.\d GiB, for 1,024 sequences of 4,096 at once; there are ", found.stderr)
     assert not (tmp_path / "run").exists()
 
 

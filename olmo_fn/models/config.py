@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Literal
 
 InitMethod = Literal["normal", "llama", "llama_depth", "normalized", "fan_in"]
@@ -67,9 +68,12 @@ class Model:
 
     def check(self) -> None:
         """Raise ValueError, in one line with the fix, if the numbers do not fit together."""
-        for name in ("d_model", "n_layers", "n_heads", "hidden_size", "vocab_size", "kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--model.{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name in ("d_model", "n_layers", "n_heads", "hidden_size", "vocab_size", "n_kv_heads", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--model.{name.replace('_', '-')} is {value}; it must be at least 1")
+        if not self.rope_theta > 0:
+            raise ValueError(f"--model.rope-theta is {self.rope_theta}; it must be positive")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
                 f"--model.n-heads {self.n_heads} does not divide --model.d-model {self.d_model}; "
@@ -93,7 +97,8 @@ def divisors(n: int) -> str:
     >>> divisors(6)
     '1, 2, 3, 6'
     """
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return ", ".join(map(str, sorted({*small, *(n // d for d in small)})))
 
 
 def _olmo2(d: int, layers: int, heads: int, hidden: int, kv: int | None = None, head_dim: int | None = None) -> Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmo_fn.optim.base import Decay, Rule, optimizer
+from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.schedules import Schedule
 from olmo_fn.pipe import Transform
 from olmo_fn.step import Scalars, Slots
@@ -41,6 +41,7 @@ def adam(
 
 def adam_rule(name: str, betas: tuple[float, float], eps: float, moments: torch.dtype | None) -> Rule:
     """Adam's step, with slots ``<name>_m`` and ``<name>_v``."""
+    check_betas(name, *betas)
     beta1, beta2 = betas
     slot_m, slot_v = f"{name}_m", f"{name}_v"
 

@@ -96,5 +96,17 @@ def optimizer(name: str, rule: Rule, lr: Schedule | float, weight_decay: Decay |
     return Transform(f"{name}(...)", Grads, Step, lambda grads: Step(grads, init_control, control, leaf))
 
 
+def check_betas(name: str, *betas: float) -> None:
+    """ValueError unless all are decays, from 0 to below 1.
+
+    >>> check_betas("adamw", 0.9, 1.0)
+    Traceback (most recent call last):
+    ValueError: adamw: 1.0 is no decay; it must be at least 0 and below 1
+    """
+    for beta in betas:
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name}: {beta} is no decay; it must be at least 0 and below 1")
+
+
 def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

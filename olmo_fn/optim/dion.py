@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from olmo_fn.optim.base import Decay, Rule, optimizer
+from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.muon import check_matrix
 from olmo_fn.optim.schedules import Schedule
 from olmo_fn.pipe import Transform
@@ -31,6 +31,7 @@ def dion(
     What the step leaves out of m stays there for the next. Slots ``dion_momentum`` and ``dion_q``, which is (..., in, r)
     and starts normally distributed, a function of ``seed`` and the parameter's path.
     """
+    check_betas("dion", momentum)
     if not 0 < rank <= 1:
         raise ValueError(f"dion(rank={rank}) is a fraction of the matrix's smaller side: more than 0, at most 1")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmo_fn.optim.base import Decay, Rule, optimizer
+from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.schedules import Schedule
 from olmo_fn.pipe import Transform
 from olmo_fn.step import Scalars, Slots
@@ -23,6 +23,7 @@ def lion(
 
     Slot ``lion_m``, in dtype ``moments`` or the parameter's.
     """
+    check_betas("lion", *betas)
     beta1, beta2 = betas
 
     def init(path: str, p: Tensor) -> Slots:

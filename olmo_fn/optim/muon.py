@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from olmo_fn.optim.base import Decay, Rule, optimizer
+from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.schedules import Schedule
 from olmo_fn.pipe import Transform
 from olmo_fn.step import Scalars, Slots
@@ -70,6 +70,7 @@ def muon(
     For matrices only: `olmo_fn.optim.partition` gives embeddings, head, norms and biases to another optimizer. Slot
     ``muon_momentum``.
     """
+    check_betas("muon", momentum)
     factor = scale_of("muon", scale)
 
     def init(path: str, p: Tensor) -> Slots:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmo_fn.optim.base import Decay, Rule, optimizer
+from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.muon import DION, NewtonSchulz, Scale, check_matrix, orthogonalize, scale_of
 from olmo_fn.optim.schedules import Schedule
 from olmo_fn.pipe import Transform
@@ -29,6 +29,7 @@ def normuon(
 
     Slots ``normuon_momentum`` and ``normuon_v``, which is (..., 1, out). OLMo-core's is ``normuon(lr, nesterov=False)``.
     """
+    check_betas("normuon", momentum, beta2)
     factor = scale_of("normuon", scale)
     norm = torch.linalg.matrix_norm
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmo_fn.optim.base import Decay, Rule, optimizer
+from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.schedules import Schedule
 from olmo_fn.pipe import Transform
 from olmo_fn.step import Scalars, Slots
@@ -27,6 +27,7 @@ def schedule_free_adamw(
     ``schedule_free_v`` in dtype ``moments`` or the parameter's; ``schedule_free`` holds Σ γ². y lives only as long as the
     gradient is computed.
     """
+    check_betas("schedule_free", *betas)
     beta1, beta2 = betas
     decay = weight_decay if isinstance(weight_decay, Decay) else Decay(weight_decay)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmo_fn.optim.base import Decay, Rule, optimizer
+from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.schedules import Schedule
 from olmo_fn.pipe import Transform
 from olmo_fn.step import Scalars, Slots
@@ -24,6 +24,7 @@ def sgd(
 
     Slot ``sgd_momentum``, in dtype ``moments`` or the parameter's; none without momentum.
     """
+    check_betas("sgd", momentum)
     if nesterov and not momentum:
         raise ValueError("sgd(nesterov=True) needs a momentum; give momentum=0.9, or leave nesterov out")
 

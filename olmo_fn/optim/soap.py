@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_fn.optim.base import Decay, Rule, optimizer
+from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.muon import check_matrix
 from olmo_fn.optim.schedules import Schedule
 from olmo_fn.pipe import Transform
@@ -35,6 +35,7 @@ def soap(
     ``max_dim`` keeps its own basis. Slots ``soap_m``, ``soap_v`` and, in fp32 at least, ``soap_l``, ``soap_r`` (..., n, n)
     and their bases ``soap_ql``, ``soap_qr``.
     """
+    check_betas("soap", *betas, shampoo_beta)
     beta1, beta2 = betas
 
     def init(path: str, p: Tensor) -> Slots:

@@ -30,7 +30,7 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
     job = changed(Job(cfg, mesh), dtype=dtype)
     if _at_most(job) < memory / 2 or (need := _need(job)) <= memory:
         return
-    rows = f"{job.rows} sequences" if job.rows > 1 else "a sequence"
+    rows = f"{job.rows:,} sequences" if job.rows > 1 else "a sequence"
     at_once = f"{rows} of {cfg.recipe.sequence_length:,} at once"
     words = f"a step needs {need / GIB:,.1f} GiB, for {at_once}; there are {memory / GIB:,.1f}"
     for flags, smaller in _smaller(job):

@@ -9,6 +9,10 @@ from olmo_fn.data.config import Data
 from olmo_fn.models.config import Model, divisors
 from olmo_fn.parallel.check import check_layout
 from olmo_fn.parallel.config import MeshConfig
+from olmo_fn.train.numbers import check_numbers
+
+SIGNED = ("model.window_pattern", "schedule.exponent", "run.seed")
+"""Fields whose numbers may be negative."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +277,7 @@ class Config:
     def check(self) -> None:
         """Raise ValueError, in one line with the fix, if the numbers do not fit together."""
         self.model.check()
+        check_numbers(self, SIGNED)
         r = self.recipe
         for name in ("recipe.batch_size", "recipe.sequence_length", "recipe.accumulate", "run.steps"):
             part, field_name = name.split(".")
