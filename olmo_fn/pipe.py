@@ -115,7 +115,7 @@ def accumulate(n: int) -> Transform:
     """Split the batch in ``n`` parts along its first dim and add their gradients. Invisible, also with uneven masks."""
 
     if n < 1:
-        raise ValueError(f"accumulate({n}): a batch has at least one part")
+        raise ValueError(f"accumulate({n}): there must be at least one part")
 
     def apply(inner: Grads) -> Grads:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:

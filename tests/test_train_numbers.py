@@ -65,5 +65,5 @@ def test_what_may_be_negative_is_not_refused(seed, exponent):
     ],
 )
 def test_transforms_refuse_what_would_turn_a_step_around(make):
-    with pytest.raises(ValueError, match="must be|at least"):
+    with pytest.raises(ValueError, match="must be"):
         make()
