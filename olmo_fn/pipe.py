@@ -209,8 +209,8 @@ def skip_spikes(sigma: float = 6.0, window: int = 128) -> Transform:
 
 def ema(decay: float) -> Transform:
     """Keep ``ema = decay · ema + (1 - decay) · params`` in the slot ``ema``; it starts at the initial parameters."""
-    if not 0 <= decay < 1:
-        raise ValueError(f"ema({decay}): the decay must be at least 0 and below 1")
+    if not 0 <= decay <= 1:
+        raise ValueError(f"ema({decay}): the decay must be from 0 to 1")
 
     def apply(inner: Step) -> Step:
         @cache

@@ -52,7 +52,7 @@ def test_what_may_be_negative_is_not_refused(seed, exponent):
         lambda: clip(-1.0),
         lambda: clip(float("nan")),
         lambda: accumulate(0),
-        lambda: ema(1.0),
+        lambda: ema(1.5),
         lambda: skip_spikes(sigma=-6.0),
         lambda: optim.adamw(1e-3, betas=(0.9, 1.0)),
         lambda: optim.lion(1e-3, betas=(-0.1, 0.9)),

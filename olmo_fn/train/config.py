@@ -277,7 +277,6 @@ class Config:
     def check(self) -> None:
         """Raise ValueError, in one line with the fix, if the numbers do not fit together."""
         self.model.check()
-        check_numbers(self, SIGNED)
         r = self.recipe
         for name in ("recipe.batch_size", "recipe.sequence_length", "recipe.accumulate", "run.steps"):
             part, field_name = name.split(".")
@@ -296,6 +295,7 @@ class Config:
         if not 0 <= r.ema < 1:
             raise ValueError(f"--recipe.ema {r.ema} is no decay; it must be at least 0 and below 1")
         self.optim.check()
+        check_numbers(self, SIGNED)
 
     def check_processes(self, processes: int) -> None:
         """Raise ValueError, in one line with the arithmetic, unless so many processes can share the work."""
