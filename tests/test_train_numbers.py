@@ -1,6 +1,9 @@
 """What no number can mean is refused by the name of its flag, and what can be meant is not."""
 
-from dataclasses import replace
+import math
+import re
+import typing
+from dataclasses import is_dataclass, replace
 
 import pytest
 import tyro
@@ -38,6 +41,35 @@ def test_it_is_refused_by_its_flag(flag, value, why):
     with pytest.raises(ValueError, match=why) as refused:
         cfg.check()
     assert str(refused.value).startswith(f"{flag} is ")
+
+
+def numeric(cls, name=""):
+    """The fields that hold numbers, by the name of their flag, each with a number that no field can mean."""
+    for field, kind in typing.get_type_hints(cls).items():
+        if is_dataclass(kind):
+            yield from numeric(kind, f"{name}{field}.")
+        elif kind is not bool and re.search(r"\b(int|float)\b", str(kind).removeprefix("<class '").removesuffix("'>")):
+            bad = math.nan if "float" in str(kind) else -(2**54)
+            yield f"{name}{field}", (bad, bad) if "tuple" in str(kind) else bad
+
+
+def changed(cfg, name, value):
+    first, _, rest = name.partition(".")
+    return replace(cfg, **{first: changed(getattr(cfg, first), rest, value) if rest else value})
+
+
+FIELDS = dict(numeric(Config))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_field_takes_what_is_no_number(name):
+    with pytest.raises(ValueError, match=re.escape(name.replace("_", "-"))):
+        changed(TINY, name, FIELDS[name]).check()
+
+
+def test_the_fields_are_all_there():
+    assert len(FIELDS) > 50
+    assert {"optim.betas", "optim.eps", "growth.until", "schedule.warmup", "nproc", "lora.alpha"} <= FIELDS.keys()
 
 
 @given(st.integers(-(2**53), 2**53), st.floats(-4, 4))

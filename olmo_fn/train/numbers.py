@@ -22,10 +22,10 @@ def check_numbers(config: Any, signed: Collection[str] = ()) -> None:
     """
     for name, value in _numbers(config, ""):
         flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"{flag} is {value}; more than {LARGEST:,} cannot be counted")
         if not isfinite(value):
             raise ValueError(f"{flag} is {value}; it must be a finite number")
-        if abs(value) > LARGEST and isinstance(value, int):
-            raise ValueError(f"{flag} is {value}; more than {LARGEST:,} cannot be counted")
         if value < 0 and name not in signed:
             raise ValueError(f"{flag} is {value}; it must not be negative")
 
