@@ -25,6 +25,7 @@ def end(program: str, **environment: str) -> tuple[int, str, str]:
         ("sys.exit()", 0, ""),
         ("sys.exit(3)", 3, ""),
         ("sys.exit('no such file')", 1, "no such file\n"),
+        ("sys.exit(OSError('full'))", 1, "full\n"),
         ("raise LookupError('on purpose')", 1, "LookupError: on purpose\n"),
         ("raise KeyboardInterrupt", 130, "KeyboardInterrupt\n"),
     ],

@@ -35,7 +35,7 @@ def leaving() -> Iterator[None]:
         yield
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
+        if end.code not in (None, code):
             print(end.code, file=sys.stderr)
     except BaseException as error:
         traceback.print_exc()

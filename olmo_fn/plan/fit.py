@@ -10,7 +10,7 @@ from olmo_fn.nn.attend import TILE
 from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.plan.estimate import peaks, profile_of
 from olmo_fn.plan.job import Job, changed, check
-from olmo_fn.plan.tables import GIB
+from olmo_fn.plan.tables import GIB, sequences
 from olmo_fn.train.config import Config
 
 PROCESS = 0.5e9  # bytes of Python, torch and what they compiled
@@ -30,9 +30,7 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
     job = changed(Job(cfg, mesh), dtype=dtype)
     if _at_most(job) < memory / 2 or (need := _need(job)) <= memory:
         return
-    rows = f"{job.rows:,} sequences" if job.rows > 1 else "a sequence"
-    at_once = f"{rows} of {cfg.recipe.sequence_length:,} at once"
-    words = f"a step needs {need / GIB:,.1f} GiB, for {at_once}; there are {memory / GIB:,.1f}"
+    words = f"a step needs {need / GIB:,.1f} GiB, for {sequences(job)} at once; there are {memory / GIB:,.1f}"
     for flags, smaller in _smaller(job):
         tries = _accumulated(smaller)
         least = _need(tries[-1])

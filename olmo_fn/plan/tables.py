@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from olmo_fn.parallel.rules import plan, table
 from olmo_fn.plan.clock import ATTENTION, GEMM, STREAM
 from olmo_fn.plan.estimate import RESERVED, Estimate, estimate, first_remedy
-from olmo_fn.plan.job import flags, job
+from olmo_fn.plan.job import Job, flags, job
 from olmo_fn.plan.memory import PURPOSES
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import parameters, rules
@@ -43,11 +43,17 @@ def layout(found: Estimate) -> str:
     job = found.job
     degrees = " x ".join(f"{axis} {n}" for axis, n in job.mesh.degrees.items() if n > 1) or "one process"
     r = job.cfg.recipe
-    rows = f"{job.rows} sequences of {r.sequence_length:,}" if job.rows > 1 else f"a sequence of {r.sequence_length:,}"
     times = f"accumulate {r.accumulate}" * (r.accumulate > 1)
     micro = f"{job.microbatches} micro-batches, {job.cfg.mesh.pp_schedule}" * (job.mesh.pp > 1)
-    words = [f"{job.mesh.size:,} x {found.gpu.name}: {degrees}", f"at once {rows}", times, micro, f"remat {r.remat}", job.dtype]
+    where, rows = f"{job.mesh.size:,} x {found.gpu.name}: {degrees}", f"at once {sequences(job)}"
+    words = [where, rows, times, micro, f"remat {r.remat}", job.dtype]
     return ", ".join(word for word in words if word)
+
+
+def sequences(job: Job) -> str:
+    """What a rank computes at once, in words."""
+    rows = f"{job.rows:,} sequences" if job.rows > 1 else "a sequence"
+    return f"{rows} of {job.cfg.recipe.sequence_length:,}"
 
 
 def memory(found: Estimate) -> str:
