@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from olmo_fn.parallel.axis import Axis, chunk
+from olmo_fn.parallel.collectives import gather_into
 
 _c10d = torch.ops._c10d_functional
 ALIGN = 16  # bytes: a part of a bucket can then be viewed as any dtype
@@ -32,7 +33,8 @@ class Shard(NamedTuple):
 
 def all_gather(parts: Sequence[Tensor], shards: Sequence[Shard], axis: Axis) -> Tensor:
     """Begin to gather chunks of any dtypes as bytes, one collective; give the result to `unpack`."""
-    return _c10d.all_gather_into_tensor(pack(parts, shards, axis.size), axis.size, axis.group)
+    packed = pack(parts, shards, axis.size)
+    return gather_into(packed.new_empty(axis.size * len(packed)), packed, axis.size, axis.group)
 
 
 def pack(parts: Sequence[Tensor], shards: Sequence[Shard | None], n: int) -> Tensor:

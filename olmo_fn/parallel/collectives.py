@@ -81,6 +81,16 @@ def _check_even(x: Tensor, dim: int, axis: Axis) -> None:
 _c10d = torch.ops._c10d_functional
 
 
+def gather_into(out: Tensor, x: Tensor, size: int, group: str) -> Tensor:
+    """Begin to gather ``x`` of every rank into ``out``, one behind the other along dim 0; wait for the result.
+
+    Always this form: gloo notes the name of each collective in a string that its threads share without a lock (torch 2.13),
+    and ``all_gather_into_tensor``, which gloo calls ALLGATHER_COALESCED, is the one name too long to be stored in place. Its
+    memory is then freed twice now and then, which ends the rank.
+    """
+    return _c10d.all_gather_into_tensor_out(x, size, group, out=out)
+
+
 def _reduce(x: Tensor, op: str, group: str) -> Tensor:
     return _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), op, group))
 
@@ -134,7 +144,7 @@ class _Max(Function):
 class _Gather(Function):
     @staticmethod
     def forward(x: Tensor, dim: int, size: int, group: str) -> Tensor:
-        out = _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.contiguous(), size, group))
+        out = _c10d.wait_tensor(gather_into(x.new_empty(size * x.shape[0], *x.shape[1:]), x.contiguous(), size, group))
         return out if dim == 0 else torch.cat(out.chunk(size), dim)
 
     @staticmethod

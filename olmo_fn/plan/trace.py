@@ -23,7 +23,7 @@ PRODUCTS = {aten.mm.default: 0, aten.mm.out: 0, aten.bmm.default: 0, aten.bmm.ou
 PRODUCTS |= {aten.addmm.out: 1, aten.addmm_.default: 1, aten.baddbmm.default: 1}
 """Matrix products, and which argument is the first factor."""
 KINDS = {
-    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_out": "all_gather",
     "reduce_scatter_tensor": "reduce_scatter",
     "all_reduce": "all_reduce",
     "all_to_all_single": "all_to_all",
@@ -118,7 +118,7 @@ class Trace(TorchDispatchMode):
         if self._purpose == "weights":
             self.refresh()
         if func.namespace == "_c10d_functional":
-            return self._collective(func, args)
+            return self._collective(func, args, kwargs or {})
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return 1  # a number that data would decide; sizes do not depend on it
         out = func(*args, **(kwargs or {}))
@@ -140,7 +140,7 @@ class Trace(TorchDispatchMode):
             self._made(out)
         return out
 
-    def _collective(self, func: Any, args: Any) -> Any:
+    def _collective(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, x = func._schema.name.split("::")[1], args[0]
         if name == "wait_tensor":
             self._sent.pop(x.untyped_storage()._cdata, None)
@@ -148,9 +148,9 @@ class Trace(TorchDispatchMode):
         group = args[-1]
         kind = "ring_shift" if name == "all_to_all_single" and 0 in args[2] else KINDS[name]
         if not x.is_meta:
-            out = func(*args)
-        elif name == "all_gather_into_tensor":
-            out = x.new_empty(x.shape[0] * args[1], *x.shape[1:])
+            out = func(*args, **kwargs)
+        elif kind == "all_gather":
+            out = kwargs["out"]
         elif name == "reduce_scatter_tensor":
             out = x.new_empty(x.shape[0] // args[2], *x.shape[1:])
         elif name == "all_to_all_single":

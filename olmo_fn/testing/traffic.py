@@ -63,7 +63,7 @@ def _all_to_all(out: Tensor, axis: Axis, x: Tensor, received: list[int], sent: l
 
 COLLECTIVES: dict[Any, tuple[str, Callable[..., tuple[int, int]]]] = {
     _c10d.all_reduce.default: ("all_reduce", lambda out, axis, x, *_: (x.nbytes, 2 * x.nbytes * (axis.size - 1) // axis.size)),
-    _c10d.all_gather_into_tensor.default: ("all_gather", lambda out, axis, x, *_: (out.nbytes, x.nbytes * (axis.size - 1))),
+    _c10d.all_gather_into_tensor_out.default: ("all_gather", lambda out, axis, x, *_: (out.nbytes, x.nbytes * (axis.size - 1))),
     _c10d.reduce_scatter_tensor.default: ("reduce_scatter", lambda out, axis, x, *_: (x.nbytes, out.nbytes * (axis.size - 1))),
     _c10d.all_to_all_single.default: ("all_to_all", _all_to_all),
 }
