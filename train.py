@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from configs import CONFIGS
-from olmo_fn.parallel.leave import leaving
+from olmo_fn.launch.exit_rank import leaving
 from olmo_fn.train.config import Config
 from olmo_fn.train.environment import prepare_environment
 
@@ -56,7 +56,7 @@ def run(cfg: Config) -> int:
         report.say(report.dry_run(cfg))
         return 0
     if cfg.nproc and "RANK" not in os.environ:
-        from olmo_fn.parallel.launch import launch
+        from olmo_fn.launch.local import launch
 
         cfg.check_processes(cfg.nproc)  # refused here, once
         return launch(sys.argv, cfg.nproc, Path(cfg.run.folder))

@@ -62,18 +62,18 @@ def trainer(args: argparse.Namespace) -> Callable[[str, float, int], dict[str, A
     """A function that trains with an optimizer, at a rate, for so many steps, and returns what came out."""
     import torch
 
-    from olmo_fn.compile import compile, prepare_cache
+    from olmo_fn.core.compile import compile, prepare_cache
+    from olmo_fn.core.pipe import clip, donate, grad, pipe
+    from olmo_fn.core.step import Step
     from olmo_fn.data.config import Data, cache_dir
     from olmo_fn.data.source import heldout_batches, open_data
-    from olmo_fn.eval.heldout import evaluate
     from olmo_fn.models import transformer
     from olmo_fn.models.config import Model
     from olmo_fn.optim import adamw, muon, partition, warmup_linear
-    from olmo_fn.pipe import clip, donate, grad, pipe
     from olmo_fn.research import lr_scale, with_lr_scale
     from olmo_fn.spec import init
-    from olmo_fn.step import Step
     from olmo_fn.train import machine
+    from olmo_fn.train.evals import evaluate
 
     torch.set_num_threads(args.threads)
     machine.keep_freed_memory()

@@ -56,8 +56,8 @@ def measure(args: argparse.Namespace, cache: Path) -> None:
     import torch
 
     from olmo_fn import optim, tree
-    from olmo_fn.compile import compile, prepare_cache
-    from olmo_fn.pipe import Transform, donate, grad, pipe
+    from olmo_fn.core.compile import compile, prepare_cache
+    from olmo_fn.core.pipe import Transform, donate, grad, pipe
     from olmo_fn.train import machine
 
     torch.set_num_threads(args.threads)

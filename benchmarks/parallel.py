@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from olmo_fn.parallel.launch import launch
-from olmo_fn.parallel.leave import leaving
+from olmo_fn.launch.exit_rank import leaving
+from olmo_fn.launch.local import launch
 from olmo_fn.train.environment import prepare_environment
 
 MODES = {"one": {}, "ddp": {"dp_replicate": 2}, "fsdp": {"dp_shard": 2}, "zero2": {"dp_shard": 2}}
@@ -50,16 +50,16 @@ def measure(args: argparse.Namespace) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
-    from olmo_fn.compile import compile, prepare_cache
+    from olmo_fn.core.compile import compile, prepare_cache
+    from olmo_fn.core.pipe import clip, donate, grad, pipe
+    from olmo_fn.launch.process import init_process_group_from_env
+    from olmo_fn.mesh.connect import connect
+    from olmo_fn.mesh.mesh import Mesh
+    from olmo_fn.mesh.placement import Rules
     from olmo_fn.models import transformer
     from olmo_fn.models.config import Model
     from olmo_fn.optim import adamw, muon, partition
-    from olmo_fn.parallel.connect import connect
-    from olmo_fn.parallel.mesh import Mesh
-    from olmo_fn.parallel.process import init_process_group_from_env
-    from olmo_fn.parallel.rules import Rules
     from olmo_fn.parallel.shard import shard
-    from olmo_fn.pipe import clip, donate, grad, pipe
     from olmo_fn.spec import init
     from olmo_fn.train.machine import warm_up
 

@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import torch
 
-    from olmo_fn.compile import prepare_cache
+    from olmo_fn.core.compile import prepare_cache
     from olmo_fn.models import transformer
     from olmo_fn.models.config import Model
     from olmo_fn.models.count import flops_per_token, num_params

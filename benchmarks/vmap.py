@@ -36,14 +36,14 @@ def main() -> None:
     prepare_environment()
     import torch
 
-    from olmo_fn import compile as compilation
+    from olmo_fn.core import compile as compilation
+    from olmo_fn.core.pipe import Transform, clip, donate, grad, pipe, skip_spikes
+    from olmo_fn.core.step import State, Step
     from olmo_fn.models import transformer
     from olmo_fn.models.config import Model
     from olmo_fn.optim import adamw, warmup_cosine
-    from olmo_fn.pipe import Transform, clip, donate, grad, pipe, skip_spikes
     from olmo_fn.research import compiled, many, stack
     from olmo_fn.spec import init
-    from olmo_fn.step import State, Step
     from olmo_fn.train import machine
 
     torch.set_num_threads(args.threads)

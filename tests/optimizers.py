@@ -7,10 +7,10 @@ from functools import cache, partial
 import torch
 
 from olmo_fn import optim, tree
-from olmo_fn.compile import _of_plain_tensors
+from olmo_fn.core.compile import _of_plain_tensors
+from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.optim import Decay, partition
 from olmo_fn.optim.muon import JORDAN
-from olmo_fn.pipe import grad, pipe
 from olmo_fn.spec import Init, Spec, init
 
 NORMAL = Init("normal", 1.0)

@@ -8,14 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmo_fn import tree
-from olmo_fn.layout import SINGLE
+from olmo_fn.core.layout import SINGLE
 from olmo_fn.spec import init
 from olmo_fn.testing.traffic import Traffic
 from olmo_fn.train.recipe import parameters, recipe
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that live at once in storages made under it; nothing of `olmo_fn.plan` is used."""
+    """The most bytes that live at once in storages made under it; nothing of `olmo_fn.planner` is used."""
 
     def __init__(self, others):
         super().__init__()

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from olmo_fn.grad import Batch
+from olmo_fn.core.chain import Batch
+from olmo_fn.mesh.mesh import Mesh
+from olmo_fn.mesh.placement import Rules
 from olmo_fn.models.config import Model
-from olmo_fn.parallel.mesh import Mesh
 from olmo_fn.parallel.pipeline.stages import Pipeline
-from olmo_fn.parallel.rules import Rules
 
 
 @st.composite

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from olmo_fn.data.order import batches_per_epoch, indices
+from olmo_fn.data.shuffle import batches_per_epoch, indices
 from olmo_fn.data.windows import Windows
 
 Batch: TypeAlias = dict[str, torch.Tensor]

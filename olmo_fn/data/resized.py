@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from olmo_fn.data.batches import Batch, Batches, labels_of, share
-from olmo_fn.data.order import permutation
+from olmo_fn.data.shuffle import permutation
 from olmo_fn.data.sizes import Sizes
 
 

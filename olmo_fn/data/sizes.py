@@ -1,6 +1,6 @@
 """Batch size and sequence length that change during a run: pure functions of the step, with an exact account of the tokens.
 
-Windows are always of the longest length and are read in the one order of `olmo_fn.data.order`. A step takes the next
+Windows are always of the longest length and are read in the one order of `olmo_fn.data.shuffle`. A step takes the next
 ``batch_size`` of them; with a shorter sequence length it cuts each into as many sequences as it holds. So every token comes
 up once an epoch, whatever the sizes, and a resumed run asks for its next step.
 """

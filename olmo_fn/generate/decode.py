@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from olmo_fn.kernels.attention_tiles import attend_masked, visible
+from olmo_fn.mesh.axis import Axis
 from olmo_fn.models.config import Model
 from olmo_fn.models.transformer import embed, head_logits, residual
-from olmo_fn.nn.attend import attend_masked, visible
 from olmo_fn.nn.attention import merge_heads, place_heads, project
 from olmo_fn.nn.feed_forward import feed_forward
 from olmo_fn.nn.rope import rope_table
-from olmo_fn.parallel.axis import Axis
 from olmo_fn.tree import Tree
 
 CHUNK = 128  # columns computed at once: bounds the memory of the scores

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_fn.grad import Batch, Chain, Context, Function, Kernel, Metrics, Pullback, Stage, subtrees
+from olmo_fn.core.chain import Batch, Chain, Context, Function, Kernel, Metrics, Pullback, Stage, subtrees
+from olmo_fn.kernels.attention_cp import attend_over, attend_over_vjp, positions_of
+from olmo_fn.kernels.attention_tiles import document_starts
+from olmo_fn.mesh.axis import ALONE, Axes, Axis, CPMethod, chunk
+from olmo_fn.mesh.collectives import all_gather, enter, reduce_scatter
 from olmo_fn.models.config import Model
-from olmo_fn.nn.attend import document_starts
-from olmo_fn.nn.attend_over import attend_over, attend_over_vjp, positions_of
 from olmo_fn.nn.attention import attention_specs, merge_heads, merge_heads_vjp, place_heads, project, project_vjp
+from olmo_fn.nn.cross_entropy import head_loss, head_vjp
 from olmo_fn.nn.embedding import embed, embed_vjp
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_specs, feed_forward_vjp
-from olmo_fn.nn.head import head_loss, head_vjp
 from olmo_fn.nn.norm import rms_norm, rms_norm_spec
 from olmo_fn.nn.rope import rope_table
-from olmo_fn.parallel.axis import ALONE, Axes, Axis, CPMethod, chunk
-from olmo_fn.parallel.collectives import all_gather, enter, reduce_scatter
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 

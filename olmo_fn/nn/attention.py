@@ -12,10 +12,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from olmo_fn.mesh.axis import Axis
+from olmo_fn.mesh.collectives import all_gather, reduce_scatter
 from olmo_fn.nn.norm import rms_norm, rms_norm_spec
 from olmo_fn.nn.rope import rotate
-from olmo_fn.parallel.axis import Axis
-from olmo_fn.parallel.collectives import all_gather, reduce_scatter
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmo_fn.large import new_large
-from olmo_fn.layout import wide
+from olmo_fn.core.layout import wide
+from olmo_fn.kernels.huge_pages import new_large
+from olmo_fn.mesh.axis import Axis
+from olmo_fn.mesh.collectives import all_gather, reduce_scatter
 from olmo_fn.nn.vocabulary import own_rows
-from olmo_fn.parallel.axis import Axis
-from olmo_fn.parallel.collectives import all_gather, reduce_scatter
 
 
 def embed(weight: Tensor, ids: Tensor, tp: Axis = Axis(), first: int = 0) -> Tensor:  # noqa: B008

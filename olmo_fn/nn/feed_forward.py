@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmo_fn.grad import Kernel, identity
-from olmo_fn.parallel.axis import Axis
-from olmo_fn.parallel.collectives import all_gather, reduce_scatter
+from olmo_fn.core.chain import Kernel, identity
+from olmo_fn.mesh.axis import Axis
+from olmo_fn.mesh.collectives import all_gather, reduce_scatter
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from olmo_fn.parallel.axis import Axis
-from olmo_fn.parallel.collectives import enter, psum
+from olmo_fn.mesh.axis import Axis
+from olmo_fn.mesh.collectives import enter, psum
 from olmo_fn.spec import Init, Spec
 
 

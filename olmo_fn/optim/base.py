@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from olmo_fn.grad import Grads, Metrics
+from olmo_fn.core.chain import Grads, Metrics
+from olmo_fn.core.pipe import Transform
+from olmo_fn.core.step import Leaf, Scalars, Slots, State, Step
 from olmo_fn.optim.schedules import Schedule, constant
-from olmo_fn.pipe import Transform
-from olmo_fn.step import Leaf, Scalars, Slots, State, Step
 from olmo_fn.tree import Tree, matches
 
 NO_DECAY = ("embed", "*norm", "*bias")

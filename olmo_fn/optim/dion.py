@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from olmo_fn.core.pipe import Transform
+from olmo_fn.core.step import Scalars, Slots
 from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.muon import check_matrix
 from olmo_fn.optim.schedules import Schedule
-from olmo_fn.pipe import Transform
 from olmo_fn.spec import Init, Spec, init_leaf
-from olmo_fn.step import Scalars, Slots
 
 
 def dion(

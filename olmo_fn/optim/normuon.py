@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from olmo_fn.core.pipe import Transform
+from olmo_fn.core.step import Scalars, Slots
 from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.muon import DION, NewtonSchulz, Scale, check_matrix, orthogonalize, scale_of
 from olmo_fn.optim.schedules import Schedule
-from olmo_fn.pipe import Transform
-from olmo_fn.step import Scalars, Slots
 
 
 def normuon(

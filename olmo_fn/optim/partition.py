@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from olmo_fn import tree
-from olmo_fn.grad import Grads, Metrics
-from olmo_fn.pipe import Transform
+from olmo_fn.core.chain import Grads, Metrics
+from olmo_fn.core.pipe import Transform
+from olmo_fn.core.step import Leaf, Scalars, State, Step
 from olmo_fn.spec import Spec
-from olmo_fn.step import Leaf, Scalars, State, Step
 from olmo_fn.tree import Tree
 
 BATCH_AXES = ("layers", "experts")

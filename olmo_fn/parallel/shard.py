@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from olmo_fn.parallel.connect import Connection
+from olmo_fn.core.pipe import Transform, _execute
+from olmo_fn.core.step import Step
+from olmo_fn.mesh.connect import Connection
+from olmo_fn.mesh.placement import DEFAULT, Rules
 from olmo_fn.parallel.pipeline.pipelined import Pipelined
 from olmo_fn.parallel.pipeline.stages import Cut, Pipeline
-from olmo_fn.parallel.rules import DEFAULT, Rules
 from olmo_fn.parallel.sharded import Sharded
-from olmo_fn.pipe import Transform, _execute
-from olmo_fn.step import Step
 from olmo_fn.tree import Tree
 
 ONE_BY_ONE = Pipeline()

@@ -19,15 +19,15 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from olmo_fn import tree
-from olmo_fn.grad import Batch, Chain, Metrics
-from olmo_fn.layout import Single, Weights, compute_copy, wide
-from olmo_fn.parallel import bucket
-from olmo_fn.parallel.axis import Axes, Axis, chunk
-from olmo_fn.parallel.collectives import psum
-from olmo_fn.parallel.connect import Connection
-from olmo_fn.parallel.deal import collect, deal
-from olmo_fn.parallel.mesh import flag
-from olmo_fn.parallel.rules import DEFAULT, Placed, Rules, plan
+from olmo_fn.core.chain import Batch, Chain, Metrics
+from olmo_fn.core.layout import Single, Weights, compute_copy, wide
+from olmo_fn.mesh.axis import Axes, Axis, chunk
+from olmo_fn.mesh.collectives import psum
+from olmo_fn.mesh.connect import Connection
+from olmo_fn.mesh.mesh import flag
+from olmo_fn.mesh.placement import DEFAULT, Placed, Rules, plan
+from olmo_fn.parallel import buckets as bucket
+from olmo_fn.parallel.owners import collect, deal
 from olmo_fn.spec import init_leaf
 from olmo_fn.tree import Tree
 

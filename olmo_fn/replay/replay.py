@@ -17,15 +17,15 @@ import torch
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import BrokenCheckpoint, load, step_path, steps
-from olmo_fn.compile import prepare_cache
+from olmo_fn.core.chain import Batch
+from olmo_fn.core.compile import prepare_cache
+from olmo_fn.core.pipe import grad, pipe
+from olmo_fn.core.step import State, Step
 from olmo_fn.data.config import cache_dir
 from olmo_fn.data.source import Source, open_data
-from olmo_fn.grad import Batch
 from olmo_fn.models import transformer
-from olmo_fn.pipe import grad, pipe
 from olmo_fn.research.per_example import per_example_loop
 from olmo_fn.spec import init
-from olmo_fn.step import State, Step
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.folder import read_config

@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.grad import Batch, Execution, Grads, Metrics
-from olmo_fn.pipe import Transform
+from olmo_fn.core.chain import Batch, Execution, Grads, Metrics
+from olmo_fn.core.pipe import Transform
 from olmo_fn.tree import Tree, matches
 
 
@@ -20,7 +20,7 @@ def centralize(patterns: tuple[str, ...] = ("blocks.*",)) -> Transform:
     A projection: doing it twice is doing it once. Linear: before or after `accumulate` is the same.
 
     >>> import torch
-    >>> from olmo_fn.pipe import grad, pipe
+    >>> from olmo_fn.core.pipe import grad, pipe
     >>> def loss(params, batch):
     ...     return (params["blocks"]["w"] * batch["labels"]).sum(), {}
     >>> centered = pipe(loss, grad("func"), centralize())

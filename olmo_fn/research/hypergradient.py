@@ -11,8 +11,8 @@ from torch.func import grad_and_value
 from torch.overrides import TorchFunctionMode
 
 from olmo_fn import tree
-from olmo_fn.grad import Batch, identity
-from olmo_fn.step import State, Step
+from olmo_fn.core.chain import Batch, identity
+from olmo_fn.core.step import State, Step
 from olmo_fn.tree import Tree
 
 
@@ -41,7 +41,7 @@ def hypergradient(
 
     >>> from olmo_fn.optim import sgd
     >>> from olmo_fn.research.lr_scale import lr_scale
-    >>> from olmo_fn.pipe import differentiable, grad, pipe
+    >>> from olmo_fn.core.pipe import differentiable, grad, pipe
     >>> def loss(params, batch):
     ...     return ((params["w"] - batch["labels"]) ** 2).sum(), {}
     >>> step = pipe(loss, grad("func"), sgd(0.25), lr_scale(), differentiable())

@@ -6,8 +6,8 @@ import torch
 from torch.testing import assert_close
 
 from olmo_fn import tree
-from olmo_fn.grad import Batch, Grads
-from olmo_fn.pipe import Transform
+from olmo_fn.core.chain import Batch, Grads
+from olmo_fn.core.pipe import Transform
 from olmo_fn.tree import Tree
 
 
@@ -27,7 +27,7 @@ def check_form(transform: Transform, grads: Grads, params: Tree, batch: Batch) -
 def check_idempotent(transform: Transform, grads: Grads, params: Tree, batch: Batch) -> None:
     """Twice in a row is once: holds for projections and for clipping.
 
-    >>> from olmo_fn.pipe import clip, grad, pipe
+    >>> from olmo_fn.core.pipe import clip, grad, pipe
     >>> grads = pipe(lambda params, batch: ((params["w"] * batch["labels"]).sum(), {}), grad("func"))
     >>> check_idempotent(clip(0.1), grads, {"w": torch.ones(2)}, {"labels": torch.tensor([3, 4])})
     """
@@ -38,7 +38,7 @@ def check_idempotent(transform: Transform, grads: Grads, params: Tree, batch: Ba
 def check_commutes(a: Transform, b: Transform, grads: Grads, params: Tree, batch: Batch) -> None:
     """``a`` after ``b`` is ``b`` after ``a``: with ``accumulate(n)`` for ``b`` it holds for linear transforms.
 
-    >>> from olmo_fn.pipe import accumulate, clip, grad, pipe
+    >>> from olmo_fn.core.pipe import accumulate, clip, grad, pipe
     >>> grads = pipe(lambda params, batch: ((params["w"] * batch["labels"]).sum(), {}), grad("func"))
     >>> check_commutes(clip(0.1), accumulate(2), grads, {"w": torch.ones(2)}, {"labels": torch.tensor([[0, 4], [3, 0]])})
     Traceback (most recent call last):

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from olmo_fn.grad import Metrics
-from olmo_fn.order import SHARED_SLOT
-from olmo_fn.pipe import Transform
-from olmo_fn.step import Scalars, State, Step
+from olmo_fn.core.chain import Metrics
+from olmo_fn.core.order import SHARED_SLOT
+from olmo_fn.core.pipe import Transform
+from olmo_fn.core.step import Scalars, State, Step
 from olmo_fn.tree import Tree
 
 SLOT = "lr_scale"
@@ -24,7 +24,7 @@ def lr_scale() -> Transform:
     With a schedule that peaks at 1, the scale is the peak learning rate. Set it with `with_lr_scale`.
 
     >>> from olmo_fn.optim import sgd, warmup_linear
-    >>> from olmo_fn.pipe import grad, pipe
+    >>> from olmo_fn.core.pipe import grad, pipe
     >>> def loss(params, batch):
     ...     return (params["w"] * batch["labels"]).sum(), {}
     >>> step = pipe(loss, grad("func"), sgd(warmup_linear(1.0, 2, 10)), lr_scale())

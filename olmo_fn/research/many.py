@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from olmo_fn import tree
-from olmo_fn.grad import Batch, Metrics, identity
-from olmo_fn.step import State, Step
+from olmo_fn.core.chain import Batch, Metrics, identity
+from olmo_fn.core.step import State, Step
 
 T = TypeVar("T")
 StepFunction = Callable[[State, Batch], tuple[State, Metrics]]
@@ -94,7 +94,7 @@ def train_many(
     the rounding of batched matrix products.
 
     >>> from olmo_fn.optim import sgd
-    >>> from olmo_fn.pipe import grad, pipe
+    >>> from olmo_fn.core.pipe import grad, pipe
     >>> def loss(params, batch):
     ...     return ((params["w"] - batch["labels"]) ** 2).sum(), {}
     >>> step = pipe(loss, grad("func"), sgd(0.25))

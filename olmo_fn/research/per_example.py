@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from olmo_fn.grad import IGNORE, Batch, Grads, LossFunction, loss_tokens
-from olmo_fn.layout import SINGLE
-from olmo_fn.pipe import split_batch
+from olmo_fn.core.chain import IGNORE, Batch, Grads, LossFunction, loss_tokens
+from olmo_fn.core.layout import SINGLE
+from olmo_fn.core.pipe import split_batch
 from olmo_fn.tree import Tree
 
 
@@ -52,7 +52,7 @@ def per_example(loss: LossFunction, params: Tree, batch: Batch, chunk: int | Non
 def per_example_loop(grads: Grads, params: Tree, batch: Batch) -> Examples:
     """The same, one sequence after the other with any gradient function: the tape with rematerialisation, for large models.
 
-    >>> from olmo_fn.pipe import grad, pipe
+    >>> from olmo_fn.core.pipe import grad, pipe
     >>> def loss(params, batch):
     ...     return ((params["w"] - batch["labels"]) ** 2).sum(), {}
     >>> grads = pipe(loss, grad("func"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from olmo_fn import tree
-from olmo_fn.grad import Batch, LossFunction, loss_tokens
+from olmo_fn.core.chain import Batch, LossFunction, loss_tokens
 from olmo_fn.tree import Tree
 
 

@@ -13,15 +13,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from olmo_fn import tree
-from olmo_fn.grad import Batch, Execution, Grads, Metrics
-from olmo_fn.parallel.connect import Connection
-from olmo_fn.parallel.mesh import Mesh
+from olmo_fn.core.chain import Batch, Execution, Grads, Metrics
+from olmo_fn.core.pipe import Transform
+from olmo_fn.core.step import Step
+from olmo_fn.mesh.connect import Connection
+from olmo_fn.mesh.mesh import Mesh
+from olmo_fn.mesh.placement import DEFAULT, Rules
 from olmo_fn.parallel.pipeline.stages import Pipeline
-from olmo_fn.parallel.rules import DEFAULT, Rules
 from olmo_fn.parallel.shard import ONE_BY_ONE, shard
-from olmo_fn.pipe import Transform
 from olmo_fn.spec import init
-from olmo_fn.step import Step
 from olmo_fn.testing.pool import Pool
 from olmo_fn.tree import Tree
 

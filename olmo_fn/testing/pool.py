@@ -28,9 +28,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from olmo_fn.compile import prepare_cache
-from olmo_fn.parallel.connect import Connection, connect
-from olmo_fn.parallel.mesh import Mesh
+from olmo_fn.core.compile import prepare_cache
+from olmo_fn.mesh.connect import Connection, connect
+from olmo_fn.mesh.mesh import Mesh
 
 PRELOAD = ["torch", "torch.distributed.tensor"]
 

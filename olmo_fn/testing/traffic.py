@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olmo_fn.parallel.axis import NAMES, Axes, Axis
+from olmo_fn.mesh.axis import NAMES, Axes, Axis
 
 _c10d = torch.ops._c10d_functional
 
@@ -31,7 +31,7 @@ class Traffic(TorchDispatchMode):
     Least bytes sent by each of n ranks, for a whole tensor of S bytes (Thakur et al. 2005, section 4): ``all_gather`` and
     ``reduce_scatter`` S (n - 1) / n, ``all_reduce`` 2 S (n - 1) / n; ``all_to_all``, which ring shifts are too, what goes to
     others. Small ones (0-d or a few numbers) count as well. Axes over the same ranks share a group: it goes by the name of the
-    first of them in `olmo_fn.parallel.axis.Axes`. For eager steps: what a compiled stage does inside cannot be seen.
+    first of them in `olmo_fn.mesh.axis.Axes`. For eager steps: what a compiled stage does inside cannot be seen.
 
         with Traffic(connection.axes) as traffic:
             state, metrics = step(state, batch)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from olmo_fn.data.config import Data
+from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import Model, divisors
-from olmo_fn.parallel.check import check_layout
-from olmo_fn.parallel.config import MeshConfig
+from olmo_fn.train.check_mesh import check_layout
 from olmo_fn.train.numbers import check_numbers
 
 SIGNED = ("model.window_pattern", "schedule.exponent", "run.seed")

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from olmo_fn.checkpoint import Ranks
-from olmo_fn.parallel.connect import Connection, connect
-from olmo_fn.parallel.process import Process, agree, code_hash, init_process_group_from_env
+from olmo_fn.launch.process import Process, agree, code_hash, init_process_group_from_env
+from olmo_fn.mesh.connect import Connection, connect
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.serialize import to_yaml

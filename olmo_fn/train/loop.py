@@ -17,22 +17,22 @@ import torch
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import Index, Retention, Saver, load, load_newest
-from olmo_fn.compile import prepare_cache
+from olmo_fn.core.compile import prepare_cache
+from olmo_fn.core.step import State, Step
 from olmo_fn.data.config import cache_dir
 from olmo_fn.data.prefetch import prefetch
 from olmo_fn.data.resized import Resized
 from olmo_fn.data.source import Source, heldout_batches, open_data
-from olmo_fn.eval.heldout import Heldout, evaluate
+from olmo_fn.launch.monitor import watch
+from olmo_fn.launch.process import agree
+from olmo_fn.mesh.mesh import describe
 from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token
-from olmo_fn.parallel.mesh import describe
-from olmo_fn.parallel.process import agree
-from olmo_fn.parallel.watch import watch
-from olmo_fn.plan.fit import check_memory
+from olmo_fn.planner.fit import check_memory
 from olmo_fn.spec import abstract
-from olmo_fn.step import State, Step
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
+from olmo_fn.train.evals import Heldout, evaluate
 from olmo_fn.train.folder import check_folder, write_config
 from olmo_fn.train.job import Job, join
 from olmo_fn.train.metrics import MetricsFile

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from olmo_fn import tree
-from olmo_fn.compile import compile
-from olmo_fn.lora import lora, lora_specs, merge_lora
+from olmo_fn.core.compile import compile
+from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
+from olmo_fn.core.step import Step
+from olmo_fn.mesh.connect import Connection
+from olmo_fn.mesh.placement import Rules
 from olmo_fn.models import transformer
 from olmo_fn.optim import (
     Decay,
@@ -24,14 +27,10 @@ from olmo_fn.optim import (
     sgd,
     soap,
 )
-from olmo_fn.parallel.connect import Connection
 from olmo_fn.parallel.pipeline.stages import Pipeline
-from olmo_fn.parallel.rules import Rules
 from olmo_fn.parallel.shard import shard
 from olmo_fn.parallel.sharded import Sharded
-from olmo_fn.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.spec import init
-from olmo_fn.step import Step
 from olmo_fn.train.config import Config, Optim
 from olmo_fn.train.schedule import schedule
 from olmo_fn.transforms import (
@@ -47,6 +46,7 @@ from olmo_fn.transforms import (
     train_only,
     unit_params,
 )
+from olmo_fn.transforms.lora import lora, lora_specs, merge_lora
 from olmo_fn.tree import Tree
 
 

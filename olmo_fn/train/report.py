@@ -9,15 +9,15 @@ from torch.distributed.tensor import DTensor
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, step_path
+from olmo_fn.core.step import State
 from olmo_fn.data.source import Source
-from olmo_fn.eval.heldout import Heldout
 from olmo_fn.generate.config import Sampling
 from olmo_fn.generate.text import LanguageModel, generate_text
 from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
-from olmo_fn.plan import tables as plan
-from olmo_fn.step import State
+from olmo_fn.planner import tables as plan
 from olmo_fn.train.config import Config
+from olmo_fn.train.evals import Heldout
 from olmo_fn.train.loop import abstract_state
 from olmo_fn.train.metrics import read_metrics
 from olmo_fn.train.recipe import is_trained, model_parameters, parameters, recipe
@@ -26,7 +26,7 @@ from olmo_fn.train.serialize import to_yaml
 
 
 def dry_run(cfg: Config) -> str:
-    """The resolved config, parameters, FLOPs, and the plan by rank (`olmo_fn.plan`), without allocating anything."""
+    """The resolved config, parameters, FLOPs, and the plan by rank (`olmo_fn.planner`), without allocating anything."""
     recipe(cfg)  # a wrong one is refused here too
     r, total = cfg.recipe, num_params(cfg.model)
     tokens, all_tokens = r.batch_size * r.sequence_length, sizes(cfg).tokens_before(cfg.run.steps)

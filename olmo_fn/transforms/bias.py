@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from olmo_fn.grad import Metrics
-from olmo_fn.pipe import Transform
-from olmo_fn.step import Scalars, State, Step
+from olmo_fn.core.chain import Metrics
+from olmo_fn.core.pipe import Transform
+from olmo_fn.core.step import Scalars, State, Step
 from olmo_fn.tree import Tree
 
 

@@ -1,4 +1,4 @@
-"""Other ways to clip than by the global norm (`olmo_fn.pipe.clip`): by value, and by groups of parameters."""
+"""Other ways to clip than by the global norm (`olmo_fn.core.pipe.clip`): by value, and by groups of parameters."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from olmo_fn import tree
-from olmo_fn.grad import Batch, Execution, Grads, Metrics
-from olmo_fn.pipe import Transform
+from olmo_fn.core.chain import Batch, Execution, Grads, Metrics
+from olmo_fn.core.pipe import Transform
 from olmo_fn.tree import Tree
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from olmo_fn import tree
-from olmo_fn.grad import Batch, Execution, Metrics
-from olmo_fn.pipe import Transform
-from olmo_fn.step import Leaf, Step
+from olmo_fn.core.chain import Batch, Execution, Metrics
+from olmo_fn.core.pipe import Transform
+from olmo_fn.core.step import Leaf, Step
 from olmo_fn.tree import Tree
 
 

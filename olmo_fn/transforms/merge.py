@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from olmo_fn.grad import Function, Metrics
-from olmo_fn.order import FROZEN_TOO, SHARED_SLOT
-from olmo_fn.pipe import Transform
-from olmo_fn.step import Leaf, Scalars, Slots, State, Step
+from olmo_fn.core.chain import Function, Metrics
+from olmo_fn.core.order import FROZEN_TOO, SHARED_SLOT
+from olmo_fn.core.pipe import Transform
+from olmo_fn.core.step import Leaf, Scalars, Slots, State, Step
 from olmo_fn.tree import Tree
 
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 
-from olmo_fn.grad import IGNORE, Batch, Execution, Grads, Metrics, loss_tokens
-from olmo_fn.order import PARTS_CLIPPED, SHARED_SLOT
-from olmo_fn.pipe import Transform, accumulate
-from olmo_fn.step import Scalars, State, Step
+from olmo_fn.core.chain import IGNORE, Batch, Execution, Grads, Metrics, loss_tokens
+from olmo_fn.core.order import PARTS_CLIPPED, SHARED_SLOT
+from olmo_fn.core.pipe import Transform, accumulate
+from olmo_fn.core.step import Scalars, State, Step
 from olmo_fn.tree import Tree
 
 SMALL, BIG, PARTS, TOKENS = "small_square", "big_square", "parts", "part_tokens"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.grad import Function
-from olmo_fn.order import NOT_YET_UNIT
-from olmo_fn.pipe import Transform
-from olmo_fn.step import Leaf, Scalars, Slots, Step
+from olmo_fn.core.chain import Function
+from olmo_fn.core.order import NOT_YET_UNIT
+from olmo_fn.core.pipe import Transform
+from olmo_fn.core.step import Leaf, Scalars, Slots, Step
 from olmo_fn.tree import Tree
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from olmo_fn.parallel.pipeline.schedule import Action, Program
-from olmo_fn.parallel.pipeline.simulate import simulate
+from olmo_fn.planner.pipeline_simulate import simulate
 
 AHEAD = 2  # a receive is posted so many actions before the one that needs it: room to overlap, and few buffers
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
-from olmo_fn.parallel.axis import Axis
+from olmo_fn.mesh.axis import Axis
 from olmo_fn.parallel.pipeline.communicate import Exchange, Plan, Transfer
 
 Forward: TypeAlias = Callable[[int, int, Tensor | None], Tensor | None]

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.grad import Sweep
+from olmo_fn.core.chain import Sweep
 from olmo_fn.parallel.pipeline.stages import Cut
 from olmo_fn.parallel.pipeline.sweep import pipeline_forward, pipeline_sweep
 from olmo_fn.parallel.sharded import Sharded, summing

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import groupby
 
 from olmo_fn import tree
-from olmo_fn.grad import Chain, Stage
+from olmo_fn.core.chain import Chain, Stage
 from olmo_fn.parallel.pipeline.schedule import Kind, schedule
 from olmo_fn.parallel.pipeline.split import parse_split, split
 from olmo_fn.spec import Spec

@@ -1,4 +1,4 @@
-"""The sweep of a chain over pipeline ranks: `olmo_fn.tape.sweep` in another order, a virtual stage and micro-batch at a time.
+"""The sweep of a chain over pipeline ranks: `olmo_fn.core.tape` in another order, a virtual stage and micro-batch at a time.
 
 A rank's weights are gathered once and stay for the whole step, and its gradients are added up whole and scattered once: with
 micro-batches in flight, gathering for each of them would be ``microbatches`` times the traffic.
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_fn.grad import Batch, Carry, Chain, Execution, Metrics, loss_tokens
-from olmo_fn.layout import Weights, wide
+from olmo_fn.core.chain import Batch, Carry, Chain, Execution, Metrics, loss_tokens
+from olmo_fn.core.layout import Weights, wide
+from olmo_fn.core.tape import Segment, SegmentPullback, fetch, flatten, of_mean, pull, run, segments
 from olmo_fn.parallel.pipeline.communicate import Plan, plan
 from olmo_fn.parallel.pipeline.execute import execute
 from olmo_fn.parallel.pipeline.schedule import Kind, schedule
 from olmo_fn.parallel.pipeline.stages import Cut
 from olmo_fn.parallel.sharded import Sharded
-from olmo_fn.tape import Segment, SegmentPullback, fetch, flatten, of_mean, pull, run, segments
 from olmo_fn.tree import Tree
 
 

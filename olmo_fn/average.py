@@ -1,0 +1,149 @@
+"""Averages of checkpoints: ``python -m olmo_fn.average runs/a --last 5 -o runs/a-mean``, ``… runs/a runs/b -o runs/soup``.
+
+The result is the folder of a run with one checkpoint, of parameters only: sample from it, or start from it with
+``--run.start-from DIR --run.start-with params``. With one checkpoint it takes weights out of a run: its moving average,
+or the model with LoRA's adapters merged into it, or the adapters alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from olmo_fn.train.config import Config
+from olmo_fn.tree import Tree
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Soup:
+    """Average checkpoints of one run, or of several."""
+
+    what: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folders of runs, or single checkpoints in them."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for the result; it must not be there."""
+    last: int = 1
+    """Take this many of the newest checkpoints of each run."""
+    shares: tuple[float, ...] = ()
+    """Share of each checkpoint, in the order they are listed, oldest first; alike if not given. They need not sum to 1."""
+    weights: Literal["params", "ema", "merge"] = "params"
+    """Which weights: the parameters, their moving averages, or the means of the last steps."""
+    lora: Literal["keep", "merge", "alone"] = "keep"
+    """Adapters of LoRA: keep them beside the model, merge them into it, or take them alone."""
+
+
+def average(checkpoints: Sequence[Path], shares: Sequence[float] = (), weights: str = "params") -> Tree:
+    """Σ share · weights / Σ share over checkpoints, leaf by leaf, in fp64; one leaf of one checkpoint is read at a time.
+
+    ``weights`` is ``params`` or a slot with the paths of the parameters, such as ``ema``; for parameters that the slot does not
+    have, because they are frozen, it is the parameters themselves. Dtypes stay. ValueError for checkpoints of
+    different models, and for shares that do not fit.
+
+    >>> import tempfile, torch
+    >>> from olmo_fn.checkpoint import save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     paths = [save({"params": {"w": torch.tensor([x])}}, folder, step=int(x)) for x in (1.0, 4.0)]
+    ...     average(paths, shares=(2, 1))
+    {'w': tensor([2.])}
+    """
+    from olmo_fn import tree
+    from olmo_fn.checkpoint import load, read_index
+
+    shares = tuple(shares) or (1.0,) * len(checkpoints)
+    if len(shares) != len(checkpoints) or sum(shares) == 0:
+        raise ValueError(
+            f"{len(shares)} shares for {len(checkpoints)} checkpoints; give one for each, with a sum that is not 0"
+        )
+    stored = [{name: (t.dtype, t.shape) for name, t in read_index(path).tensors.items()} for path in checkpoints]
+    paths = [name.removeprefix("params.") for name in stored[0] if name.startswith("params.")]
+    places = {path: place if (place := _place(weights, path)) in stored[0] else f"params.{path}" for path in paths}
+    if _place(weights, "") not in {place.removesuffix(path) for path, place in places.items()}:
+        raise ValueError(f"{checkpoints[0]} holds no {weights} of its weights; use --weights params")
+    for checkpoint, there in zip(checkpoints, stored, strict=True):
+        differ = [place for place in places.values() if there.get(place) != stored[0][place]]
+        differ += [name for name in there if name.startswith("params.") and name not in stored[0]]
+        if differ:
+            raise ValueError(
+                f"{checkpoint} is of another model than {checkpoints[0]}: {differ[0]} differs, so there is no mean"
+            )
+
+    def mean(place: str) -> Tensor:
+        parts = (tree.at(load(checkpoint, select=[place])[0], place) for checkpoint in checkpoints)
+        first = next(parts)
+        total = first.double() * (shares[0] / sum(shares))
+        for part, share in zip(parts, shares[1:], strict=True):
+            total += part.double() * (share / sum(shares))
+        return total.to(first.dtype)
+
+    return tree.unflatten((path, mean(place)) for path, place in places.items())
+
+
+def _place(weights: str, path: str) -> str:
+    return f"params.{path}" if weights == "params" else f"slots.{weights}.{path}"
+
+
+def chosen(what: Sequence[Path], last: int) -> list[Path]:
+    """The checkpoints meant: the ``last`` newest of each run, or those named; ValueError for what is none."""
+    from olmo_fn.checkpoint.__main__ import checkpoints
+
+    if last < 1:
+        raise ValueError(f"--last {last} takes no checkpoint; it must be at least 1")
+    found = []
+    for path in what:
+        there = checkpoints(path)
+        if len(there) < last and there != [path]:
+            raise ValueError(f"{path} holds {len(there)} checkpoints, not {last}; use --last {len(there)}")
+        found += there[-last:]
+    return found
+
+
+def soup(args: Soup) -> Path:
+    """Make the folder of the result, and return the path of its checkpoint."""
+    from olmo_fn.checkpoint import read_index, save
+    from olmo_fn.generate.load import find
+    from olmo_fn.train.folder import read_config, write_config
+    from olmo_fn.transforms.lora import merge_lora
+
+    if args.output.exists():
+        raise ValueError(f"{args.output} is there already; choose another folder with -o")
+    if not args.what:
+        raise ValueError("name the runs or checkpoints to average")
+    paths = chosen(args.what, args.last)
+    run, _ = find(paths[0].resolve(), None)
+    cfg: Config = read_config(run)
+    params = average(paths, args.shares, args.weights)
+    if args.lora != "keep" and "lora" not in params:
+        raise ValueError(f"{paths[0]} has no adapters; leave out --lora {args.lora}")
+    if args.lora == "merge":
+        params, cfg = merge_lora(params, cfg.lora.alpha), replace(cfg, lora=replace(cfg.lora, rank=0))
+    elif args.lora == "alone":
+        params = {"lora": params["lora"]}
+    write_config(replace(cfg, run=replace(cfg.run, folder=str(args.output))), args.output)
+    if (run / "tokenizer.json").is_file():
+        shutil.copy(run / "tokenizer.json", args.output)
+    step = max(read_index(path).step for path in paths)
+    return save({"params": params}, args.output / "checkpoints", step=step, meta={"averaged": [str(path) for path in paths]})
+
+
+def main(arguments: list[str]) -> int:
+    """0, or 2 for wrong input."""
+    try:
+        args = tyro.cli(Soup, args=arguments, prog="python -m olmo_fn.average", description=__doc__)
+        print(soup(args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

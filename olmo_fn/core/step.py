@@ -1,0 +1,243 @@
+"""A training step as one pure function, ``(state, batch) -> (state, metrics)``, and the state that it moves.
+
+A `Step` is kept in three parts so that transforms can work on any of them: ``grads``; ``control``, which turns
+metrics into the scalars of this step (learning rate, whether to skip); and ``leaf``, the update of one parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from olmo_fn import tree
+from olmo_fn.core.chain import (
+    EAGER,
+    Batch,
+    Execution,
+    Function,
+    Grads,
+    Metrics,
+)
+from olmo_fn.tree import Tree
+
+Scalars: TypeAlias = dict[str, Tensor]
+Slots: TypeAlias = dict[str, Tensor]
+
+
+class State(NamedTuple):
+    """Everything that training remembers; nothing else exists.
+
+    ``step`` () int64, counted from 0; ``params``; ``slots``: by name, either a tree with the parameters' paths, or some of
+    them (``adamw_m``, ``muon_momentum``, ``ema``), or a small tree of its own (``skip_spikes``).
+    """
+
+    step: Tensor
+    params: Tree
+    slots: Tree
+
+
+class Leaf(NamedTuple):
+    """An optimizer of one parameter: a pair of pure functions.
+
+    ``init(param) -> slots``; ``update(param, grad, slots, scalars) -> (param, slots)``. ``elementwise`` updates may
+    see the parameter flattened, and have slots of its shape; all others see whole matrices, and their slots have any shape.
+    ``scalars`` are this leaf's own, on top of the step's; of those it sees the ones without a group, and its ``group``'s.
+    ``point(param, slots)`` is where the gradient is taken, if not at the parameter.
+    """
+
+    init: Callable[[Tensor], Slots]
+    update: Callable[[Tensor, Tensor, Slots, Scalars], tuple[Tensor, Slots]]
+    elementwise: bool = True
+    scalars: Mapping[str, float] = {}
+    group: str = ""
+    point: Callable[[Tensor, Slots], Tensor] | None = None
+
+
+Control: TypeAlias = Callable[[State, Metrics], tuple[Tree, Scalars, Metrics]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """How training starts, ``init(params) -> state``, and how it moves, ``(state, batch) -> (state, metrics)``."""
+
+    grads: Grads
+    init_control: Callable[[], Tree] = field(repr=False)
+    control: Control = field(repr=False)
+    leaf: Callable[[str], Leaf] = field(repr=False)
+    execution: Execution = EAGER
+
+    def init(self, params: Tree) -> State:
+        """The state before the first step. Its parameters are the ones given, not a copy, if they are contiguous and whole.
+
+        Under `shard` whole parameters are cut; ``Sharded.init`` makes them in parts.
+        """
+        layout = self.execution.layout
+        params = layout.adopt(params)
+        slots: dict[str, dict[str, Tensor]] = {}
+        for path, p in tree.items(layout.enter(params)):
+            leaf = self.leaf(path)
+            whole = p if leaf.elementwise else layout.whole(path, p)
+            for name, value in leaf.init(whole).items():
+                if value.shape == whole.shape:
+                    value = layout.place(path, value if leaf.elementwise else layout.own(path, value))
+                slots.setdefault(name, {})[path] = value
+        control = self.init_control()
+        if clash := slots.keys() & control.keys():
+            raise ValueError(f"{min(clash)!r} is a slot of parameters and one of its own; rename one, such as {min(clash)}_m")
+        shaped = {name: tree.unflatten(values) for name, values in slots.items()}
+        device = next(p.device for _, p in tree.items(params))
+        own = tree.map(lambda value: value.to(device), {"step": torch.tensor(0), "slots": control})
+        return State(own["step"], params, {**own["slots"], **shaped})
+
+    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        layout = self.execution.layout
+        inside = State(state.step, layout.enter(state.params), layout.enter(state.slots))
+        grads, metrics = self.grads.fn(self.point(inside), batch, self.execution)
+        new, metrics = self.update(inside, grads, metrics)
+        return State(new.step, layout.leave(new.params, state.params), layout.leave(new.slots, state.slots)), metrics
+
+    @torch.no_grad()
+    def point(self, state: State) -> Tree:
+        """Where the gradient is taken: at the parameters, but for optimizers that say otherwise (schedule-free)."""
+        leaves = {path: self.leaf(path) for path, _ in tree.items(state.params)}
+        if all(leaf.point is None for leaf in leaves.values()):
+            return state.params
+        slots = {name: tree.flatten(slot) for name, slot in state.slots.items()}
+
+        def at(path: str, p: Tensor) -> Tensor:
+            find = leaves[path].point
+            return p if find is None else find(p, {name: values[path] for name, values in slots.items() if path in values})
+
+        return tree.map_with_path(at, state.params)
+
+    def update(self, state: State, grads: Tree, metrics: Metrics) -> tuple[State, Metrics]:
+        """The second half of a step: from gradients to the next state. Consumes ``grads``.
+
+        A metric ``grad_scale`` is a factor that all of them still lack; each update applies it on its way.
+        """
+        with torch.set_grad_enabled(self.execution.differentiable):
+            return self._update(state, grads, metrics)
+
+    def _update(self, state: State, grads: Tree, metrics: Metrics) -> tuple[State, Metrics]:
+        lacking = {name: value for name, value in metrics.items() if name == "grad_scale"}
+        metrics = {name: value for name, value in metrics.items() if name != "grad_scale"}
+        if "grad_norm" not in metrics:
+            metrics = {**metrics, "grad_norm": self.execution.layout.norm(grads)}
+        control, scalars, metrics = self.control(state, metrics)
+        before = {name: tree.flatten(slot) for name, slot in state.slots.items() if name not in control}
+        params, flat = tree.flatten(state.params), tree.flatten(grads)
+        grads.clear()  # so that each gradient is freed as soon as it is used
+        packed: dict[Any, tuple[tuple[str, ...], Tensor]] = {}  # the leaves' scalars, by what they depend on
+        after: dict[str, dict[str, Tensor]] = {name: dict(values) for name, values in before.items()}
+
+        leaves = {path: self.leaf(path) for path in params if path in flat}  # the others are frozen
+
+        def task(path: str) -> Task:
+            leaf, p = leaves[path], params[path]
+            key = leaf.group, *leaf.scalars.items(), p.dtype
+            if key not in packed:
+                packed[key] = pack_scalars(leaf, {**scalars, **lacking}, p.dtype)
+            names, numbers = packed[key]
+            run = self.execution.wrap_leaf(_guarded(leaf.update, self.execution.donate, names))
+            slots = {name: values[path] for name, values in before.items() if path in values}
+            return Task(leaf, run, p, flat.pop(path), slots, numbers)
+
+        def keep(path: str, new_p: Tensor, new: Slots) -> None:
+            params[path] = new_p
+            for name, value in new.items():
+                after[name][path] = value
+
+        for path, leaf in leaves.items():
+            if leaf.elementwise:
+                keep(path, *_flattened(task(path)))
+        for paths in self.execution.layout.rounds([path for path, leaf in leaves.items() if not leaf.elementwise]):
+            for path, updated in self._whole({path: task(path) for path in paths}).items():
+                keep(path, *updated)
+        shaped = {name: tree.unflatten(values) for name, values in after.items()}
+        return State(state.step + 1, tree.unflatten(params), {**control, **shaped}), metrics
+
+    def _whole(self, tasks: dict[str, Task]) -> dict[str, tuple[Tensor, Slots]]:
+        """Updates that see whole matrices, of a round: the layout gives each to a rank, which does it for all."""
+        layout, cut = self.execution.layout, {}
+        for path, task in tasks.items():
+            whole = layout.whole(path, torch.empty_like(task.p, device="meta"))
+            # what lies in parts is what was made in the whole's shape; a slot that never was cut may have a part's shape
+            cut[path] = [name for name, slot in task.leaf.init(whole).items() if slot.shape == whole.shape]
+        dealt = layout.deal({path: [t.p, t.g, *(t.slots[name] for name in cut[path])] for path, t in tasks.items()})
+        mine: list[Tensor] | None = None
+        if dealt is not None:
+            path, (p, g, *slots) = dealt
+            task = tasks[path]
+            new_p, new = task.run(p, g, {**task.slots, **dict(zip(cut[path], slots, strict=True))}, task.numbers)
+            mine = [new_p, *(new[name] for name in task.slots)]
+        like = {path: [(t.p, True), *((x, name in cut[path]) for name, x in t.slots.items())] for path, t in tasks.items()}
+        found = layout.collect(mine, like)
+        return {path: (new_p, dict(zip(tasks[path].slots, new, strict=True))) for path, (new_p, *new) in found.items()}
+
+
+class Task(NamedTuple):
+    """The update of one parameter, ready to run."""
+
+    leaf: Leaf
+    run: Function
+    p: Tensor
+    g: Tensor
+    slots: Slots
+    numbers: Tensor  # its scalars
+
+
+def _flattened(task: Task) -> tuple[Tensor, Slots]:
+    """An elementwise update, of flat tensors, so that one compiled function serves all shapes, and parts of them."""
+    p = task.p
+    new_p, new = task.run(p.view(-1), task.g.reshape(-1), {k: v.view(-1) for k, v in task.slots.items()}, task.numbers)
+    return new_p.view(p.shape), {k: v.view(p.shape) for k, v in new.items()}
+
+
+def pack_scalars(leaf: Leaf, scalars: Scalars, dtype: torch.dtype) -> tuple[tuple[str, ...], Tensor]:
+    """Names and values of what the update of ``leaf`` sees, in the dtype that a parameter of ``dtype`` is computed in.
+
+    One vector and not in fp64, so that calling a compiled update costs little, and converts nothing for every few entries.
+    """
+    wide, device = torch.promote_types(dtype, torch.float32), scalars["skip"].device
+    own = {k: torch.tensor(v, dtype=wide, device=device) for k, v in leaf.scalars.items()}
+    found = {**of_group(scalars, leaf.group), **own}
+    return tuple(found), torch.stack([value.to(wide) for value in found.values()])
+
+
+def of_group(scalars: Scalars, group: str) -> Scalars:
+    """The scalars without a group, and those of ``group``, without its name.
+
+    >>> of_group({"skip": 0, "matrix/lr": 1, "default/lr": 2}, "matrix")
+    {'skip': 0, 'lr': 1}
+    """
+    shared = {name: value for name, value in scalars.items() if "/" not in name}
+    own = {name.removeprefix(f"{group}/"): value for name, value in scalars.items() if name.startswith(f"{group}/")}
+    return {**shared, **{name: value for name, value in own.items() if "/" not in name}}
+
+
+@cache
+def _guarded(update: Function, donate: bool, names: tuple[str, ...]) -> Function:
+    """The update of a leaf with what holds for every one; its scalars are given as one vector.
+
+    A factor that the gradient lacks is applied, a skipped step changes nothing, dtypes stay what they are, donation writes
+    in place.
+    """
+
+    def guarded(p: Tensor, g: Tensor, slots: Slots, numbers: Tensor) -> tuple[Tensor, Slots]:
+        scalars = dict(zip(names, numbers.unbind(), strict=True))
+        scalars["skip"] = scalars["skip"] > 0
+        if "grad_scale" in scalars:
+            g = g.to(numbers.dtype) * scalars.pop("grad_scale")
+        new_p, new_slots = update(p, g, slots, scalars)
+        new_p = torch.where(scalars["skip"], p, new_p.to(p.dtype))
+        new_slots = {k: torch.where(scalars["skip"], slots[k], v.to(slots[k].dtype)) for k, v in new_slots.items()}
+        if not donate:
+            return new_p, new_slots
+        return p.copy_(new_p), {k: slots[k].copy_(v) for k, v in new_slots.items()}
+
+    return guarded

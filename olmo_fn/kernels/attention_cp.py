@@ -1,0 +1,190 @@
+"""Attention over the ranks of a context-parallel axis, each of which has some positions of every sequence.
+
+Positions are dealt in zig-zag: of 2n pieces rank i has pieces i and 2n - 1 - i, so that causal attention is the same work
+for all. Three methods, equal in the numbers: ``gather``: all keys and values on every rank (Llama 3, section 3.3.2);
+``ulysses``: heads are exchanged for positions (Jacobs et al. 2023); ``ring``: keys and values go round, and partial results
+are merged by their log-sum-exp (Liu et al. 2023), so that no rank ever holds all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from olmo_fn.core.chain import Kernel, identity
+from olmo_fn.kernels.attention_tiles import Tiles, attend, attend_vjp, row_products
+from olmo_fn.mesh.axis import Axis, CPMethod
+from olmo_fn.mesh.collectives import all_gather, all_to_all, reduce_scatter, ring_shift
+
+Pullback: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def positions_of(T: int, cp: Axis, device: torch.device | str = "cpu") -> Tensor:
+    """The positions of a sequence of ``T`` that this rank has, in its order.
+
+    >>> positions_of(8, Axis("cp", size=2, index=1)).tolist()
+    [2, 3, 4, 5]
+    """
+    if cp.size == 1:
+        return torch.arange(T, device=device)
+    if T % (2 * cp.size):
+        raise ValueError(f"{cp.size} context-parallel ranks need sequences of a multiple of {2 * cp.size}, not of {T}")
+    pieces = torch.arange(T, device=device).view(2 * cp.size, -1)
+    return torch.cat((pieces[cp.index], pieces[-1 - cp.index]))
+
+
+def attend_over(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cp: Axis,
+    method: CPMethod = "gather",
+    window: int | None = None,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """`olmo_fn.kernels.attention_tiles.attend` for this rank's positions, in plain differentiable operations.
+
+    ``q`` (B, H, R, K), ``k``, ``v`` (B, N, R, K) of this rank's R = T / n positions; ``documents`` (B, T) of all.
+    """
+    if cp.size == 1:
+        return attend(q, k, v, window=window, documents=documents)
+    if method == "ulysses":
+        q, k, v = (_in_order(all_to_all(x, 1, 2, cp), cp, 2) for x in (q, k, v))
+        return all_to_all(_as_dealt(attend(q, k, v, window=window, documents=documents), cp, 2), 2, 1, cp)
+    keys, values = (_in_order(all_gather(x, 2, cp), cp, 2) for x in (k, v))  # of a ring, too: the same numbers
+    parts = [
+        attend(piece, keys, values, window=window, documents=documents, offset=offset)
+        for piece, offset in zip(q.chunk(2, 2), _offsets(q.shape[2], cp.index, cp.size), strict=True)
+    ]
+    return torch.cat(parts, 2)
+
+
+def attend_over_vjp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cp: Axis,
+    method: CPMethod = "gather",
+    window: int | None = None,
+    documents: Tensor | None = None,
+    kernel: Kernel = identity,
+) -> tuple[Tensor, Pullback]:
+    """`attend_over` with its pullback."""
+    if cp.size == 1:
+        return attend_vjp(q, k, v, window=window, documents=documents, kernel=kernel)
+    run = {"gather": _gather_vjp, "ulysses": _ulysses_vjp, "ring": _ring_vjp}[method]
+    return run(q, k, v, cp, window, documents, kernel)
+
+
+def _gather_vjp(
+    q: Tensor, k: Tensor, v: Tensor, cp: Axis, window: int | None, documents: Tensor | None, kernel: Kernel
+) -> tuple[Tensor, Pullback]:
+    keys, values = (_in_order(all_gather(x, 2, cp), cp, 2) for x in (k, v))
+    halves = [
+        attend_vjp(piece, keys, values, window=window, documents=documents, offset=offset, kernel=kernel)
+        for piece, offset in zip(q.chunk(2, 2), _offsets(q.shape[2], cp.index, cp.size), strict=True)
+    ]
+
+    def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = [half[1](part) for half, part in zip(halves, cotangent.chunk(2, 2), strict=True)]
+        d_q = torch.cat([d for d, _, _ in found], 2)
+        d_k, d_v = (reduce_scatter(_as_dealt(found[0][i] + found[1][i], cp, 2), 2, cp) for i in (1, 2))
+        return d_q, d_k, d_v
+
+    return torch.cat([half[0] for half in halves], 2), pullback
+
+
+def _ulysses_vjp(
+    q: Tensor, k: Tensor, v: Tensor, cp: Axis, window: int | None, documents: Tensor | None, kernel: Kernel
+) -> tuple[Tensor, Pullback]:
+    def to_heads(x: Tensor) -> Tensor:
+        return _in_order(all_to_all(x, 1, 2, cp), cp, 2).contiguous()
+
+    def to_positions(x: Tensor) -> Tensor:
+        return all_to_all(_as_dealt(x, cp, 2), 2, 1, cp)
+
+    out, inner = attend_vjp(*(to_heads(x) for x in (q, k, v)), window=window, documents=documents, kernel=kernel)
+
+    def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d_q, d_k, d_v = inner(to_heads(cotangent))
+        return to_positions(d_q), to_positions(d_k), to_positions(d_v)
+
+    return to_positions(out), pullback
+
+
+def _ring_vjp(
+    q: Tensor, k: Tensor, v: Tensor, cp: Axis, window: int | None, documents: Tensor | None, kernel: Kernel
+) -> tuple[Tensor, Pullback]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    half = q.shape[2] // 2
+
+    def pairs(source: int) -> Iterator[tuple[slice, slice, Tiles]]:
+        """The pieces of this rank's queries and of ``source``'s keys that see each other."""
+        for i, a in enumerate(_offsets(q.shape[2], cp.index, cp.size)):
+            for j, b in enumerate(_offsets(q.shape[2], source, cp.size)):
+                if b <= a and (window is None or b + half > a - window + 1):
+                    tiles = Tiles(window, documents, a, b, kernel)
+                    yield slice(i * half, (i + 1) * half), slice(j * half, (j + 1) * half), tiles
+
+    out, lse = torch.zeros_like(q, dtype=wide), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+    keys, values = k, v
+    for hop in range(cp.size):
+        if hop:
+            keys, values = ring_shift(torch.stack((keys, values)), cp).unbind()
+        for rows, columns, tiles in pairs((cp.index - hop) % cp.size):
+            more, more_lse = tiles.forward(
+                *(x.contiguous() for x in (q[:, :, rows], keys[:, :, columns], values[:, :, columns]))
+            )
+            total = torch.logaddexp(lse[:, :, rows], more_lse)
+            old, new = (x.sub(total).exp()[..., None] for x in (lse[:, :, rows], more_lse))
+            out[:, :, rows] = out[:, :, rows] * old + more * new
+            lse[:, :, rows] = total
+    result = out.to(q.dtype)
+    del out, keys, values
+
+    def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        delta = row_products(cotangent, result)
+        d_q = torch.zeros_like(q, dtype=wide)
+        d_keys, d_values = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        keys, values = k, v
+        for hop in range(cp.size):
+            if hop:  # the gradients travel with what they are of
+                keys, values = ring_shift(torch.stack((keys, values)), cp).unbind()
+                d_keys, d_values = ring_shift(torch.stack((d_keys, d_values)), cp).unbind()
+            for rows, columns, tiles in pairs((cp.index - hop) % cp.size):
+                parts = (q[:, :, rows], keys[:, :, columns], values[:, :, columns], cotangent[:, :, rows], lse[:, :, rows])
+                found = tiles.backward(*(x.contiguous() for x in (*parts, delta[:, :, rows])))
+                for total, part, more in zip((d_q, d_keys, d_values), (rows, columns, columns), found, strict=True):
+                    total[:, :, part].add_(more)
+        d_keys, d_values = ring_shift(torch.stack((d_keys, d_values)), cp).unbind()
+        return d_q.to(q.dtype), d_keys.to(k.dtype), d_values.to(v.dtype)
+
+    return result, pullback
+
+
+def _offsets(R: int, index: int, n: int) -> tuple[int, int]:
+    """Where the two pieces of rank ``index`` begin, each R / 2 long."""
+    return index * (R // 2), (2 * n - 1 - index) * (R // 2)
+
+
+def _dealt(cp: Axis) -> list[int]:
+    """The pieces of a sequence in the order in which the ranks have them."""
+    return [piece for i in range(cp.size) for piece in (i, 2 * cp.size - 1 - i)]
+
+
+def _in_order(x: Tensor, cp: Axis, dim: int) -> Tensor:
+    """The ranks' positions, one rank after the other along ``dim``, in the order of the sequence."""
+    pieces = x.chunk(2 * cp.size, dim)
+    order = _dealt(cp)
+    return torch.cat([pieces[order.index(i)] for i in range(len(order))], dim)
+
+
+def _as_dealt(x: Tensor, cp: Axis, dim: int) -> Tensor:
+    """The inverse of `_in_order`."""
+    pieces = x.chunk(2 * cp.size, dim)
+    return torch.cat([pieces[i] for i in _dealt(cp)], dim)

@@ -1,0 +1,1 @@
+"""Starting the processes of a job, watching over them, and ending them."""

@@ -1,0 +1,58 @@
+"""A mesh axis as one rank sees it: what a stage needs to know to talk to the others. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, TypeAlias
+
+CPMethod: TypeAlias = Literal["gather", "ulysses", "ring"]
+"""How attention sees other ranks' keys and values: all gathered; heads instead of positions exchanged; or passed on."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """``size`` ranks, of which this one is number ``index``. Hashable, and a constant under ``torch.compile``.
+
+    ``group`` is the registered name of the process group, which the collectives take; empty where the size is 1.
+    """
+
+    name: str = ""
+    size: int = 1
+    index: int = 0
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Every axis of a rank: the five of the mesh, and those flattened from them (`olmo_fn.mesh.mesh.FLATTENED`); and how
+    attention uses ``cp``.
+    """
+
+    pp: Axis = Axis()
+    dp_replicate: Axis = Axis()
+    dp_shard: Axis = Axis()
+    cp: Axis = Axis()
+    tp: Axis = Axis()
+    fsdp: Axis = Axis()
+    data: Axis = Axis()
+    tokens: Axis = Axis()
+    world: Axis = Axis()
+    cp_method: CPMethod = "gather"
+
+
+NAMES = tuple(field.name for field in fields(Axes) if isinstance(field.default, Axis))
+"""The names of all axes."""
+
+ALONE = Axes()
+"""One process: every axis has size 1, and every collective over it is the identity."""
+
+
+def chunk(length: int, index: int, size: int) -> tuple[int, int]:
+    """Offset and length of chunk ``index`` of ``size``: all as long as the first, but the last, which may be empty.
+
+    >>> [chunk(5, i, 4) for i in range(4)]
+    [(0, 2), (2, 2), (4, 1), (5, 0)]
+    """
+    width = -(-length // size)
+    start = min(index * width, length)
+    return start, min(width, length - start)

@@ -1,0 +1,61 @@
+"""The mesh connected: process groups for every axis of it, as a value that is passed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from olmo_fn.mesh.axis import NAMES, Axes, Axis
+from olmo_fn.mesh.mesh import AXES, Mesh, members
+
+AT_REST = ("dp_replicate", "fsdp", "tp")
+"""The dims of the device mesh on which parameters and state live."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A rank's place in a mesh: its axes for the collectives, and the device mesh of its pipeline stage for DTensors."""
+
+    mesh: Mesh
+    rank: int
+    axes: Axes
+    device_mesh: DeviceMesh
+
+
+def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
+    """Make the process groups of ``mesh``; every rank calls it, with the same mesh, at the same point.
+
+    Needs ``torch.distributed`` initialised with ``mesh.size`` ranks (ValueError otherwise). Axes over the same ranks
+    share a group. ``device_mesh`` has the dims `AT_REST`, over the ranks of this rank's pipeline stage.
+    """
+    there = dist.get_world_size() if dist.is_initialized() else 0
+    if there != mesh.size:
+        state = f"has {there} ranks" if there else "is not initialised"
+        raise ValueError(f"the mesh has {mesh.size} ranks, but torch.distributed {state}; start {mesh.size} processes")
+    rank = dist.get_rank()
+    groups = {tuple(range(mesh.size)): dist.group.WORLD}
+
+    def group(axes: tuple[str, ...]) -> dist.ProcessGroup:
+        for lead in range(mesh.size):  # all ranks make all groups, in one order
+            line = mesh.ranks(axes, lead)
+            if line[0] == lead and line not in groups:
+                groups[line] = dist.new_group(list(line))
+        found = groups[mesh.ranks(axes, rank)]
+        assert found is not None
+        return found
+
+    def axis(name: str) -> Axis:
+        axes = members(name)
+        line = mesh.ranks(axes, rank)
+        return Axis(name, len(line), line.index(rank), group(axes).group_name if len(line) > 1 else "")
+
+    every: dict[str, Any] = {name: axis(name) for name in NAMES}
+    axes = Axes(**every)
+    dims = [members(name) for name in AT_REST]
+    stage = torch.tensor(mesh.ranks(AXES[1:], rank)).view(mesh.dp_replicate, mesh.dp_shard * mesh.cp, mesh.tp)
+    device_mesh = DeviceMesh.from_group([group(d) for d in dims], device_type, stage, mesh_dim_names=AT_REST)
+    return Connection(mesh, rank, axes, device_mesh)

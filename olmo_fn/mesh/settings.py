@@ -1,0 +1,48 @@
+"""The mesh on the command line. Imports no torch, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from olmo_fn.mesh.axis import CPMethod
+from olmo_fn.mesh.mesh import AXES, Mesh, solve
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the processes divide the work; the product of the degrees is their number."""
+
+    pp: int = 1
+    """Pipeline stages: each group of processes holds some of the blocks."""
+    dp_replicate: int | None = None
+    """Copies of the sharded parameters (HSDP; alone it is DDP). Left out: 1, or what --mesh.dp-shard leaves."""
+    dp_shard: int | None = None
+    """Processes that share one copy of parameters and state, each with sequences of its own (FSDP).
+    Left out: all the processes that the other degrees leave."""
+    cp: int = 1
+    """Processes that share each sequence (context parallelism); parameters are sharded over them as well."""
+    tp: int = 1
+    """Processes that share each matrix product (tensor parallelism, with sequence-parallel norms)."""
+    keep_gathered: bool = False
+    """Keep gathered parameters from the forward to the backward sweep (ZeRO-2): less traffic, more memory."""
+    cp_method: CPMethod = "gather"
+    """How attention sees the keys and values of other --mesh.cp ranks: all gathered; heads exchanged for positions; or
+    passed on in a ring."""
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """Order of work in the pipeline; interleaved needs --mesh.pp-chunks of 2 or more."""
+    pp_microbatches: int = 0
+    """Micro-batches in which a part of the batch (--recipe.accumulate) goes through the pipeline. 0: twice --mesh.pp."""
+    pp_chunks: int = 1
+    """Virtual stages that each pipeline rank holds."""
+    pp_split: str = ""
+    """Blocks of every virtual stage, such as 0-7,8-15; embed first and head last are ends without blocks. Empty: even in
+    cost."""
+
+    def on(self, processes: int) -> Mesh:
+        """The mesh of so many processes; ValueError, one line with the arithmetic, if it cannot be.
+
+        >>> MeshConfig(tp=2).on(8).dp_shard
+        4
+        """
+        return solve(processes, **{axis: getattr(self, axis) for axis in AXES})

@@ -1,0 +1,127 @@
+"""Estimates in words: tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from olmo_fn.mesh.placement import plan, table
+from olmo_fn.planner.clock import ATTENTION, GEMM, STREAM
+from olmo_fn.planner.estimate import RESERVED, Estimate, estimate, first_remedy
+from olmo_fn.planner.job import Job, flags, job
+from olmo_fn.planner.memory import PURPOSES
+from olmo_fn.train.config import Config
+from olmo_fn.train.recipe import parameters, rules
+
+GIB = 2**30
+
+
+def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells side by side, the first ``left`` columns flush left.
+
+    >>> print(columns([("a", "10"), ("long", "5")]))
+    a     10
+    long   5
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def report(cfg: Config) -> str:
+    """The whole of a dry run's plan. ValueError for a layout that cannot run."""
+    found = estimate(job(cfg))
+    mesh = found.job.mesh
+    placed = table(plan(parameters(cfg), rules(cfg), mesh), mesh)
+    return "\n\n".join((layout(found), placed, memory(found), verdict(found), traffic(found), time(found)))
+
+
+def layout(found: Estimate) -> str:
+    """The mesh and how a step is cut into what a rank computes at once."""
+    job = found.job
+    degrees = " x ".join(f"{axis} {n}" for axis, n in job.mesh.degrees.items() if n > 1) or "one process"
+    r = job.cfg.recipe
+    times = f"accumulate {r.accumulate}" * (r.accumulate > 1)
+    micro = f"{job.microbatches} micro-batches, {job.cfg.mesh.pp_schedule}" * (job.mesh.pp > 1)
+    where, rows = f"{job.mesh.size:,} x {found.gpu.name}: {degrees}", f"at once {sequences(job)}"
+    words = [where, rows, times, micro, f"remat {r.remat}", job.dtype]
+    return ", ".join(word for word in words if word)
+
+
+def sequences(job: Job) -> str:
+    """What a rank computes at once, in words."""
+    rows = f"{job.rows:,} sequences" if job.rows > 1 else "a sequence"
+    return f"{rows} of {job.cfg.recipe.sequence_length:,}"
+
+
+def memory(found: Estimate) -> str:
+    """The largest moment of each pipeline rank by purpose, alike ranks together."""
+    used = [name for name in PURPOSES if any(peak.memory[name] for peak in found.peaks)]
+    rows = [("GiB a rank", *used, "in all", "at")]
+    for rank, peak in enumerate(found.peaks):
+        cells = [f"{peak.memory[name] / GIB:.2f}" for name in used]
+        name = f"stage {rank}" if len(found.peaks) > 1 else "at its peak"
+        rows.append((name, *cells, f"{peak.total / GIB:.2f}", peak.when))
+    return columns(rows)
+
+
+def traffic(found: Estimate) -> str:
+    """Collectives of a step on the pipeline rank with the most of them."""
+    most = max(found.traffic, key=lambda one: sum(n for key, n in one.items() if key[2] == "bytes"))
+    rows = [("a rank and step", "kind", "ranks", "count", "GiB", "MiB each")]
+    for axis, kind, unit in sorted(most):
+        if unit == "calls":
+            count, size = most[axis, kind, "calls"], most[axis, kind, "bytes"]
+            each = f"{size / count / 2**20:,.2f}"
+            rows.append((axis, kind, f"{found.job.mesh.degree(axis)}", f"{count:,}", f"{size / GIB:,.3f}", each))
+    return columns(rows, left=2) if len(rows) > 1 else "no traffic: one process"
+
+
+def time(found: Estimate) -> str:
+    """Where the time of a step goes, by the model of `olmo_fn.planner.clock`."""
+    c = found.clock
+    tokens = c.tokens * found.job.mesh.size
+    days = found.job.cfg.run.steps * c.seconds / 86400
+    rows = [
+        (
+            "computing",
+            f"{c.computing:.3f} s",
+            f"products at {GEMM:.0%} of the peak, attention {ATTENTION:.0%}, streams {STREAM:.0%}",
+        ),
+        ("  products", f"{(c.linear + c.batched) / 1e12:,.1f} TFLOP", f"{c.batched / 1e12:,.1f} of them attention"),
+        ("waiting for others", f"{c.waiting:.3f} s", "tp, cp, and what weights and gradients take longer than computing"),
+        ("optimizer", f"{c.update:.3f} s", ""),
+        ("pipeline bubble", f"{c.bubble:.1%}", "of the pipeline's time"),
+        ("a step", f"{c.seconds:.3f} s", f"{tokens:,.0f} tokens/s, {c.tokens:,.0f} a device, {c.mfu:.1%} of its peak (MFU)"),
+        (f"{found.job.cfg.run.steps:,} steps", f"{days:,.1f} days", f"{days * 24 * found.job.mesh.size:,.0f} device-hours"),
+    ]
+    width, right = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
+    return "\n".join(f"{name.ljust(width)}  {value.rjust(right)}  {words}".rstrip() for name, value, words in rows)
+
+
+def verdict(found: Estimate) -> str:
+    """Whether it fits, and if not, what would help."""
+    have, need = found.gpu.memory / GIB, found.largest.total / GIB
+    sizes = f"{need:.1f} GiB of {have:.1f} GiB, of which {RESERVED / GIB:.1f} are left to the system"
+    if found.fits:
+        return f"fits: {sizes}"
+    tried, words = first_remedy(found)
+    rows = [(other, f"{one.largest.total / GIB:.1f} GiB", "fits" if one.fits else "does not fit") for other, one in tried]
+    gpus = max(8, 8 * found.job.mesh.size)
+    end = f"try {words}" if words else f"no single flag is enough; search: python -m olmo_fn.planner PRESET --gpus {gpus}"
+    return "\n".join([f"does not fit: {sizes}", *([columns(rows)] if rows else []), end])
+
+
+def ranking(found: Sequence[Estimate]) -> str:
+    """The best layouts, best first, each with what to type."""
+    rows = [("", "tokens/s a device", "step s", "MFU", "bubble", "GiB", "flags")]
+    for i, one in enumerate(found):
+        c = one.clock
+        size = f"{one.largest.total / GIB:.1f}"
+        rows.append(
+            (f"{i + 1}", f"{c.tokens:,.0f}", f"{c.seconds:.2f}", f"{c.mfu:.1%}", f"{c.bubble:.1%}", size, flags(one.job))
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    return "\n".join("  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[6]]) for row in rows)

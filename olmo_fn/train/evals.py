@@ -1,0 +1,61 @@
+"""Loss on held-out text: per token, and per byte, which no choice of tokenizer can flatter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from olmo_fn.core.chain import EAGER, IGNORE, Batch, Chain, Execution, loss_tokens
+from olmo_fn.core.tape import loss_sums
+from olmo_fn.tree import Tree
+
+
+class Heldout(NamedTuple):
+    """``loss``: nats a token over ``tokens`` tokens; ``bits_per_byte``: None when the bytes are not known."""
+
+    loss: float
+    tokens: int
+    bits_per_byte: float | None
+
+
+def evaluate(
+    loss: Chain,
+    params: Tree,
+    batches: Iterator[Batch],
+    num_bytes: int | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    execution: Execution = EAGER,
+    show: Callable[[int], Any] = lambda tokens: None,
+) -> Heldout:
+    """Sum the cross entropy over all labels of ``batches`` and divide it once.
+
+    bits per byte = (sum of nats / ln 2) / ``num_bytes``. Runs the stages as training does, so that it needs no
+    compilation of its own; ``show`` gets the tokens done after each batch.
+    """
+    layout, total, tokens = execution.layout, 0.0, 0
+    execution = replace(execution, dtype=dtype)
+    params = layout.enter(params)
+    for batch in batches:
+        total += float(loss_sums(loss, params, padded(batch, layout.shares), execution)["ce"])
+        tokens += int(loss_tokens(batch))
+        show(tokens)
+    bits = total / math.log(2) / num_bytes if num_bytes else None
+    return Heldout(total / max(tokens, 1), tokens, bits)
+
+
+def padded(batch: Batch, multiple: int) -> Batch:
+    """The batch with rows without labels behind it, up to a multiple of so many rows.
+
+    >>> padded({"labels": torch.tensor([[5, 6]])}, 2)["labels"].tolist()
+    [[5, 6], [-100, -100]]
+    """
+    missing = -len(batch["labels"]) % multiple
+    if not missing:
+        return batch
+    rows = {name: x.new_full((missing, *x.shape[1:]), IGNORE if name == "labels" else 0) for name, x in batch.items() if x.ndim}
+    return {name: torch.cat((x, rows[name])) if name in rows else x for name, x in batch.items()}

@@ -1,0 +1,83 @@
+"""What a compiled step costs besides its time: few compilations, and memory that stays."""
+
+import platform
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from functools import cache, partial
+
+import pytest
+import torch
+from optimizers import wrap_with
+from torch._dynamo import convert_frame
+
+from olmo_fn.core.pipe import clip, grad, pipe
+from olmo_fn.models import transformer
+from olmo_fn.models.config import Model
+from olmo_fn.optim import adamw
+from olmo_fn.spec import init
+
+
+def compilations(monkeypatch, cfg, length, dtype):
+    """Names of the functions that Dynamo compiles for three steps, and how often."""
+    seen = Counter()
+    plain = convert_frame.compile_frame
+
+    def counted(code, *args, **kwargs):
+        seen[code.co_qualname] += 1
+        return plain(code, *args, **kwargs)
+
+    monkeypatch.setattr(convert_frame, "compile_frame", counted)
+    step = pipe(transformer.loss(cfg), grad(dtype=dtype), clip(1.0), adamw(1e-3))
+    once = partial(torch.compile, fullgraph=True, dynamic=False, isolate_recompiles=True, backend="eager")
+    step = replace(step, execution=replace(step.execution, wrap=cache(once), wrap_leaf=wrap_with("eager")))
+    state = step.init(init(transformer.specs(cfg), 0))
+    for i in range(3):
+        ids = torch.randint(cfg.vocab_size, (2, length + 1), generator=torch.Generator().manual_seed(i))
+        state, _ = step(state, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_function_compiles_once(monkeypatch, dtype):
+    """Each costs one or two seconds: all blocks, tiles, norms and leaves share theirs, but a leaf's for a gradient's dtype."""
+    seen = compilations(monkeypatch, Model(32, 3, 4, 48, vocab_size=80), 400, dtype)
+    assert seen.pop("_guarded.<locals>.guarded") == (1 if dtype == torch.float32 else 2)
+    assert set(seen.values()) == {1}
+    tiles = {"_weigh", "_total", "_gradient"} if dtype == torch.bfloat16 else set()  # in fp32 torch's own kernel attends
+    assert set(seen) == {
+        *tiles,
+        "_gated",
+        "_gated_gradient",
+        "_softmax_times",
+        "_place_heads.<locals>.fn",
+        "_add_normed.<locals>.fn",
+    }
+
+
+FREED = """
+import resource, torch
+from olmo_fn.train.machine import keep_freed_memory
+
+def faults(mb):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(mb << 18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(24)
+print(faults(24))
+keep_freed_memory()
+for _ in range(10):  # until the allocator's own caches of small rests are full
+    faults(24)
+print(sum(faults(24) for _ in range(5)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+def test_freed_memory_is_kept():
+    """A tensor made again and again: fresh pages each time before `keep_freed_memory`, none after it."""
+    out = subprocess.run([sys.executable, "-c", FREED], check=True, capture_output=True, text=True).stdout
+    before, after = map(int, out.split())
+    assert before >= 12  # 6,144 pages of 4 kB, or 12 of 2 MB
+    assert after < before / 10

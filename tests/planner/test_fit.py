@@ -1,0 +1,73 @@
+"""A run that cannot fit is refused before anything is allocated, and what the message names does fit."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import tyro
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import python
+
+from configs import CONFIGS
+from olmo_fn.mesh.mesh import Mesh
+from olmo_fn.models.config import Model
+from olmo_fn.planner.fit import _at_most, _need, check_memory
+from olmo_fn.planner.job import Job
+from olmo_fn.train.config import Config, Recipe
+
+GB = 1e9
+
+
+def test_the_command_says_so_in_one_line(tmp_path):
+    found = python("train.py", "olmo2-32b", "--run.folder", tmp_path / "run")  # no machine has the 48,800 GiB of its batch
+    assert found.returncode == 2
+    assert found.stderr.count("\n") == 1
+    assert re.match(r"error: a step needs 4\d,\d{3}\.\d GiB, for 1,024 sequences of 4,096 at once; there are ", found.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "flags"),
+    [
+        ("olmo2-30m", 32 * GB, r"--recipe\.accumulate \d+"),
+        ("olmo2-1b", 25 * GB, r"--recipe\.accumulate \d+ --recipe\.remat full --optim\.moments bfloat16"),
+    ],
+)
+def test_what_the_message_names_fits(name, memory, flags):
+    """And with half of the accumulation it would not."""
+    with pytest.raises(ValueError, match="This fits: ") as refused:
+        check_memory(CONFIGS[name], Mesh(), "bfloat16", memory)
+    named = str(refused.value).partition("This fits: ")[2]
+    assert re.fullmatch(flags, named)
+    cfg = tyro.cli(Config, args=named.split(), default=CONFIGS[name])
+    check_memory(cfg, Mesh(), "bfloat16", memory)
+    less = replace(cfg, recipe=replace(cfg.recipe, accumulate=cfg.recipe.accumulate // 2))
+    with pytest.raises(ValueError, match="This fits: "):
+        check_memory(less, Mesh(), "bfloat16", memory)
+
+
+def test_what_can_never_fit_is_told_how_far_it_is():
+    with pytest.raises(ValueError, match=r"Even --recipe.accumulate 128 .* needs 7\.\d: take a smaller model, or more"):
+        check_memory(CONFIGS["olmo2-1b"], Mesh(dp_shard=4), "bfloat16", 6 * GB)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_the_quick_bound_is_one(data):
+    """What is not planned, since it surely fits, would fit by the plan."""
+    draw = data.draw
+    heads = draw(st.sampled_from((1, 2, 4)))
+    model = Model(
+        heads * draw(st.sampled_from((8, 64))),
+        draw(st.integers(1, 4)),
+        heads,
+        draw(st.sampled_from((16, 700))),
+        vocab_size=draw(st.sampled_from((64, 50_000))),
+        head_dim=draw(st.sampled_from((None, 128))),
+    )
+    recipe = Recipe(draw(st.sampled_from((1, 4, 32))), draw(st.sampled_from((16, 512))), ema=draw(st.sampled_from((0.0, 0.9))))
+    recipe = replace(recipe, dtype=draw(st.sampled_from(("float32", "bfloat16"))))
+    cfg = replace(CONFIGS["olmo2-tiny"], model=model, recipe=recipe)
+    cfg = replace(cfg, optim=replace(cfg.optim, name=draw(st.sampled_from(("adamw", "muon", "adafactor", "soap")))))
+    assert _need(Job(cfg, Mesh())) <= _at_most(Job(cfg, Mesh()))

@@ -1,0 +1,128 @@
+"""The dry run and the search as a user sees them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import train
+from configs import CONFIGS
+from olmo_fn.models.config import Model
+from olmo_fn.models.count import num_params
+from olmo_fn.planner import tables
+from olmo_fn.planner.__main__ import main as plan_main
+from olmo_fn.planner.accelerators import ACCELERATORS
+from olmo_fn.planner.estimate import estimate, first_remedy
+from olmo_fn.planner.job import Job, flags, job
+from olmo_fn.planner.search import layouts, search
+from olmo_fn.train.config import Config, Recipe, Run
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "plan-olmo2-32b.txt"
+DRY_RUN = "olmo2-32b --dry-run --mesh.dp-shard 64 --mesh.tp 8 --mesh.pp 2"
+SMALL = Config(Model(64, 8, 4, 160, vocab_size=512), recipe=Recipe(batch_size=32, sequence_length=64), run=Run(steps=5000))
+
+
+def test_dry_run_of_32b(capsys):
+    """The issue's command: its sharding, memory and traffic tables are the golden ones, and the counts are exact."""
+    assert train.main(shlex.split(DRY_RUN)) == 0
+    printed = capsys.readouterr().out
+    assert f"{num_params(CONFIGS['olmo2-32b'].model):,}" in printed
+    plan = printed[printed.index("1,024 x H100") :]
+    assert plan == GOLDEN.read_text(), f"if this is meant: python train.py {DRY_RUN}, from '1,024 x H100' on, into {GOLDEN}"
+
+
+def test_what_does_not_fit_names_the_flag_that_helps(capsys):
+    """And typing it does help."""
+    command = "olmo2-1b --dry-run --mesh.dp-shard 8 --recipe.batch-size 128"
+    assert train.main(shlex.split(command)) == 0
+    words = re.search(r"^try (--\S+ \S+)", capsys.readouterr().out, re.M)
+    assert words is not None
+    assert train.main(shlex.split(f"{command} {words[1]}")) == 0
+    assert "\nfits: " in capsys.readouterr().out
+
+
+def test_hopeless_and_impossible(capsys):
+    assert train.main(shlex.split("olmo2-7b --dry-run")) == 0  # 512 sequences at once on one device
+    assert "no single flag is enough; search: python -m olmo_fn.planner" in capsys.readouterr().out
+    assert train.main(shlex.split("olmo2-7b --dry-run --mesh.tp 3")) == 2
+    assert "--mesh.tp 3 does not divide" in capsys.readouterr().err
+    assert train.main(shlex.split("olmo2-7b --dry-run --gpus 12 --mesh.tp 8")) == 2
+    assert "does not divide the 12 processes" in capsys.readouterr().err
+    assert train.main(shlex.split("olmo2-7b --dry-run --mesh.pp 2 --mesh.pp-microbatches 3")) == 2
+    assert "--mesh.pp-microbatches" in capsys.readouterr().err
+
+
+def test_remedies_are_smaller():
+    """Whatever is tried takes less memory than what does not fit."""
+    found = estimate(job(replace(SMALL, gpu="a100")))
+    small = replace(found, gpu=found.gpu._replace(memory=found.largest.total / 4))
+    tried, _ = first_remedy(small)
+    assert tried
+    for words, other in tried:
+        assert other.largest.total < found.largest.total, words
+
+
+def test_search_finds_the_best_of_all_layouts():
+    """Against an exact estimate of every layout: nothing that fits is more than 5 % faster than the first one found."""
+    cfg = replace(CONFIGS["olmo2-370m"], gpu="a100", recipe=Recipe(batch_size=8, sequence_length=256))
+    found = search(cfg, 4, best=3)
+    assert [one.clock.seconds for one in found] == sorted(one.clock.seconds for one in found)
+    every = [one for tp in (1, 2) for one in layouts(cfg, 4, tp, 1)]
+    exact = []
+    for one in every:
+        try:
+            exact.append(estimate(one))
+        except ValueError:
+            continue
+    assert len(exact) > 10
+    fastest = min(one.clock.seconds for one in exact if one.fits)
+    assert found[0].clock.seconds <= 1.05 * fastest
+    assert all(one.fits and one.job.mesh.size == 4 and one.gpu is ACCELERATORS["a100"] for one in found)
+
+
+def test_the_flags_of_a_layout_are_the_layout():
+    """Typed into train.py, what the search prints gives the job that it estimated."""
+    for one in search(SMALL, 8, best=2):
+        words = shlex.split(flags(one.job))
+        recipe = ["--recipe.batch-size", "32", "--recipe.sequence-length", "64"]
+        typed = job(train.parse(["olmo2-7b", *recipe, *words]))
+        assert typed.mesh == one.job.mesh
+        assert (typed.rows, typed.microbatches, typed.cfg.recipe.remat) == (
+            one.job.rows,
+            one.job.microbatches,
+            one.job.cfg.recipe.remat,
+        )
+
+
+def test_search_on_the_command_line(tmp_path, capsys):
+    picture = tmp_path / "plan.png"
+    small = ["--batch-size", "16", "--sequence-length", "128"]
+    assert plan_main(["olmo2-14m", "--gpus", "2", "--gpu", "a100", "--best", "2", "--picture", str(picture), *small]) == 0
+    printed = capsys.readouterr().out
+    assert "2 x A100" in printed
+    assert "--mesh.dp-" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plan_main(["olmo2-14", "--gpus", "8"]) == 2
+    assert "neither a preset nor a config.yaml" in capsys.readouterr().err
+    assert plan_main(["olmo2-32b", "--gpus", "1", "--gpu", "a100"]) == 2
+    assert "no layout of 1 x A100" in capsys.readouterr().err
+
+
+def test_published_throughput():
+    """OLMo 3 on H100s (arXiv 2512.13961, section 3.2): 7,700 tokens/s a device for 7B, 1,960 for 32B. A model, no proof."""
+    for name, replicate, shard, remat, published in (("olmo3-7b", 8, 64, "full", 7700), ("olmo3-32b", 16, 64, "full", 1960)):
+        cfg = CONFIGS[name]
+        mesh = replace(cfg.mesh, dp_replicate=replicate, dp_shard=shard)
+        recipe = replace(cfg.recipe, remat=remat, batch_size=replicate * shard)
+        assert estimate(job(replace(cfg, mesh=mesh, recipe=recipe))).clock.tokens == pytest.approx(published, rel=0.15)
+
+
+def test_tables_of_one_process():
+    text = tables.report(SMALL)
+    assert "one process" in text
+    assert "no traffic" in text
+    assert Job(SMALL, job(SMALL).mesh).rows == 32
