@@ -6,11 +6,11 @@ in between for the sizes that OLMo-core has for experiments. Imports no torch, s
 
 from __future__ import annotations
 
-from olmo_fn.models.config import OLMO2, OLMO3, Model
+from olmo_fn.models.config import OLMO2, OLMO3, Model, dense
 from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
 
 TINY = Config(
-    model=Model(d_model=192, n_layers=4, n_heads=3, hidden_size=512, vocab_size=4096, init_method="llama"),
+    model=dense(d_model=192, n_layers=4, n_heads=3, hidden_size=512, vocab_size=4096, init_method="llama"),
     optim=Optim(lr=3e-2),
     schedule=Schedule("linear", warmup=30, final=0.02),
     recipe=Recipe(batch_size=4, sequence_length=256, z_loss=1e-5),

@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> Config:
 def describe(config: Config) -> str:
     """A preset in one line."""
     m = config.model
-    return f"d_model {m.d_model}, {m.n_layers} layers, {m.n_heads} heads, vocabulary {m.vocab_size:,}"
+    return f"d_model {m.d_model}, {m.n_layers} layers, vocabulary {m.vocab_size:,}"
 
 
 def run(cfg: Config) -> int:

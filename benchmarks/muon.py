@@ -68,7 +68,7 @@ def trainer(args: argparse.Namespace) -> Callable[[str, float, int], dict[str, A
     from olmo_fn.data.config import Data, cache_dir
     from olmo_fn.data.source import heldout_batches, open_data
     from olmo_fn.models import transformer
-    from olmo_fn.models.config import Model
+    from olmo_fn.models.config import dense
     from olmo_fn.optim import adamw, muon, partition, warmup_linear
     from olmo_fn.research import lr_scale, with_lr_scale
     from olmo_fn.spec import init
@@ -79,7 +79,7 @@ def trainer(args: argparse.Namespace) -> Callable[[str, float, int], dict[str, A
     machine.keep_freed_memory()
     prepare_cache(cache_dir(Data()) / "compiled")
     dtype = machine.compute_dtype("auto", torch.device("cpu"))
-    model = Model(args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size, init_method="llama")
+    model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size, init_method="llama")
     specs, loss = transformer.specs(model), transformer.loss(model, z_loss=1e-5)
     source = open_data(Data(), model.vocab_size, args.sequence_length, args.batch_size)
     heldout = replace(source, heldout=source.heldout[: args.heldout])

@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace) -> None:
     from olmo_fn.mesh.mesh import Mesh
     from olmo_fn.mesh.placement import Rules
     from olmo_fn.models import transformer
-    from olmo_fn.models.config import Model
+    from olmo_fn.models.config import dense
     from olmo_fn.optim import adamw, muon, partition
     from olmo_fn.parallel.shard import shard
     from olmo_fn.spec import init
@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     process = init_process_group_from_env()
     prepare_cache(Path(args.cache) / f"rank{process.rank}")
-    model = Model(args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size)
+    model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size)
     specs, dtype = transformer.specs(model), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     layout = []
     if process.size > 1:

@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 
     from olmo_fn.core.compile import prepare_cache
     from olmo_fn.models import transformer
-    from olmo_fn.models.config import Model
+    from olmo_fn.models.config import dense
     from olmo_fn.models.count import flops_per_token, num_params
     from olmo_fn.spec import init
     from olmo_fn.train import machine
@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     from olmo_fn.train.recipe import recipe
 
     torch.set_num_threads(args.threads)
-    model = Model(
+    model = dense(
         args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size, n_kv_heads=args.n_kv_heads or args.n_heads
     )
     cfg = Config(

@@ -40,7 +40,7 @@ def main() -> None:
     from olmo_fn.core.pipe import Transform, clip, donate, grad, pipe, skip_spikes
     from olmo_fn.core.step import State, Step
     from olmo_fn.models import transformer
-    from olmo_fn.models.config import Model
+    from olmo_fn.models.config import dense
     from olmo_fn.optim import adamw, warmup_cosine
     from olmo_fn.research import compiled, many, stack
     from olmo_fn.spec import init
@@ -50,7 +50,7 @@ def main() -> None:
     machine.keep_freed_memory()
     if args.compile:
         compilation.prepare_cache(Path(tempfile.mkdtemp()))
-    model = Model(args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size)
+    model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size)
     ids = torch.randint(args.vocab_size, (args.batch_size, args.sequence_length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids.roll(-1, dims=1)}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from olmo_fn.core.chain import Batch
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import Model, dense
 from olmo_fn.parallel.pipeline.stages import Pipeline
 
 
@@ -22,7 +22,7 @@ def models(draw: st.DrawFn) -> Model:
     heads = kv * draw(st.sampled_from([1, 2]))
     head_dim = draw(st.sampled_from([2, 4]))
     windows = draw(st.sampled_from([(), (3, -1), (2, 5, -1)]))
-    return Model(
+    return dense(
         d_model=draw(st.sampled_from([6, 8])),
         n_layers=draw(st.integers(1, 3)),
         n_heads=heads,
@@ -103,7 +103,7 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
     cp_method = draw(st.sampled_from(["gather", "ulysses", "ring"]))
     kv = mesh.tp * (mesh.cp if cp_method == "ulysses" else 1)
     kv *= draw(st.sampled_from([1, 2])) if kv < 4 else 1
-    model = Model(
+    model = dense(
         d_model=draw(st.sampled_from([5, 7, 10])),
         n_layers=draw(st.integers(max(1, mesh.pp * pipeline.chunks - 2), max(3, mesh.pp * pipeline.chunks - 2))),
         n_heads=kv * draw(st.sampled_from([1, 2])),

@@ -1,31 +1,30 @@
-"""From a loss to its gradients: a loss as a chain of stages, and the two engines that differentiate it.
+"""A loss as a chain of stages, and what the stages are given: the contract between models and the engines.
 
 Losses are *sums* over tokens. A gradient is divided once, by ``batch["loss_tokens"]`` or else by the number of labels in
 the batch, so that splitting a batch in any way (accumulation, data parallelism) gives the same gradient.
+
+Every stage is ``(p, x, ctx) -> (x, Aux)`` with one tensor x (B, T, D) between stages, so that pipelines, rematerialisation,
+sharding and plans may cut anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.layout import SINGLE, wide
-from olmo_fn.mesh.axis import Axes
+from olmo_fn.kernels import Function, Kernel, identity
+from olmo_fn.mesh.axis import SINGLE_DEVICE, Axes, CPMethod
 from olmo_fn.tree import Tree
 
 IGNORE = -100  # the label of a position that has no loss
 Batch: TypeAlias = dict[str, Tensor]
 Metrics: TypeAlias = dict[str, Tensor]
-Context: TypeAlias = dict[str, Tensor]
-Function: TypeAlias = Callable[..., Any]
-Carry: TypeAlias = Any  # None before the first stage, a tensor or a tuple of them between two, (sum, metrics) after the last
-Kernel: TypeAlias = Callable[[Function], Function]  # compiles an elementwise function of tensors of any shape
-Pullback: TypeAlias = Callable[[Any], tuple[Any, Any]]
+LossFunction: TypeAlias = Callable[[Tree, Batch], tuple[Tensor, Metrics]]
 
 
 def loss_tokens(batch: Batch) -> Tensor:
@@ -38,25 +37,91 @@ def loss_tokens(batch: Batch) -> Tensor:
     return (batch["labels"] != IGNORE).sum() if given is None else given
 
 
-class Stage(NamedTuple):
-    """One pure function of a chain: ``fn(*subtrees, carry, context) -> carry``.
+class Metric(NamedTuple):
+    """How a metric becomes one value for the whole batch, and its shape.
 
-    ``params`` are the paths of the subtrees that it uses. Stages with the same ``fn`` object are compiled once. The last
-    stage of a chain returns ``(sum of losses, metrics)``, the others a tensor or a tuple of tensors. ``vjp``, if given, is a
-    faster way to the same thing, ``(*subtrees, carry, context, kernel) -> (carry, pullback)``, where the pullback takes
-    the carry's cotangent to the subtrees', or to a function that computes them later, and the incoming carry's, and ``kernel``
-    compiles an elementwise function of any shape; that it agrees with the derivative of ``fn`` is a law. During a sweep the
-    context's ``cotangent`` is that of the chain's sum, for a last stage that forms gradients on its way forward.
+    ``mean``: stages report sums over their tokens, which are added up and divided by the loss tokens of the batch (as the loss
+    is); ``sum``: reports are added up; ``max``: the largest is taken, entry by entry.
+    """
+
+    how: Literal["mean", "sum", "max"] = "mean"
+    shape: tuple[int, ...] = ()
+
+
+class Aux(NamedTuple):
+    """What a stage gives beside x: a term of the loss (0-d, a sum over its tokens, added to all others), and metrics.
+
+    Across data and context parallel ranks each reports for its own tokens. Ranks of ``tp`` all report the same: a stage whose
+    tokens are split over ``tp`` sums over it first. Metrics are declared in `Stage.metrics`.
+    """
+
+    loss: Tensor | None = None
+    metrics: Mapping[str, Tensor] = {}
+
+
+NOTHING = Aux()
+
+
+def bind(fn: Function, *constants: Any) -> Function:
+    """``fn`` with its first arguments given: how `Backend.fuse` makes a function of tensors, here without compiling it."""
+    return lambda *tensors: fn(*constants, *tensors)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a stage computes; never what. An engine hands it to the chain, which puts it into the stages' context.
+
+    ``fast``: by the primitives with a backward of their own (the tape), or else by plain operations that can be differentiated
+    any number of times (``torch.func``). ``fuse(fn, *constants)`` compiles an elementwise function of tensors that autograd
+    goes through, ``kernel(fn)`` one that it does not. ``weight_grads(weight, gradient)``, if given, takes from a primitive the
+    gradient of a weight, as a function that computes it; False: it is not wanted there. ``loss_weight`` (0-d) is what the
+    engine will multiply the loss by in its backward, a hint for primitives that form gradients on their way forward.
+    """
+
+    fast: bool = False
+    axes: Axes = SINGLE_DEVICE
+    cp_method: CPMethod = "gather"
+    dtype: torch.dtype | None = None
+    fuse: Callable[..., Function] = bind
+    kernel: Kernel = identity
+    weight_grads: Callable[[Tensor, Callable[[], Tensor]], bool] | None = None
+    loss_weight: Tensor | None = None
+
+
+PLAIN = Backend()
+
+
+class Stage(NamedTuple):
+    """One pure function of a chain, ``fn(p, x, ctx) -> (x, Aux)``.
+
+    ``params`` are pairs (key in p, path in the parameters). The first stage gets None for x, and the last one's x is not used.
+    ``block``: the block of the model that it is part of. ``metrics``: those that its `Aux` has.
     """
 
     name: str
-    params: tuple[str, ...]
-    fn: Function
-    vjp: Function | None = None
-    block: int | None = None  # the block of the model that it is part of
-    compiled: bool = True  # False: leave it eager under `compile()`
-    rowwise: bool = False  # a sum over positions, of which it may be given a few at a time
-    stored: bool = False  # its weights may come as they are stored: it casts what it uses, or its output is cast
+    params: tuple[tuple[str, str], ...]
+    fn: Callable[[Tree, Any, Any], tuple[Any, Aux]]
+    block: int | None = None
+    metrics: Mapping[str, Metric] = {}
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the subtrees that it uses."""
+        return tuple(path for _, path in self.params)
+
+    def select(self, subtrees: Mapping[str, Any]) -> Tree:
+        """Its ``p``, out of subtrees by path."""
+        return {key: subtrees[path] for key, path in self.params}
+
+
+def refuse_axes(axes: Axes, cp_method: CPMethod) -> None:
+    """ValueError for tensor and context parallelism: what a chain says whose stages are not written for them."""
+    for axis in (axes.tp, axes.cp):
+        if axis.size > 1:
+            raise ValueError(
+                f"--mesh.{axis.name} is {axis.size}, but the loss is not written for it; give a Chain that says how it is "
+                "divided (`Chain.check`), or use data parallelism only"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,129 +131,79 @@ class Chain:
     Called, it is an ordinary pure function for ``torch.func`` and notebooks. The tape engine walks its stages instead.
     """
 
-    context: Callable[[Batch], Context]
+    context: Callable[[Batch, Backend], Any]
+    """What all stages of a batch share: a frozen dataclass with at least a field ``backend``."""
     stages: tuple[Stage, ...]
-    on: Callable[[Axes], Chain] | None = None
-    """The same chain as one rank of a mesh computes it; None: data-parallel only."""
-    carry: Callable[[Context, torch.dtype], Tensor] | None = None
-    """An empty tensor like what goes from block to block; None: it cannot be a pipeline."""
-    sums: tuple[str, ...] = ()
-    """Names of the metrics that come with the loss, for ranks of a pipeline that do not compute it."""
+    empty: Callable[[Any], Tensor] | None = None
+    """From the context, an empty tensor like x between two stages; None: it cannot be a pipeline."""
+    uncast: frozenset[str] = frozenset()
+    """Paths of matrices that the stages take as they are stored, and cast themselves."""
+    check: Callable[[Axes, CPMethod], None] = refuse_axes
+    """ValueError if the stages cannot be divided over these axes."""
 
     def changed(self, change: Callable[[Stage], Stage]) -> Chain:
-        """The chain with every stage changed, on a mesh too."""
-        there = self.on
-        on = None if there is None else lambda axes: there(axes).changed(change)
-        return replace(self, stages=tuple(map(change, self.stages)), on=on)
+        """The chain with every stage changed."""
+        return replace(self, stages=tuple(map(change, self.stages)))
 
-    def __call__(self, params: Tree, batch: Batch) -> tuple[Tensor, Metrics]:
-        context, carry = self.context(batch), None
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """All metrics of its stages. ValueError if two stages mean different things by a name."""
+        found: dict[str, Metric] = {}
         for stage in self.stages:
-            carry = stage.fn(*subtrees(params, stage), carry, context)
-        return carry  # type: ignore[return-value]
+            for name, metric in stage.metrics.items():
+                if found.setdefault(name, metric) != metric:
+                    raise ValueError(f"the metric {name!r} is {found[name]} in one stage and {metric} in {stage.name!r}")
+        return found
+
+    def __call__(self, params: Tree, batch: Batch, backend: Backend = PLAIN) -> tuple[Tensor, Metrics]:
+        ctx, x, sums = self.context(batch, backend), None, Sums(self.metrics)
+        for stage in self.stages:
+            x, aux = stage.fn({key: tree.at(params, path) for key, path in stage.params}, x, ctx)
+            sums.add(stage, aux)
+        return sums.loss(), sums.metrics
 
 
-LossFunction: TypeAlias = Callable[[Tree, Batch], tuple[Tensor, Metrics]]
+class Sums:
+    """Adds up what the stages of a chain report: ``loss()``, and ``metrics`` by the rule of each."""
+
+    def __init__(self, declared: Mapping[str, Metric]) -> None:
+        self.declared = declared
+        self.total: Tensor | None = None
+        self.metrics: Metrics = {}
+
+    def add(self, stage: Stage, aux: Aux) -> None:
+        """Add one stage's report. ValueError, with its name, for a metric that it has not declared."""
+        if aux.loss is not None:
+            self.total = aux.loss if self.total is None else self.total + aux.loss
+        for name, value in aux.metrics.items():
+            if name not in stage.metrics:
+                declared = ", ".join(stage.metrics) or "none"
+                raise ValueError(f"stage {stage.name!r} reports the metric {name!r} and declares {declared}; declare it")
+            self.metrics = add_metrics(self.metrics, {name: value.detach()}, self.declared)
+
+    def loss(self) -> Tensor:
+        """The sum of all losses."""
+        if self.total is None:
+            raise ValueError("no stage of the chain gives a loss; the last one must")
+        return self.total
+
+    def complete(self, like: Tensor) -> Metrics:
+        """``loss`` and every declared metric, zeros where nothing was reported (other ranks of a pipeline do)."""
+        zeros = {name: like.new_zeros(m.shape) for name, m in {"loss": Metric(), **self.declared}.items()}
+        loss = {} if self.total is None else {"loss": self.total.detach()}
+        return {**zeros, **loss, **self.metrics}
 
 
-def subtrees(params: Tree, stage: Stage) -> tuple[Tree, ...]:
-    """The parts of ``params`` that a stage uses, in its order."""
-    return tuple(tree.at(params, path) for path in stage.params)
+def add_metrics(a: Metrics, b: Metrics, declared: Mapping[str, Metric]) -> Metrics:
+    """Metrics of two parts of a batch together: the larger of those declared ``max``, the sum of all others."""
+    both = dict(a)
+    for name, value in b.items():
+        largest = name in declared and declared[name].how == "max"
+        both[name] = value if name not in both else torch.maximum(both[name], value) if largest else both[name] + value
+    return both
 
 
-def identity(fn: Function) -> Function:
-    """The function itself."""
-    return fn
-
-
-def everything(path: str) -> bool:
-    """Yes."""
-    return True
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a step is carried out, never what it computes.
-
-    ``wrap`` goes around every stage function, and ``wrap_leaf`` around every parameter update and other kernels that see
-    tensors of many shapes (compilation); ``donate`` lets an update write into the memory of the state it replaces;
-    ``layout`` is where parameters live (`olmo_fn.core.layout`), ``dtype`` that of matrices and activations. ``wants`` says of a
-    path whether its gradient is asked for; the tree of gradients has no others. ``differentiable`` keeps what a derivative
-    of the whole step needs.
-    """
-
-    wrap: Callable[[Function], Function] = identity
-    wrap_leaf: Callable[[Function], Function] = identity
-    donate: bool = False
-    layout: Any = SINGLE
-    dtype: torch.dtype = torch.float32
-    wants: Callable[[str], bool] = everything
-    differentiable: bool = False
-
-
-EAGER = Execution()
-GradFunction: TypeAlias = Callable[[Tree, Batch, Execution], tuple[Tree, Metrics]]
-
-
-class Sweep(NamedTuple):
-    """The ways of one rank through its part of a chain.
-
-    ``gradients(chain, remat, params, batch, execution)``: there and back; gradients of the mean loss by path, as the layout
-    keeps them, and the sums of this rank's tokens. ``sums(chain, params, batch, execution)``: there only, for these sums.
-    """
-
-    gradients: Callable[[Chain, str, Tree, Batch, Execution], tuple[dict[str, Tensor], Metrics]]
-    sums: Callable[[Chain, Tree, Batch, Execution], Metrics]
-
-
-@dataclass(frozen=True)
-class Grads:
-    """A gradient function: ``(params, batch) -> (gradients in at least fp32, metrics)``.
-
-    ``fn`` may leave two things undone: gradients in the dtype of the computation, and a metric ``grad_scale``, a factor of
-    all of them. Called, a Grads does both; a Step takes ``fn`` as it is, since its updates do both on their way.
-    """
-
-    fn: GradFunction = field(repr=False)
-    chain: Chain | None = field(default=None, repr=False)
-    """The loss, if it is a chain: a pipeline cuts it."""
-
-    def __call__(self, params: Tree, batch: Batch, execution: Execution = EAGER) -> tuple[Tree, Metrics]:
-        grads, metrics = self.fn(params, batch, execution)
-        grads = tree.map(wide, grads)
-        if "grad_scale" in metrics:
-            metrics = dict(metrics)
-            scale, scaled = metrics.pop("grad_scale"), torch.mul if execution.differentiable else Tensor.mul_
-            grads = tree.map(lambda g: scaled(g, scale), grads)
-        return grads, metrics
-
-
-# --- torch.func: the reference for the other engine -------------------------------------------------------------------
-
-
-def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
-    """``torch.func.grad_and_value`` of the whole loss: short, and the reference for the other engine."""
-
-    def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-        layout, tokens = execution.layout, loss_tokens(batch)
-        fn = layout.chain(loss)
-
-        def scaled(wanted: Tree, frozen: Tree, part: Batch) -> tuple[Tensor, Metrics]:
-            total, metrics = fn(tree.combine(wanted, frozen) if frozen else wanted, part)
-            return total / tokens, {"loss": total, **metrics}
-
-        wanted, frozen = tree.split(layout.fetch(params, tuple(params), dtype).ready(), execution.wants)
-        grads, (_, sums) = torch.func.grad_and_value(scaled, has_aux=True)(wanted, frozen, layout.part(batch))
-        flat = layout.finish(layout.reduce(tree.flatten(grads))())
-        found = tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat)
-        return found, per_token(layout.total(sums), tokens)
-
-    return gradients
-
-
-def per_token(metrics: Metrics, tokens: Tensor) -> Metrics:
-    """Sums over tokens become means over all tokens that count; parts of a batch then add up."""
-    return {name: (value / tokens).detach() for name, value in metrics.items()}
-
-
-Engine: TypeAlias = Literal["tape", "func"]
+def per_token(metrics: Metrics, tokens: Tensor, declared: Mapping[str, Metric]) -> Metrics:
+    """Sums over tokens become means over all tokens that count, but for metrics declared as something else."""
+    means = {name for name in metrics if name not in declared or declared[name].how == "mean"}
+    return {name: (value / tokens if name in means else value).detach() for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""Compilation: one compiled function a stage, kept on disk in a folder of the project's own.
+"""Compilation: small fused functions between matrix products, kept on disk in a folder of the project's own.
 
 A process killed in the middle of a compile leaves empty or cut-off libraries in that folder, which would break every
 later run that needs them; `prepare_cache` drops them.
@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_fn.core.chain import Function
-from olmo_fn.core.pipe import Transform, _execute
+from olmo_fn.core.chain import bind
+from olmo_fn.core.pipe import Transform, with_execution
 from olmo_fn.core.step import Step
+from olmo_fn.kernels import Function
 
 
 def compile() -> Transform:
-    """Compile every stage and every parameter update; invisible but for speed. Without a C++ compiler: a warning, eager.
+    """Compile what is between matrix products, and every update; invisible but for speed. Without a C++ compiler: a warning,
+    eager.
 
-    Alike blocks share one compiled function. Updates that are elementwise see each parameter flattened, so that one
+    Alike blocks share their compiled functions. Updates that are elementwise see each parameter flattened, so that one
     compiled function serves all shapes.
     """
 
@@ -35,9 +37,9 @@ def compile() -> Transform:
             return step
         # isolated: closures of the same code would otherwise share Dynamo's limit of eight compilations
         own = partial(torch.compile, fullgraph=True, isolate_recompiles=True, options=_options())
-        wrap = cache(partial(own, dynamic=False))
-        wrap_leaf = cache(lambda fn: _of_plain_tensors(own(fn, dynamic=True)))
-        return _execute(step, wrap=wrap, wrap_leaf=wrap_leaf)
+        fuse = cache(lambda fn, *constants: own(bind(fn, *constants), dynamic=False))
+        kernel = cache(lambda fn: _of_plain_tensors(own(fn, dynamic=True)))
+        return with_execution(step, fuse=fuse, kernel=kernel)
 
     return Transform("compile()", Step, Step, apply)
 

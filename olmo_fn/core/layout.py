@@ -1,144 +1,192 @@
-"""Where parameters live and how they come into use, as the engines and the step see it; this one is a single process.
+"""Where things are: what the engines and the step ask about the ranks, a few values that each answer one question.
 
-`olmo_fn.parallel.sharded.Sharded` is the other one. Every method here is the identity, or nearly, and every method there
-must be invisible in the numbers: that is law 2.
+    placement   where the parts of each parameter lie, at rest
+    weights     how they come into use, and how gradients return
+    owners      who updates what has to be whole
+    sharing     which rows of a batch are this rank's, and sums over all ranks
+    sweep       in which order a rank goes through a chain
+
+Here they are for a single process, where everything is here and whole; `olmo_fn.parallel` has them for many. Whatever is put in
+their place must be invisible in the numbers: that is law 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from olmo_fn import tree
+from olmo_fn.core.chain import IGNORE, Batch, Metric, Metrics
 from olmo_fn.kernels.huge_pages import to_large
+from olmo_fn.mesh.axis import SINGLE_DEVICE, Axes, CPMethod
 from olmo_fn.tree import Tree
-
-if TYPE_CHECKING:
-    from olmo_fn.core.chain import Batch, Chain, Metrics, Sweep
 
 
 class Weights(Protocol):
     """Parameters of a segment on their way into use."""
 
-    def ready(self) -> dict[str, Tree]:
-        """Path -> subtree of tensors to compute with; waits for them."""
+    def ready(self) -> dict[str, Any]:
+        """Path -> subtree of tensors to compute with; waits until they have arrived."""
 
     def free(self) -> None:
-        """Not needed until `again`."""
+        """Give back the memory of what was gathered; it is not needed until `refetch`."""
 
-    def again(self) -> None:
+    def refetch(self) -> None:
         """Begin to bring the same tensors back."""
 
 
 @dataclass(frozen=True)
-class Here:
-    """Weights that are simply there."""
+class Local:
+    """Weights that need no fetching."""
 
-    tensors: dict[str, Tree]
+    tensors: dict[str, Any]
 
-    def ready(self) -> dict[str, Tree]:
+    def ready(self) -> dict[str, Any]:
         """The tensors."""
         return self.tensors
 
     def free(self) -> None:
-        """Nothing."""
+        """Does nothing: the parameters stay."""
 
-    def again(self) -> None:
-        """Nothing."""
+    def refetch(self) -> None:
+        """Does nothing: the parameters are still there."""
 
 
-class Single:
-    """One process: everything is here, and whole."""
+class Placement:
+    """Where the parts of each parameter lie. On one process: each is a whole plain tensor.
 
-    shares: int = 1
-    """Sequences of a batch must be a multiple of this."""
+    In the state a leaf is a *stored* tensor (on many ranks a DTensor); inside a step it is this rank's *local shard*, a plain
+    tensor. Whatever is shaped like a parameter (moments, averages) lies as the parameter does.
+    """
 
-    def chain(self, chain: Chain) -> Chain:
-        """The chain as this rank computes it."""
-        return chain
+    def shard(self, params: Tree) -> Tree:
+        """Stored parameters from whole ones, equal on all ranks, or from stored ones."""
+        return tree.map(Tensor.contiguous, params)
 
-    def part(self, batch: Batch) -> Batch:
-        """This rank's part of a batch."""
-        return batch
+    def store(self, path: str, local: Tensor) -> Tensor:
+        """The stored tensor whose local shard this is, shaped like the parameter at ``path``."""
+        return local
 
-    def sweep(self, alone: Sweep) -> Sweep:
-        """How a rank goes through its part of a chain, given how a process ``alone`` does (`olmo_fn.core.tape.ALONE`)."""
-        return alone
+    def to_local(self, stored: Tree) -> Tree:
+        """Local shards of stored leaves; other leaves as they are."""
+        return stored
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, stored: Collection[str] = ()) -> Weights:
-        """Begin to bring the subtrees at ``paths`` into use, matrices in ``dtype``, those of ``stored`` as they are stored."""
-        return Here({path: compute_copies(tree.at(params, path), None if path in stored else dtype) for path in paths})
+    def to_stored(self, local: Tree, like: Tree) -> Tree:
+        """The inverse of `to_local`, given the leaves before it."""
+        return local
+
+    def full_tensor(self, path: str, local: Tensor) -> Tensor:
+        """The whole tensor, on every rank; of a meta tensor, a meta tensor."""
+        return local
+
+    def local_shard(self, path: str, full: Tensor) -> Tensor:
+        """This rank's part of a whole tensor shaped like the parameter."""
+        return full
+
+
+class WeightsInUse:
+    """How weights come into use, and how their gradients return. On one process: matrices are cast."""
+
+    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, uncast: Collection[str] = ()) -> Weights:
+        """Begin to bring the subtrees at ``paths`` into use, matrices in ``dtype``; those of ``uncast`` may stay as stored."""
+        return Local({path: compute_copies(tree.at(params, path), None if path in uncast else dtype) for path in paths})
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-        """Begin to bring gradients of a segment, by path, back to where their parameters live; call the result to end."""
+        """Begin to bring gradients of a segment, by path, back to where their parameters lie; call the result to wait."""
         return lambda: grads
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is left to do once all gradients are there."""
+        """Sum what is left to sum once all gradients are there."""
         return grads
 
-    def total(self, sums: Metrics) -> Metrics:
-        """Sums over the tokens of this rank become sums over all tokens."""
+
+class Owners:
+    """Who updates parameters whose optimizer sees them whole. On one process: it does, one after the other."""
+
+    def update(self, paths: Iterable[str], task: Callable[[str], Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Do the updates of ``paths``; yields each path with this rank's part of the new parameter and slots.
+
+        ``task(path)`` is an `olmo_fn.core.step.Task`, made when its turn comes.
+        """
+        for path in paths:
+            one = task(path)
+            yield path, *one.run(one.p, one.g, one.slots, one.numbers)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a batch is shared. On one process: all of it is here, and sums are over everything."""
+
+    axes: Axes = SINGLE_DEVICE
+    cp_method: CPMethod = "gather"
+
+    @property
+    def multiple(self) -> int:
+        """The number of sequences in a batch must be a multiple of this."""
+        return 1
+
+    def rows(self, size: int, parts: int = 1) -> list[slice]:
+        """This rank's rows of a batch of ``size`` sequences that is computed in ``parts``, a slice for each part."""
+        return [slice(0, size)]
+
+    def count_tokens(self, batch: Batch) -> Tensor:
+        """The labels that count in a batch, on whatever ranks its rows are. 0-d."""
+        return (batch["labels"] != IGNORE).sum()
+
+    def with_tokens(self, batch: Batch) -> Batch:
+        """The batch with its ``loss_tokens``."""
+        return batch if "loss_tokens" in batch else {**batch, "loss_tokens": self.count_tokens(batch)}
+
+    def local_batch(self, batch: Batch) -> Batch:
+        """This rank's rows of a batch, as a step is given it."""
+        return batch
+
+    def as_given(self, batch: Batch) -> Batch:
+        """What a step wants to be given of a whole batch."""
+        return batch
+
+    def total(self, sums: Metrics, declared: Mapping[str, Metric]) -> Metrics:
+        """Sums (or maxima, as declared) over the tokens of this rank become those over all tokens."""
         return sums
 
     def norm(self, grads: Tree) -> Tensor:
         """√ of the sum of squares of all entries, 0-d.
 
-        >>> SINGLE.norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        >>> SINGLE.sharing.norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
         tensor(5.)
         """
         norms = [torch.linalg.vector_norm(wide(part)) for _, g in tree.items(grads) for part in narrow_parts(g)]
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def adopt(self, params: Tree) -> Tree:
-        """Parameters as the state holds them."""
-        return tree.map(torch.Tensor.contiguous, params)
 
-    def place(self, path: str, part: Tensor) -> Tensor:
-        """This rank's part of something shaped like a parameter, as the state holds it."""
-        return part
+class Sweep(NamedTuple):
+    """The ways of one rank through its part of a chain.
 
-    def enter(self, leaves: Tree) -> Tree:
-        """The state's leaves as a step works on them: this rank's parts, plain tensors."""
-        return leaves
+    ``gradients(chain, remat, params, batch, execution)``: forward and backward; gradients of the mean loss by path, as
+    `Placement` lays them, and the sums of this rank's tokens. ``sums(chain, params, batch, execution)``: forward only, for
+    these sums.
+    """
 
-    def leave(self, leaves: Tree, like: Tree) -> Tree:
-        """The inverse of `enter`."""
-        return leaves
-
-    def rounds(self, paths: Iterable[str]) -> Iterable[tuple[str, ...]]:
-        """Parameters whose updates need them whole, a round for each time that `deal` gives a rank one of them."""
-        return ((path,) for path in paths)
-
-    def deal(self, parts: Mapping[str, Sequence[Tensor]]) -> tuple[str, list[Tensor]] | None:
-        """Of the parameters of a round, each with tensors of its shape, the one that this rank updates; if any, whole."""
-        ((path, tensors),) = parts.items()
-        return path, list(tensors)
-
-    def collect(
-        self, mine: Sequence[Tensor] | None, like: Mapping[str, Sequence[tuple[Tensor, bool]]]
-    ) -> dict[str, list[Tensor]]:
-        """The inverse of `deal`: this rank's parts of what all have updated.
-
-        ``like`` has of each parameter the tensors as they were, and whether they have its shape; others are whole on all ranks.
-        """
-        assert mine is not None
-        return {path: list(mine) for path in like}
-
-    def whole(self, path: str, part: Tensor) -> Tensor:
-        """A tensor shaped like a parameter, of which this rank has ``part``, whole."""
-        return part
-
-    def own(self, path: str, whole: Tensor) -> Tensor:
-        """The inverse of `whole`: this rank's part."""
-        return whole
+    gradients: Callable[..., tuple[dict[str, Tensor], Metrics]]
+    sums: Callable[..., Metrics]
 
 
-SINGLE: Any = Single()
+@dataclass(frozen=True)
+class Layout:
+    """One value a question; see this module's text. ``sweep`` None: segment after segment, as `olmo_fn.core.tape` does it."""
+
+    placement: Any = field(default_factory=Placement)
+    weights: Any = field(default_factory=WeightsInUse)
+    owners: Any = field(default_factory=Owners)
+    sharing: Any = field(default_factory=Sharing)
+    sweep: Sweep | None = None
+
+
+SINGLE = Layout()
 
 
 def compute_copy(p: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -152,7 +200,7 @@ def compute_copies(subtree: Tree, dtype: torch.dtype | None) -> Tree:
 
 
 def wide(g: Tensor) -> Tensor:
-    """A gradient in at least fp32."""
+    """A tensor in at least fp32."""
     return g if g.dtype == torch.float64 else g.float()
 
 

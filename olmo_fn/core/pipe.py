@@ -9,30 +9,20 @@ Three kinds flow through a pipe, and each transform says which it takes and give
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import (
-    Batch,
-    Chain,
-    Engine,
-    Execution,
-    Function,
-    Grads,
-    LossFunction,
-    Metrics,
-    func_gradients,
-    loss_tokens,
-)
-from olmo_fn.core.order import FROZEN_TOO, LAWFUL_ORDER, PARTS_CLIPPED, SHARED_SLOT, check_order
+from olmo_fn.core.chain import Batch, Chain, LossFunction, Metrics, add_metrics, loss_tokens
+from olmo_fn.core.gradients import Engine, Execution, Gradients, Grads, Signals, func_gradients
 from olmo_fn.core.step import Leaf, Scalars, Slots, State, Step
 from olmo_fn.core.tape import tape_gradients
+from olmo_fn.kernels import Function
 from olmo_fn.tree import Tree
 
 
@@ -42,21 +32,31 @@ class Loss(NamedTuple):
     fn: LossFunction
 
 
-class Transform(NamedTuple):
+A = TypeVar("A", Loss, Grads, Step)
+B = TypeVar("B", Loss, Grads, Step)
+C = TypeVar("C", Loss, Grads, Step)
+D = TypeVar("D", Loss, Grads, Step)
+E = TypeVar("E", Loss, Grads, Step)
+F = TypeVar("F", Loss, Grads, Step)
+
+
+@dataclass(frozen=True)
+class Transform(Generic[A, B]):
     """One element of a `pipe`: what it is called, which kind it takes, which it gives, and what it does.
 
-    ``not_after``: transforms, by the word before the bracket in their names, that it must not follow in a pipe, and why;
-    ``needs``: one that has to be before it.
+    ``tags`` say what it does that matters to others; ``not_after``: the tags of transforms that it must not follow, and why;
+    ``needs``: a tag that one before it must have.
     """
 
     name: str
-    takes: type
-    gives: type
-    apply: Callable[[Any], Any]
-    not_after: Mapping[str, str] = {}
+    takes: type[A]
+    gives: type[B]
+    apply: Callable[[A], B]
+    tags: frozenset[str] = frozenset()
+    not_after: Mapping[str, str] | None = None
     needs: str = ""
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Any) -> B:
         if self.takes is Loss and callable(x) and not isinstance(x, (Loss, Grads, Step)):
             x = Loss(x)
         if not isinstance(x, self.takes):
@@ -65,13 +65,37 @@ class Transform(NamedTuple):
             )
         return self.apply(x)
 
-    @property
-    def word(self) -> str:
-        """The name without its arguments."""
-        return self.name.split("(")[0]
+
+def slot(name: str) -> dict[str, Any]:
+    """Tag and rule of a transform that keeps something in the slot ``name``: no other may."""
+    return {"tags": frozenset({f"slot {name}"}), "not_after": {f"slot {name}": "would share its slot"}}
 
 
-def pipe(loss: LossFunction, *transforms: Transform) -> Any:
+@overload
+def pipe(loss: LossFunction, a: Transform[Loss, A], /) -> A: ...
+@overload
+def pipe(loss: LossFunction, a: Transform[Loss, A], b: Transform[A, B], /) -> B: ...
+@overload
+def pipe(loss: LossFunction, a: Transform[Loss, A], b: Transform[A, B], c: Transform[B, C], /) -> C: ...
+@overload
+def pipe(loss: LossFunction, a: Transform[Loss, A], b: Transform[A, B], c: Transform[B, C], d: Transform[C, D], /) -> D: ...
+@overload
+def pipe(
+    loss: LossFunction, a: Transform[Loss, A], b: Transform[A, B], c: Transform[B, C], d: Transform[C, D], e: Transform[D, E], /
+) -> E: ...
+@overload
+def pipe(
+    loss: LossFunction,
+    a: Transform[Loss, A],
+    b: Transform[A, B],
+    c: Transform[B, C],
+    d: Transform[C, D],
+    e: Transform[D, E],
+    f: Transform[E, F],
+    /,
+    *more: Transform[F, F],
+) -> F: ...
+def pipe(loss: LossFunction, *transforms: Transform[Any, Any]) -> Any:
     """Apply the transforms to the loss one after the other; a wrong order is refused here, before anything runs.
 
     >>> from olmo_fn.optim import sgd
@@ -96,10 +120,54 @@ def pipe(loss: LossFunction, *transforms: Transform) -> Any:
     return value
 
 
+def compose(loss: LossFunction, transforms: Sequence[Transform[Any, Any]]) -> Any:
+    """`pipe` of a list of transforms, whose kinds only the run knows."""
+    return pipe(loss, *transforms)
+
+
+# --- what may follow what ---------------------------------------------------------------------------------------------
+
+LAWFUL_ORDER = "a loss, then grad(), then accumulate and clip, then an optimizer, then everything else"
+KINDS = ("Loss", "Grads", "Step")
+MISSING = {"Grads": "grad()", "Step": "an optimizer such as adamw(1e-3)"}
+"""What gives each kind."""
+CLIPS, FREEZES, AVERAGES = "clips", "freezes", "averages"
+"""Tags: scales gradients down; leaves parameters as they are; keeps a mean of the weights."""
+
+
+def check_order(transform: Transform[Any, Any], kind: str, before: Sequence[Transform[Any, Any]]) -> None:
+    """ValueError with the fix if ``transform`` must not follow those ``before`` it, which give a ``kind``."""
+    name, takes = transform.name, transform.takes.__name__
+    if kind != takes:
+        last = before[-1].name if before else "the loss"
+        raise ValueError(
+            f"{name} takes a {takes}, but it follows {last}, which is a {kind}; {_fix(transform, kind, before)} "
+            f"(the order is {LAWFUL_ORDER})"
+        )
+    if transform.needs and not any(transform.needs in other.tags for other in before):
+        raise ValueError(f"{name} needs {transform.needs}, which is nowhere before it in the pipe; add it")
+    for other in before:
+        for tag, why in (transform.not_after or {}).items():
+            if tag in other.tags:
+                fix = "leave out one of them" if tag in transform.tags else f"put {name} before {other.name}"
+                raise ValueError(f"{name} after {other.name} {why}; {fix}")
+
+
+def _fix(transform: Transform[Any, Any], kind: str, before: Sequence[Transform[Any, Any]]) -> str:
+    """How to bring a transform to where the kind is that it takes."""
+    at, wanted = KINDS.index(kind), KINDS.index(transform.takes.__name__)
+    if at < wanted:
+        return f"put {' and '.join(MISSING[kind] for kind in KINDS[at + 1 : wanted + 1])} before it"
+    first = next(other for other in before if KINDS.index(other.gives.__name__) > wanted)
+    if transform.gives is not first.gives:
+        return f"put it before {first.name}"
+    return "leave out one of the two" + (", or join them with partition" if transform.gives.__name__ == "Step" else "")
+
+
 # --- Loss -> Grads ----------------------------------------------------------------------------------------------------
 
 
-def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torch.float32) -> Transform:
+def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torch.float32) -> Transform[Loss, Grads]:
     """Differentiate the loss; the gradient is of the mean over all loss tokens of the batch.
 
     ``tape`` sweeps a `Chain` stage by stage (`olmo_fn.core.tape`), with ``remat`` none, full, feed_forward or every-n; ``func``
@@ -111,7 +179,7 @@ def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torc
         if engine == "func":
             if remat != "none":
                 raise ValueError(f"engine func keeps every activation; use engine tape for remat {remat!r}")
-            return Grads(func_gradients(loss.fn, dtype))
+            return Grads(func_gradients(loss.fn, dtype), loss.fn if isinstance(loss.fn, Chain) else None)
         if not isinstance(loss.fn, Chain):
             raise ValueError("engine tape sweeps a Chain of stages, and this loss is a plain function; use grad(engine='func')")
         return Grads(tape_gradients(loss.fn, remat, dtype), loss.fn)
@@ -122,25 +190,29 @@ def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torc
 # --- Grads -> Grads ---------------------------------------------------------------------------------------------------
 
 
-def accumulate(n: int) -> Transform:
+def accumulate(n: int) -> Transform[Grads, Grads]:
     """Split the batch in ``n`` parts along its first dim and add their gradients. Invisible, also with uneven masks."""
 
     if n < 1:
         raise ValueError(f"accumulate({n}): there must be at least one part")
 
     def apply(inner: Grads) -> Grads:
-        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-            parts = split_batch(batch, n)
-            total, metrics = inner(params, parts[0], execution)
-            for part in parts[1:]:
-                grads, more = inner(params, part, execution)
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
+            first, *others = split_batch(batch, n)
+            total, _, metrics = inner.fn(params, first, execution).finished(execution)
+            for part in others:
+                grads, _, more = inner.fn(params, part, execution).finished(execution)
                 total = tree.map(torch.add if execution.differentiable else Tensor.add_, total, grads)
-                metrics = {name: value + more[name] for name, value in metrics.items()}
-            return total, metrics
+                metrics = add_metrics(metrics, more, inner.declared)
+            return Gradients(total, Signals(), metrics)
 
         return replace(inner, fn=gradients)
 
-    return Transform(f"accumulate({n})", Grads, Grads, apply if n > 1 else lambda inner: inner, PARTS_CLIPPED)
+    return Transform(f"accumulate({n})", Grads, Grads, apply if n > 1 else lambda inner: inner, not_after=PARTS_CLIPPED)
+
+
+PARTS_CLIPPED = {CLIPS: "would clip every part of the batch by itself"}
+"""What accumulation must not follow."""
 
 
 def split_batch(batch: Batch, n: int) -> list[Batch]:
@@ -157,7 +229,7 @@ def split_batch(batch: Batch, n: int) -> list[Batch]:
     return [{**{k: v[i] for k, v in chunks.items()}, "loss_tokens": tokens} for i in range(n)]
 
 
-def clip(max_norm: float) -> Transform:
+def clip(max_norm: float) -> Transform[Grads, Grads]:
     """Scale the gradient so that its global norm is at most ``max_norm``; reports ``grad_norm`` from before.
 
     The factor is left to the update that follows, which reads the gradients anyway.
@@ -166,22 +238,22 @@ def clip(max_norm: float) -> Transform:
         raise ValueError(f"clip({max_norm}): the largest norm must be positive; leave clip out to clip nothing")
 
     def apply(inner: Grads) -> Grads:
-        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-            grads, metrics = inner.fn(params, batch, execution)
-            before = metrics.get("grad_scale", 1.0)
-            norm = execution.layout.norm(grads) * before
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
+            grads, signals, metrics = inner.fn(params, batch, execution)
+            before = 1.0 if signals.scale is None else signals.scale
+            norm = execution.layout.sharing.norm(grads) * before
             scale = (max_norm / norm).clamp(max=1.0) * before
-            return grads, {**metrics, "grad_norm": norm, "grad_scale": scale}
+            return Gradients(grads, signals._replace(scale=scale), {**metrics, "grad_norm": norm})
 
         return replace(inner, fn=gradients)
 
-    return Transform(f"clip({max_norm})", Grads, Grads, apply)
+    return Transform(f"clip({max_norm})", Grads, Grads, apply, frozenset({CLIPS}))
 
 
 # --- Step -> Step: these change the numbers ---------------------------------------------------------------------------
 
 
-def skip_spikes(sigma: float = 6.0, window: int = 128) -> Transform:
+def skip_spikes(sigma: float = 6.0, window: int = 128) -> Transform[Step, Step]:
     """Skip the update when loss or gradient norm is more than ``sigma`` standard deviations above its recent mean.
 
     OLMo-core's rule: mean and unbiased deviation of the last ``window`` steps, one-sided, active from half a window on.
@@ -196,7 +268,7 @@ def skip_spikes(sigma: float = 6.0, window: int = 128) -> Transform:
             history = torch.zeros(2, window, dtype=torch.float64)
             return {**inner.init_control(), name: {"history": history, "count": torch.zeros((), dtype=torch.int64)}}
 
-        def control(state: State, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
+        def control(state: State, signals: Signals, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
             history, count = state.slots[name]["history"], state.slots[name]["count"]
             now = torch.stack([metrics.get("ce", metrics["loss"]), metrics["grad_norm"]]).to(history)
             known = torch.arange(window, device=history.device) >= window - count  # newest last
@@ -206,19 +278,19 @@ def skip_spikes(sigma: float = 6.0, window: int = 128) -> Transform:
             spike = ((now - mean > sigma * variance.sqrt()).any()) & (count + 1 >= max(3, window // 2))
             finite = now.isfinite().all()
             pushed = torch.cat((history[:, 1:], now[:, None]), dim=1)
-            slot = {
+            new = {
                 "history": torch.where(finite, pushed, history),
                 "count": torch.where(finite, (count + 1).clamp(max=window), count),
             }
-            control, scalars, metrics = inner.control(state, {**metrics, "skip": metrics.get("skip", False) | spike})
-            return {**control, name: slot}, scalars, metrics
+            control, scalars, metrics = inner.control(state, signals.skipping(spike), metrics)
+            return {**control, name: new}, scalars, metrics
 
         return replace(inner, init_control=init_control, control=control)
 
-    return Transform(f"skip_spikes({sigma}, window={window})", Step, Step, apply, {name: SHARED_SLOT})
+    return Transform(f"skip_spikes({sigma}, window={window})", Step, Step, apply, **slot(name))
 
 
-def ema(decay: float) -> Transform:
+def ema(decay: float) -> Transform[Step, Step]:
     """Keep ``ema = decay · ema + (1 - decay) · params`` in the slot ``ema``; it starts at the initial parameters."""
     if not 0 <= decay <= 1:
         raise ValueError(f"ema({decay}): the decay must be from 0 to 1")
@@ -240,26 +312,34 @@ def ema(decay: float) -> Transform:
 
         return replace(inner, leaf=leaf)
 
-    return Transform(f"ema({decay})", Step, Step, apply, {**FROZEN_TOO, "ema": SHARED_SLOT})
+    return Transform(f"ema({decay})", Step, Step, apply, **averaging("ema"))
+
+
+def averaging(name: str) -> dict[str, Any]:
+    """Tags and rules of a transform that keeps a mean of the weights in the slot ``name``."""
+    rules = slot(name)
+    frozen_too = {FREEZES: "would keep averages of parameters that do not move"}
+    return {"tags": rules["tags"] | {AVERAGES}, "not_after": {**frozen_too, **rules["not_after"]}}
 
 
 # --- Step -> Step: these are invisible in the numbers -----------------------------------------------------------------
 
 
-def donate() -> Transform:
+def donate() -> Transform[Step, Step]:
     """Let each step write into the memory of the state that it replaces: the old state must not be used again."""
-    return Transform("donate()", Step, Step, partial(_execute, donate=True))
+    return Transform("donate()", Step, Step, partial(with_execution, donate=True))
 
 
-def differentiable() -> Transform:
+def differentiable() -> Transform[Step, Step]:
     """Let derivatives flow through the step, from the next state to the state before it: nothing is overwritten or detached.
 
     For ``torch.func.grad`` through steps (`olmo_fn.research.hypergradient`); engine func only.
     """
-    return Transform("differentiable()", Step, Step, partial(_execute, differentiable=True))
+    return Transform("differentiable()", Step, Step, partial(with_execution, differentiable=True))
 
 
-def _execute(step: Step, **changes: Any) -> Step:
+def with_execution(step: Step, **changes: Any) -> Step:
+    """The step carried out otherwise (fields of `Execution`): what invisible transforms are made of."""
     execution = replace(step.execution, **changes)
     if execution.donate and execution.differentiable:
         raise ValueError("donate() overwrites what differentiable() must keep; leave one of them out")

@@ -1,7 +1,6 @@
 """A training step as one pure function, ``(state, batch) -> (state, metrics)``, and the state that it moves.
 
-A `Step` is kept in three parts so that transforms can work on any of them: ``grads``; ``control``, which turns
-metrics into the scalars of this step (learning rate, whether to skip); and ``leaf``, the update of one parameter.
+What is remembered from one step to the next is in the `State`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,14 +14,9 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import (
-    EAGER,
-    Batch,
-    Execution,
-    Function,
-    Grads,
-    Metrics,
-)
+from olmo_fn.core.chain import Batch, Metrics
+from olmo_fn.core.gradients import EAGER, Execution, Gradients, Grads, Signals
+from olmo_fn.kernels import Function
 from olmo_fn.tree import Tree
 
 Scalars: TypeAlias = dict[str, Tensor]
@@ -45,9 +39,10 @@ class Leaf(NamedTuple):
     """An optimizer of one parameter: a pair of pure functions.
 
     ``init(param) -> slots``; ``update(param, grad, slots, scalars) -> (param, slots)``. ``elementwise`` updates may
-    see the parameter flattened, and have slots of its shape; all others see whole matrices, and their slots have any shape.
-    ``scalars`` are this leaf's own, on top of the step's; of those it sees the ones without a group, and its ``group``'s.
-    ``point(param, slots)`` is where the gradient is taken, if not at the parameter.
+    see the parameter flattened; all others see it whole. Slots are shaped like the parameter and lie where it lies, but for
+    those named in ``unlike``, which are of any shape and on every rank. ``scalars`` are this leaf's own, on top of the step's;
+    of those it sees the ones without a group, and its ``group``'s. ``point(param, slots)`` is where the gradient is taken, if
+    not at the parameter.
     """
 
     init: Callable[[Tensor], Slots]
@@ -56,14 +51,20 @@ class Leaf(NamedTuple):
     scalars: Mapping[str, float] = {}
     group: str = ""
     point: Callable[[Tensor, Slots], Tensor] | None = None
+    unlike: tuple[str, ...] = ()
 
 
-Control: TypeAlias = Callable[[State, Metrics], tuple[Tree, Scalars, Metrics]]
+Control: TypeAlias = Callable[[State, Signals, Metrics], tuple[Tree, Scalars, Metrics]]
+"""From what the gradients and the transforms say: the control slots after this step, its scalars, and what to report."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """How training starts, ``init(params) -> state``, and how it moves, ``(state, batch) -> (state, metrics)``."""
+    """How training starts, ``init(params) -> state``, and how it moves, ``(state, batch) -> (state, metrics)``.
+
+    Three parts, so that transforms can work on any of them: ``grads``; ``control``, which turns signals and metrics into the
+    scalars of this step (learning rate, whether to skip); and ``leaf``, the update of one parameter.
+    """
 
     grads: Grads
     init_control: Callable[[], Tree] = field(repr=False)
@@ -74,17 +75,18 @@ class Step:
     def init(self, params: Tree) -> State:
         """The state before the first step. Its parameters are the ones given, not a copy, if they are contiguous and whole.
 
-        Under `shard` whole parameters are cut; ``Sharded.init`` makes them in parts.
+        Under `shard` whole parameters are cut; ``layout.placement.init`` makes them in parts.
         """
-        layout = self.execution.layout
-        params = layout.adopt(params)
+        placement = self.execution.layout.placement
+        params = placement.shard(params)
         slots: dict[str, dict[str, Tensor]] = {}
-        for path, p in tree.items(layout.enter(params)):
+        for path, p in tree.items(placement.to_local(params)):
             leaf = self.leaf(path)
-            whole = p if leaf.elementwise else layout.whole(path, p)
-            for name, value in leaf.init(whole).items():
-                if value.shape == whole.shape:
-                    value = layout.place(path, value if leaf.elementwise else layout.own(path, value))
+            seen = p if leaf.elementwise else placement.full_tensor(path, p)
+            for name, value in leaf.init(seen).items():
+                assert name in leaf.unlike or value.shape == seen.shape, f"slot {name} of {path}: name it in Leaf.unlike"
+                if name not in leaf.unlike:
+                    value = placement.store(path, value if leaf.elementwise else placement.local_shard(path, value))
                 slots.setdefault(name, {})[path] = value
         control = self.init_control()
         if clash := slots.keys() & control.keys():
@@ -95,11 +97,12 @@ class Step:
         return State(own["step"], params, {**own["slots"], **shaped})
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        layout = self.execution.layout
-        inside = State(state.step, layout.enter(state.params), layout.enter(state.slots))
-        grads, metrics = self.grads.fn(self.point(inside), batch, self.execution)
-        new, metrics = self.update(inside, grads, metrics)
-        return State(new.step, layout.leave(new.params, state.params), layout.leave(new.slots, state.slots)), metrics
+        placement, sharing = self.execution.layout.placement, self.execution.layout.sharing
+        local = State(state.step, placement.to_local(state.params), placement.to_local(state.slots))
+        gradients = self.grads.fn(self.point(local), sharing.with_tokens(batch), self.execution)
+        new, metrics = self.update(local, gradients)
+        params, slots = placement.to_stored(new.params, state.params), placement.to_stored(new.slots, state.slots)
+        return State(new.step, params, slots), metrics
 
     @torch.no_grad()
     def point(self, state: State) -> Tree:
@@ -115,26 +118,25 @@ class Step:
 
         return tree.map_with_path(at, state.params)
 
-    def update(self, state: State, grads: Tree, metrics: Metrics) -> tuple[State, Metrics]:
-        """The second half of a step: from gradients to the next state. Consumes ``grads``.
+    def update(self, state: State, gradients: Gradients) -> tuple[State, Metrics]:
+        """The second half of a step: from gradients to the next state, all of it local shards. Consumes the gradients.
 
-        A metric ``grad_scale`` is a factor that all of them still lack; each update applies it on its way.
+        A factor that they still lack is applied by each update on its way.
         """
         with torch.set_grad_enabled(self.execution.differentiable):
-            return self._update(state, grads, metrics)
+            return self._update(state, gradients)
 
-    def _update(self, state: State, grads: Tree, metrics: Metrics) -> tuple[State, Metrics]:
-        lacking = {name: value for name, value in metrics.items() if name == "grad_scale"}
-        metrics = {name: value for name, value in metrics.items() if name != "grad_scale"}
+    def _update(self, state: State, gradients: Gradients) -> tuple[State, Metrics]:
+        grads, signals, metrics = gradients
         if "grad_norm" not in metrics:
-            metrics = {**metrics, "grad_norm": self.execution.layout.norm(grads)}
-        control, scalars, metrics = self.control(state, metrics)
+            metrics = {**metrics, "grad_norm": self.execution.layout.sharing.norm(grads)}
+        control, scalars, metrics = self.control(state, signals, metrics)
+        lacking = {} if signals.scale is None else {"grad_scale": signals.scale}
         before = {name: tree.flatten(slot) for name, slot in state.slots.items() if name not in control}
         params, flat = tree.flatten(state.params), tree.flatten(grads)
         grads.clear()  # so that each gradient is freed as soon as it is used
         packed: dict[Any, tuple[tuple[str, ...], Tensor]] = {}  # the leaves' scalars, by what they depend on
         after: dict[str, dict[str, Tensor]] = {name: dict(values) for name, values in before.items()}
-
         leaves = {path: self.leaf(path) for path in params if path in flat}  # the others are frozen
 
         def task(path: str) -> Task:
@@ -143,41 +145,23 @@ class Step:
             if key not in packed:
                 packed[key] = pack_scalars(leaf, {**scalars, **lacking}, p.dtype)
             names, numbers = packed[key]
-            run = self.execution.wrap_leaf(_guarded(leaf.update, self.execution.donate, names))
+            run = self.execution.kernel(_guarded(leaf.update, self.execution.donate, names))
             slots = {name: values[path] for name, values in before.items() if path in values}
             return Task(leaf, run, p, flat.pop(path), slots, numbers)
 
-        def keep(path: str, new_p: Tensor, new: Slots) -> None:
+        def keep(path: str, new_p: Tensor, new_slots: Slots) -> None:
             params[path] = new_p
-            for name, value in new.items():
+            for name, value in new_slots.items():
                 after[name][path] = value
 
         for path, leaf in leaves.items():
             if leaf.elementwise:
                 keep(path, *_flattened(task(path)))
-        for paths in self.execution.layout.rounds([path for path, leaf in leaves.items() if not leaf.elementwise]):
-            for path, updated in self._whole({path: task(path) for path in paths}).items():
-                keep(path, *updated)
+        whole = [path for path, leaf in leaves.items() if not leaf.elementwise]
+        for path, new_p, new_slots in self.execution.layout.owners.update(whole, task):
+            keep(path, new_p, new_slots)
         shaped = {name: tree.unflatten(values) for name, values in after.items()}
         return State(state.step + 1, tree.unflatten(params), {**control, **shaped}), metrics
-
-    def _whole(self, tasks: dict[str, Task]) -> dict[str, tuple[Tensor, Slots]]:
-        """Updates that see whole matrices, of a round: the layout gives each to a rank, which does it for all."""
-        layout, cut = self.execution.layout, {}
-        for path, task in tasks.items():
-            whole = layout.whole(path, torch.empty_like(task.p, device="meta"))
-            # what lies in parts is what was made in the whole's shape; a slot that never was cut may have a part's shape
-            cut[path] = [name for name, slot in task.leaf.init(whole).items() if slot.shape == whole.shape]
-        dealt = layout.deal({path: [t.p, t.g, *(t.slots[name] for name in cut[path])] for path, t in tasks.items()})
-        mine: list[Tensor] | None = None
-        if dealt is not None:
-            path, (p, g, *slots) = dealt
-            task = tasks[path]
-            new_p, new = task.run(p, g, {**task.slots, **dict(zip(cut[path], slots, strict=True))}, task.numbers)
-            mine = [new_p, *(new[name] for name in task.slots)]
-        like = {path: [(t.p, True), *((x, name in cut[path]) for name, x in t.slots.items())] for path, t in tasks.items()}
-        found = layout.collect(mine, like)
-        return {path: (new_p, dict(zip(tasks[path].slots, new, strict=True))) for path, (new_p, *new) in found.items()}
 
 
 class Task(NamedTuple):

@@ -36,7 +36,7 @@ def sample(
 
     >>> from olmo_fn.models.transformer import specs
     >>> from olmo_fn.spec import init
-    >>> cfg = Model(8, 1, 2, 16, vocab_size=11)
+    >>> cfg = dense(8, 1, 2, 16, vocab_size=11)
     >>> steps = sample(cfg, init(specs(cfg), seed=0), [[1, 2], [3]], Sampling(max_tokens=3))
     >>> [len(step) for step in steps]
     [2, 2, 2]

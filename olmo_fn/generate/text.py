@@ -46,7 +46,7 @@ def generate_text(model: LanguageModel, prompt: str, sampling: Sampling | None =
     >>> from olmo_fn.data.tokenizer import byte_level
     >>> from olmo_fn.models.transformer import specs
     >>> from olmo_fn.spec import init
-    >>> cfg = Model(8, 1, 2, 16, vocab_size=257)
+    >>> cfg = dense(8, 1, 2, 16, vocab_size=257)
     >>> model = LanguageModel(cfg, init(specs(cfg), seed=0), byte_level())
     >>> len(generate_text(model, "def ", Sampling(max_tokens=8))) <= 8
     True

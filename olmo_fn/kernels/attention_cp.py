@@ -8,18 +8,34 @@ are merged by their log-sum-exp (Liu et al. 2023), so that no rank ever holds al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from collections.abc import Iterator
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from olmo_fn.core.chain import Kernel, identity
-from olmo_fn.kernels.attention_tiles import Tiles, attend, attend_vjp, row_products
+from olmo_fn.kernels import Kernel, identity
+from olmo_fn.kernels.attention_tiles import Pullback, Tiles, attend, attend_vjp, row_products
 from olmo_fn.mesh.axis import Axis, CPMethod
 from olmo_fn.mesh.collectives import all_gather, all_to_all, reduce_scatter, ring_shift
 
-Pullback: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+class AttendVJP(Protocol):
+    """A way to compute attention: `olmo_fn.kernels.attention_tiles.attend_vjp`, or another with the same arguments."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: int | None = None,
+        documents: Tensor | None = None,
+        offset: int = 0,
+        kernel: Kernel = identity,
+    ) -> tuple[Tensor, Pullback]:
+        """The result (B, H, R, K), and its pullback."""
 
 
 def positions_of(T: int, cp: Axis, device: torch.device | str = "cpu") -> Tensor:
@@ -73,25 +89,31 @@ def attend_over_vjp(
     window: int | None = None,
     documents: Tensor | None = None,
     kernel: Kernel = identity,
+    attend: AttendVJP = attend_vjp,
 ) -> tuple[Tensor, Pullback]:
-    """`attend_over` with its pullback."""
+    """`attend_over` with its pullback; a rank attends by ``attend``, in a ring by `Tiles`, which merges partial results."""
     if cp.size == 1:
-        return attend_vjp(q, k, v, window=window, documents=documents, kernel=kernel)
-    run = {"gather": _gather_vjp, "ulysses": _ulysses_vjp, "ring": _ring_vjp}[method]
-    return run(q, k, v, cp, window, documents, kernel)
+        return attend(q, k, v, window=window, documents=documents, kernel=kernel)
+    if method == "ring":
+        if attend is not attend_vjp:
+            raise ValueError("--mesh.cp-method ring merges tiles of its own; with another attention use gather or ulysses")
+        return _ring_vjp(q, k, v, cp, window, documents, kernel)
+    run = {"gather": _gather_vjp, "ulysses": _ulysses_vjp}[method]
+    return run(q, k, v, cp, partial(attend, window=window, documents=documents, kernel=kernel))
 
 
-def _gather_vjp(
-    q: Tensor, k: Tensor, v: Tensor, cp: Axis, window: int | None, documents: Tensor | None, kernel: Kernel
-) -> tuple[Tensor, Pullback]:
+def _gather_vjp(q: Tensor, k: Tensor, v: Tensor, cp: Axis, attend: AttendVJP) -> tuple[Tensor, Pullback]:
     keys, values = (_in_order(all_gather(x, 2, cp), cp, 2) for x in (k, v))
     halves = [
-        attend_vjp(piece, keys, values, window=window, documents=documents, offset=offset, kernel=kernel)
+        attend(piece, keys, values, offset=offset)
         for piece, offset in zip(q.chunk(2, 2), _offsets(q.shape[2], cp.index, cp.size), strict=True)
     ]
 
-    def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = [half[1](part) for half, part in zip(halves, cotangent.chunk(2, 2), strict=True)]
+    pullbacks = [half[1] for half in halves]
+
+    def pullback(out: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = zip(pullbacks, out.chunk(2, 2), cotangent.chunk(2, 2), strict=True)
+        found = [back(some, d_some) for back, some, d_some in parts]
         d_q = torch.cat([d for d, _, _ in found], 2)
         d_k, d_v = (reduce_scatter(_as_dealt(found[0][i] + found[1][i], cp, 2), 2, cp) for i in (1, 2))
         return d_q, d_k, d_v
@@ -99,19 +121,17 @@ def _gather_vjp(
     return torch.cat([half[0] for half in halves], 2), pullback
 
 
-def _ulysses_vjp(
-    q: Tensor, k: Tensor, v: Tensor, cp: Axis, window: int | None, documents: Tensor | None, kernel: Kernel
-) -> tuple[Tensor, Pullback]:
+def _ulysses_vjp(q: Tensor, k: Tensor, v: Tensor, cp: Axis, attend: AttendVJP) -> tuple[Tensor, Pullback]:
     def to_heads(x: Tensor) -> Tensor:
         return _in_order(all_to_all(x, 1, 2, cp), cp, 2).contiguous()
 
     def to_positions(x: Tensor) -> Tensor:
         return all_to_all(_as_dealt(x, cp, 2), 2, 1, cp)
 
-    out, inner = attend_vjp(*(to_heads(x) for x in (q, k, v)), window=window, documents=documents, kernel=kernel)
+    out, inner = attend(*(to_heads(x) for x in (q, k, v)))
 
-    def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_q, d_k, d_v = inner(to_heads(cotangent))
+    def pullback(_: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d_q, d_k, d_v = inner(out, to_heads(cotangent))
         return to_positions(d_q), to_positions(d_k), to_positions(d_v)
 
     return to_positions(out), pullback
@@ -147,8 +167,8 @@ def _ring_vjp(
     result = out.to(q.dtype)
     del out, keys, values
 
-    def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        delta = row_products(cotangent, result)
+    def pullback(out: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        delta = row_products(cotangent, out)
         d_q = torch.zeros_like(q, dtype=wide)
         d_keys, d_values = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         keys, values = k, v

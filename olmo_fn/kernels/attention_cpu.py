@@ -21,19 +21,21 @@ def suits(q: Tensor, k: Tensor, window: int | None, documents: Tensor | None) ->
     return alone and (window is None or window >= T) and q.device.type == "cpu" and q.dtype == torch.float32
 
 
-def attend_whole_vjp(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """Causal softmax(q kᵀ / √K) v of (B, H, T, K) each, fp32 or fp64, with its pullback to the three.
+def attend_whole_vjp(
+    q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    """Causal softmax(q kᵀ / √K) v of (B, H, T, K) each, fp32 or fp64, with its pullback from the result and its cotangent.
 
-    Keeps the result and each row's log-sum-exp (Dao et al. 2022, FlashAttention, algorithms 1 and 4, in ATen's C++).
+    Keeps each row's log-sum-exp (Dao et al. 2022, FlashAttention, algorithms 1 and 4, in ATen's C++).
 
     >>> v = torch.tensor([2.0, 4.0]).view(1, 1, 2, 1)
     >>> out, pullback = attend_whole_vjp(torch.zeros_like(v), torch.zeros_like(v), v)
-    >>> out.flatten(), pullback(torch.ones_like(v))[2].flatten()
+    >>> out.flatten(), pullback(out, torch.ones_like(v))[2].flatten()
     (tensor([2., 3.]), tensor([1.5000, 0.5000]))
     """
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
 
-    def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pullback(out: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(cotangent, q, k, v, out, lse, 0.0, True)
 
     return out, pullback

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from olmo_fn.core.chain import Kernel, identity
+from olmo_fn.kernels import Kernel, identity
 from olmo_fn.kernels.attention_cpu import attend_whole_vjp, suits
 from olmo_fn.kernels.exponential import exp
+
+Pullback: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From the result (B, H, R, K), which the caller keeps, and its cotangent, to the cotangents of queries, keys and values."""
 
 FAR = 1e30  # taken from a score for each position out of sight: finite, so that a row that sees nothing has no NaN
 TILE = 128  # rows or columns of a tile: its scores stay in the processor's cache between two products
@@ -110,10 +113,10 @@ def attend_vjp(
     documents: Tensor | None = None,
     offset: int = 0,
     kernel: Kernel = identity,
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """`attend` with its pullback, which takes the result's cotangent to those of ``q``, ``k`` and ``v``.
+) -> tuple[Tensor, Pullback]:
+    """`attend` with its pullback, which takes the result and its cotangent to the cotangents of ``q``, ``k`` and ``v``.
 
-    Keeps only the result and each row's log-sum-exp, and computes the weights again (Dao et al. 2022, FlashAttention,
+    Keeps only each row's log-sum-exp beside these, and computes the weights again (Dao et al. 2022, FlashAttention,
     algorithms 1 and 4). ``kernel`` compiles what is between the products.
     """
     if offset == 0 and suits(q, k, window, documents):
@@ -121,7 +124,7 @@ def attend_vjp(
     tiles = Tiles(window, documents, offset, 0, kernel)
     out, lse = tiles.forward(q, k, v)
 
-    def pullback(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pullback(out: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return tiles.backward(q, k, v, cotangent, lse, row_products(cotangent, out))
 
     return out, pullback

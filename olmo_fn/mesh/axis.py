@@ -43,7 +43,7 @@ class Axes:
 NAMES = tuple(field.name for field in fields(Axes) if isinstance(field.default, Axis))
 """The names of all axes."""
 
-ALONE = Axes()
+SINGLE_DEVICE = Axes()
 """One process: every axis has size 1, and every collective over it is the identity."""
 
 

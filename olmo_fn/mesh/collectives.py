@@ -6,6 +6,7 @@ one's gradient being the other:
 
     enter     identity: a replicated value enters computation that differs by rank   psum            sum over ranks
     all_gather                                                                       reduce_scatter
+    gather_replicated   parts become a value that all ranks go on with alike         take_part       a rank's part of it
     all_to_all(split, concat)                                                        all_to_all(concat, split)
     ring_shift(by)                                                                   ring_shift(-by)
 
@@ -43,6 +44,21 @@ def pmax(x: Tensor, axis: Axis) -> Tensor:
 def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """The ranks' ``x`` concatenated along ``dim``, in the order of the axis, on every rank."""
     return x if axis.size == 1 else _Gather.apply(x, dim % x.ndim, axis.size, axis.group)
+
+
+def gather_replicated(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """The ranks' ``x`` concatenated along ``dim``, for computation that is the same on all: its gradient is replicated, and a
+    rank takes its part of it.
+    """
+    return x if axis.size == 1 else _Replicate.apply(x, dim % x.ndim, axis.index, axis.size, axis.group)
+
+
+def take_part(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """This rank's chunk, along ``dim``, of a value that is equal on all ranks."""
+    if axis.size == 1:
+        return x
+    _check_even(x, dim, axis)
+    return _Part.apply(x, dim % x.ndim, axis.index, axis.size, axis.group)
 
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -169,6 +185,34 @@ class _Scatter(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         return _Gather.apply(g, *ctx.args), None, None, None
+
+
+class _Replicate(Function):
+    @staticmethod
+    def forward(x: Tensor, dim: int, index: int, size: int, group: str) -> Tensor:
+        return _Gather.apply(x, dim, size, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.args = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _Part.apply(g, *ctx.args), None, None, None, None
+
+
+class _Part(Function):
+    @staticmethod
+    def forward(x: Tensor, dim: int, index: int, size: int, group: str) -> Tensor:
+        return x.chunk(size, dim)[index].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.args = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _Replicate.apply(g, *ctx.args), None, None, None, None
 
 
 class _AllToAll(Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,25 +13,31 @@ from torch.distributed.device_mesh import DeviceMesh
 from olmo_fn.mesh.axis import NAMES, Axes, Axis
 from olmo_fn.mesh.mesh import AXES, Mesh, members
 
-AT_REST = ("dp_replicate", "fsdp", "tp")
-"""The dims of the device mesh on which parameters and state live."""
+AT_REST = (("dp_replicate", "fsdp", "tp"), AXES[1:])
+"""The dims of the device meshes on which parameters and state live, see `olmo_fn.mesh.placement.Placed.at_rest`."""
 
 
 @dataclass(frozen=True)
 class Connection:
-    """A rank's place in a mesh: its axes for the collectives, and the device mesh of its pipeline stage for DTensors."""
+    """A rank's place in a mesh: its axes for the collectives, and the device meshes of its pipeline stage for DTensors."""
 
     mesh: Mesh
     rank: int
     axes: Axes
-    device_mesh: DeviceMesh
+    device_meshes: Mapping[tuple[str, ...], DeviceMesh]
+    """By their dims, those of `AT_REST`."""
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The one of most parameters: dp_replicate, fsdp, tp."""
+        return self.device_meshes[AT_REST[0]]
 
 
 def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
     """Make the process groups of ``mesh``; every rank calls it, with the same mesh, at the same point.
 
     Needs ``torch.distributed`` initialised with ``mesh.size`` ranks (ValueError otherwise). Axes over the same ranks
-    share a group. ``device_mesh`` has the dims `AT_REST`, over the ranks of this rank's pipeline stage.
+    share a group. The device meshes are over the ranks of this rank's pipeline stage.
     """
     there = dist.get_world_size() if dist.is_initialized() else 0
     if there != mesh.size:
@@ -55,7 +62,11 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
 
     every: dict[str, Any] = {name: axis(name) for name in NAMES}
     axes = Axes(**every)
-    dims = [members(name) for name in AT_REST]
-    stage = torch.tensor(mesh.ranks(AXES[1:], rank)).view(mesh.dp_replicate, mesh.dp_shard * mesh.cp, mesh.tp)
-    device_mesh = DeviceMesh.from_group([group(d) for d in dims], device_type, stage, mesh_dim_names=AT_REST)
-    return Connection(mesh, rank, axes, device_mesh)
+    stage = torch.tensor(mesh.ranks(AXES[1:], rank))
+
+    def device_mesh(dims: tuple[str, ...]) -> DeviceMesh:
+        groups = [group(members(name)) for name in dims]
+        ranks = stage.view([mesh.degree(name) for name in dims])
+        return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=dims)
+
+    return Connection(mesh, rank, axes, {dims: device_mesh(dims) for dims in AT_REST})

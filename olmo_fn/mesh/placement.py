@@ -1,21 +1,24 @@
-"""Rules: which mesh axis each logical axis of a parameter is sharded over, at rest and in use; and the plan they make.
+"""Placement: over which mesh axes each parameter is sharded, at rest and in use, by rules for its logical axes.
 
-A plan is pure data, made without devices: it is what initialisation, checkpoints, gathering and the dry run read.
+It is pure data, made without devices: what initialisation, checkpoints, gathering and the dry run read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 from olmo_fn import tree
 from olmo_fn.mesh.axis import CPMethod, chunk
-from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.spec import Spec
+from olmo_fn.mesh.mesh import AXES, Mesh, members
+from olmo_fn.spec import Box, Spec
 from olmo_fn.tree import Tree
 
 TENSOR = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
+TOKENS = ("dp_replicate", "dp_shard", "cp")
+"""The axes whose ranks have different tokens."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,10 @@ class Rules:
 
     FSDP is that the two differ: an axis stored over ``fsdp`` is gathered for use. ``keep_gathered``: from the forward sweep
     to the backward one (ZeRO-2) instead of gathering twice (ZeRO-3). Logical axes that are not named stay whole.
+
+    A logical axis may be stored and used over ``dp_shard`` (or ``cp``) itself: its parts stay on ranks that have different
+    tokens, and the sublayer brings tokens and parts together (experts). What else of the parameter is stored over ``fsdp`` is
+    then stored over the rest of it.
     """
 
     store: Mapping[str, str] = field(default_factory=lambda: {"embed": "fsdp", **TENSOR})
@@ -36,37 +43,70 @@ DEFAULT = Rules()
 
 
 class Placed(NamedTuple):
-    """One parameter on a mesh: its whole shape, and the dim of it that each mesh axis shards, or None."""
+    """One parameter on a mesh: its whole shape, and the dim that each mesh axis shards, at rest and of these in use.
+
+    >>> Placed((5, 4), (("fsdp", 0), ("tp", 1)), ("tp",)).gathered
+    ('fsdp',)
+    """
 
     shape: tuple[int, ...]
-    fsdp: int | None
-    tp: int | None
+    dims: tuple[tuple[str, int], ...] = ()
+    used: tuple[str, ...] = ()
 
-    def box(self, fsdp: tuple[int, int], tp: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Offset and shape of the part at ``(index, size)`` of the two axes. Chunks are ceil-sized, the last smaller.
+    def dim(self, axis: str) -> int | None:
+        """The dim that ``axis`` shards at rest, or None."""
+        return dict(self.dims).get(axis)
 
-        >>> Placed((5, 4), 0, 1).box(fsdp=(1, 2), tp=(0, 2))
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """The axes over which it is gathered for use, and its gradient is scattered."""
+        return tuple(axis for axis, _ in self.dims if axis not in self.used)
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """The axes of the mesh over which its gradient is summed: those with different tokens, less those that shard it.
+
+        >>> Placed((8,), (("fsdp", 0),)).summed, Placed((8,), (("dp_shard", 0),), ("dp_shard",)).summed
+        (('dp_replicate',), ('dp_replicate', 'cp'))
+        """
+        sharding = {name for axis, _ in self.dims for name in members(axis)}
+        return tuple(axis for axis in TOKENS if axis not in sharding)
+
+    @property
+    def at_rest(self) -> tuple[str, ...]:
+        """The dims of the device mesh on which it lies: the axes of a pipeline stage."""
+        split = any(axis in members("fsdp") for axis, _ in self.dims)
+        return AXES[1:] if split else ("dp_replicate", "fsdp", "tp")
+
+    def box(self, where: Mapping[str, tuple[int, int]]) -> Box:
+        """Offset and shape of the part at ``(index, size)`` of each axis. Chunks are ceil-sized, the last smaller.
+
+        >>> Placed((5, 4), (("fsdp", 0), ("tp", 1))).box({"fsdp": (1, 2), "tp": (0, 2)})
         ((3, 0), (2, 2))
         """
         offset, shape = [0] * len(self.shape), list(self.shape)
-        for dim, (index, size) in ((self.fsdp, fsdp), (self.tp, tp)):
-            if dim is not None:
-                offset[dim], shape[dim] = chunk(self.shape[dim], index, size)
+        for axis, dim in self.dims:
+            offset[dim], shape[dim] = chunk(self.shape[dim], *where[axis])
         return tuple(offset), tuple(shape)
 
+    def copies(self, mesh: Mesh) -> int:
+        """How many ranks of a pipeline stage have the same part."""
+        return prod(mesh.degree(axis) for axis in AXES[1:]) // prod(mesh.degree(axis) for axis, _ in self.dims)
 
-def plan(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:
+
+def placements(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:
     """How each parameter lies on the mesh; ValueError, with its name, where the rules make no sense for it.
 
     >>> from olmo_fn.spec import Init
-    >>> plan({"w": Spec((8, 6), ("embed", "heads"), Init("ones"))}, DEFAULT, Mesh(dp_shard=2, tp=2))
-    {'w': Placed(shape=(8, 6), fsdp=0, tp=1)}
+    >>> placements({"w": Spec((8, 6), ("embed", "heads"), Init("ones"))}, DEFAULT, Mesh(dp_shard=2, tp=2))
+    {'w': Placed(shape=(8, 6), dims=(('fsdp', 0), ('tp', 1)), used=('tp',))}
     """
     known = {axis for _, spec in tree.items(specs) for axis in spec.axes}
+    allowed = ("fsdp", "tp", "dp_shard", "cp")
     for table in (rules.store, rules.use):
         for logical, axis in table.items():
-            if axis not in ("fsdp", "tp"):
-                raise ValueError(f"a rule shards {logical!r} over {axis!r}; parameters are sharded over 'fsdp' or 'tp'")
+            if axis not in allowed:
+                raise ValueError(f"a rule shards {logical!r} over {axis!r}; parameters are sharded over {', '.join(allowed)}")
             if logical not in known and logical not in DEFAULT.store:
                 raise ValueError(f"a rule names the logical axis {logical!r}; the parameters have {', '.join(sorted(known))}")
     for logical in known & {*TENSOR}:
@@ -75,39 +115,43 @@ def plan(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:
                 f"--mesh.tp is {mesh.tp}, but the rules do not use {logical!r} over 'tp', so that each of its ranks would add "
                 f"the same; store and use {logical!r} over 'tp', or leave --mesh.tp at 1"
             )
-    return {path: _place(path, spec, rules, mesh) for path, spec in tree.items(specs)}
+    return {path: _placed(path, spec, rules) for path, spec in tree.items(specs)}
 
 
-def _place(path: str, spec: Spec, rules: Rules, mesh: Mesh) -> Placed:
-    found: dict[str, int] = {}
+def _placed(path: str, spec: Spec, rules: Rules) -> Placed:
+    used = tuple(dict.fromkeys(rules.use[logical] for logical in spec.axes if logical in rules.use))
+    dims: dict[str, int] = {}
     for dim, logical in enumerate(spec.axes):
-        stored, used = rules.store.get(logical), rules.use.get(logical)
-        if used not in (None, stored):
-            raise ValueError(f"{path}: {logical!r} is used over {used!r}, but stored over {stored!r}; store it as it is used")
-        if stored == "tp" and used != "tp":
+        stored, use = rules.store.get(logical), rules.use.get(logical)
+        if use not in (None, stored):
+            raise ValueError(f"{path}: {logical!r} is used over {use!r}, but stored over {stored!r}; store it as it is used")
+        if stored == "tp" and use != "tp":
             raise ValueError(f"{path}: {logical!r} is stored over 'tp' and not used so; only 'fsdp' is gathered for use")
         if stored is None:
             continue
-        if stored in found:
-            first = spec.axes[found[stored]]
+        if stored == "fsdp" and use is None:  # the rest of it, where a part of it shards the parameter in use
+            left = [axis for axis in members("fsdp") if axis not in used]
+            stored = left[0] if len(left) == 1 else stored
+        if stored in dims:
+            first = spec.axes[dims[stored]]
             raise ValueError(
                 f"{path}: both {first!r} and {logical!r} are stored over {stored!r}; give one of them another axis"
             )
-        found[stored] = dim
-    return Placed(spec.shape, found.get("fsdp"), found.get("tp"))
+        dims[stored] = dim
+    return Placed(spec.shape, tuple(sorted(dims.items(), key=lambda item: item[0] == "tp")), used)
 
 
 def table(placed: Mapping[str, Placed], mesh: Mesh) -> str:
-    """The plan in words: a line for each kind of parameter, alike blocks together."""
+    """The placements in words: a line for each kind of parameter, alike blocks together."""
     lines: dict[tuple[str, Placed], int] = {}
     for path, place in placed.items():
         name = ".".join("*" if part.isdecimal() else part for part in path.split("."))
         lines[name, place] = lines.get((name, place), 0) + 1
     rows = [("parameter", "whole", "on a rank", "sharded")]
-    for (name, place), many in lines.items():
-        _, local = place.box((0, mesh.degree("fsdp")), (0, mesh.tp))
-        over = [f"dim {dim} over {axis}" for axis, dim in (("fsdp", place.fsdp), ("tp", place.tp)) if dim is not None]
-        times = f"{name}  x {many}" if many > 1 else name
+    for (name, place), count in lines.items():
+        _, local = place.box({axis: (0, mesh.degree(axis)) for axis, _ in place.dims})
+        over = [f"dim {dim} over {axis}" for axis, dim in place.dims]
+        times = f"{name}  x {count}" if count > 1 else name
         rows.append((times, " x ".join(map(str, place.shape)), " x ".join(map(str, local)), ", ".join(over) or "whole"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from olmo_fn import spec, tree
 from olmo_fn.models.config import Model
-from olmo_fn.models.transformer import specs
+from olmo_fn.models.transformer import layers, specs
 
 
 def num_params(cfg: Model) -> int:
@@ -28,7 +28,7 @@ def num_non_embedding_params(cfg: Model) -> int:
 
 
 def num_matrix_params(cfg: Model) -> int:
-    """Entries of the matrices that multiply every token: attention, feed-forward and head, also a tied one.
+    """Entries of the matrices that multiply every token: of the blocks and the head, also a tied one.
 
     >>> from olmo_fn.models.config import OLMO2
     >>> f"{num_matrix_params(OLMO2['olmo2-32b']):,}"
@@ -38,21 +38,10 @@ def num_matrix_params(cfg: Model) -> int:
     return matrices + cfg.vocab_size * cfg.d_model * cfg.tie_embeddings
 
 
-def causal_pairs(length: int, window: int | None = None) -> int:
-    """Pairs of a query and a key that it sees, in one sequence: ``S (S + 1) / 2``, or with a window w below S
-    ``w (w + 1) / 2 + (S - w) w``.
-
-    >>> causal_pairs(4), causal_pairs(4, window=2)
-    (10, 7)
-    """
-    w = length if window is None else min(window, length)
-    return w * (w + 1) // 2 + (length - w) * w
-
-
 def flops_per_sequence(cfg: Model, sequence_length: int) -> int:
     """Training FLOPs of one sequence of S tokens, an exact integer: forward, and twice that for backward.
 
-        6 · matrix parameters · S  +  Σ over layers of 12 · heads · head_dim · pairs
+        3 · (Σ over sublayers of their flops(S)  +  2 · V · D · S for the head)
 
     A matrix costs a multiplication and an addition per entry and token; a pair of query and key costs
     2 · head_dim per head for its score, and as many for its value. What is not a matrix product (norms,
@@ -63,8 +52,8 @@ def flops_per_sequence(cfg: Model, sequence_length: int) -> int:
     attention down to whole FLOPs per token. OLMo-core 2.5 counted all of S (or the window) instead of
     pairs / S, about twice as much attention.
     """
-    pairs = sum(causal_pairs(sequence_length, cfg.window(layer)) for layer in range(cfg.n_layers))
-    return 6 * num_matrix_params(cfg) * sequence_length + 12 * cfg.n_heads * cfg.k * pairs
+    blocks = sum(sub.flops(sequence_length) for layer in layers(cfg) for sub in layer.sublayers)
+    return 3 * (blocks + 2 * cfg.vocab_size * cfg.d_model * sequence_length)
 
 
 def flops_per_token(cfg: Model, sequence_length: int) -> float:

@@ -1,4 +1,4 @@
-"""The parts of grouped-query attention around `attend`: projections, full-width QK-norm with rotary positions, output.
+"""Grouped-query attention with full-width QK-norm and rotary positions, and the primitive that attends.
 
 B batch, T positions, D model width, H query heads, N key/value heads, K head dim. On an axis ``tp`` a rank has some of the
 heads; the stream x is its part of the sequence, gathered for the projections (sequence parallelism, Korthikanti et al. 2022).
@@ -6,87 +6,177 @@ heads; the stream x is its part of the sequence, gathered for the projections (s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from olmo_fn.core.primitive import VJP, primitive
+from olmo_fn.kernels.attention_cp import AttendVJP, attend_over, attend_over_vjp
+from olmo_fn.kernels.attention_tiles import attend_masked, attend_vjp, visible
 from olmo_fn.mesh.axis import Axis
-from olmo_fn.mesh.collectives import all_gather, reduce_scatter
+from olmo_fn.nn.context import Context
 from olmo_fn.nn.norm import rms_norm, rms_norm_spec
-from olmo_fn.nn.rope import rotate
+from olmo_fn.nn.rope import rope_table, rotate
+from olmo_fn.nn.sublayer import Names, Result, Sublayer
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
-Later: TypeAlias = Callable[[], tuple[Tensor, ...]]  # gradients of weights, computed when called
-QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+def attention_sublayer(
+    d_model: int,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    *,
+    window: int | None,
+    theta: float,
+    eps: float,
+    std: float,
+    std_out: float,
+    attend: AttendVJP = attend_vjp,
+) -> Sublayer:
+    """Attention as a sublayer. Weights are (in, out); the norms of queries and keys span all heads, as in OLMo 2.
+
+    ``window``: tokens that a position sees, itself included; None sees all before it. ``attend`` computes softmax attention and
+    its pullback on the fast path.
+    """
+    heads, kv, rope = n_heads * head_dim, n_kv_heads * head_dim, ("rope", head_dim, theta)
+
+    def qkv(p: Tree, x: Tensor, ctx: Context) -> tuple[Tensor, ...]:
+        q, k, v = ctx.column_linear(x, p["w_q"], p["w_k"], p["w_v"])
+        place = ctx.fuse(norm_and_rotate, head_dim, eps, ctx.backend.axes.tp)
+        return place(p["q_norm"], p["k_norm"], q, k, v, *ctx.tables[rope])
+
+    def apply(p: Tree, x: Tensor, ctx: Context) -> Result:
+        q, k, v = qkv(p, x, ctx)
+        return ctx.row_linear(attention(ctx, q, k, v, window, attend), p["w_out"])
+
+    def extend(p: Tree, x: Tensor, ctx: Context, cache: Tree) -> tuple[Tensor, Tree]:
+        q, k, v = qkv(p, x, ctx)
+        stop = ctx.start + x.shape[1]
+        first, mask = visible_columns(ctx.start, stop, window, ctx.padding, x.device)
+        cache["k"][:, :, ctx.start : stop], cache["v"][:, :, ctx.start : stop] = k, v
+        q = q if k.shape[1] == q.shape[1] else q.unflatten(1, (k.shape[1], -1))
+        out = attend_masked(q, cache["k"][:, :, first:stop], cache["v"][:, :, first:stop], mask)
+        return ctx.row_linear(_side_by_side(out), p["w_out"]), cache
+
+    def empty_cache(rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> Tree:
+        return {name: torch.empty(rows, n_kv_heads, capacity, head_dim, dtype=dtype, device=device) for name in ("k", "v")}
+
+    def flops(length: int) -> int:
+        return 2 * length * d_model * (2 * heads + 2 * kv) + 4 * heads * causal_pairs(length, window)
+
+    return Sublayer(
+        "attention",
+        specs={
+            "w_q": Spec((d_model, heads), ("embed", "heads"), Init("trunc_normal", std)),
+            "w_k": Spec((d_model, kv), ("embed", "kv_heads"), Init("trunc_normal", std)),
+            "w_v": Spec((d_model, kv), ("embed", "kv_heads"), Init("trunc_normal", std)),
+            "w_out": Spec((heads, d_model), ("heads", "embed"), Init("trunc_normal", std_out)),
+            "q_norm": rms_norm_spec(heads, "heads"),
+            "k_norm": rms_norm_spec(kv, "kv_heads"),
+        },
+        apply=apply,
+        flops=flops,
+        extend=extend,
+        cache=empty_cache,
+        tables={rope: lambda positions: rope_table(positions, head_dim, theta)},
+        divided=("tp", "cp"),
+        names=NAMES,
+    )
 
 
-def attention_specs(d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, *, std: float, std_out: float) -> Tree:
-    """Weights are (in, out); the norms of queries and keys span all heads, as in OLMo 2."""
-    heads, kv = n_heads * head_dim, n_kv_heads * head_dim
-    return {
-        "w_q": Spec((d_model, heads), ("embed", "heads"), Init("trunc_normal", std)),
-        "w_k": Spec((d_model, kv), ("embed", "kv_heads"), Init("trunc_normal", std)),
-        "w_v": Spec((d_model, kv), ("embed", "kv_heads"), Init("trunc_normal", std)),
-        "w_out": Spec((heads, d_model), ("heads", "embed"), Init("trunc_normal", std_out)),
-        "q_norm": rms_norm_spec(heads, "heads"),
-        "k_norm": rms_norm_spec(kv, "kv_heads"),
-    }
+NAMES = {
+    "w_q": Names("self_attn.q_proj.weight", "attention.w_q.weight"),
+    "w_k": Names("self_attn.k_proj.weight", "attention.w_k.weight"),
+    "w_v": Names("self_attn.v_proj.weight", "attention.w_v.weight"),
+    "w_out": Names("self_attn.o_proj.weight", "attention.w_out.weight"),
+    "q_norm": Names("self_attn.q_norm.weight", "attention.q_norm.weight"),
+    "k_norm": Names("self_attn.k_norm.weight", "attention.k_norm.weight"),
+}
 
 
-def project(w_q: Tensor, w_k: Tensor, w_v: Tensor, x: Tensor, tp: Axis = Axis()) -> QKV:  # noqa: B008
-    """Queries (B, T, H·K), keys and values (B, T, N·K) of the stream ``x`` (B, T, D)."""
-    h = all_gather(x, 1, tp)
-    return h @ w_q, h @ w_k, h @ w_v
+def causal_pairs(length: int, window: int | None = None) -> int:
+    """Pairs of a query and a key that it sees, in one sequence: ``S (S + 1) / 2``, or with a window w below S
+    ``w (w + 1) / 2 + (S - w) w``.
+
+    >>> causal_pairs(4), causal_pairs(4, window=2)
+    (10, 7)
+    """
+    w = length if window is None else min(window, length)
+    return w * (w + 1) // 2 + (length - w) * w
 
 
-def project_vjp(
-    w_q: Tensor, w_k: Tensor, w_v: Tensor, x: Tensor, tp: Axis
-) -> tuple[QKV, Callable[[QKV, Tensor], tuple[Later, Tensor]]]:
-    """`project` with its pullback: from its results' cotangents, and one of ``x`` to add to, to the weights' and ``x``'s."""
-    h = all_gather(x, 1, tp).flatten(0, 1)
-    out = tuple((h @ w).unflatten(0, (x.shape[0], -1)) for w in (w_q, w_k, w_v))
+def norm_and_rotate(
+    head_dim: int,
+    eps: float,
+    tp: Axis,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed and rotated queries (B, H, T, K), keys and values (B, N, T, K), of projections (B, T, H·K) and (B, T, N·K).
 
-    def pullback(cotangents: QKV, d_x: Tensor) -> tuple[Later, Tensor]:
-        d_q, d_k, d_v = (c.flatten(0, 1) for c in cotangents)
-        if tp.size == 1:
-            d_h = torch.addmm(d_x.flatten(0, 1), d_q, w_q.T).addmm_(d_k, w_k.T).addmm_(d_v, w_v.T).view_as(x)
-        else:
-            d_h = (d_q @ w_q.T).addmm_(d_k, w_k.T).addmm_(d_v, w_v.T)
-            d_h = d_x + reduce_scatter(d_h.unflatten(0, (x.shape[0], -1)), 1, tp)
-        return lambda: (h.T @ d_q, h.T @ d_k, h.T @ d_v), d_h
-
-    return out, pullback
-
-
-def place_heads(q_norm: Tensor, k_norm: Tensor, qkv: QKV, cos: Tensor, sin: Tensor, head_dim: int, eps: float, tp: Axis) -> QKV:
-    """Normed and rotated queries (B, H, T, K), keys and values (B, N, T, K). The norms span the heads of all ranks."""
-    q, k, v = qkv
+    The norms span the heads of all ranks of ``tp``.
+    """
     q = rotate(rms_norm(q_norm, q, eps, tp).unflatten(-1, (-1, head_dim)), cos, sin)
     k = rotate(rms_norm(k_norm, k, eps, tp).unflatten(-1, (-1, head_dim)), cos, sin)
     v = v.unflatten(-1, (-1, head_dim))
     return q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
 
 
-def merge_heads(w_out: Tensor, heads: Tensor, tp: Axis = Axis()) -> Tensor:  # noqa: B008
-    """The heads' results (B, H, T, K) side by side through ``w_out`` (H·K, D): (B, T, D)."""
-    return reduce_scatter(heads.transpose(1, 2).flatten(2) @ w_out, 1, tp)
+def attention(ctx: Context, q: Tensor, k: Tensor, v: Tensor, window: int | None, attend: AttendVJP = attend_vjp) -> Tensor:
+    """Causal softmax(q kᵀ / √K) v, inside documents if there are any, with the heads side by side: (B, T, H·K).
+
+    ``q`` (B, H, T, K), ``k``, ``v`` (B, N, T, K) of this rank's positions and heads.
+    """
+    backend, documents = ctx.backend, ctx.documents
+    cp, method = backend.axes.cp, backend.cp_method
+    if not backend.fast:
+        return _side_by_side(attend_over(q, k, v, cp=cp, method=method, window=window, documents=documents))
+    options: dict[str, Any] = {"cp": cp, "method": method, "window": window, "documents": documents}
+    return primitive(_attention_vjp(partial(attend_over_vjp, **options, kernel=backend.kernel, attend=attend)), [], [q, k, v])
 
 
-def merge_heads_vjp(w_out: Tensor, heads: Tensor, tp: Axis) -> tuple[Tensor, Callable[[Tensor], tuple[Later, Tensor]]]:
-    """`merge_heads` with its pullback."""
-    B, H, T, K = heads.shape
+def _attention_vjp(attend: Callable[..., Any]) -> VJP:
+    def vjp(_: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Callable[..., Any]]:
+        q, k, v = inputs
+        out, back = attend(q, k, v)
+        rows = _side_by_side(out)  # what the next product keeps as well; so the other order of the heads is not kept
 
-    def side_by_side() -> Tensor:
-        return heads.transpose(1, 2).reshape(B * T, H * K)
+        def pullback(cotangent: Tensor) -> tuple[Sequence[Any], Sequence[Tensor]]:
+            by_head = rows.view(*rows.shape[:2], -1, q.shape[-1]).transpose(1, 2)
+            return (), back(by_head, cotangent.view(by_head.transpose(1, 2).shape).transpose(1, 2).contiguous())
 
-    out = reduce_scatter((side_by_side() @ w_out).view(B, T, -1), 1, tp)
+        return rows, pullback
 
-    def pullback(cotangent: Tensor) -> tuple[Later, Tensor]:
-        d_out = all_gather(cotangent, 1, tp).flatten(0, 1)
-        d_heads = (d_out @ w_out.T).view(B, T, H, K).transpose(1, 2).contiguous()
-        return lambda: (side_by_side().T @ d_out,), d_heads
+    return vjp
 
-    return out, pullback
+
+def _side_by_side(heads: Tensor) -> Tensor:
+    """(B, H, T, K) as (B, T, H·K)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def visible_columns(
+    start: int, stop: int, window: int | None, padding: Tensor | None, device: torch.device
+) -> tuple[int, Tensor]:
+    """The first column that any of columns ``start`` to ``stop`` sees, and the mask from there.
+
+    The mask is (T, stop - first), or with padding (B, 1, T, stop - first).
+    """
+    first = 0 if window is None else max(0, start - window + 1)
+    rows, columns = torch.arange(start, stop, device=device), torch.arange(first, stop, device=device)
+    mask = visible(rows, columns, window)
+    if padding is None:
+        return first, mask
+    # Padding sees padding: a row of the softmax without anything to see would be NaN, and spread.
+    token_row, token_column = rows >= padding[:, None], columns >= padding[:, None]
+    return first, (mask & (token_row[:, :, None] == token_column[:, None, :]))[:, None]

@@ -5,123 +5,161 @@ N positions, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from olmo_fn.core.chain import IGNORE, Kernel, Metrics, identity
+from olmo_fn.core.chain import IGNORE, Backend, Metrics
+from olmo_fn.core.primitive import VJP, primitive
+from olmo_fn.kernels import Kernel
 from olmo_fn.kernels.exponential import exp
 from olmo_fn.kernels.huge_pages import new_large, to_large
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import pmax, psum
-from olmo_fn.nn.vocabulary import own_rows
+from olmo_fn.nn.context import Context
+from olmo_fn.nn.embedding import local_rows
 
 LOGITS_BYTES = 1 << 25  # logits that live at once, within these numbers of rows:
 LOGITS_ROWS = (1024, 2048)  # fast matrix products need the first, more than the second gain nothing
 
 
-def head_loss(
-    w_out: Tensor,
-    h: Tensor,
-    labels: Tensor,
-    *,
-    z_loss: float,
-    tp: Axis = Axis(),  # noqa: B008
-    first: int = 0,
+def cross_entropy(
+    ctx: Context, w_out: Tensor, h: Tensor, labels: Tensor, vocab_size: int, z_loss: float = 0.0
 ) -> tuple[Tensor, Metrics]:
     """Summed cross entropy plus ``z_loss · logsumexp²`` (PaLM, section 5) over the labels that count.
 
-    ``w_out`` (V, D) in any dtype, ``h`` (..., D) after the final norm in that of the products, ``labels`` (...), `IGNORE`
-    where there is no loss. Returns the sum (0-d, fp32) and its two parts ``ce`` and ``z``. Plain differentiable operations:
-    for ``torch.func``, and the definition that `head_vjp` must agree with. On an axis ``tp`` each rank has some rows of the
-    vocabulary, those from ``first`` on, and the same ``h``; the sum is the whole one on all of them, the gradient of ``h`` a
-    rank's share.
+    ``w_out`` (V, D) in any dtype, ``h`` (B, T, D) after the final norm in that of the products, ``labels`` (B, T), `IGNORE`
+    where there is no loss. Returns the sum (0-d, fp32) and its two parts ``ce`` and ``z``. On an axis ``tp`` each rank has some
+    rows of the vocabulary, and the same ``h``; the sum is the whole one on all of them, the gradient of ``h`` a rank's share.
+
+    >>> from olmo_fn.core.chain import Backend
+    >>> h, labels = torch.tensor([[[2.0, 0.0, 0.0]]]), torch.tensor([[0]])
+    >>> ctx = Context(Backend(), labels, labels, labels)
+    >>> loss, metrics = cross_entropy(ctx, torch.eye(3), h, labels, vocab_size=3)
+    >>> round(loss.item(), 3)  # the label's probability is 0.787
+    0.24
     """
+    backend, tp = ctx.backend, ctx.backend.axes.tp
+    rows, inside = local_rows(labels, vocab_size, tp)
+    if not backend.fast:
+        return plain_cross_entropy(w_out, h, labels, rows, inside, z_loss, tp)
+    if backend.loss_weight is None:  # there will be no backward
+        return _by_rows(w_out, h, labels, rows, inside, z_loss, tp)
+    vjp = _cross_entropy_vjp(labels, rows, inside, z_loss, tp, backend)
+    total, ce, z = primitive(vjp, [w_out], [h], backend.weight_grads)
+    return total, {"ce": ce.detach(), "z": z.detach()}
+
+
+def plain_cross_entropy(
+    w_out: Tensor, h: Tensor, labels: Tensor, rows: Tensor, inside: Tensor | None, z_loss: float, tp: Axis
+) -> tuple[Tensor, Metrics]:
+    """The definition, in plain differentiable operations; ``rows`` and ``inside`` are `local_rows` of the labels."""
     logits = h @ w_out.to(h.dtype).T
     logits = logits if logits.dtype == torch.float64 else logits.float()
     counts = labels != IGNORE
-    index, here = own_rows(labels, first, w_out.shape[0])
+    rows = rows.where(counts, 0)
     top = pmax(logits.detach().amax(-1), tp)
     lse = top + psum((logits - top[..., None]).exp().sum(-1), tp).log()
-    target = psum(logits.gather(-1, index[..., None])[..., 0].where(here, 0.0), tp)
+    target = logits.gather(-1, rows[..., None])[..., 0]
+    target = target if inside is None else psum(target.where(inside, 0.0), tp)
     ce = (lse - target).where(counts, 0.0).sum()
     z = z_loss * lse.square().where(counts, 0.0).sum()
     return ce + z, {"ce": ce.detach(), "z": z.detach()}
 
 
-def head_vjp(
-    w_out: Tensor,
-    h: Tensor,
-    labels: Tensor,
-    *,
-    z_loss: float,
-    cotangent: Tensor | None = None,
-    kernel: Kernel = identity,
-    tp: Axis = Axis(),  # noqa: B008
-    first: int = 0,
-) -> tuple[tuple[Tensor, Metrics], Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """`head_loss` with its pullback, which takes the cotangent of the sum to those of ``w_out`` and ``h``.
+@torch.no_grad()
+def _by_rows(
+    w_out: Tensor, h: Tensor, labels: Tensor, rows: Tensor, inside: Tensor | None, z_loss: float, tp: Axis, many: int = 1024
+) -> tuple[Tensor, Metrics]:
+    """The loss alone, of ``many`` positions at a time."""
+    w = to_large(w_out, h.dtype)  # once
+    parts = [x.flatten().split(many) for x in (labels, rows, *([] if inside is None else [inside]))]
+    sums: dict[str, Tensor] = {}
+    for part, *indices in zip(h.flatten(0, -2).split(many), *parts, strict=True):
+        some_labels, some_rows, some_inside = indices if inside is not None else (*indices, None)
+        loss, metrics = plain_cross_entropy(w, part, some_labels, some_rows, some_inside, z_loss, tp)
+        for name, value in {"loss": loss, **metrics}.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return sums.pop("loss"), sums
 
-    Gradients of the logits are formed in place while the logits of a chunk of positions are in memory, so logits
-    are computed once and never kept: for each chunk three matrix products and one kernel over its logits. A ``cotangent`` (0-d)
-    known from the beginning is part of them before they are rounded, and then the pullback takes no other.
 
-    >>> w, h, labels = torch.eye(3), torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0])
-    >>> (loss, metrics), pullback = head_vjp(w, h, labels, z_loss=0.0)
-    >>> d_w, d_h = pullback(torch.tensor(1.0))
-    >>> [round(x, 3) for x in (loss.item(), *d_h[0].tolist())]  # 0.787 is the label's probability
-    [0.24, -0.213, 0.107, 0.107]
+def _cross_entropy_vjp(
+    labels: Tensor, label_rows: Tensor, inside: Tensor | None, z_loss: float, tp: Axis, backend: Backend
+) -> VJP:
+    """Gradients of the logits are formed in place while the logits of a chunk of positions are in memory.
+
+    So logits are computed once and never kept: for each chunk three matrix products and one kernel over its logits. The weight
+    that the loss is known to have in the end is part of the gradients before they are rounded.
     """
-    shape, target = h.shape, labels.flatten()
-    h = h.flatten(0, -2)  # (N, D)
-    N, V = h.shape[0], w_out.shape[0]
-    fewest, most = LOGITS_ROWS
-    rows = min(N, max(fewest, min(most, LOGITS_BYTES // (V * h.element_size()))))
-    w, d_w = to_large(w_out, h.dtype), None
-    d_h = torch.empty_like(h)
-    buffer = new_large(h, rows, V)
-    sums = torch.zeros(2, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)  # ce, z
-    for start in range(0, N, rows):
-        part = slice(start, min(start + rows, N))
-        logits = torch.mm(h[part], w.T, out=buffer[: part.stop - start])
-        sums += _to_gradient(logits, target[part], z_loss, cotangent, kernel, tp, first)
-        torch.mm(logits, w, out=d_h[part])
-        if part.stop == N:
-            del w  # a copy, or not, in whose place its gradient may lie
-        d_w = _add_product(d_w, logits, h[part])
-    del buffer, logits
-    ce, z = sums.unbind()
+    weight = backend.loss_weight
+    assert weight is not None
 
-    def pullback(c: Tensor) -> tuple[Tensor, Tensor]:
-        assert d_w is not None
-        if cotangent is not None:
-            assert c is cotangent
-            return d_w, d_h.view(shape)
-        wide = d_w.to(c.dtype)  # or this would round the scale of every gradient
-        return wide * c, (d_h.to(c.dtype) * c).to(d_h.dtype).view(shape)
+    def vjp(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
+        (w_out,), (h,) = weights, inputs
+        shape, target = h.shape, labels.flatten()
+        seen = label_rows.flatten(), None if inside is None else inside.flatten()
+        h = h.flatten(0, -2)  # (N, D)
+        N, V = h.shape[0], w_out.shape[0]
+        fewest, most = LOGITS_ROWS
+        many = min(N, max(fewest, min(most, LOGITS_BYTES // (V * h.element_size()))))
+        w, d_w = to_large(w_out, h.dtype), None
+        d_h = torch.empty_like(h)
+        buffer = new_large(h, many, V)
+        sums = torch.zeros(2, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)  # ce, z
+        for start in range(0, N, many):
+            part = slice(start, min(start + many, N))
+            logits = torch.mm(h[part], w.T, out=buffer[: part.stop - start])
+            some = (target[part], seen[0][part], None if seen[1] is None else seen[1][part])
+            sums += _to_gradient(logits, *some, z_loss, weight, backend.kernel, tp)
+            torch.mm(logits, w, out=d_h[part])
+            if part.stop == N:
+                del w  # a copy, or not, in whose place its gradient may lie
+            d_w = _add_product(d_w, logits, h[part])
+        del buffer, logits
+        ce, z = sums.unbind()
 
-    return (ce + z, {"ce": ce, "z": z}), pullback
+        def pullback(c: Tensor, *_: Tensor) -> tuple[Sequence[Callable[[], Tensor]], Sequence[Tensor]]:
+            nonlocal d_w
+            gradient, d_w = d_w, None
+            assert gradient is not None
+            if c.data_ptr() == weight.data_ptr():
+                return (lambda: gradient,), (d_h.view(shape),)
+            times = c / weight  # another cotangent than was expected
+            return (lambda: gradient.to(c.dtype) * times,), ((d_h.to(c.dtype) * times).to(d_h.dtype).view(shape),)
+
+        return (ce + z, ce.clone(), z.clone()), pullback
+
+    return vjp
 
 
 def _to_gradient(
-    logits: Tensor, target: Tensor, z_loss: float, cotangent: Tensor | None, kernel: Kernel, tp: Axis, first: int
+    logits: Tensor,
+    target: Tensor,
+    index: Tensor,
+    inside: Tensor | None,
+    z_loss: float,
+    weight: Tensor,
+    kernel: Kernel,
+    tp: Axis,
 ) -> Tensor:
     """Overwrite ``logits`` (R, V) by the loss's gradient with respect to them; return the sums of ce and z, (2,).
 
-    d/dlogits = c · (softmax · (1 + 2 z_loss · logsumexp) - onehot(target)) with the cotangent c, 0 in rows without a label.
+    d/dlogits = weight · (softmax · (1 + 2 z_loss · logsumexp) - onehot(target)), 0 in rows without a label.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     counts = (target != IGNORE)[:, None]
-    weights = counts.to(wide) if cotangent is None else counts.to(wide) * cotangent.to(wide)
-    index, here = (x[:, None] for x in own_rows(target, first, logits.shape[1]))
+    weights = counts.to(wide) * weight.to(wide)
+    index = index[:, None].where(counts, 0)
+    here = counts if inside is None else inside[:, None]
     label = logits.gather(1, index).to(wide)
     if tp.size == 1:
         lse = kernel(_softmax_times)(logits, weights, z_loss)
     else:
-        own = kernel(_logsumexp)(logits, wide)
-        top = pmax(own, tp)
-        lse = top + psum((own - top).exp(), tp).log()
+        local = kernel(_logsumexp)(logits, wide)
+        top = pmax(local, tp)
+        lse = top + psum((local - top).exp(), tp).log()
         kernel(_softmax_given)(logits, lse, weights, z_loss)
     at_label = ((label - lse).exp() * (1 + 2 * z_loss * lse) - 1) * weights
     at_label = at_label.to(logits.dtype).where(here & counts, logits.gather(1, index))

@@ -29,3 +29,13 @@ def rms_norm(weight: Tensor, x: Tensor, eps: float = 1e-6, axis: Axis = Axis()) 
     mean = enter(psum(mean / axis.size, axis), axis)  # every rank goes on with its own part of x: gradients are summed too
     scale = torch.rsqrt(mean + eps)
     return (x32 * scale * weight).to(x.dtype)
+
+
+def norm_stream(eps: float, tp: Axis, gain: Tensor, x: Tensor) -> Tensor:
+    """`rms_norm` of the stream x (B, T, D), of which a rank of ``tp`` has some positions: gradients of the gain are summed."""
+    return rms_norm(enter(gain, tp), x, eps)
+
+
+def add_normed(eps: float, tp: Axis, gain: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """``x`` plus `norm_stream` of ``y``: one kernel for a norm on a sublayer's output and the residual."""
+    return x + norm_stream(eps, tp, gain, y)

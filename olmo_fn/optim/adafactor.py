@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform
-from olmo_fn.core.step import Scalars, Slots
+from olmo_fn.core.step import Scalars, Slots, Step
 from olmo_fn.optim.base import Decay, Rule, optimizer
 from olmo_fn.optim.schedules import Schedule
 
@@ -18,7 +19,7 @@ def adafactor(
     eps: float | None = None,
     min_rms: float = 1e-3,
     weight_decay: Decay | float = 0.0,
-) -> Transform:
+) -> Transform[Grads, Step]:
     """Memory of a matrix's rows plus columns instead of its size (algorithm 4; eps and learning rate as in PyTorch).
 
         row = (1 - t^-decay_rate) row + t^-decay_rate mean(g², over columns), col alike       v = row col / mean(row)
@@ -54,7 +55,9 @@ def adafactor(
         size = s["relative"] * _rms(p).clamp(min=min_rms)
         return size * u / (_rms(u) / clip).clamp(min=1.0), slots
 
-    return optimizer("adafactor", Rule(init, update, scalars, elementwise=False), lr, weight_decay)
+    return optimizer(
+        "adafactor", Rule(init, update, scalars, elementwise=False, unlike=("adafactor_row", "adafactor_col")), lr, weight_decay
+    )
 
 
 def _rms(x: Tensor) -> Tensor:

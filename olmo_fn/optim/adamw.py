@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform
-from olmo_fn.core.step import Scalars, Slots
+from olmo_fn.core.step import Scalars, Slots, Step
 from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.schedules import Schedule
 
@@ -17,7 +18,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: Decay | float = 0.1,
     moments: torch.dtype | None = None,
-) -> Transform:
+) -> Transform[Grads, Step]:
     """Adam with decoupled weight decay; t counts the updates that were not skipped.
 
         m = β₁ m + (1 - β₁) g          v = β₂ v + (1 - β₂) g²
@@ -34,7 +35,7 @@ def adam(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     moments: torch.dtype | None = None,
-) -> Transform:
+) -> Transform[Grads, Step]:
     """`adamw` without weight decay. Slots ``adam_m`` and ``adam_v``."""
     return optimizer("adam", adam_rule("adam", betas, eps, moments), lr)
 

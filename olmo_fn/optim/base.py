@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from olmo_fn.core.chain import Grads, Metrics
+from olmo_fn.core.chain import Metrics
+from olmo_fn.core.gradients import Grads, Signals
 from olmo_fn.core.pipe import Transform
 from olmo_fn.core.step import Leaf, Scalars, Slots, State, Step
 from olmo_fn.optim.schedules import Schedule, constant
@@ -39,7 +40,8 @@ class Rule(NamedTuple):
     parameter. Both see fp32 at least, whatever is stored. ``scalars`` makes, once a step and in fp64, the scalars that the
     update needs besides ``lr`` and ``count``, such as bias corrections. ``memory`` are numbers that it keeps from one step
     to the next: it gets their values, and those that it returns by the same name are kept. ``point`` is a `Leaf`'s.
-    ``decays``: the update itself applies the scalar ``weight_decay``.
+    ``decays``: the update itself applies the scalar ``weight_decay``. ``unlike``: the slots that are not shaped like the
+    parameter.
     """
 
     init: Callable[[str, Tensor], Slots]
@@ -49,9 +51,10 @@ class Rule(NamedTuple):
     elementwise: bool = True
     point: Callable[[Tensor, Slots], Tensor] | None = None
     decays: bool = False
+    unlike: tuple[str, ...] = ()
 
 
-def optimizer(name: str, rule: Rule, lr: Schedule | float, weight_decay: Decay | float = 0.0) -> Transform:
+def optimizer(name: str, rule: Rule, lr: Schedule | float, weight_decay: Decay | float = 0.0) -> Transform[Grads, Step]:
     """A transform from gradients to a Step that updates each parameter by ``rule``, with decoupled weight decay.
 
     ``p = p - lr · weight_decay · p - step``. As in PyTorch and OLMo-core, the decay is multiplied by the learning rate; a
@@ -76,22 +79,21 @@ def optimizer(name: str, rule: Rule, lr: Schedule | float, weight_decay: Decay |
     def leaf(path: str) -> Leaf:
         weight = 0.0 if matches(path, decay.no_decay) else decay.weight
         init = lambda p: rule.init(path, p)  # noqa: E731
-        return Leaf(init, update, rule.elementwise, {"weight_decay": weight}, point=rule.point)
+        return Leaf(init, update, rule.elementwise, {"weight_decay": weight}, point=rule.point, unlike=rule.unlike)
 
     def init_control() -> Tree:
         memory = {k: torch.tensor(v, dtype=torch.float64) for k, v in rule.memory.items()}
         return {name: {"count": torch.zeros((), dtype=torch.int64), **memory}}
 
-    def control(state: State, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
+    def control(state: State, signals: Signals, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
         finite = metrics["loss"].isfinite() & metrics["grad_norm"].isfinite()
-        skip = ~finite | metrics.get("skip", False)
+        skip = ~finite if signals.skip is None else ~finite | signals.skip
         before = state.slots[name]
-        rate = schedule(state.step + 1) * metrics.get("lr_scale", 1.0)
+        rate = schedule(state.step + 1) * (1.0 if signals.lr_scale is None else signals.lr_scale)
         scalars = {**before, "count": before["count"] + 1, "lr": rate, "skip": skip}
         scalars |= rule.scalars(scalars)
         slot = {name: {k: torch.where(skip, old, scalars[k]) for k, old in before.items()}}
-        report = {k: v for k, v in metrics.items() if k not in ("skip", "lr_scale")}
-        return slot, scalars, {**report, "lr": scalars["lr"], "skipped": skip.float()}
+        return slot, scalars, {**metrics, "lr": scalars["lr"], "skipped": skip.float()}
 
     return Transform(f"{name}(...)", Grads, Step, lambda grads: Step(grads, init_control, control, leaf))
 

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform
-from olmo_fn.core.step import Scalars, Slots
+from olmo_fn.core.step import Scalars, Slots, Step
 from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.muon import check_matrix
 from olmo_fn.optim.schedules import Schedule
@@ -22,7 +23,7 @@ def dion(
     weight_decay: Decay | float = 0.1,
     seed: int = 0,
     moments: torch.dtype | None = None,
-) -> Transform:
+) -> Transform[Grads, Step]:
     """Steps of rank r = ``rank`` · min(in, out), at least 1 (algorithm 1, with our matrices (..., in, out)).
 
         m = m + g          P = orthonormal(mᵀ Q)          R = m P          m = m - (1 - μ) R Pᵀ
@@ -50,4 +51,4 @@ def dion(
         step = s["lr"] * (p.shape[-1] / p.shape[-2]) ** 0.5 * (q @ basis.mT)
         return step, {"dion_momentum": m - (1 - momentum) * (r @ basis.mT), "dion_q": q}
 
-    return optimizer("dion", Rule(init, update, elementwise=False), lr, weight_decay)
+    return optimizer("dion", Rule(init, update, elementwise=False, unlike=("dion_q",)), lr, weight_decay)

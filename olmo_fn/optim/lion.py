@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform
-from olmo_fn.core.step import Scalars, Slots
+from olmo_fn.core.step import Scalars, Slots, Step
 from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.schedules import Schedule
 
@@ -16,7 +17,7 @@ def lion(
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: Decay | float = 0.1,
     moments: torch.dtype | None = None,
-) -> Transform:
+) -> Transform[Grads, Step]:
     """The sign of an interpolated momentum, so every entry moves by lr: take about a tenth of AdamW's, and more decay.
 
         p = p - lr · weight_decay · p - lr · sign(β₁ m + (1 - β₁) g)          m = β₂ m + (1 - β₂) g

@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform
-from olmo_fn.core.step import Scalars, Slots
+from olmo_fn.core.step import Scalars, Slots, Step
 from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.schedules import Schedule
 
@@ -57,7 +58,7 @@ def muon(
     scale: Scale = "rms",
     dtype: torch.dtype = torch.bfloat16,
     moments: torch.dtype | None = None,
-) -> Transform:
+) -> Transform[Grads, Step]:
     """Each matrix moves by its momentum with all singular values set to about 1.
 
         m = μ m + g          u = orthogonalize(g + μ m if nesterov else m)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform
-from olmo_fn.core.step import Scalars, Slots
+from olmo_fn.core.step import Scalars, Slots, Step
 from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.muon import DION, NewtonSchulz, Scale, check_matrix, orthogonalize, scale_of
 from olmo_fn.optim.schedules import Schedule
@@ -22,7 +23,7 @@ def normuon(
     scale: Scale = "rms",
     dtype: torch.dtype = torch.bfloat16,
     moments: torch.dtype | None = None,
-) -> Transform:
+) -> Transform[Grads, Step]:
     """`muon`, whose step u is divided by the root of its neurons' mean squares and brought back to its norm (algorithm 1).
 
         v = β₂ v + (1 - β₂) mean(u², over in)          û = u / (√v + 1e-8)          u = û · ‖u‖ / ‖û‖

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Grads, Metrics
+from olmo_fn.core.chain import Metrics
+from olmo_fn.core.gradients import Grads, Signals
 from olmo_fn.core.pipe import Transform
 from olmo_fn.core.step import Leaf, Scalars, State, Step
 from olmo_fn.spec import Spec
@@ -36,7 +37,7 @@ KINDS: dict[str, Callable[[tuple[str, ...]], bool]] = {
 }
 
 
-def partition(groups: Mapping[str | tuple[str, ...], Transform], parameters: Tree) -> Transform:
+def partition(groups: Mapping[str | tuple[str, ...], Transform[Grads, Step]], parameters: Tree) -> Transform[Grads, Step]:
     """One optimizer a group, with its own learning rate, schedule and weight decay; each parameter is in exactly one.
 
     A group is chosen by one or several of: a kind, ``matrix`` (two dims, or batches of that along axes ``layers`` and
@@ -48,9 +49,9 @@ def partition(groups: Mapping[str | tuple[str, ...], Transform], parameters: Tre
     ``partition`` holds the counts by group; the metrics gain ``lr/<group>`` of each, and ``lr`` is that of the last one.
 
     >>> from olmo_fn.models import transformer
-    >>> from olmo_fn.models.config import Model
+    >>> from olmo_fn.models.config import dense
     >>> from olmo_fn.optim import adamw, muon
-    >>> specs = transformer.specs(Model(8, 1, 2, 16))
+    >>> specs = transformer.specs(dense(8, 1, 2, 16))
     >>> partition({"matrix": muon(1e-3), "embed": adamw(1e-2), "default": adamw(1e-3)}, specs).name
     'partition(matrix: muon(...), embed: adamw(...), default: adamw(...))'
     >>> partition({"matrix": muon(1e-3), "vector": adamw(1e-3)}, specs)
@@ -76,13 +77,13 @@ def partition(groups: Mapping[str | tuple[str, ...], Transform], parameters: Tre
         def init_control() -> Tree:
             return {"partition": {name: step.init_control() for name, step in steps.items()}}
 
-        def control(state: State, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
+        def control(state: State, signals: Signals, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
             slots: Tree = {}
             scalars: Scalars = {}
             rates: Metrics = {}
             for name, step in steps.items():
                 own = state._replace(slots={**state.slots, **state.slots["partition"][name]})
-                slots[name], found, report = step.control(own, metrics)
+                slots[name], found, report = step.control(own, signals, metrics)
                 scalars |= {"skip": found["skip"], **{f"{name}/{k}": v for k, v in found.items()}}
                 rates |= {f"lr/{name}": report["lr"]}
             return {"partition": slots}, scalars, {**report, **rates}

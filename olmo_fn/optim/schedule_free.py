@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform
-from olmo_fn.core.step import Scalars, Slots
+from olmo_fn.core.step import Scalars, Slots, Step
 from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.schedules import Schedule
 
@@ -17,7 +18,7 @@ def schedule_free_adamw(
     eps: float = 1e-8,
     weight_decay: float | Decay = 0.1,
     moments: torch.dtype | None = None,
-) -> Transform:
+) -> Transform[Grads, Step]:
     """The parameters are the average x, to be evaluated and kept at any time; gradients are taken at y (algorithm 1).
 
         y = (1 - β₁) z + β₁ x          v = β₂ v + (1 - β₂) g(y)²          γ = lr √(1 - β₂ᵗ)

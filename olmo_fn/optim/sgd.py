@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform
-from olmo_fn.core.step import Scalars, Slots
+from olmo_fn.core.step import Scalars, Slots, Step
 from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.schedules import Schedule
 
@@ -17,7 +18,7 @@ def sgd(
     nesterov: bool = False,
     weight_decay: Decay | float = 0.0,
     moments: torch.dtype | None = None,
-) -> Transform:
+) -> Transform[Grads, Step]:
     """``p - lr · g``; with momentum μ as in PyTorch (Sutskever et al. 2013, without dampening):
 
         m = μ m + g          p = p - lr · m,   or with nesterov   p = p - lr · (g + μ m)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform
-from olmo_fn.core.step import Scalars, Slots
+from olmo_fn.core.step import Scalars, Slots, Step
 from olmo_fn.optim.base import Decay, Rule, check_betas, optimizer
 from olmo_fn.optim.muon import check_matrix
 from olmo_fn.optim.schedules import Schedule
@@ -24,7 +25,7 @@ def soap(
     max_dim: int = 8192,
     weight_decay: Decay | float = 0.1,
     moments: torch.dtype | None = None,
-) -> Transform:
+) -> Transform[Grads, Step]:
     """Algorithm 3, for matrices (..., n, k): the gradient is turned into eigenbases of L and R, and Adam's step back.
 
         L = β L + (1 - β) g gᵀ     R = β R + (1 - β) gᵀ g     every ``every`` steps: Q_L = qr(L Q_L), Q_R = qr(R Q_R)
@@ -68,7 +69,12 @@ def soap(
         q = when(count == 1, lambda a, q: torch.linalg.eigh(a).eigenvectors, a, q)
         return when((count % every == 0) & (count > 1), lambda a, q: torch.linalg.qr(a @ q).Q, a, q)
 
-    return optimizer("soap", Rule(init, update, scalars, elementwise=False), lr, weight_decay)
+    return optimizer(
+        "soap",
+        Rule(init, update, scalars, elementwise=False, unlike=("soap_l", "soap_ql", "soap_r", "soap_qr")),
+        lr,
+        weight_decay,
+    )
 
 
 def turn(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from olmo_fn.parallel.buckets import ALIGN, Shard, chunk_of, pack, unpack
 _c10d = torch.ops._c10d_functional
 
 
-def deal(parts: Sequence[Sequence[Tensor]], shards: Sequence[Sequence[Shard]], axis: Axis) -> list[Tensor] | None:
+def scatter_to_owners(parts: Sequence[Sequence[Tensor]], shards: Sequence[Sequence[Shard]], axis: Axis) -> list[Tensor] | None:
     """The whole tensors of this rank's item, given the chunks that it has of every item's; None if there is none for it."""
     sent = [pack(own, shard, axis.size) for own, shard in zip(parts, shards, strict=True)]
     lengths = [len(data) for data in sent] + [0] * (axis.size - len(sent))
@@ -31,7 +31,7 @@ def deal(parts: Sequence[Sequence[Tensor]], shards: Sequence[Sequence[Shard]], a
     return wholes
 
 
-def collect(
+def gather_from_owners(
     mine: Sequence[Tensor] | None,
     like: Sequence[Sequence[Tensor]],
     shards: Sequence[Sequence[Shard | None]],

@@ -1,106 +1,110 @@
 """Many processes: parameters and state live in shards, and come into use a segment at a time.
 
-At rest a leaf is a DTensor on the device mesh (dp_replicate, fsdp, tp). Inside a step it is this rank's part, a plain
-tensor; a segment's parts are gathered over ``fsdp`` in one collective of bytes (matrices already in the compute dtype), and its
-gradients come back by one reduce-scatter in fp32. Sharding over ``tp`` stays in use, where the stages know about it.
+At rest a leaf is a DTensor. Inside a step it is this rank's shard, a plain tensor; a segment's shards are gathered in one
+collective of bytes for each axis (matrices already in the compute dtype), and its gradients come back by one reduce-scatter in
+fp32. What is sharded in use, over ``tp`` or an axis of experts, stays so: the stages know about it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Chain, Metrics
-from olmo_fn.core.layout import Single, Weights, compute_copy, wide
+from olmo_fn.core.chain import Batch, Metric, Metrics
+from olmo_fn.core.layout import Layout, Owners, Placement, Sharing, Weights, WeightsInUse, compute_copy, wide
 from olmo_fn.mesh.axis import Axes, Axis, chunk
-from olmo_fn.mesh.collectives import psum
+from olmo_fn.mesh.collectives import pmax, psum
 from olmo_fn.mesh.connect import Connection
-from olmo_fn.mesh.mesh import flag
-from olmo_fn.mesh.placement import DEFAULT, Placed, Rules, plan
-from olmo_fn.parallel import buckets as bucket
-from olmo_fn.parallel.owners import collect, deal
-from olmo_fn.spec import init_leaf
+from olmo_fn.mesh.placement import DEFAULT, Placed, Rules, placements
+from olmo_fn.parallel import buckets
+from olmo_fn.parallel.owners import gather_from_owners, scatter_to_owners
+from olmo_fn.spec import Box, init_leaf
 from olmo_fn.tree import Tree
 
 _c10d = torch.ops._c10d_functional
+Rows = Literal["all", "own"]
+"""What a rank is given of a batch: all of its rows, of which it takes its own; or only its own."""
+
+
+def sharded(connection: Connection, specs: Tree, rules: Rules = DEFAULT, rows: Rows = "all") -> Layout:
+    """The layout of ``specs`` over the ranks of ``connection``; ValueError, with the parameter's name, for senseless rules."""
+    placement = ShardedPlacement(connection, specs, rules)
+    sharing = RankSharing(connection.axes, rules.cp_method, placement, rows)
+    return Layout(placement, ShardedWeights(placement), MatrixOwners(placement), sharing)
 
 
 @dataclass(frozen=True, eq=False)
-class Sharded(Single):
-    """A layout over the ranks of ``connection``, for the parameters ``specs`` by ``rules``."""
+class ShardedPlacement(Placement):
+    """Where this rank's shards of ``specs`` lie; of a pipeline's stages, it has those of ``local_specs``."""
 
     connection: Connection
     specs: Tree = field(repr=False)
     rules: Rules = DEFAULT
+    local_specs: Tree = field(default_factory=dict, repr=False)
+    sharers: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """Pipeline stages that have a parameter, where it is more than one (tied weights)."""
 
     def __post_init__(self) -> None:
-        assert self.axes.pp.size == 1, "stages on other ranks: that is `olmo_fn.parallel.pipeline.pipelined.Pipelined`"
         _ = self.placed  # refuses what makes no sense, by name
+        if not self.local_specs:
+            object.__setattr__(self, "local_specs", self.specs)
 
     @cached_property
     def placed(self) -> dict[str, Placed]:
         """How each parameter lies on the mesh."""
-        return plan(self.specs, self.rules, self.connection.mesh)
-
-    @property
-    def own_specs(self) -> Tree:
-        """The parameters that this rank has a part of."""
-        return self.specs
-
-    @property
-    def shares(self) -> int:  # type: ignore[override]
-        """Sequences of a batch must be a multiple of this: the data-parallel ranks."""
-        return self.axes.data.size
+        return placements(self.specs, self.rules, self.connection.mesh)
 
     @property
     def axes(self) -> Axes:
         """This rank's axes."""
         return self.connection.axes
 
-    # --- state ----------------------------------------------------------------------------------------------------------
+    def axis(self, name: str) -> Axis:
+        """The axis of this name."""
+        axis: Axis = getattr(self.axes, name)
+        return axis
 
     def init(self, seed: int, dtype: torch.dtype = torch.float32) -> Tree:
-        """Initial parameters as DTensors; each rank makes only its own parts, with the bits of `olmo_fn.spec.init`."""
+        """Initial parameters as DTensors; each rank makes only its own shards, with the bits of `olmo_fn.spec.init`."""
         device = self.connection.device_mesh.device_type
 
         def leaf(path: str, spec: Any) -> DTensor:
-            part = init_leaf(spec, seed, path, self.box(path)).to(device=device, dtype=dtype)
-            return self.place(path, part)
+            return self.store(path, init_leaf(spec, seed, path, self.box(path)).to(device=device, dtype=dtype))
 
-        return tree.map_with_path(leaf, self.own_specs)
+        return tree.map_with_path(leaf, self.local_specs)
 
-    def adopt(self, params: Tree) -> Tree:
-        """Parameters as DTensors; of whole ones, equal on all ranks, each rank keeps its parts."""
+    def shard(self, params: Tree) -> Tree:
+        """Parameters as DTensors; of whole ones, equal on all ranks, each rank keeps its shards."""
 
         def leaf(path: str, spec: Any) -> Tensor:
             p = tree.at(params, path)
-            return p if isinstance(p, DTensor) else self.place(path, self.own(path, p))
+            return p if isinstance(p, DTensor) else self.store(path, self.local_shard(path, p))
 
-        return tree.map_with_path(leaf, self.own_specs)
+        return tree.map_with_path(leaf, self.local_specs)
 
-    def place(self, path: str, part: Tensor) -> DTensor:
-        """This rank's part of something shaped like the parameter at ``path``, as a DTensor."""
-        place, mesh = self.placed[path], self.connection.device_mesh
-        dims = (None, place.fsdp, place.tp)
-        placements: list[Placement] = [Replicate() if dim is None else ShardPlacement(dim) for dim in dims]
+    def store(self, path: str, local: Tensor) -> DTensor:
+        """This rank's shard of something shaped like the parameter at ``path``, as a DTensor."""
+        place = self.placed[path]
+        mesh = self.connection.device_meshes[place.at_rest]
+        dims = [place.dim(axis) for axis in place.at_rest]
+        sharding = [Replicate() if dim is None else ShardPlacement(dim) for dim in dims]
         stride = torch.empty(place.shape, device="meta").stride()
-        return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(place.shape), stride=stride)
+        return DTensor.from_local(local, mesh, sharding, run_check=False, shape=torch.Size(place.shape), stride=stride)
 
-    def enter(self, leaves: Tree) -> Tree:
-        """The state's leaves as a step works on them: this rank's parts, plain tensors."""
-        return tree.map(lambda leaf: leaf.to_local() if isinstance(leaf, DTensor) else leaf, leaves)
+    def to_local(self, stored: Tree) -> Tree:
+        """This rank's shards, plain tensors."""
+        return tree.map(lambda leaf: leaf.to_local() if isinstance(leaf, DTensor) else leaf, stored)
 
-    def leave(self, leaves: Tree, like: Tree) -> Tree:
-        """The inverse of `enter`; what has the shape of a parameter's part is placed like ``like``."""
+    def to_stored(self, local: Tree, like: Tree) -> Tree:
+        """DTensors where ``like`` has them, placed alike."""
 
         def wrap(leaf: Tensor, old: Any) -> Tensor:
             if not isinstance(old, DTensor):
@@ -108,174 +112,257 @@ class Sharded(Single):
             shape, stride = old.shape, old.stride()
             return DTensor.from_local(leaf, old.device_mesh, old.placements, run_check=False, shape=shape, stride=stride)
 
-        return tree.map(wrap, leaves, like)
+        return tree.map(wrap, local, like)
 
-    def rounds(self, paths: Iterable[str]) -> Iterable[tuple[str, ...]]:
-        """As many as ``fsdp`` has ranks to a round, of those that it shards; each of the others is everybody's."""
-        dealt, n = [path for path in paths if self.is_dealt(path)], self.axes.fsdp.size
-        yield from ((path,) for path in paths if not self.is_dealt(path))
-        yield from (tuple(dealt[i : i + n]) for i in range(0, len(dealt), n))
-
-    def deal(self, parts: Mapping[str, Sequence[Tensor]]) -> tuple[str, list[Tensor]] | None:
-        """This rank's parameter of a round, whole: one exchange over ``fsdp``."""
-        index, paths = self.axes.fsdp.index, list(parts)
-        if not self.is_dealt(paths[0]):
-            return paths[0], [self.whole(paths[0], part) for part in parts[paths[0]]]
-        mine = deal([*parts.values()], [[self.shard(path)] * len(parts[path]) for path in paths], self.axes.fsdp)
-        return None if mine is None else (paths[index], [self.over_tp(paths[index], part) for part in mine])
-
-    def collect(
-        self, mine: Sequence[Tensor] | None, like: Mapping[str, Sequence[tuple[Tensor, bool]]]
-    ) -> dict[str, list[Tensor]]:
-        """This rank's parts of what all have updated: one exchange over ``fsdp``."""
-        paths = list(like)
-        if not self.is_dealt(paths[0]):
-            assert mine is not None
-            kinds = (shaped for _, shaped in like[paths[0]])
-            return {paths[0]: [self.own(paths[0], x) if s else x for x, s in zip(mine, kinds, strict=True)]}
-        shards = [[self.shard(path) if shaped else None for _, shaped in like[path]] for path in paths]
-        if mine is not None:
-            path = paths[self.axes.fsdp.index]
-            kinds = (shaped for _, shaped in like[path])
-            mine = [self._tp_part(path, x) if s else x for x, s in zip(mine, kinds, strict=True)]
-        found = collect(mine, [[x for x, _ in like[path]] for path in paths], shards, self.axes.fsdp)
-        return dict(zip(paths, found, strict=True))
-
-    def is_dealt(self, path: str) -> bool:
-        """Whether one rank of ``fsdp`` updates the parameter, where it must be whole."""
-        return self.placed[path].fsdp is not None and self.axes.fsdp.size > 1
-
-    def whole(self, path: str, part: Tensor) -> Tensor:
-        """A tensor shaped like a parameter, of which this rank has ``part``, whole."""
+    def full_tensor(self, path: str, local: Tensor) -> Tensor:
+        """A tensor shaped like a parameter, of which this rank has a shard, gathered over all axes."""
         place = self.placed[path]
-        if part.is_meta:
-            return part.new_empty(place.shape)
-        part = self.over_tp(path, part)
-        return _gathered(part, place.shape, place.fsdp, self.axes.fsdp)
+        return local.new_empty(place.shape) if local.is_meta else self.over(path, local, [axis for axis, _ in place.dims])
 
-    def over_tp(self, path: str, part: Tensor) -> Tensor:
-        """A tensor shaped like a parameter, of which this rank has the ``part`` along ``tp``, whole."""
+    def over(self, path: str, local: Tensor, axes: Sequence[str]) -> Tensor:
+        """A shard gathered over some of the axes that shard it."""
         place = self.placed[path]
-        return _gathered(part, place.shape, place.tp, self.axes.tp)
+        for name in reversed(axes):
+            axis, dim = self.axis(name), place.dim(name)
+            if dim is not None and axis.size > 1:
+                shape = (*local.shape[:dim], place.shape[dim], *local.shape[dim + 1 :])
+                shard, out = buckets.Shard(shape, dim), local.new_empty(shape)
+                buckets.unpack(buckets.all_gather([local], [shard], axis), [out], [shard], axis)
+                local = out
+        return local
 
-    def _tp_part(self, path: str, whole: Tensor) -> Tensor:
-        dim, tp = self.placed[path].tp, self.axes.tp
-        return whole if dim is None else whole.narrow(dim, *chunk(whole.shape[dim], tp.index, tp.size))
+    def local_shard(self, path: str, full: Tensor) -> Tensor:
+        """This rank's shard of a whole tensor."""
+        for dim, (start, length) in enumerate(zip(*self.box(path), strict=True)):
+            full = full.narrow(dim, start, length)
+        return full.clone(memory_format=torch.contiguous_format)  # not a view, which would keep the whole
 
-    def own(self, path: str, whole: Tensor) -> Tensor:
-        """The inverse of `whole`: this rank's part."""
-        offset, shape = self.box(path)
-        for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
-            whole = whole.narrow(dim, start, length)
-        return whole.clone(memory_format=torch.contiguous_format)  # not a view, which would keep the whole
+    def box(self, path: str, gathered: Collection[str] = ()) -> Box:
+        """Offset and shape of this rank's shard, or of that once it is gathered over some axes."""
+        place = self.placed[path]
+        where = {name: (0, 1) if name in gathered else (self.axis(name).index, self.axis(name).size) for name, _ in place.dims}
+        return place.box(where)
 
-    def box(self, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Offset and shape of this rank's part."""
-        fsdp, tp = self.axes.fsdp, self.axes.tp
-        return self.placed[path].box((fsdp.index, fsdp.size), (tp.index, tp.size))
+    def gather_axis(self, path: str) -> Axis:
+        """The axis over which a parameter is gathered for use; one of size 1 if it is not."""
+        names = [name for name in self.placed[path].gathered if self.axis(name).size > 1]
+        assert len(names) <= 1, f"{path} is gathered over {names}"
+        return self.axis(names[0]) if names else Axis()
 
-    # --- into use and back ----------------------------------------------------------------------------------------------
+    def bucket_shard(self, path: str) -> buckets.Shard:
+        """A gathered parameter as buckets see it: whole but for what is sharded in use."""
+        place = self.placed[path]
+        name = self.gather_axis(path).name
+        dim = place.dim(name)
+        assert dim is not None, f"{path} is not gathered"
+        return buckets.Shard(self.box(path, [name])[1], dim)
 
-    def chain(self, chain: Chain) -> Chain:
-        """The chain as this rank computes it: with collectives inside its stages. ValueError if it cannot be divided so."""
-        on = getattr(chain, "on", None)  # a plain loss has none
-        for axis in (self.axes.tp, self.axes.cp):
-            if on is None and axis.size > 1:
-                raise ValueError(
-                    f"{flag(axis.name)} is {axis.size}, but the loss is not written for it; give a Chain with `on`, "
-                    "or use data parallelism only"
-                )
-        return chain if on is None else on(replace(self.axes, cp_method=self.rules.cp_method))
+    def sum_axes(self, path: str) -> list[Axis]:
+        """The axes over which a gradient is summed that is not scattered: flattened to one where there is such an axis."""
+        names = tuple(name for name in self.placed[path].summed if self.axis(name).size > 1)
+        everything = tuple(name for name in ("dp_replicate", "dp_shard", "cp") if self.axis(name).size > 1)
+        return [self.axes.tokens] if names == everything and len(names) > 1 else [self.axis(name) for name in names]
 
-    def part(self, batch: Batch) -> Batch:
-        """This rank's sequences; their loss is still divided by the tokens of all."""
-        axis = self.axes.data
-        rows = len(batch["labels"])
-        if rows % axis.size:
-            raise ValueError(f"{rows} sequences cannot be shared evenly by the {axis.size} data-parallel ranks")
-        return {name: x.chunk(axis.size)[axis.index] if x.ndim else x for name, x in batch.items()}
+    def copies(self, path: str) -> int:
+        """How many ranks have the same shard of the parameter."""
+        return self.placed[path].copies(self.connection.mesh) * self.sharers.get(path, 1)
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, stored: Collection[str] = ()) -> Weights:
+
+@dataclass(frozen=True, eq=False)
+class ShardedWeights(WeightsInUse):
+    """Weights gathered for use, and gradients summed over the ranks that have other tokens."""
+
+    placement: ShardedPlacement
+
+    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, uncast: Collection[str] = ()) -> Weights:
         """Begin to gather the subtrees at ``paths``; what travels is in ``dtype`` in any case."""
         subtrees = {path: tree.at(params, path) for path in paths}
-        sharded = (self.placed[path].fsdp is not None for top, part in subtrees.items() for path, _ in tree.items(part, top))
-        if self.axes.fsdp.size == 1 or not any(sharded):
-            return super().fetch(params, subtrees, dtype, stored)
-        return Gathered(self, subtrees, dtype)
+        leaves = (path for top, part in subtrees.items() for path, _ in tree.items(part, top))
+        if all(self.placement.gather_axis(path).size == 1 for path in leaves):
+            return super().fetch(params, subtrees, dtype, uncast)
+        return Gathered(self.placement, subtrees, dtype)
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Begin to sum a segment's gradients over the ranks with other tokens; each rank keeps its shards.
 
-        What is not sharded over ``fsdp`` stays a sum over this rank's tokens: `finish` does all of that at once, or, where
-        nothing is sharded, each segment's bucket is summed here.
+        Gathered parameters' gradients are scattered, one collective for each axis. Others stay sums over this rank's tokens:
+        `finish` sums them all at once, or, where nothing is gathered anywhere, each segment's bucket is summed here.
         """
-        fsdp, replicas = self.axes.fsdp, self.axes.dp_replicate
-        scattered = {p: g for p, g in grads.items() if fsdp.size > 1 and self.placed[p].fsdp is not None}
-        kept = {p: wide(g) for p, g in grads.items() if p not in scattered}
-        if not scattered:
-            if fsdp.size > 1 or not kept:
-                return lambda: kept
-            return summing(kept, replicas)
-        shards = [self.shard(path) for path in scattered]
-        reduced = bucket.reduce_scatter([*scattered.values()], shards, fsdp, wide(next(iter(scattered.values()))[:0]).dtype)
+        groups: dict[tuple[Axis, ...], list[str]] = {}
+        for path in grads:
+            groups.setdefault((self.placement.gather_axis(path), *self.placement.sum_axes(path)), []).append(path)
+        ends: list[Callable[[], dict[str, Tensor]]] = []
+        for (axis, *sums), paths in groups.items():
+            part = {path: grads[path] for path in paths}
+            if axis.size > 1:
+                ends.append(self._scatter(part, axis, sums))
+            elif self.placement.axes.fsdp.size > 1:
+                ends.append(summing({path: wide(g) for path, g in part.items()}, []))
+            else:
+                ends.append(summing({path: wide(g) for path, g in part.items()}, sums))
+        return lambda: {path: g for end in ends for path, g in end().items()}
+
+    def _scatter(self, grads: dict[str, Tensor], axis: Axis, sums: list[Axis]) -> Callable[[], dict[str, Tensor]]:
+        shards = [self.placement.bucket_shard(path) for path in grads]
+        dtype = wide(next(iter(grads.values()))[:0]).dtype
+        reduced, paths = buckets.reduce_scatter([*grads.values()], shards, axis, dtype), list(grads)
 
         def end() -> dict[str, Tensor]:
-            ours = psum(_c10d.wait_tensor(reduced), replicas)
-            return {**kept, **dict(zip(scattered, bucket.split(ours, shards, fsdp), strict=True))}
+            local = _c10d.wait_tensor(reduced)
+            for other in sums:
+                local = psum(local, other)
+            return dict(zip(paths, buckets.split(local, shards, axis), strict=True))
 
         return end
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum, in one collective, gradients of parameters that are whole on the ranks of ``fsdp``."""
-        if self.axes.fsdp.size == 1:
-            return grads
-        kept = {path: g for path, g in grads.items() if self.placed[path].fsdp is None}
-        return {**grads, **summing(kept, self.axes.tokens)()} if kept else grads
+        """Sum, in one collective for each set of axes, gradients of parameters that are not gathered where others are."""
+        if self.placement.axes.fsdp.size > 1:
+            groups: dict[tuple[Axis, ...], dict[str, Tensor]] = {}
+            for path, g in grads.items():
+                if self.placement.gather_axis(path).size == 1:
+                    groups.setdefault(tuple(self.placement.sum_axes(path)), {})[path] = g
+            for sums, part in groups.items():
+                grads = {**grads, **summing(part, sums)()}
+        return grads
 
-    def total(self, sums: Metrics) -> Metrics:
-        """Sums over the tokens of this rank become sums over all tokens, in one collective."""
-        dtype = torch.promote_types(next(iter(sums.values())).dtype, torch.float32)
-        values = psum(psum(torch.stack([value.to(dtype) for value in sums.values()]), self.axes.tokens), self.axes.pp)
-        return dict(zip(sums, values.unbind(), strict=True))
+
+@dataclass(frozen=True, eq=False)
+class MatrixOwners(Owners):
+    """Updates that need whole parameters: rank i of an axis does the i-th of each round of those that the axis shards."""
+
+    placement: ShardedPlacement
+
+    def update(self, paths: Iterable[str], task: Callable[[str], Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """Do the updates, round by round; yields each path with this rank's shards of the new parameter and slots."""
+        scattered: dict[Axis, list[str]] = {}
+        for path in paths:
+            scattered.setdefault(self.placement.gather_axis(path), []).append(path)
+        for path in scattered.pop(Axis(), []):  # on every rank of the axis
+            yield path, *self._everywhere(path, task(path))
+        for axis, those in scattered.items():
+            for i in range(0, len(those), axis.size):
+                yield from self._round(axis, {path: task(path) for path in those[i : i + axis.size]})
+
+    def _everywhere(self, path: str, one: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        def full(x: Tensor) -> Tensor:
+            return self.placement.full_tensor(path, x)
+
+        slots = {name: x if name in one.leaf.unlike else full(x) for name, x in one.slots.items()}
+        new_p, new_slots = one.run(full(one.p), full(one.g), slots, one.numbers)
+
+        def local(x: Tensor) -> Tensor:
+            return self.placement.local_shard(path, x)
+
+        return local(new_p), {name: x if name in one.leaf.unlike else local(x) for name, x in new_slots.items()}
+
+    def _round(self, axis: Axis, tasks: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """One exchange brings each rank its parameter whole, with its gradient and slots; another one brings all back."""
+        names = {path: [name for name in one.slots if name not in one.leaf.unlike] for path, one in tasks.items()}
+        shards = {path: self.placement.bucket_shard(path) for path in tasks}
+        parts = [[one.p, one.g, *(one.slots[name] for name in names[path])] for path, one in tasks.items()]
+        wholes = scatter_to_owners(parts, [[shards[path]] * (2 + len(names[path])) for path in tasks], axis)
+        results: list[Tensor] | None = None
+        if wholes is not None:
+            path = list(tasks)[axis.index]
+            one, rest = tasks[path], [a for a, _ in self.placement.placed[path].dims if a != axis.name]
+            p, g, *slots = (self.placement.over(path, x, rest) for x in wholes)
+            new_p, new = one.run(p, g, {**one.slots, **dict(zip(names[path], slots, strict=True))}, one.numbers)
+            own = {"": new_p, **{name: new[name] for name in one.slots}}
+            results = [x if name in one.leaf.unlike else self._part_in_use(path, x, axis) for name, x in own.items()]
+        like = [[one.p, *one.slots.values()] for one in tasks.values()]
+        kinds = [
+            [shards[path], *(None if name in one.leaf.unlike else shards[path] for name in one.slots)]
+            for path, one in tasks.items()
+        ]
+        for (path, one), (new_p, *new_slots) in zip(tasks.items(), gather_from_owners(results, like, kinds, axis), strict=True):
+            yield path, new_p, dict(zip(one.slots, new_slots, strict=True))
+
+    def _part_in_use(self, path: str, full: Tensor, axis: Axis) -> Tensor:
+        """This rank's part of a whole tensor along the axes that shard it besides ``axis``."""
+        for name, dim in self.placement.placed[path].dims:
+            if name != axis.name:
+                other = self.placement.axis(name)
+                full = full.narrow(dim, *chunk(full.shape[dim], other.index, other.size))
+        return full
+
+
+@dataclass(frozen=True)
+class RankSharing(Sharing):
+    """Rows are shared over ``data``, positions over ``cp``; sums are over all ranks with different tokens, and stages."""
+
+    placement: Any = None
+    rows_given: Rows = "all"
+    parts: int = 1
+    """Micro-batches that a pipeline makes of this rank's rows."""
+
+    @property
+    def multiple(self) -> int:
+        """The number of sequences in a batch must be a multiple of this: data-parallel ranks times micro-batches."""
+        return self.axes.data.size * self.parts
+
+    def rows(self, size: int, parts: int = 1) -> list[slice]:
+        """This rank's rows of a batch of ``size`` sequences that is computed in ``parts``, a slice for each part."""
+        self._check(size // parts)
+        each, mine = size // parts, size // parts // self.axes.data.size
+        starts = (i * each + self.axes.data.index * mine for i in range(parts))
+        return [slice(start, start + mine) for start in starts]
+
+    def count_tokens(self, batch: Batch) -> Tensor:
+        """The labels that count in a batch, of all ranks' rows."""
+        count = super().count_tokens(batch)
+        return count if self.rows_given == "all" else psum(count, self.axes.data)
+
+    def local_batch(self, batch: Batch) -> Batch:
+        """This rank's rows of a batch, as a step is given it; ValueError if the ranks cannot share them evenly."""
+        return self._cut(batch) if self.rows_given == "all" else batch
+
+    def as_given(self, batch: Batch) -> Batch:
+        """What a step wants to be given of a whole batch: all, or this rank's rows."""
+        return self._cut(batch) if self.rows_given == "own" else batch
+
+    def _cut(self, batch: Batch) -> Batch:
+        axis = self.axes.data
+        self._check(len(batch["labels"]))
+        return {name: x.chunk(axis.size)[axis.index] if x.ndim else x for name, x in batch.items()}
+
+    def _check(self, rows: int) -> None:
+        if rows % self.axes.data.size:
+            raise ValueError(f"{rows} sequences cannot be shared evenly by the {self.axes.data.size} data-parallel ranks")
+
+    def total(self, sums: Metrics, declared: Mapping[str, Metric]) -> Metrics:
+        """Sums and maxima over the tokens of this rank become those over all tokens, in one collective of each kind."""
+        largest = {name for name in sums if name in declared and declared[name].how == "max"}
+        found: Metrics = {}
+        for names, reduce in (([n for n in sums if n not in largest], psum), (sorted(largest), pmax)):
+            if names:
+                dtype = torch.promote_types(sums[names[0]].dtype, torch.float32)
+                flat = torch.cat([sums[name].reshape(-1).to(dtype) for name in names])
+                flat = reduce(reduce(flat, self.axes.tokens), self.axes.pp)
+                parts = flat.split([sums[name].numel() for name in names])
+                found |= {name: part.view(sums[name].shape) for name, part in zip(names, parts, strict=True)}
+        return {name: found[name] for name in sums}
 
     def norm(self, grads: Tree) -> Tensor:
         """√ of the sum of squares of all entries: local sums, each divided by how many ranks have it, one collective."""
-        squares = [torch.linalg.vector_norm(g).double().square() / self.copies(path) for path, g in tree.items(grads)]
+        leaves = list(tree.items(grads))
+        squares = [torch.linalg.vector_norm(g).double().square() / self.placement.copies(path) for path, g in leaves]
         total = psum(torch.stack(squares).sum(), self.axes.world).sqrt()
-        return total.to(torch.promote_types(next(g for _, g in tree.items(grads)).dtype, torch.float32))
-
-    def copies(self, path: str) -> int:
-        """How many ranks have the same part of the parameter."""
-        place, axes = self.placed[path], self.axes
-        whole = (axis.size for axis, dim in ((axes.fsdp, place.fsdp), (axes.tp, place.tp)) if dim is None)
-        return axes.dp_replicate.size * prod(whole)
-
-    def shard(self, path: str) -> bucket.Shard:
-        """A parameter as the buckets over ``fsdp`` see it: whole but for what ``tp`` shards."""
-        place, tp = self.placed[path], self.axes.tp
-        _, shape = place.box((0, 1), (tp.index, tp.size))
-        assert place.fsdp is not None
-        return bucket.Shard(shape, place.fsdp)
+        return total.to(torch.promote_types(leaves[0][1].dtype, torch.float32))
 
 
-def _gathered(part: Tensor, shape: tuple[int, ...], dim: int | None, axis: Axis) -> Tensor:
-    """A tensor whole along ``dim``, which ``axis`` shards."""
-    if dim is None or axis.size == 1:
-        return part
-    whole = (*part.shape[:dim], shape[dim], *part.shape[dim + 1 :])
-    shard, out = bucket.Shard(whole, dim), part.new_empty(whole)
-    bucket.unpack(bucket.all_gather([part], [shard], axis), [out], [shard], axis)
-    return out
-
-
-def summing(grads: Mapping[str, Tensor], axis: Axis) -> Callable[[], dict[str, Tensor]]:
-    """Begin to sum tensors over an axis in one collective."""
-    if axis.size == 1:
+def summing(grads: Mapping[str, Tensor], axes: Sequence[Axis]) -> Callable[[], dict[str, Tensor]]:
+    """Begin to sum tensors over axes, in one collective for each."""
+    first, *others = [axis for axis in axes if axis.size > 1] or [Axis()]
+    if first.size == 1:
         return lambda: dict(grads)
-    flat = _c10d.all_reduce(torch.cat([g.reshape(-1) for g in grads.values()]), "sum", axis.group)
+    flat = _c10d.all_reduce(torch.cat([g.reshape(-1) for g in grads.values()]), "sum", first.group)
 
     def end() -> dict[str, Tensor]:
-        parts = _c10d.wait_tensor(flat).split([g.numel() for g in grads.values()])
+        total = _c10d.wait_tensor(flat)
+        for axis in others:
+            total = psum(total, axis)
+        parts = total.split([g.numel() for g in grads.values()])
         return {path: part.view(g.shape) for (path, g), part in zip(grads.items(), parts, strict=True)}
 
     return end
@@ -285,69 +372,58 @@ class Gathered:
     """The weights of one segment: gathered, freed when the forward sweep has passed, gathered again for the backward one.
 
     Freeing gives back the storage and keeps the tensors: what autograd saved for backward are these, or views of them, so that
-    they hold the values again once `again` has refilled the storage. The tape thus never owns a gathered weight.
+    they hold the values again once `refetch` has refilled the storage. The tape thus never owns a gathered weight.
     """
 
-    def __init__(self, layout: Sharded, subtrees: Mapping[str, Tree], dtype: torch.dtype) -> None:
-        self.layout, self.dtype, self.subtrees = layout, dtype, subtrees
-        self.paths = [
-            path
-            for top, subtree in subtrees.items()
-            for path, _ in tree.items(subtree, top)
-            if layout.placed[path].fsdp is not None
-        ]
-        self.shards = [layout.shard(path) for path in self.paths]
-        self.outs: list[Tensor] = []
+    def __init__(self, placement: ShardedPlacement, subtrees: Mapping[str, Tree], dtype: torch.dtype) -> None:
+        self.keep = placement.rules.keep_gathered
+        self.dtype, self.subtrees = dtype, subtrees
+        self.local = {path: leaf for top, subtree in subtrees.items() for path, leaf in tree.items(subtree, top)}
+        groups: dict[Axis, list[str]] = {}
+        for path in self.local:
+            groups.setdefault(placement.gather_axis(path), []).append(path)
+        groups.pop(Axis(), None)
+        self.groups = [(axis, paths, [placement.bucket_shard(path) for path in paths]) for axis, paths in groups.items()]
+        self.outs: dict[str, Tensor] = {}
         self.tensors: dict[str, Tree] = {}
-        self.pending: Tensor | None = None
-        self.again()
+        self.pending: list[Tensor] = []
+        self.refetch()
 
-    def again(self) -> None:
+    def refetch(self) -> None:
         """Begin to gather, unless the weights are there."""
-        if self.pending is None and not self._there():
-            flat = {path: leaf for top, subtree in self.subtrees.items() for path, leaf in tree.items(subtree, top)}
-            parts = [compute_copy(flat[path], self.dtype) for path in self.paths]
-            self.pending = bucket.all_gather(parts, self.shards, self.layout.axes.fsdp)
+        if not self.pending and not self._arrived():
+            for axis, paths, shards in self.groups:
+                parts = [compute_copy(self.local[path], self.dtype) for path in paths]
+                self.pending.append(buckets.all_gather(parts, shards, axis))
 
     def ready(self) -> dict[str, Tree]:
-        """Wait for the gather; the tensors are the same ones each time."""
-        if self.pending is not None:
+        """Wait for the gathers; the tensors are the same ones each time."""
+        if self.pending:
             if not self.tensors:
                 self._allocate()
-            for out in self.outs:
+            for out in self.outs.values():
                 out.untyped_storage().resize_(out.numel() * out.element_size())
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.outs)):
-                bucket.unpack(self.pending, self.outs, self.shards, self.layout.axes.fsdp)
-            self.pending = None
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.outs.values())):
+                for gathered, (axis, paths, shards) in zip(self.pending, self.groups, strict=True):
+                    buckets.unpack(gathered, [self.outs[path] for path in paths], shards, axis)
+            self.pending = []
         return self.tensors
 
     def free(self) -> None:
         """Give the memory of the whole weights back, unless the rules keep them gathered."""
-        if not self.layout.rules.keep_gathered:
-            for out in self.outs:
+        if not self.keep:
+            for out in self.outs.values():
                 out.untyped_storage().resize_(0)
 
-    def _there(self) -> bool:
-        return bool(self.tensors) and all(out.untyped_storage().size() for out in self.outs if out.numel())
+    def _arrived(self) -> bool:
+        return bool(self.tensors) and all(out.untyped_storage().size() for out in self.outs.values() if out.numel())
 
     def _allocate(self) -> None:
-        gathered: dict[str, Tensor] = {}
-        flat = {path: leaf for top, subtree in self.subtrees.items() for path, leaf in tree.items(subtree, top)}
-        for path, shard in zip(self.paths, self.shards, strict=True):
-            like = compute_copy(flat[path][:0], self.dtype)
-            gathered[path] = like.new_empty(shard.shape)
-        self.outs = list(gathered.values())
+        for _, paths, shards in self.groups:
+            for path, shard in zip(paths, shards, strict=True):
+                self.outs[path] = compute_copy(self.local[path][:0], self.dtype).new_empty(shard.shape)
 
         def leaf(path: str, p: Tensor) -> Tensor:
-            return gathered[path] if path in gathered else compute_copy(p, self.dtype)
+            return self.outs[path] if path in self.outs else compute_copy(p, self.dtype)
 
-        for top, subtree in self.subtrees.items():
-            flat_subtree = {path: leaf(path, p) for path, p in tree.items(subtree, top)}
-            self.tensors[top] = _rebuild(subtree, top, flat_subtree)
-
-
-def _rebuild(subtree: Tree, top: str, flat: Mapping[str, Tensor]) -> Tree:
-    """A tree of the shape of ``subtree`` with the leaves of ``flat``."""
-    if not isinstance(subtree, Mapping):
-        return flat[top]
-    return {key: _rebuild(value, f"{top}.{key}", flat) for key, value in subtree.items()}
+        self.tensors = {top: tree.map_with_path(leaf, subtree, prefix=top) for top, subtree in self.subtrees.items()}

@@ -7,12 +7,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Execution, Grads, Metrics
+from olmo_fn.core.chain import Batch
+from olmo_fn.core.gradients import Execution, Gradients, Grads
 from olmo_fn.core.pipe import Transform
 from olmo_fn.tree import Tree, matches
 
 
-def centralize(patterns: tuple[str, ...] = ("blocks.*",)) -> Transform:
+def centralize(patterns: tuple[str, ...] = ("blocks.*",)) -> Transform[Grads, Grads]:
     """Subtract from each matrix's gradient its mean over the inputs (Yong et al. 2020, arXiv 2004.01461, eq. 1).
 
         g = g - mean(g, dim 0)          for g (inputs, outputs) whose path matches one of ``patterns``
@@ -30,17 +31,17 @@ def centralize(patterns: tuple[str, ...] = ("blocks.*",)) -> Transform:
     """
 
     def apply(inner: Grads) -> Grads:
-        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-            grads, metrics = inner(params, batch, execution)
-            layout = execution.layout  # this process may have a part of each gradient only
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
+            found = inner.fn(params, batch, execution).finished(execution)
+            placement = execution.layout.placement  # this process may have a part of each gradient only
 
             def centered(path: str, g: Tensor) -> Tensor:
                 if g.ndim != 2 or not matches(path, patterns):
                     return g
-                whole = layout.whole(path, g)
-                return layout.own(path, whole - whole.mean(0, keepdim=True))
+                full = placement.full_tensor(path, g)
+                return placement.local_shard(path, full - full.mean(0, keepdim=True))
 
-            return tree.map_with_path(centered, grads), metrics
+            return found._replace(tree=tree.map_with_path(centered, found.tree))
 
         return replace(inner, fn=gradients)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Chain, Engine, LossFunction
+from olmo_fn.core.chain import Batch, Chain, LossFunction
+from olmo_fn.core.gradients import Engine
 from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.research.sharpness import mean_loss
 from olmo_fn.tree import Tree

@@ -11,8 +11,9 @@ from torch.func import grad_and_value
 from torch.overrides import TorchFunctionMode
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, identity
+from olmo_fn.core.chain import Batch
 from olmo_fn.core.step import State, Step
+from olmo_fn.kernels import identity
 from olmo_fn.tree import Tree
 
 
@@ -51,7 +52,7 @@ def hypergradient(
     """
     if not step.execution.differentiable:
         raise ValueError("no derivative flows through this step; add differentiable() at the end of its pipe")
-    if step.execution.wrap_leaf is not identity:
+    if step.execution.kernel is not identity:
         raise ValueError("no derivative flows through compiled updates; leave compile() out of the pipe")
     whole = {"step": state.step, "params": state.params, "slots": state.slots}
     batches = list(batches)

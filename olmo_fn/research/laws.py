@@ -6,7 +6,8 @@ import torch
 from torch.testing import assert_close
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Grads
+from olmo_fn.core.chain import Batch
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform
 from olmo_fn.tree import Tree
 

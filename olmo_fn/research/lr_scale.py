@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from olmo_fn.core.chain import Metrics
-from olmo_fn.core.order import SHARED_SLOT
-from olmo_fn.core.pipe import Transform
+from olmo_fn.core.gradients import Signals
+from olmo_fn.core.pipe import Transform, slot
 from olmo_fn.core.step import Scalars, State, Step
 from olmo_fn.tree import Tree
 
 SLOT = "lr_scale"
 
 
-def lr_scale() -> Transform:
+def lr_scale() -> Transform[Step, Step]:
     """Multiply the scheduled learning rate by the slot ``lr_scale`` () fp64, which starts at 1 and which no step changes.
 
         lr(step) = state.slots["lr_scale"]["scale"] · schedule(step)
@@ -37,13 +37,13 @@ def lr_scale() -> Transform:
         def init_control() -> Tree:
             return {**inner.init_control(), SLOT: {"scale": torch.ones((), dtype=torch.float64)}}
 
-        def control(state: State, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
-            slots, scalars, metrics = inner.control(state, {**metrics, SLOT: state.slots[SLOT]["scale"]})
+        def control(state: State, signals: Signals, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
+            slots, scalars, metrics = inner.control(state, signals._replace(lr_scale=state.slots[SLOT]["scale"]), metrics)
             return {**slots, SLOT: state.slots[SLOT]}, scalars, metrics
 
         return replace(inner, init_control=init_control, control=control)
 
-    return Transform("lr_scale()", Step, Step, apply, {SLOT: SHARED_SLOT})
+    return Transform("lr_scale()", Step, Step, apply, **slot(SLOT))
 
 
 def with_lr_scale(state: State, scale: float | Tensor) -> State:

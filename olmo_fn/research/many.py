@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Metrics, identity
+from olmo_fn.core.chain import Batch, Metrics, bind
 from olmo_fn.core.step import State, Step
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def many(step: Step, batch_per_run: bool = False) -> StepFunction:
     built with ``grad(engine="func")`` and without ``compile()``; `compiled` compiles all of it. With ``donate()`` the
     stacked state is overwritten in place.
     """
-    if step.execution.wrap is not identity:
+    if step.execution.fuse is not bind:
         raise ValueError("compile() cannot be inside vmap; leave it out of the pipe, and use olmo_fn.research.compiled")
     return torch.func.vmap(step, in_dims=(0, 0 if batch_per_run else None))
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from olmo_fn.core.chain import IGNORE, Batch, Grads, LossFunction, loss_tokens
+from olmo_fn.core.chain import IGNORE, Batch, LossFunction, loss_tokens
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import split_batch
 from olmo_fn.tree import Tree
@@ -43,7 +44,7 @@ def per_example(loss: LossFunction, params: Tree, batch: Batch, chunk: int | Non
     def one(row: Batch) -> tuple[Tensor, Tensor]:
         alone = {name: value[None] for name, value in row.items()}
         grads, (value, _) = grad_and_value(loss, has_aux=True)(params, alone)
-        return value, SINGLE.norm(grads) / total
+        return value, SINGLE.sharing.norm(grads) / total
 
     values, norms = vmap(one, chunk_size=chunk)({name: value for name, value in batch.items() if value.ndim})
     return Examples(values, _tokens(batch), norms)
@@ -64,7 +65,7 @@ def per_example_loop(grads: Grads, params: Tree, batch: Batch) -> Examples:
     for row in split_batch(batch, len(batch["labels"])):
         found, metrics = grads(params, row)
         values.append(metrics["loss"] * total)
-        norms.append(metrics["grad_norm"] if "grad_norm" in metrics else SINGLE.norm(found))
+        norms.append(metrics["grad_norm"] if "grad_norm" in metrics else SINGLE.sharing.norm(found))
     return Examples(torch.stack(values), _tokens(batch), torch.stack(norms))
 
 

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Execution, Grads, Metrics
+from olmo_fn.core.chain import Batch
+from olmo_fn.core.gradients import Execution, Gradients
 from olmo_fn.core.pipe import Transform
 from olmo_fn.core.step import Step
 from olmo_fn.mesh.connect import Connection
@@ -93,10 +94,10 @@ def assert_equivalent(
 
     >>> from functools import partial
     >>> from olmo_fn.models import transformer
-    >>> from olmo_fn.models.config import Model
+    >>> from olmo_fn.models.config import dense
     >>> from olmo_fn.train.config import Config, Recipe, Schedule
     >>> from olmo_fn.train.recipe import recipe
-    >>> model = Model(d_model=6, n_layers=1, n_heads=2, head_dim=2, hidden_size=5, vocab_size=7)
+    >>> model = dense(d_model=6, n_layers=1, n_heads=2, head_dim=2, hidden_size=5, vocab_size=7)
     >>> config = Config(model, schedule=Schedule(warmup=0), recipe=Recipe(compile=False))
     >>> double = partial(recipe, config, torch.float64)
     >>> ids = torch.arange(12).view(2, 6) % 7
@@ -132,12 +133,12 @@ def record(step: Step, params: Tree, batches: Sequence[Batch]) -> dict[Name, tup
     places = tree.flatten(state.params)
     n = 0
 
-    def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-        grads, metrics = step.grads(params, batch, execution)
-        found.update({(n, f"gradient {path}"): (g.clone(), places[path]) for path, g in tree.items(grads)})
-        return grads, metrics
+    def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
+        done = step.grads.fn(params, batch, execution).finished(execution)
+        found.update({(n, f"gradient {path}"): (g.clone(), places[path]) for path, g in tree.items(done.tree)})
+        return done
 
-    watched = replace(step, grads=Grads(gradients))
+    watched = replace(step, grads=replace(step.grads, fn=gradients))
     for n, batch in enumerate(batches):
         state, metrics = watched(state, batch)
         found.update({(n, f"metric {name}"): (value.clone(), None) for name, value in metrics.items()})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from math import gcd
 from typing import Protocol
 
 from olmo_fn.mesh.mesh import Mesh, flag
-from olmo_fn.models.config import Model, divisors
+from olmo_fn.models.config import Model
 
 
 class Method(Protocol):
@@ -24,32 +23,14 @@ def check_layout(model: Model, mesh: Mesh, rules: Method, batch_size: int, seque
     refused: widths, vocabulary and feed-forward size need not be divisible by anything.
 
     >>> from olmo_fn.mesh.placement import DEFAULT
-    >>> check_layout(Model(64, 2, 4, 96, n_kv_heads=2), Mesh(tp=4), DEFAULT, batch_size=8, sequence_length=64)
+    >>> from olmo_fn.models.config import dense
+    >>> check_layout(dense(64, 2, 4, 96, n_kv_heads=2), Mesh(tp=4), DEFAULT, batch_size=8, sequence_length=64)
     Traceback (most recent call last):
     ValueError: --mesh.tp 4 does not divide --model.n-kv-heads 2, and a head stays on one rank; choose --mesh.tp 1, 2
     """
-    _check_heads(model, mesh, rules)
+    model.check_mesh(mesh.tp, mesh.cp, rules.cp_method)
     _check_vocabulary(model, mesh)
     _check_tokens(mesh, batch_size, sequence_length, accumulate)
-
-
-def _check_heads(model: Model, mesh: Mesh, rules: Method) -> None:
-    heads = {"--model.n-heads": model.n_heads, "--model.n-kv-heads": model.kv_heads}
-    common = gcd(model.n_heads, model.kv_heads)
-    for name, many in heads.items():
-        if many % mesh.tp:
-            raise ValueError(
-                f"--mesh.tp {mesh.tp} does not divide {name} {many}, and a head stays on one rank; "
-                f"choose --mesh.tp {divisors(common)}"
-            )
-    ranks = mesh.tp * mesh.cp
-    if rules.cp_method == "ulysses" and mesh.cp > 1 and common % ranks:
-        name, many = next((name, many) for name, many in heads.items() if many % ranks)
-        product = f"--mesh.cp {mesh.cp} x --mesh.tp {mesh.tp} = {ranks}" if mesh.tp > 1 else f"--mesh.cp {mesh.cp}"
-        raise ValueError(
-            f"{product} does not divide {name} {many}, and ulysses gives each rank whole heads; choose --mesh.cp "
-            f"{divisors(common // mesh.tp)}, or the method gather or ring"
-        )
 
 
 def _check_vocabulary(model: Model, mesh: Mesh) -> None:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from olmo_fn.core.chain import EAGER, IGNORE, Batch, Chain, Execution, loss_tokens
+from olmo_fn.core.chain import IGNORE, Batch, Chain, loss_tokens
+from olmo_fn.core.gradients import EAGER, Execution
 from olmo_fn.core.tape import loss_sums
 from olmo_fn.tree import Tree
 
@@ -37,11 +38,12 @@ def evaluate(
     bits per byte = (sum of nats / ln 2) / ``num_bytes``. Runs the stages as training does, so that it needs no
     compilation of its own; ``show`` gets the tokens done after each batch.
     """
-    layout, total, tokens = execution.layout, 0.0, 0
+    sharing, total, tokens = execution.layout.sharing, 0.0, 0
     execution = replace(execution, dtype=dtype)
-    params = layout.enter(params)
+    params = execution.layout.placement.to_local(params)
     for batch in batches:
-        total += float(loss_sums(loss, params, padded(batch, layout.shares), execution)["ce"])
+        whole = sharing.as_given(padded(batch, sharing.multiple))
+        total += float(loss_sums(loss, params, whole, execution)["ce"])
         tokens += int(loss_tokens(batch))
         show(tokens)
     bits = total / math.log(2) / num_bytes if num_bytes else None

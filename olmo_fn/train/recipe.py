@@ -29,7 +29,7 @@ from olmo_fn.optim import (
 )
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.shard import shard
-from olmo_fn.parallel.sharded import Sharded
+from olmo_fn.parallel.sharded import ShardedPlacement
 from olmo_fn.spec import init
 from olmo_fn.train.config import Config, Optim
 from olmo_fn.train.schedule import schedule
@@ -99,9 +99,9 @@ def is_trained(cfg: Config, path: str) -> bool:
 
 def first_parameters(cfg: Config, step: Step, device: torch.device) -> Tree:
     """The parameters that a run begins with; on a mesh each rank makes its own parts."""
-    layout = step.execution.layout
-    if isinstance(layout, Sharded):
-        params = layout.init(cfg.run.seed)
+    placement = step.execution.layout.placement
+    if isinstance(placement, ShardedPlacement):
+        params = placement.init(cfg.run.seed)
     else:
         params = init(parameters(cfg), cfg.run.seed, device=device)
     return unit_params(params, dims_of(transformer.specs(cfg.model))) if cfg.recipe.normalize else params

@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Execution, Grads, Metrics
-from olmo_fn.core.pipe import Transform
+from olmo_fn.core.chain import Batch, Metrics
+from olmo_fn.core.gradients import Execution, Gradients, Grads
+from olmo_fn.core.pipe import CLIPS, Transform
 from olmo_fn.tree import Tree
 
 
-def clip_value(largest: float) -> Transform:
+def clip_value(largest: float) -> Transform[Grads, Grads]:
     """Bring every entry of the gradient into [-largest, largest].
 
     An infinite entry stays: it must not look like a large one, so that the step is skipped. The norm that is reported
@@ -23,17 +24,17 @@ def clip_value(largest: float) -> Transform:
         raise ValueError(f"clip_value({largest}): the largest value must be positive")
 
     def apply(inner: Grads) -> Grads:
-        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-            grads, metrics = inner(params, batch, execution)
-            clipped = tree.map(lambda g: g.copy_(torch.where(g.isinf(), g, g.clamp(-largest, largest))), grads)
-            return clipped, metrics
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
+            found = inner.fn(params, batch, execution).finished(execution)
+            clipped = tree.map(lambda g: g.copy_(torch.where(g.isinf(), g, g.clamp(-largest, largest))), found.tree)
+            return found._replace(tree=clipped)
 
         return replace(inner, fn=gradients)
 
-    return Transform(f"clip_value({largest})", Grads, Grads, apply)
+    return Transform(f"clip_value({largest})", Grads, Grads, apply, frozenset({CLIPS}))
 
 
-def clip_groups(max_norms: Mapping[str, float], parameters: Tree) -> Transform:
+def clip_groups(max_norms: Mapping[str, float], parameters: Tree) -> Transform[Grads, Grads]:
     """Clip groups of parameters each by its own norm; ``max_norms`` is from a pattern of paths to the largest norm.
 
     Parameters that match no pattern are in the group ``default``. ``parameters``: the model's specs, or any tree with
@@ -47,22 +48,23 @@ def clip_groups(max_norms: Mapping[str, float], parameters: Tree) -> Transform:
     members = {group: [path for path, of in group_of.items() if of == group] for group in max_norms}
 
     def apply(inner: Grads) -> Grads:
-        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-            grads, metrics = inner(params, batch, execution)
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
+            grads, signals, metrics = inner.fn(params, batch, execution).finished(execution)
             flat = tree.flatten(grads)
             norms: Metrics = {}
             for group, max_norm in max_norms.items():
                 part = {path: flat[path] for path in members[group] if path in flat}
                 if part:
-                    norms[f"grad_norm/{group}"] = execution.layout.norm(part)
+                    norms[f"grad_norm/{group}"] = execution.layout.sharing.norm(part)
                     scale = (max_norm / norms[f"grad_norm/{group}"]).clamp(max=1.0)
                     tree.map(lambda g, scale=scale: g.mul_(scale), part)
             whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-            return grads, {**metrics, **norms, "grad_norm": whole}
+            return Gradients(grads, signals, {**metrics, **norms, "grad_norm": whole})
 
         return replace(inner, fn=gradients)
 
-    return Transform(f"clip_groups({', '.join(f'{k}: {v}' for k, v in max_norms.items())})", Grads, Grads, apply)
+    words = ", ".join(f"{k}: {v}" for k, v in max_norms.items())
+    return Transform(f"clip_groups({words})", Grads, Grads, apply, frozenset({CLIPS}))
 
 
 def _groups(patterns: Mapping[str, float], parameters: Tree) -> dict[str, str]:

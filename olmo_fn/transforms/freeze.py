@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Execution, Metrics
-from olmo_fn.core.pipe import Transform
+from olmo_fn.core.chain import Batch
+from olmo_fn.core.gradients import Execution, Gradients, with_wants
+from olmo_fn.core.pipe import FREEZES, Transform
 from olmo_fn.core.step import Leaf, Step
 from olmo_fn.tree import Tree
 
 
-def freeze(*patterns: str, parameters: Tree) -> Transform:
+def freeze(*patterns: str, parameters: Tree) -> Transform[Step, Step]:
     """Train all but the parameters whose path matches ``patterns``: those get no gradient and no slots, and keep their bits.
 
     The gradient norm is that of the trained ones. ``parameters`` are the model's specs, or any tree with its paths. Put it
@@ -28,7 +29,7 @@ def freeze(*patterns: str, parameters: Tree) -> Transform:
     return _training(tree.flatten(trained).__contains__, f"freeze({', '.join(patterns)})")
 
 
-def train_only(*patterns: str, parameters: Tree) -> Transform:
+def train_only(*patterns: str, parameters: Tree) -> Transform[Step, Step]:
     """Freeze all but the parameters whose path matches ``patterns``; see `freeze`.
 
     >>> train_only("lora.*", parameters={"lora": {"a": 0}, "w": 0}).name
@@ -38,18 +39,17 @@ def train_only(*patterns: str, parameters: Tree) -> Transform:
     return _training(tree.flatten(trained).__contains__, f"train_only({', '.join(patterns)})")
 
 
-def _training(trains: Callable[[str], bool], name: str) -> Transform:
+def _training(trains: Callable[[str], bool], name: str) -> Transform[Step, Step]:
     def apply(inner: Step) -> Step:
-        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-            wanted = execution.wants
-            return inner.grads.fn(params, batch, replace(execution, wants=lambda path: trains(path) and wanted(path)))
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
+            return inner.grads.fn(params, batch, with_wants(execution, trains))
 
         def leaf(path: str) -> Leaf:
             return inner.leaf(path) if trains(path) else FROZEN
 
         return replace(inner, grads=replace(inner.grads, fn=gradients), leaf=leaf)
 
-    return Transform(name, Step, Step, apply)
+    return Transform(name, Step, Step, apply, frozenset({FREEZES}))
 
 
 FROZEN = Leaf(init=lambda p: {}, update=lambda p, g, slots, scalars: (p, slots))

@@ -12,18 +12,18 @@ the sum. B starts at zero, so that training starts at the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Chain, Function, LossFunction, Metrics, Stage
+from olmo_fn.core.chain import Batch, Chain, LossFunction, Metrics, Stage
 from olmo_fn.core.pipe import Loss, Transform
-from olmo_fn.mesh.axis import Axes
+from olmo_fn.mesh.axis import Axes, CPMethod
+from olmo_fn.nn.linear import Adapted
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
@@ -71,27 +71,25 @@ def merge_lora(params: Tree, alpha: float) -> Tree:
     return _merged({name: value for name, value in params.items() if name != "lora"}, params.get("lora"), alpha)
 
 
-def lora(adapters: Tree, alpha: float = 16.0) -> Transform:
+def lora(adapters: Tree, alpha: float = 16.0) -> Transform[Loss, Loss]:
     """The loss at the adapted parameters; goes before ``grad``. ``adapters``: what `lora_specs` gives.
 
-    A chain of stages stays one, and each stage adapts its own matrices. The gradient of a whole matrix exists while its
-    stage is swept, never longer; optimizer memory is only that of the adapters.
+    In a chain each stage's matrices become `olmo_fn.nn.linear.Adapted` ones, whose products are added: no whole matrix is
+    made, and none has a gradient. Optimizer memory is only that of the adapters.
     """
-    own = adapters["lora"]
+    paths = {path.removesuffix(".a") for path, _ in tree.items(adapters["lora"]) if path.endswith(".a")}
 
     def apply(loss: Loss) -> Loss:
         if not isinstance(loss.fn, Chain):
             return Loss(lora_loss(loss.fn, alpha))
-        chain = loss.fn.changed(lambda stage: _stage(stage, own, alpha))
-        there = chain.on
+        chain = loss.fn.changed(lambda stage: _with_adapters(stage, paths, alpha))
 
-        def on(axes: Axes) -> Chain:
+        def check(axes: Axes, cp_method: CPMethod) -> None:
             if axes.tp.size > 1:
                 raise ValueError("LoRA adapts whole matrices, and --mesh.tp cuts them; use --mesh.dp-shard for adapters")
-            assert there is not None
-            return there(axes)
+            chain.check(axes, cp_method)
 
-        return Loss(chain if there is None else replace(chain, on=on))
+        return Loss(replace(chain, check=check))
 
     return Transform(f"lora(alpha={alpha})", Loss, Loss, apply)
 
@@ -113,29 +111,23 @@ def _merged(params: Any, adapters: Any, alpha: float) -> Any:
     return {name: _merged(value, adapters.get(name), alpha) for name, value in params.items()}
 
 
-def _stage(stage: Stage, adapters: Tree, alpha: float) -> Stage:
-    which = tuple(i for i, path in enumerate(stage.params) if _has(adapters, path))
-    if not which:
+def _with_adapters(stage: Stage, paths: Collection[str], alpha: float) -> Stage:
+    """The stage with adapted matrices in its parameters: those at ``paths``, inside the subtrees that it uses."""
+    tops = {key: path for key, path in stage.params if any(p == path or p.startswith(f"{path}.") for p in paths)}
+    if not tops:
         return stage
-    more = tuple(f"lora.{stage.params[i]}" for i in which)
-    return stage._replace(params=stage.params + more, fn=_adapt(stage.fn, len(stage.params), which, alpha), vjp=None)
+
+    def fn(p: Tree, x: Any, ctx: Any) -> Any:
+        adapted = {key: _adapt(p[key], p[f"lora {key}"], alpha) for key in tops}
+        return stage.fn({**p, **adapted}, x, ctx)
+
+    more = tuple((f"lora {key}", f"lora.{path}") for key, path in tops.items())
+    return stage._replace(params=stage.params + more, fn=fn)
 
 
-def _has(adapters: Tree, path: str) -> bool:
-    node: Any = adapters
-    for key in path.split("."):
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node is not None
-
-
-@cache
-def _adapt(fn: Function, n: int, which: tuple[int, ...], alpha: float) -> Function:
-    """``fn`` with subtrees ``which`` of its ``n`` adapted; cached, so that alike blocks share one function."""
-
-    def at_adapted(*args: Any) -> Any:
-        params, adapters, carry, context = list(args[:n]), args[n:-2], args[-2], args[-1]
-        for i, adapter in zip(which, adapters, strict=True):
-            params[i] = _merged(params[i], adapter, alpha)
-        return fn(*params, carry, context)
-
-    return at_adapted
+def _adapt(params: Any, adapters: Any, alpha: float) -> Any:
+    if adapters is None:
+        return params
+    if not isinstance(params, Mapping):
+        return Adapted(params, adapters["a"], adapters["b"], alpha / adapters["a"].shape[-2])
+    return {name: _adapt(value, adapters.get(name), alpha) for name, value in params.items()}

@@ -10,14 +10,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from olmo_fn.core.chain import Function, Metrics
-from olmo_fn.core.order import FROZEN_TOO, SHARED_SLOT
-from olmo_fn.core.pipe import Transform
+from olmo_fn.core.chain import Metrics
+from olmo_fn.core.gradients import Signals
+from olmo_fn.core.pipe import Transform, averaging
 from olmo_fn.core.step import Leaf, Scalars, Slots, State, Step
+from olmo_fn.kernels import Function
 from olmo_fn.tree import Tree
 
 
-def merge(last: int, at: Sequence[int]) -> Transform:
+def merge(last: int, at: Sequence[int]) -> Transform[Step, Step]:
     """Keep in the slot ``merge`` the mean of the parameters after the ``last`` steps up to and including each step of ``at``.
 
     Between them it keeps the last mean: the checkpoint of step ``at`` holds the merged weights in ``slots.merge``. Skipped
@@ -41,8 +42,8 @@ def merge(last: int, at: Sequence[int]) -> Transform:
         def init_control() -> Tree:
             return {**inner.init_control(), counter: {"count": torch.zeros((), dtype=torch.int64)}}
 
-        def control(state: State, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
-            own, scalars, metrics = inner.control(state, metrics)
+        def control(state: State, signals: Signals, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
+            own, scalars, metrics = inner.control(state, signals, metrics)
             now = torch.tensor(ends, device=state.step.device) - (state.step + 1)  # steps still to go
             inside = ((now >= 0) & (now < last)).any()
             count = torch.where((now == last - 1).any(), 0, state.slots[counter]["count"])
@@ -58,7 +59,7 @@ def merge(last: int, at: Sequence[int]) -> Transform:
 
         return replace(inner, init_control=init_control, control=control, leaf=leaf)
 
-    return Transform(f"merge({last}, {len(ends)} times)", Step, Step, apply, {**FROZEN_TOO, name: SHARED_SLOT})
+    return Transform(f"merge({last}, {len(ends)} times)", Step, Step, apply, **averaging(name))
 
 
 @cache

@@ -10,16 +10,16 @@ from dataclasses import replace
 
 import torch
 
-from olmo_fn.core.chain import IGNORE, Batch, Execution, Grads, Metrics, loss_tokens
-from olmo_fn.core.order import PARTS_CLIPPED, SHARED_SLOT
-from olmo_fn.core.pipe import Transform, accumulate
+from olmo_fn.core.chain import Batch, Metrics, loss_tokens
+from olmo_fn.core.gradients import Execution, Gradients, Grads, Signals
+from olmo_fn.core.pipe import PARTS_CLIPPED, Transform, accumulate, slot
 from olmo_fn.core.step import Scalars, State, Step
 from olmo_fn.tree import Tree
 
 SMALL, BIG, PARTS, TOKENS = "small_square", "big_square", "parts", "part_tokens"
 
 
-def accumulate_measured(n: int) -> Transform:
+def accumulate_measured(n: int) -> Transform[Grads, Grads]:
     """``accumulate(n)``, which also reports the squared norms of the parts' gradients and of the whole, for `noise_scale`.
 
     Part i has n_i of the batch's N loss tokens, and contributes g_i = (n_i / N) G_i to the gradient, with G_i the mean
@@ -29,24 +29,25 @@ def accumulate_measured(n: int) -> Transform:
         raise ValueError(f"accumulate_measured({n}): the noise is seen between parts of a batch; give it at least 2")
 
     def apply(inner: Grads) -> Grads:
-        def part(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-            grads, metrics = inner(params, batch, execution)
-            own = (batch["labels"] != IGNORE).sum()
-            square = execution.layout.norm(grads).square() * (loss_tokens(batch) / own.clamp(min=1))
-            return grads, {**metrics, SMALL: square, PARTS: (own > 0).long(), TOKENS: own}
+        def part(params: Tree, batch: Batch, execution: Execution) -> Gradients:
+            grads, signals, metrics = inner.fn(params, batch, execution).finished(execution)
+            sharing = execution.layout.sharing
+            tokens = sharing.count_tokens(batch)
+            square = sharing.norm(grads).square() * (loss_tokens(batch) / tokens.clamp(min=1))
+            return Gradients(grads, signals, {**metrics, SMALL: square, PARTS: (tokens > 0).long(), TOKENS: tokens})
 
-        whole: Grads = accumulate(n).apply(replace(inner, fn=part))
+        whole = accumulate(n).apply(replace(inner, fn=part))
 
-        def gradients(params: Tree, batch: Batch, execution: Execution) -> tuple[Tree, Metrics]:
-            grads, metrics = whole(params, batch, execution)
-            return grads, {**metrics, BIG: execution.layout.norm(grads).square()}
+        def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
+            found = whole.fn(params, batch, execution)
+            return found._replace(metrics={**found.metrics, BIG: execution.layout.sharing.norm(found.tree).square()})
 
         return replace(inner, fn=gradients)
 
-    return Transform(f"accumulate_measured({n})", Grads, Grads, apply, PARTS_CLIPPED)
+    return Transform(f"accumulate_measured({n})", Grads, Grads, apply, frozenset({"accumulate_measured"}), PARTS_CLIPPED)
 
 
-def noise_scale(decay: float = 0.99) -> Transform:
+def noise_scale(decay: float = 0.99) -> Transform[Step, Step]:
     """Report ``noise_scale`` in tokens, tr Σ / |G|²: the batch at which half of the gradient's square is noise.
 
     With n parts of together N tokens, of which the mean square of the parts' gradients is s and the square of the whole b
@@ -66,19 +67,19 @@ def noise_scale(decay: float = 0.99) -> Transform:
             zero = torch.zeros((), dtype=torch.float64)
             return {**inner.init_control(), name: {"signal": zero, "noise": zero.clone()}}
 
-        def control(state: State, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
+        def control(state: State, signals: Signals, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
             if SMALL not in metrics:
                 raise ValueError("noise_scale needs accumulate_measured(n) in the place of accumulate(n)")
             small, big, n, tokens = (metrics[key].double() for key in (SMALL, BIG, PARTS, TOKENS))
             now = {"signal": (n * big - small) / (n - 1), "noise": (small - big) * tokens / (n - 1)}
             finite = torch.stack(list(now.values())).isfinite().all()  # not with a single part, either
             before = state.slots[name]
-            slot = {k: torch.where(finite, decay * before[k] + (1 - decay) * now[k], before[k]) for k in now}
-            scale = slot["noise"] / slot["signal"].clamp(min=0)  # inf: all noise
+            new = {k: torch.where(finite, decay * before[k] + (1 - decay) * now[k], before[k]) for k in now}
+            scale = new["noise"] / new["signal"].clamp(min=0)  # inf: all noise
             rest = {k: v for k, v in metrics.items() if k not in (SMALL, BIG, PARTS, TOKENS)}
-            own, scalars, report = inner.control(state, rest)
-            return {**own, name: slot}, scalars, {**report, name: scale}
+            own, scalars, report = inner.control(state, signals, rest)
+            return {**own, name: new}, scalars, {**report, name: scale}
 
         return replace(inner, init_control=init_control, control=control)
 
-    return Transform(f"noise_scale({decay})", Step, Step, apply, {name: SHARED_SLOT}, needs="accumulate_measured")
+    return Transform(f"noise_scale({decay})", Step, Step, apply, needs="accumulate_measured", **slot(name))

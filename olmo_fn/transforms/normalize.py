@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Function
-from olmo_fn.core.order import NOT_YET_UNIT
-from olmo_fn.core.pipe import Transform
+from olmo_fn.core.pipe import AVERAGES, Transform
 from olmo_fn.core.step import Leaf, Scalars, Slots, Step
+from olmo_fn.kernels import Function
 from olmo_fn.tree import Tree
 
 
@@ -43,7 +42,7 @@ def unit_params(params: Tree, dims: Mapping[str, int]) -> Tree:
     return tree.map_with_path(lambda path, p: unit(p, dims[path]) if path in dims else p, params)
 
 
-def normalize(dims: Mapping[str, int]) -> Transform:
+def normalize(dims: Mapping[str, int]) -> Transform[Step, Step]:
     """After every update, bring the vectors along ``dims[path]`` of those parameters back to length 1.
 
     ``normalize(dims_of(specs))`` is nGPT's and OLMo-core's rule: every matrix along the model's width.
@@ -58,7 +57,11 @@ def normalize(dims: Mapping[str, int]) -> Transform:
 
         return replace(inner, leaf=leaf)
 
-    return Transform(f"normalize({len(dims)} parameters)", Step, Step, apply, NOT_YET_UNIT)
+    return Transform(f"normalize({len(dims)} parameters)", Step, Step, apply, not_after=NOT_YET_UNIT)
+
+
+NOT_YET_UNIT = {AVERAGES: "would leave its average of weights that are not yet normalised"}
+"""What normalisation must not follow."""
 
 
 @cache

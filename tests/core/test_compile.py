@@ -14,7 +14,7 @@ from torch._dynamo import convert_frame
 
 from olmo_fn.core.pipe import clip, grad, pipe
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.optim import adamw
 from olmo_fn.spec import init
 
@@ -42,7 +42,7 @@ def compilations(monkeypatch, cfg, length, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_function_compiles_once(monkeypatch, dtype):
     """Each costs one or two seconds: all blocks, tiles, norms and leaves share theirs, but a leaf's for a gradient's dtype."""
-    seen = compilations(monkeypatch, Model(32, 3, 4, 48, vocab_size=80), 400, dtype)
+    seen = compilations(monkeypatch, dense(32, 3, 4, 48, vocab_size=80), 400, dtype)
     assert seen.pop("_guarded.<locals>.guarded") == (1 if dtype == torch.float32 else 2)
     assert set(seen.values()) == {1}
     tiles = {"_weigh", "_total", "_gradient"} if dtype == torch.bfloat16 else set()  # in fp32 torch's own kernel attends

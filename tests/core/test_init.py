@@ -13,7 +13,7 @@ from strategies import boxes, part_of
 
 from olmo_fn import spec, tree
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.spec import TRUNCATION, Init, Spec, _uniform, init, init_leaf
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
@@ -26,7 +26,7 @@ def model(case):
     """Our config of a case."""
     theirs = CASES[case]["config"]
     mixer = theirs["block"]["sequence_mixer"]
-    return Model(
+    return dense(
         theirs["d_model"],
         theirs["n_layers"],
         mixer["n_heads"],
@@ -74,7 +74,7 @@ def test_olmo_core(case):
 # --- a function of (seed, path) -----------------------------------------------------------------------
 
 
-SPECS = transformer.specs(Model(16, 2, 2, 24, vocab_size=40, init_method="llama_depth"))
+SPECS = transformer.specs(dense(16, 2, 2, 24, vocab_size=40, init_method="llama_depth"))
 
 
 @settings(max_examples=25, deadline=None)

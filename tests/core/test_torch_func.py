@@ -10,13 +10,13 @@ from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import grad as gradients
 from olmo_fn.core.pipe import pipe
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 MODELS = {
-    "gqa": Model(16, 2, 4, 24, vocab_size=30, n_kv_heads=2, init_std=0.3),
-    "tied_windows": Model(16, 2, 2, 24, vocab_size=30, tie_embeddings=True, window_pattern=(3, -1), init_std=0.3),
+    "gqa": dense(16, 2, 4, 24, vocab_size=30, n_kv_heads=2, init_std=0.3),
+    "tied_windows": dense(16, 2, 2, 24, vocab_size=30, tie_embeddings=True, window_pattern=(3, -1), init_std=0.3),
 }
 
 

@@ -32,7 +32,7 @@ from olmo_fn.generate.sample import sample
 from olmo_fn.generate.sampling import choose, probabilities, uniforms
 from olmo_fn.generate.text import LanguageModel, decoded, generate_text, prepare, stream_text, until, without
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import Model, dense
 from olmo_fn.spec import init
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.serialize import to_yaml
@@ -81,7 +81,7 @@ def test_cached_logits_are_those_of_the_whole_forward_pass(cfg: Model, rows: int
 
 @pytest.mark.parametrize("window", [(), (5,), (CHUNK + 9, -1)])
 def test_prompts_of_several_chunks(window: tuple[int, ...]) -> None:
-    cfg = Model(8, 2, 2, 16, vocab_size=50, window_pattern=window, last_layer_full=False, init_method="fan_in")
+    cfg = dense(8, 2, 2, 16, vocab_size=50, window_pattern=window, last_layer_full=False, init_method="fan_in")
     params, ids = random_params(cfg), random_ids(cfg, 2, 2 * CHUNK + 3)
     padding = torch.tensor([0, CHUNK + 7])  # the second row's first chunk is nothing but padding
     logits, _ = extend(cfg, params, ids, empty_cache(cfg, 2, ids.shape[1], padding, dtype=torch.float64))
@@ -103,7 +103,7 @@ def test_a_row_of_a_padded_batch_is_what_it_is_alone(cfg: Model, lengths: list[i
 
 
 def test_the_padding_does_not_reach_the_logits() -> None:
-    cfg = Model(8, 2, 2, 16, vocab_size=50, n_kv_heads=1, window_pattern=(3,), init_method="fan_in")
+    cfg = dense(8, 2, 2, 16, vocab_size=50, n_kv_heads=1, window_pattern=(3,), init_method="fan_in")
     params, ids = random_params(cfg), random_ids(cfg, 2, 7)
     other = ids.clone()
     other[1, :4] = (other[1, :4] + 1) % 50
@@ -116,7 +116,7 @@ def test_the_padding_does_not_reach_the_logits() -> None:
 
 
 def test_a_full_cache_says_so() -> None:
-    cfg = Model(8, 1, 2, 16, vocab_size=11)
+    cfg = dense(8, 1, 2, 16, vocab_size=11)
     params = random_params(cfg, dtype=torch.float32)
     _, state = extend(cfg, params, torch.tensor([[1, 2]]), empty_cache(cfg, 1, 3))
     with pytest.raises(ValueError, match="2 columns for a cache of 3 that holds 2; give it from 1 to 1"):
@@ -212,7 +212,7 @@ def test_uniforms_are_uniform_and_not_correlated() -> None:
 
 @cache
 def tiny() -> LanguageModel:
-    cfg = Model(16, 2, 2, 32, vocab_size=VOCAB + 7, window_pattern=(8, -1), init_method="fan_in")
+    cfg = dense(16, 2, 2, 32, vocab_size=VOCAB + 7, window_pattern=(8, -1), init_method="fan_in")
     return LanguageModel(cfg, random_params(cfg, dtype=torch.float32), byte_level())
 
 
@@ -423,7 +423,7 @@ def test_healing_lets_the_first_token_begin_with_the_last_of_the_prompt() -> Non
 
 
 def test_the_healed_text_goes_on_from_the_prompt() -> None:
-    cfg = Model(16, 1, 2, 32, vocab_size=300, init_method="fan_in")
+    cfg = dense(16, 1, 2, 32, vocab_size=300, init_method="fan_in")
     model = LanguageModel(cfg, random_params(cfg, dtype=torch.float32), bpe())
     for prompt in ("def ", "class", "x\n    "):
         start = prepare(model, prompt)

@@ -21,7 +21,7 @@ from olmo_fn.core.step import Step
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import DEFAULT, Rules
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import Model, dense
 from olmo_fn.optim import adamw
 from olmo_fn.optim.base import Rule, optimizer
 from olmo_fn.parallel.pipeline.stages import Pipeline
@@ -121,7 +121,7 @@ def test_law_2_layouts_for_long(pool: Pool, ranks: int) -> None:
 
 # --- compiled, over many steps, and with what is not a number ---------------------------------------------------------
 
-SMALL = Model(10, 1, 4, 11, vocab_size=19, n_kv_heads=2, head_dim=4, init_std=0.3)
+SMALL = dense(10, 1, 4, 11, vocab_size=19, n_kv_heads=2, head_dim=4, init_std=0.3)
 
 
 def compiled(model: Model, dtype: torch.dtype) -> Step:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -17,13 +16,13 @@ from olmo_fn.core.pipe import Transform, _execute
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense, modified
 from olmo_fn.parallel import buckets as bucket
 from olmo_fn.parallel.sharded import Sharded
 from olmo_fn.testing import Layout, Pool, assert_equivalent
 from olmo_fn.tree import items
 
-MODEL = Model(6, 1, 4, 5, vocab_size=11, n_kv_heads=2, head_dim=2, init_std=0.3)
+MODEL = dense(6, 1, 4, 5, vocab_size=11, n_kv_heads=2, head_dim=2, init_std=0.3)
 FSDP, TP, RING = Layout(Mesh(dp_shard=2)), Layout(Mesh(tp=2)), Layout(Mesh(cp=2), Rules(cp_method="ring"))
 
 
@@ -151,7 +150,7 @@ def test_a_transform_of_ones_own(pool: Pool) -> None:
     other = partial(recipe, MODEL, torch.float64, "tape", "full", 2)
     assert verify(pool, Layout(Mesh()), reference=other)[0] < 1e-12
     with pytest.raises(AssertionError, match="step 0, gradient"):
-        verify(pool, Layout(Mesh()), reference=partial(recipe, replace(MODEL, norm_eps=1e-5), torch.float64))
+        verify(pool, Layout(Mesh()), reference=partial(recipe, modified(MODEL, norm_eps=1e-5), torch.float64))
     with pytest.raises(AssertionError, match="is on no rank"):
         verify(pool, Layout(Mesh()), reference=partial(recipe, MODEL, torch.float64, optim="momentum"))
 

@@ -26,13 +26,13 @@ from olmo_fn.data.shuffle import batches_per_epoch, indices, permutation
 from olmo_fn.data.tokens import open_tokens
 from olmo_fn.data.windows import Windows
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense, modified
 from olmo_fn.optim import adamw, sgd
 from olmo_fn.spec import Init, Spec, init, init_leaf
 
 DOUBLE = torch.float64
-SMALL = Model(8, 2, 2, 12, vocab_size=17, n_kv_heads=1, window_pattern=(3, -1), init_std=0.3)
-ALIKE = replace(SMALL, window_pattern=())  # one kind of block: less to compile
+SMALL = dense(8, 2, 2, 12, vocab_size=17, n_kv_heads=1, window_pattern=(3, -1), init_std=0.3)
+ALIKE = modified(SMALL, window_pattern=())  # one kind of block: less to compile
 examples = partial(settings, deadline=None, max_examples=15, derandomize=True)
 
 

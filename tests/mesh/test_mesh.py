@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Shard
 
-from olmo_fn.mesh.axis import ALONE, NAMES, Axes
+from olmo_fn.mesh.axis import NAMES, SINGLE_DEVICE, Axes
 from olmo_fn.mesh.collectives import all_gather
 from olmo_fn.mesh.mesh import AXES, Mesh, members, solve
 from olmo_fn.mesh.settings import MeshConfig
@@ -93,8 +93,8 @@ def test_connected_axes_reach_the_ranks_on_paper(pool, mesh: Mesh) -> None:
 
 
 def test_alone_is_one_of_everything() -> None:
-    assert all(getattr(ALONE, name).size == 1 for name in NAMES)
-    assert hash(ALONE) == hash(Axes())
+    assert all(getattr(SINGLE_DEVICE, name).size == 1 for name in NAMES)
+    assert hash(SINGLE_DEVICE) == hash(Axes())
 
 
 def refused(connection):

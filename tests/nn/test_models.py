@@ -22,7 +22,7 @@ from olmo_fn.kernels.attention_tiles import TILE, attend, attend_vjp, document_s
 from olmo_fn.kernels.huge_pages import LARGE, new_large, to_large
 from olmo_fn.mesh.axis import ALONE
 from olmo_fn.models import count, transformer
-from olmo_fn.models.config import OLMO2, OLMO3, Model
+from olmo_fn.models.config import OLMO2, OLMO3, dense, modified
 from olmo_fn.nn import cross_entropy as head
 from olmo_fn.nn.embedding import embed_vjp
 from olmo_fn.nn.feed_forward import feed_forward, feed_forward_vjp
@@ -40,7 +40,7 @@ def config(theirs):
     """Our config of OLMo-core's."""
     block = theirs["block"]
     mixer, swa = block["sequence_mixer"], block["sequence_mixer"].get("sliding_window", {})
-    return Model(
+    return dense(
         d_model=theirs["d_model"],
         n_layers=theirs["n_layers"],
         n_heads=mixer["n_heads"],
@@ -227,7 +227,7 @@ def test_feed_forward_pullback():
 @pytest.mark.parametrize("pattern", [(), (5, -1)])
 def test_documents_do_not_see_each_other(pattern):
     """A packed row gives each document the logits that it has alone, with and without a window."""
-    cfg = Model(16, 2, 2, 32, vocab_size=50, window_pattern=pattern, last_layer_full=False, init_std=0.3)
+    cfg = dense(16, 2, 2, 32, vocab_size=50, window_pattern=pattern, last_layer_full=False, init_std=0.3)
     params = spec.init(transformer.specs(cfg), seed=0)
     lengths = [1, 9, 130, 20]
     ids = torch.randint(0, 50, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
@@ -276,15 +276,15 @@ def test_rows_of_an_embedding_are_summed_wide_and_rounded_once():
 
 # --- transformers -------------------------------------------------------------------------------------------
 
-SMALL = Model(32, 3, 4, 48, vocab_size=80, init_std=0.15)
+SMALL = dense(32, 3, 4, 48, vocab_size=80, init_std=0.15)
 PEERS = {
     "mha": (SMALL, 24, "eager"),
-    "gqa": (replace(SMALL, n_kv_heads=2, rope_theta=10_000.0), 24, "sdpa"),
-    "mqa_tied": (replace(SMALL, n_kv_heads=1, tie_embeddings=True, norm_eps=1e-5), 24, "eager"),
-    "wide_heads": (replace(SMALL, head_dim=14, n_kv_heads=2), 24, "eager"),
-    "windows": (replace(SMALL, n_layers=5, window_pattern=(6, 6, 6, -1)), 24, "eager"),
-    "windows_over_blocks": (replace(SMALL, n_kv_heads=2, window_pattern=(40, -1)), 300, "sdpa"),
-    "all_windows": (replace(SMALL, window_pattern=(3,), last_layer_full=False), 24, "sdpa"),
+    "gqa": (modified(SMALL, n_kv_heads=2, rope_theta=10_000.0), 24, "sdpa"),
+    "mqa_tied": (modified(SMALL, n_kv_heads=1, tie_embeddings=True, norm_eps=1e-5), 24, "eager"),
+    "wide_heads": (modified(SMALL, head_dim=14, n_kv_heads=2), 24, "eager"),
+    "windows": (modified(SMALL, n_layers=5, window_pattern=(6, 6, 6, -1)), 24, "eager"),
+    "windows_over_blocks": (modified(SMALL, n_kv_heads=2, window_pattern=(40, -1)), 300, "sdpa"),
+    "all_windows": (modified(SMALL, window_pattern=(3,), last_layer_full=False), 24, "sdpa"),
 }
 
 

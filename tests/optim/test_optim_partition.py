@@ -8,7 +8,7 @@ import torch
 from olmo_fn import tree
 from olmo_fn.core.pipe import clip, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
-from olmo_fn.models.config import OLMO2, Model
+from olmo_fn.models.config import OLMO2, dense
 from olmo_fn.optim import OLMO_CORE_NO_DECAY, Decay, adamw, muon, partition, sgd, warmup_linear
 from olmo_fn.optim.partition import assign
 from olmo_fn.spec import Init, Spec, init
@@ -16,7 +16,7 @@ from olmo_fn.train.config import USES, Config, Optim, Recipe, Run, Schedule
 from olmo_fn.train.recipe import recipe
 from olmo_fn.train.report import dry_run
 
-MODEL = Model(8, 2, 2, 12, vocab_size=32)
+MODEL = dense(8, 2, 2, 12, vocab_size=32)
 SPECS = transformer.specs(MODEL)
 
 

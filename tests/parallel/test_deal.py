@@ -15,7 +15,7 @@ from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.mesh.axis import chunk
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.optim.base import Rule, optimizer
 from olmo_fn.parallel import owners as deal
 from olmo_fn.parallel.buckets import Shard
@@ -24,7 +24,7 @@ from olmo_fn.spec import init
 from olmo_fn.testing import Pool, Traffic
 from olmo_fn.testing.pool import RankFailed
 
-MODEL = Model(16, 2, 4, 24, vocab_size=32, n_kv_heads=2)
+MODEL = dense(16, 2, 4, 24, vocab_size=32, n_kv_heads=2)
 SPECS = transformer.specs(MODEL)
 DTYPES = (torch.float64, torch.bfloat16, torch.float32)
 

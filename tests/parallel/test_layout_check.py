@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,12 +15,12 @@ from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import DEFAULT, Rules, plan
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense, modified
 from olmo_fn.parallel.sharded import Sharded
 from olmo_fn.spec import Init, Spec
 from olmo_fn.train.check_mesh import check_layout
 
-MODEL = Model(12, 2, 4, 7, vocab_size=13, n_kv_heads=2, head_dim=4)
+MODEL = dense(12, 2, 4, 7, vocab_size=13, n_kv_heads=2, head_dim=4)
 ULYSSES = Rules(cp_method="ulysses")
 
 
@@ -85,7 +84,7 @@ def test_messages(mesh: Mesh, rules: Rules, sizes: tuple[int, int, int], message
 
 
 def test_a_vocabulary_that_leaves_a_rank_without_rows() -> None:
-    model = replace(MODEL, n_heads=8, n_kv_heads=8, vocab_size=17)
+    model = modified(MODEL, n_heads=8, n_kv_heads=8, vocab_size=17)
     with pytest.raises(ValueError, match=r"17 over --mesh.tp 8 is 3 rows a rank, .* none for the last 2; choose .* 6"):
         check_layout(model, Mesh(tp=8), DEFAULT, 8, 16)
 

@@ -1,8 +1,6 @@
 """OLMo 2 through a pipeline of real processes: loss, state after three steps and evaluation are those of one process,
 whatever the schedule, split, tying and what else the mesh does."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -11,7 +9,7 @@ from olmo_fn import tree
 from olmo_fn.core.pipe import accumulate, clip, ema, grad, pipe, skip_spikes
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense, modified
 from olmo_fn.optim import adamw
 from olmo_fn.parallel.pipeline import sweep
 from olmo_fn.parallel.pipeline.stages import Pipeline
@@ -19,8 +17,8 @@ from olmo_fn.parallel.shard import shard
 from olmo_fn.spec import init
 from olmo_fn.train.evals import evaluate
 
-MODEL = Model(16, 3, 4, 18, vocab_size=19, n_kv_heads=2, window_pattern=(5, -1), init_std=0.3)
-TIED = replace(MODEL, tie_embeddings=True)
+MODEL = dense(16, 3, 4, 18, vocab_size=19, n_kv_heads=2, window_pattern=(5, -1), init_std=0.3)
+TIED = modified(MODEL, tie_embeddings=True)
 DOUBLE = torch.float64
 
 

@@ -14,14 +14,14 @@ from olmo_fn.core.step import Step
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import DEFAULT, Rules
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.optim import adamw
 from olmo_fn.parallel.shard import shard
 from olmo_fn.parallel.sharded import Gathered, Sharded
 from olmo_fn.spec import init
 from olmo_fn.testing import Live, Moved, Pool, Traffic
 
-MODEL = Model(16, 2, 4, 24, vocab_size=32, n_kv_heads=2)
+MODEL = dense(16, 2, 4, 24, vocab_size=32, n_kv_heads=2)
 B, T, D, K = 8, 16, MODEL.d_model, MODEL.k
 LAYERS, HEADS, KV = MODEL.n_layers, MODEL.n_heads, MODEL.kv_heads
 SPECS = transformer.specs(MODEL)

@@ -11,7 +11,7 @@ from programs import python
 
 from configs import CONFIGS
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.planner.fit import _at_most, _need, check_memory
 from olmo_fn.planner.job import Job
 from olmo_fn.train.config import Config, Recipe
@@ -58,7 +58,7 @@ def test_the_quick_bound_is_one(data):
     """What is not planned, since it surely fits, would fit by the plan."""
     draw = data.draw
     heads = draw(st.sampled_from((1, 2, 4)))
-    model = Model(
+    model = dense(
         heads * draw(st.sampled_from((8, 64))),
         draw(st.integers(1, 4)),
         heads,

@@ -11,7 +11,7 @@ from olmo_fn.mesh.collectives import all_gather
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import Model, dense
 from olmo_fn.models.count import flops_per_sequence
 from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.clock import clock
@@ -30,7 +30,7 @@ def job_of(mesh=Mesh(), options=None, optim=None, lora=Lora(), **recipe):  # noq
     fields |= {name: recipe.pop(name) for name in list(recipe) if name in Model.__dataclass_fields__}
     given = {"batch_size": 8, "sequence_length": 128, "compile": False, "dtype": "float32"} | recipe
     parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": Optim(**(optim or {})), "lora": lora}
-    return check(Job(Config(Model(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh))
+    return check(Job(Config(dense(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh))
 
 
 def dtype_of(job):

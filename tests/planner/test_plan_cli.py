@@ -11,7 +11,7 @@ import pytest
 
 import train
 from configs import CONFIGS
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.models.count import num_params
 from olmo_fn.planner import tables
 from olmo_fn.planner.__main__ import main as plan_main
@@ -23,7 +23,7 @@ from olmo_fn.train.config import Config, Recipe, Run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plan-olmo2-32b.txt"
 DRY_RUN = "olmo2-32b --dry-run --mesh.dp-shard 64 --mesh.tp 8 --mesh.pp 2"
-SMALL = Config(Model(64, 8, 4, 160, vocab_size=512), recipe=Recipe(batch_size=32, sequence_length=64), run=Run(steps=5000))
+SMALL = Config(dense(64, 8, 4, 160, vocab_size=512), recipe=Recipe(batch_size=32, sequence_length=64), run=Run(steps=5000))
 
 
 def test_dry_run_of_32b(capsys):

@@ -14,7 +14,7 @@ from olmo_fn.core.compile import compile, has_compiler
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.optim import adamw, sgd, warmup_cosine
 from olmo_fn.research import (
     centralize,
@@ -35,7 +35,7 @@ from olmo_fn.research import (
 )
 from olmo_fn.research.check_gradients import slope
 
-MODEL = Model(8, 1, 2, 8, vocab_size=11, init_std=0.3)
+MODEL = dense(8, 1, 2, 8, vocab_size=11, init_std=0.3)
 LOSS = transformer.loss(MODEL, z_loss=1e-2)
 
 

@@ -1,6 +1,5 @@
 """Several runs at once are the same runs, one after the other."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,11 +11,11 @@ from olmo_fn import optim, spec, tree
 from olmo_fn.core.compile import compile, has_compiler
 from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense, modified
 from olmo_fn.optim import adamw, sgd, warmup_cosine
 from olmo_fn.research import compiled, lr_scale, many, stack, train_many, unstack, with_lr_scale
 
-MODEL = Model(16, 2, 2, 24, vocab_size=30, init_std=0.3)
+MODEL = dense(16, 2, 2, 24, vocab_size=30, init_std=0.3)
 K, STEPS = 4, 6
 
 
@@ -163,7 +162,7 @@ def test_what_cannot_be_vmapped_is_said():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_compiled_runs_are_the_eager_ones():
-    model = replace(MODEL, n_layers=1)
+    model = modified(MODEL, n_layers=1)
     step = pipe(transformer.loss(model), grad("func"), clip(1.0), adamw(3e-2))
     data = batches(3)
     eager = fast = stack([step.init(spec.init(transformer.specs(model), seed)) for seed in range(K)])

@@ -23,7 +23,7 @@ from olmo_fn.data.config import Data
 from olmo_fn.data.shuffle import indices
 from olmo_fn.data.tokenizer import byte_level
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.replay.__main__ import main
 from olmo_fn.replay.replay import largest_spike, replay
 from olmo_fn.research import outliers
@@ -50,7 +50,7 @@ def run(tmp_path_factory):
     ids.tofile(folder / "tokens.npy")
     byte_level().save(folder / "tokenizer.json")
     cfg = Config(
-        model=Model(16, 1, 2, 32, vocab_size=257, init_method="llama"),
+        model=dense(16, 1, 2, 32, vocab_size=257, init_method="llama"),
         data=Data(
             paths=(str(folder / "tokens.npy"),),
             heldout_fraction=0,

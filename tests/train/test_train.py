@@ -20,7 +20,7 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import load, newest_whole, steps
 from olmo_fn.core.compile import has_compiler, prepare_cache
 from olmo_fn.data.config import Data
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
 from olmo_fn.train.metrics import read_metrics
 
@@ -30,7 +30,7 @@ SAME = ("step", "loss", "ce", "z", "grad_norm", "lr", "skipped", "tokens")
 def run_of(folder, tokens, **run):
     """A run of a very small model; eager, so that it starts at once."""
     return Config(
-        model=Model(16, 1, 2, 32, vocab_size=64, window_pattern=(4,), last_layer_full=False),
+        model=dense(16, 1, 2, 32, vocab_size=64, window_pattern=(4,), last_layer_full=False),
         data=Data(paths=(str(tokens),), heldout_fraction=0, dtype="uint8", cache_dir=str(folder.parent / "cache")),
         optim=Optim(lr=1e-2),
         schedule=Schedule("cosine", warmup=3),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from configs import CONFIGS
 from olmo_fn import optim
 from olmo_fn.core.pipe import accumulate, clip, ema, skip_spikes
+from olmo_fn.models.config import modified
 from olmo_fn.train.config import Config
 
 TINY = CONFIGS["olmo2-tiny"]
@@ -75,7 +76,7 @@ def test_the_fields_are_all_there():
 @given(st.integers(-(2**53), 2**53), st.floats(-4, 4))
 def test_what_may_be_negative_is_not_refused(seed, exponent):
     cfg = replace(TINY, run=replace(TINY.run, seed=seed), schedule=replace(TINY.schedule, exponent=exponent))
-    replace(cfg, model=replace(cfg.model, window_pattern=(-1, 4))).check()
+    replace(cfg, model=modified(cfg.model, window_pattern=(-1, 4))).check()
 
 
 @pytest.mark.parametrize(

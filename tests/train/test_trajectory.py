@@ -14,7 +14,7 @@ from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import accumulate, clip, grad, pipe, skip_spikes
 from olmo_fn.data.batches import labels_of
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.nn.rope import rope_table
 from olmo_fn.optim import OLMO_CORE_NO_DECAY, Decay, adamw, warmup_cosine
 
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parents[1] / "fixtures" / "train"
 FACTS = json.loads((FOLDER / "train.json").read_text())
 RUN = FACTS["trajectory"]
 TENSORS = load_file(FOLDER / "train.safetensors")
-CFG = Model(32, 2, 4, 32, vocab_size=64, n_kv_heads=2)
+CFG = dense(32, 2, 4, 32, vocab_size=64, n_kv_heads=2)
 
 
 def saved(prefix):

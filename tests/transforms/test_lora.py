@@ -12,14 +12,14 @@ from olmo_fn.checkpoint import load, save
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, pipe
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.optim import adamw
 from olmo_fn.spec import Init, Spec, abstract, init
 from olmo_fn.transforms import freeze, merge, train_only
 from olmo_fn.transforms.lora import lora, lora_loss, lora_specs, merge_lora
 
 QUICK = settings(max_examples=12, deadline=None, derandomize=True)
-MODEL = Model(d_model=8, n_layers=2, n_heads=2, hidden_size=12, vocab_size=16, init_std=0.3)
+MODEL = dense(d_model=8, n_layers=2, n_heads=2, hidden_size=12, vocab_size=16, init_std=0.3)
 SPECS = transformer.specs(MODEL)
 
 

@@ -16,7 +16,7 @@ from olmo_fn.core.chain import Grads
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.optim import Decay, adamw, sgd
 from olmo_fn.spec import init
 from olmo_fn.transforms import (
@@ -250,7 +250,7 @@ def test_noise_scale_needs_finite_values_and_parts():
 
 def test_normalize_keeps_rows_at_length_one():
     """Every matrix along the model's width, as in OLMo-core's nGPT; norms' gains are left alone; compiled donation too."""
-    model = Model(d_model=8, n_layers=1, n_heads=2, hidden_size=12, vocab_size=16)
+    model = dense(d_model=8, n_layers=1, n_heads=2, hidden_size=12, vocab_size=16)
     specs = transformer.specs(model)
     dims = dims_of(specs)
     assert {dims[f"blocks.0.{name}"] for name in ("attention.w_q", "feed_forward.w_up")} == {0}

@@ -19,7 +19,7 @@ from olmo_fn import average as soups
 from olmo_fn import plot, tree
 from olmo_fn.checkpoint import load, save, step_path
 from olmo_fn.generate.load import load_model
-from olmo_fn.models.config import Model
+from olmo_fn.models.config import dense
 from olmo_fn.train.config import Config, Growth, Lora, Recipe, Run, Schedule
 from olmo_fn.train.metrics import read_metrics
 from olmo_fn.train.recipe import parameters
@@ -149,7 +149,7 @@ def test_range_test_finds_the_fall_and_the_edge(fall, wide):
 
 
 def config(**parts):
-    return Config(model=Model(16, 1, 2, 32, vocab_size=64), **parts)
+    return Config(model=dense(16, 1, 2, 32, vocab_size=64), **parts)
 
 
 def test_units_of_a_growing_run():

@@ -66,7 +66,7 @@ class Cut:
 
     def _matrices(self, stages: tuple[Stage, ...]) -> float:
         """Entries of the matrices that stages multiply with: their cost."""
-        subtrees = (tree.items(tree.at(self.specs, path), path) for stage in stages for path in stage.params)
+        subtrees = (tree.items(tree.at(self.specs, path), path) for stage in stages for path in stage.paths)
         return sum(spec.size for items in subtrees for _, spec in items if len(spec.shape) > 1)
 
     @cached_property
@@ -74,7 +74,7 @@ class Cut:
         """The ranks that have each parameter: one, or for tied weights two."""
         found: dict[str, list[int]] = {}
         for i, stages in enumerate(self.stages):
-            for path in dict.fromkeys(path for stage in stages for path in stage.params):
+            for path in dict.fromkeys(path for stage in stages for path in stage.paths):
                 for leaf, _ in tree.items(tree.at(self.specs, path), path):
                     ranks = found.setdefault(leaf, [])
                     if i % self.ranks not in ranks:

@@ -7,19 +7,19 @@ micro-batches in flight, gathering for each of them would be ``microbatches`` ti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from olmo_fn.core.chain import Batch, Carry, Chain, Execution, Metrics, loss_tokens
-from olmo_fn.core.layout import Weights, wide
-from olmo_fn.core.tape import Segment, SegmentPullback, fetch, flatten, of_mean, pull, run, segments
+from olmo_fn.core.chain import Batch, Chain, Metrics, Sums, loss_tokens
+from olmo_fn.core.gradients import Execution
+from olmo_fn.core.layout import Layout, Weights, wide
+from olmo_fn.core.tape import LateGrads, Segment, SegmentPullback, fetch, forward_segment, segments, vjp_segment
 from olmo_fn.parallel.pipeline.communicate import Plan, plan
 from olmo_fn.parallel.pipeline.execute import execute
 from olmo_fn.parallel.pipeline.schedule import Kind, schedule
 from olmo_fn.parallel.pipeline.stages import Cut
-from olmo_fn.parallel.sharded import Sharded
 from olmo_fn.tree import Tree
 
 
@@ -27,39 +27,37 @@ class Stages:
     """What one rank has of a chain during one step."""
 
     def __init__(
-        self, layout: Sharded, cut: Cut, chain: Chain, remat: str, params: Tree, batch: Batch, execution: Execution
+        self, layout: Layout, cut: Cut, chain: Chain, remat: str, params: Tree, batch: Batch, execution: Execution
     ) -> None:
-        self.cut, self.chain, self.dtype, self.pp = cut, layout.chain(chain), execution.dtype, layout.axes.pp
-        pp, self.parts = self.pp, cut.pipeline.parts(self.pp.size)
-        self.cotangent, parts = of_mean(loss_tokens(batch), self.dtype), _split(layout.part(batch), self.parts)
-        self.contexts = [{**self.chain.context(part), "cotangent": self.cotangent} for part in parts]
-        virtual = cut.cut(self.chain)
+        self.cut, self.chain, self.pp = cut, chain, layout.sharing.axes.pp
+        tokens = loss_tokens(batch)
+        pp, self.parts, backend = self.pp, layout.sharing.parts, execution.backend(tokens)
+        assert backend.loss_weight is not None
+        self.cotangent = backend.loss_weight
+        self.contexts = [chain.context(part, backend) for part in _split(layout.sharing.local_batch(batch), self.parts)]
         self.last = cut.pipeline.chunks - 1 if pp.index == pp.size - 1 else -1  # the chunk that ends the chain
         self.chunks: list[list[tuple[Segment, Weights]]] = [
-            [(segment, fetch(params, segment, execution)) for segment in segments(stages, remat)]
-            for stages in virtual[pp.index :: pp.size]
+            [(segment, fetch(params, segment, chain, execution)) for segment in segments(stages, remat)]
+            for stages in cut.cut(chain)[pp.index :: pp.size]
         ]
-        zero = torch.zeros((), dtype=torch.promote_types(self.dtype, torch.float32), device=batch["labels"].device)
-        self.sums: Metrics = dict.fromkeys(("loss", *self.chain.sums), zero)
+        self.sums = Sums(chain.metrics)
 
     def plan(self, kind: Kind) -> Plan:
         """This rank's actions and transfers."""
         return plan(schedule(kind, self.pp.size, self.parts, self.cut.pipeline.chunks))[self.pp.index]
 
     def empty(self, stage: int, part: int) -> Tensor:
-        """Memory for a carry."""
-        assert self.chain.carry is not None, "a chain without `carry` cannot be a pipeline"
-        return self.chain.carry(self.contexts[part], self.dtype)
+        """Memory for what goes from one virtual stage to the next."""
+        assert self.chain.empty is not None, "a chain without `empty` cannot be a pipeline"
+        return self.chain.empty(self.contexts[part])
 
-    def add(self, out: Carry) -> None:
-        """Add the sums of one micro-batch."""
-        total, metrics = out
-        for name, value in {"loss": total.detach(), **metrics}.items():
-            self.sums[name] = self.sums[name] + value
+    def metrics(self) -> Metrics:
+        """The sums of this rank's tokens, zeros of what other ranks report."""
+        return self.sums.complete(self.cotangent)
 
 
 def pipeline_sweep(
-    layout: Sharded,
+    layout: Layout,
     cut: Cut,
     chain: Chain,
     remat: str,
@@ -69,69 +67,60 @@ def pipeline_sweep(
 ) -> tuple[dict[str, Tensor], Metrics]:
     """Gradients by path of this rank's parameters, as the layout keeps them, and the sums of its tokens."""
     stages = Stages(layout, cut, chain, remat, params, batch, execution)
-    held: dict[tuple[int, int], list[SegmentPullback]] = {}
-    later: dict[tuple[int, int], list[Callable[[], dict[str, Tree]]]] = {}
-    found: list[list[dict[str, Tensor]]] = [[{} for _ in chunk] for chunk in stages.chunks]
+    pullbacks: dict[tuple[int, int], list[SegmentPullback]] = {}
+    later: dict[tuple[int, int], list[LateGrads]] = {}
+    grads: list[list[dict[str, Tensor]]] = [[{} for _ in chunk] for chunk in stages.chunks]
+    late = cut.pipeline.kind == "zero_bubble"
 
-    def forward(chunk: int, part: int, carry: Tensor | None) -> Tensor | None:
-        x: Carry = carry
-        pullbacks = held[chunk, part] = []
+    def forward(chunk: int, part: int, x: Tensor | None) -> Tensor | None:
+        kept = pullbacks[chunk, part] = []
         for segment, weights in stages.chunks[chunk]:
-            x, pullback = pull(segment, weights, x, stages.contexts[part], execution, late=cut.pipeline.kind == "zero_bubble")
-            pullbacks.append(pullback)
-        if chunk == stages.last:
-            stages.add(x)
-            return None
+            ctx = stages.contexts[part]
+            x, pullback = vjp_segment(segment, weights, x, ctx, execution, stages.cotangent, stages.sums, late)
+            kept.append(pullback)
         return x
 
     def backward_input(chunk: int, part: int, cotangent: Any) -> Any:
-        if chunk == stages.last:
-            cotangent = stages.cotangent
-        pullbacks, rest = held.pop((chunk, part)), later.setdefault((chunk, part), [])
-        while pullbacks:
-            grads, cotangent = pullbacks.pop()(cotangent)
-            rest.append(grads)
+        kept, rest = pullbacks.pop((chunk, part)), later.setdefault((chunk, part), [])
+        while kept:
+            late_grads, cotangent = kept.pop()(cotangent)
+            rest.append(late_grads)
         return cotangent
 
     def backward_weight(chunk: int, part: int) -> None:
         rest = later.pop((chunk, part))  # of the last segment first
         for i in reversed(range(len(stages.chunks[chunk]))):
-            _accumulate(found[chunk][i], flatten(rest.pop(0)(), execution))
+            _accumulate(grads[chunk][i], rest.pop(0)())
 
     def backward(chunk: int, part: int, cotangent: Any) -> Any:
-        if chunk == stages.last:
-            cotangent = stages.cotangent
-        pullbacks = held.pop((chunk, part))
-        for i in reversed(range(len(pullbacks))):
-            grads, cotangent = pullbacks.pop()(cotangent)
-            _accumulate(found[chunk][i], flatten(grads(), execution))
+        kept = pullbacks.pop((chunk, part))
+        for i in reversed(range(len(kept))):
+            late_grads, cotangent = kept.pop()(cotangent)
+            _accumulate(grads[chunk][i], late_grads())
         return cotangent
 
     actions = stages.plan(cut.pipeline.kind)
-    execute(actions, forward, backward, backward_input, backward_weight, empty=stages.empty, axis=layout.axes.pp)
-    grads: dict[str, Tensor] = {}
-    arriving = [layout.reduce(part) for chunk in found for part in chunk]
+    execute(actions, forward, backward, backward_input, backward_weight, empty=stages.empty, axis=stages.pp)
+    total: dict[str, Tensor] = {}
+    arriving: list[Callable[[], dict[str, Tensor]]] = [layout.weights.reduce(part) for chunk in grads for part in chunk]
     for arrive in arriving:
         for path, g in arrive().items():
-            grads[path] = grads[path] + g if path in grads else g
-    return layout.finish(grads), stages.sums
+            total[path] = total[path] + g if path in total else g
+    return layout.weights.finish(total), stages.metrics()
 
 
-def pipeline_forward(layout: Sharded, cut: Cut, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
+def pipeline_forward(layout: Layout, cut: Cut, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
     """Forward only, for evaluation: the sums of this rank's tokens, zeros on ranks that do not end the chain."""
     stages = Stages(layout, cut, chain, "none", params, batch, execution)
+    stages.contexts = [replace(ctx, backend=replace(ctx.backend, loss_weight=None)) for ctx in stages.contexts]
 
-    def forward(chunk: int, part: int, carry: Tensor | None) -> Tensor | None:
-        x: Carry = carry
+    def forward(chunk: int, part: int, x: Tensor | None) -> Tensor | None:
         for segment, weights in stages.chunks[chunk]:
-            x = run(segment, weights, x, stages.contexts[part], execution)
-        if chunk == stages.last:
-            stages.add(x)
-            return None
+            x = forward_segment(segment, weights, x, stages.contexts[part], execution, stages.sums)
         return x
 
-    execute(stages.plan("forward"), forward, empty=stages.empty, axis=layout.axes.pp)
-    return stages.sums
+    execute(stages.plan("forward"), forward, empty=stages.empty, axis=stages.pp)
+    return stages.metrics()
 
 
 def _split(batch: Batch, n: int) -> list[Batch]:

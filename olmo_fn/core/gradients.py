@@ -1,0 +1,158 @@
+"""From a loss to its gradients: what a gradient function is given and gives, and the engine that is ``torch.func``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from olmo_fn import tree
+from olmo_fn.core.chain import (
+    Backend,
+    Batch,
+    Chain,
+    LossFunction,
+    Metric,
+    Metrics,
+    bind,
+    loss_tokens,
+    per_token,
+)
+from olmo_fn.core.layout import SINGLE, Layout, wide
+from olmo_fn.kernels import Function, Kernel, identity
+from olmo_fn.tree import Tree
+
+Engine: TypeAlias = Literal["tape", "func"]
+
+
+def everything(path: str) -> bool:
+    """True: every gradient is wanted."""
+    return True
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a step is carried out, never what it computes.
+
+    ``fuse`` and ``kernel`` compile (see `Backend`); ``donate`` lets an update write into the memory of the state it replaces;
+    ``layout`` says where things are; ``dtype`` is that of matrices and activations. ``wants`` says of a path whether its
+    gradient is asked for; the tree of gradients has no others. ``differentiable`` keeps what a derivative of the whole step
+    needs.
+    """
+
+    fuse: Callable[..., Function] = bind
+    kernel: Kernel = identity
+    donate: bool = False
+    layout: Layout = SINGLE
+    dtype: torch.dtype = torch.float32
+    wants: Callable[[str], bool] = everything
+    differentiable: bool = False
+
+    def backend(self, tokens: Tensor | None = None) -> Backend:
+        """What the tape hands to a chain; ``tokens``: the loss tokens of the batch, if there will be a backward."""
+        sharing = self.layout.sharing
+        weight = None if tokens is None else of_mean(tokens, self.dtype)
+        return Backend(True, sharing.axes, sharing.cp_method, self.dtype, self.fuse, self.kernel, loss_weight=weight)
+
+
+EAGER = Execution()
+
+
+def of_mean(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cotangent of the summed loss, so that the gradient is that of the mean: 1 / ``tokens``, in at least fp32."""
+    return 1.0 / tokens.to(torch.promote_types(dtype, torch.float32))
+
+
+class Signals(NamedTuple):
+    """What transforms tell the update, beside the metrics that they tell people. All are 0-d tensors, or None.
+
+    ``scale``: a factor that the gradients still lack. ``skip``: make no update. ``lr_scale``: a factor of the learning rate.
+    """
+
+    scale: Tensor | None = None
+    skip: Tensor | None = None
+    lr_scale: Tensor | None = None
+
+    def skipping(self, when: Tensor) -> Signals:
+        """These signals, and no update ``when`` (a bool) is true."""
+        return self._replace(skip=when if self.skip is None else self.skip | when)
+
+
+class Gradients(NamedTuple):
+    """What a gradient function gives: a tree in the dtype of the computation, which may lack ``signals.scale``; and metrics."""
+
+    tree: Tree
+    signals: Signals
+    metrics: Metrics
+
+    def finished(self, execution: Execution = EAGER) -> Gradients:
+        """The same gradients in at least fp32, with nothing lacking. Consumes them, unless ``execution.differentiable``."""
+        grads, scale = tree.map(wide, self.tree), self.signals.scale
+        if scale is not None:
+            scaled = torch.mul if execution.differentiable else Tensor.mul_
+            grads = tree.map(lambda g: scaled(g, scale), grads)
+        return Gradients(grads, self.signals._replace(scale=None), self.metrics)
+
+
+GradFunction: TypeAlias = Callable[[Tree, Batch, Execution], Gradients]
+
+
+@dataclass(frozen=True)
+class Grads:
+    """A gradient function. ``fn(params, batch, execution) -> Gradients`` is what transforms work on: ``params`` are local
+    shards and ``batch`` has its ``loss_tokens``. Called by a user it is ``(params, batch) -> (gradients, metrics)``, finished.
+    """
+
+    fn: GradFunction = field(repr=False)
+    chain: Chain | None = field(default=None, repr=False)
+    """The loss, if it is a chain: a pipeline cuts it."""
+
+    @property
+    def declared(self) -> Mapping[str, Metric]:
+        """How its metrics are put together; those that are not named are means over tokens."""
+        return self.chain.metrics if self.chain else {}
+
+    def __call__(self, params: Tree, batch: Batch, execution: Execution = EAGER) -> tuple[Tree, Metrics]:
+        done = self.fn(params, execution.layout.sharing.with_tokens(batch), execution).finished(execution)
+        return done.tree, done.metrics
+
+
+def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
+    """``torch.func.grad_and_value`` of the whole loss: short, and the reference for the tape engine."""
+    chain = loss if isinstance(loss, Chain) else None
+    declared = chain.metrics if chain else {}
+
+    def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
+        layout, tokens = execution.layout, loss_tokens(batch)
+        axes, cp_method = layout.sharing.axes, layout.sharing.cp_method
+        if chain is None:
+            Chain(lambda batch, backend: None, ()).check(axes, cp_method)  # a plain loss is written for no axes
+        else:
+            chain.check(axes, cp_method)
+        backend = Backend(axes=axes, cp_method=cp_method, dtype=dtype)
+
+        def scaled(wanted: Tree, frozen: Tree, part: Batch) -> tuple[Tensor, Metrics]:
+            both = tree.combine(wanted, frozen) if frozen else wanted
+            total, metrics = loss(both, part) if chain is None else chain(both, part, backend)
+            return total / tokens, {"loss": total, **metrics}
+
+        wanted, frozen = tree.split(layout.weights.fetch(params, tuple(params), dtype).ready(), execution.wants)
+        grads, (_, sums) = torch.func.grad_and_value(scaled, has_aux=True)(wanted, frozen, layout.sharing.local_batch(batch))
+        flat = layout.weights.finish(layout.weights.reduce(tree.flatten(grads))())
+        return in_order(params, flat, per_token(layout.sharing.total(sums, declared), tokens, declared))
+
+    return gradients
+
+
+def in_order(params: Tree, flat: Mapping[str, Tensor], metrics: Metrics) -> Gradients:
+    """Gradients by path as a tree, in the order of the parameters."""
+    return Gradients(tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat), Signals(), metrics)
+
+
+def with_wants(execution: Execution, trains: Callable[[str], bool]) -> Execution:
+    """The execution that asks for the gradients of fewer parameters."""
+    wanted = execution.wants
+    return replace(execution, wants=lambda path: trains(path) and wanted(path))

@@ -1,0 +1,80 @@
+"""A sublayer: what a block is made of (a mixer over positions, a feed-forward network), as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from olmo_fn.core.chain import NOTHING, Aux, Metric
+from olmo_fn.mesh.axis import Axis
+from olmo_fn.mesh.collectives import gather_replicated, take_part
+from olmo_fn.tree import Tree
+
+if TYPE_CHECKING:
+    from olmo_fn.nn.context import Context
+
+Result: TypeAlias = "Tensor | tuple[Tensor, Aux]"
+
+
+class Names(NamedTuple):
+    """What a parameter is called in other programs' files, relative to its block; matrices are (out, in) there."""
+
+    huggingface: str
+    olmo_core: str
+
+
+def no_cache(rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> Tree:
+    """The cache of a sublayer that looks at one position at a time: nothing."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Parameters, and the functions that use them: everything that training, decoding, counting and planning must know.
+
+    - ``name``: of its parameters' subtree in a block; its norm in the block is ``<name>_norm``.
+    - ``specs``: its parameters.
+    - ``apply(p, x, ctx)``: training. x (B, T, D) to a tensor of that shape, or to that and an `Aux`.
+    - ``extend(p, x, ctx, cache)``: decoding. x (B, T, D) of T new columns, from ``ctx.start`` on; gives the result and the
+      cache with these columns in it. Not given: ``apply``, for a sublayer that looks at one position at a time.
+    - ``cache(rows, capacity, dtype, device)``: an empty cache, a tree of tensors.
+    - ``flops(T)``: FLOPs of a forward pass over one sequence of T tokens: 2 for each entry of a matrix and token, and so on.
+    - ``tables``: what it wants to know of the positions, by a key: functions of the positions (R,) or (B, R), each computed
+      once for all sublayers that ask by the same key; ``ctx.tables[key]`` has the value.
+    - ``divided``: which of the axes ``tp`` and ``cp`` its ``apply`` is written for. Over ``tp`` others are computed whole on
+      each rank; over ``cp`` they are refused by name.
+    - ``metrics``: those that its `Aux` reports. Scalars are added up over the layers; of vectors each layer has its own.
+    - ``names``: what its parameters are called in other programs' files.
+    """
+
+    name: str
+    specs: Tree
+    apply: Callable[[Tree, Tensor, Context], Result]
+    flops: Callable[[int], int]
+    extend: Callable[[Tree, Tensor, Context, Tree], tuple[Tensor, Tree]] | None = None
+    cache: Callable[[int, int, torch.dtype, torch.device | str], Tree] = no_cache
+    tables: Mapping[Any, Callable[[Tensor], Any]] = field(default_factory=dict)
+    divided: tuple[str, ...] = ()
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    names: Mapping[str, Names] = field(default_factory=dict)
+
+    def run(self, p: Tree, x: Tensor, ctx: Context) -> tuple[Tensor, Aux]:
+        """``apply``, whole on the ranks of ``tp`` if it is not written for them."""
+        axes = ctx.backend.axes
+        if axes.tp.size == 1 or "tp" in self.divided:
+            return _with_aux(self.apply(p, x, ctx))
+        alone = replace(ctx, backend=replace(ctx.backend, axes=replace(axes, tp=Axis())))
+        y, aux = _with_aux(self.apply(p, gather_replicated(x, 1, axes.tp), alone))
+        return take_part(y, 1, axes.tp), aux
+
+    def decode(self, p: Tree, x: Tensor, ctx: Context, cache: Tree) -> tuple[Tensor, Tree]:
+        """``extend``, or ``apply`` for a sublayer without one."""
+        return (_with_aux(self.apply(p, x, ctx))[0], cache) if self.extend is None else self.extend(p, x, ctx, cache)
+
+
+def _with_aux(result: Result) -> tuple[Tensor, Aux]:
+    return result if isinstance(result, tuple) else (result, NOTHING)
