@@ -139,7 +139,9 @@ class Sharing:
 
     def with_tokens(self, batch: Batch) -> Batch:
         """The batch with its ``loss_tokens``."""
-        return batch if "loss_tokens" in batch else {**batch, "loss_tokens": self.count_tokens(batch)}
+        if "loss_tokens" in batch or "labels" not in batch:
+            return batch
+        return {**batch, "loss_tokens": self.count_tokens(batch)}
 
     def local_batch(self, batch: Batch) -> Batch:
         """This rank's rows of a batch, as a step is given it."""

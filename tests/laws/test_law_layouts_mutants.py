@@ -12,7 +12,7 @@ from strategies import Case, batches_of
 from test_law_layouts import recipe
 
 from olmo_fn.core.chain import IGNORE
-from olmo_fn.core.pipe import Transform, _execute
+from olmo_fn.core.pipe import Transform, with_execution
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.models import transformer
@@ -136,7 +136,7 @@ class Unscaled(Sharded):
 
 def my_shard(connection, specs, rules):
     layout = Unscaled(connection, specs, rules)
-    return Transform("my_shard", object, object, lambda step: _execute(step, layout=layout))
+    return Transform("my_shard", object, object, lambda step: with_execution(step, layout=layout))
 
 
 def test_a_layout_of_ones_own(pool: Pool) -> None:

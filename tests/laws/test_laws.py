@@ -4,7 +4,7 @@
 """
 
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -16,9 +16,10 @@ from strategies import batches, boxes, models, part_of
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, save
-from olmo_fn.core.chain import Chain, Grads, Stage
+from olmo_fn.core.chain import IGNORE, NOTHING, Aux, Backend, Chain, Stage
 from olmo_fn.core.compile import compile
-from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
+from olmo_fn.core.gradients import Gradients, Grads, Signals
+from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.core.step import State
 from olmo_fn.data.batches import Batches, share
 from olmo_fn.data.prefetch import prefetch
@@ -123,10 +124,11 @@ def mean_of_means(n):
 
     def apply(inner):
         def gradients(params, batch, execution):
-            parts = [{k: v.chunk(n)[i] for k, v in batch.items()} for i in range(n)]
-            grads, metrics = zip(*(inner(params, part, execution) for part in parts), strict=True)
+            parts = [{k: v.chunk(n)[i] for k, v in batch.items() if v.ndim} for i in range(n)]
+            own = [{**part, "loss_tokens": (part["labels"] != IGNORE).sum()} for part in parts]
+            grads, _, metrics = zip(*(inner.fn(params, part, execution).finished() for part in own), strict=True)
             mean = lambda *x: sum(x) / n  # noqa: E731
-            return tree.map(mean, *grads), tree.map(mean, *metrics)
+            return Gradients(tree.map(mean, *grads), Signals(), tree.map(mean, *metrics))
 
         return Grads(gradients)
 
@@ -181,10 +183,10 @@ def test_law_5_remat_catches():
     torch.manual_seed(0)
     chain = transformer.loss(SMALL)
 
-    def noisy(norm, carry, ctx):
-        return carry[0] + 0.1 * torch.randn_like(carry[0])
+    def noisy(p, x, ctx):
+        return x + 0.1 * torch.randn_like(x) + p["feed_forward_norm"].sum() * x, NOTHING
 
-    stages = tuple(s._replace(fn=noisy) if s.name == "feed_forward_norm" else s for s in chain.stages)
+    stages = tuple(s._replace(fn=noisy) if s.name == "feed_forward" else s for s in chain.stages)
     with pytest.raises((AssertionError, RuntimeError)):
         law_invisible(replace(chain, stages=stages), SMALL, batch_of(SMALL), remat="full")
 
@@ -242,10 +244,10 @@ def test_law_5_compile_catches():
     """A mutant: a wrapper that changes the numbers a little, such as by computing in less precision."""
     from olmo_fn.core.step import Step
 
-    def lossy(fn):
-        return lambda *args: fn(*args) * (1 + 1e-7) if fn.__qualname__.startswith("_add_normed") else fn(*args)
+    def lossy(fn, *constants):
+        return lambda *args: fn(*constants, *args) * (1 + 1e-7) if fn.__name__ == "add_normed" else fn(*constants, *args)
 
-    execution = Transform("lossy()", Step, Step, lambda step: replace(step, execution=replace(step.execution, wrap=lossy)))
+    execution = Transform("lossy()", Step, Step, lambda step: with_execution(step, fuse=lossy))
     with pytest.raises(AssertionError):
         law_compile(transformer.loss(ALIKE), execution)
 
@@ -323,20 +325,29 @@ class Liar(torch.autograd.Function):
         return 7 * g
 
 
-def lying_stage(w, x, ctx):
+@dataclass(frozen=True)
+class LiarsContext:
+    backend: Backend
+
+
+def lie(w, x=None):
     return Liar.apply(w if x is None else x * w).sin()
 
 
-def last_stage(w, x, ctx):
-    return (x * w).sum(), {}
+def lying_stage(p, x, ctx):
+    return ctx.backend.fuse(lie)(p["w"], *([] if x is None else [x])), NOTHING
+
+
+def last_stage(p, x, ctx):
+    return None, Aux((x * p["w"]).sum())
 
 
 LIARS = Chain(
-    lambda batch: batch,
+    lambda batch, backend: LiarsContext(backend),
     (
-        Stage("first", ("a",), lying_stage),
-        Stage("attention", ("b",), lying_stage, block=0),
-        Stage("head", ("c",), last_stage),
+        Stage("first", (("w", "a"),), lying_stage),
+        Stage("attention", (("w", "b"),), lying_stage, block=0),
+        Stage("head", (("w", "c"),), last_stage),
     ),
 )
 
@@ -408,12 +419,11 @@ def law_on_the_way(change):
     """What a step's update does to gradients on its way is what a called Grads does: at least fp32, and the factor."""
     loss, params, batch = transformer.loss(SMALL), params_of(SMALL, dtype=torch.float32), batch_of(SMALL)
     step = pipe(loss, grad(dtype=torch.bfloat16), clip(0.1), sgd(lr=0.5))
-    raw, metrics = step.grads.fn(params, batch, step.execution)
-    assert any(g.dtype == torch.bfloat16 for _, g in tree.items(raw))
-    assert 0 < float(metrics["grad_scale"]) < 1
-    expected, _ = step.update(step.init(params), *step.grads(params, batch, step.execution))
-    found, metrics = replace(step, grads=Grads(change(step.grads.fn)))(step.init(params), batch)
-    assert "grad_scale" not in metrics
+    raw = step.grads.fn(params, batch, step.execution)
+    assert any(g.dtype == torch.bfloat16 for _, g in tree.items(raw.tree))
+    assert 0 < float(raw.signals.scale) < 1
+    expected, _ = step.update(step.init(params), raw.finished())
+    found, _ = replace(step, grads=Grads(change(step.grads.fn)))(step.init(params), batch)
     assert bitwise(as_tree(expected), as_tree(found))
 
 
@@ -421,8 +431,7 @@ def forgotten_factor(fn):
     """A mutant: the factor gets lost."""
 
     def gradients(*args):
-        grads, metrics = fn(*args)
-        return grads, {name: value for name, value in metrics.items() if name != "grad_scale"}
+        return fn(*args)._replace(signals=Signals())
 
     return gradients
 
@@ -431,9 +440,8 @@ def narrow_factor(fn):
     """A mutant: the factor is applied in the dtype of the computation."""
 
     def gradients(*args):
-        grads, metrics = fn(*args)
-        scale = metrics.pop("grad_scale")
-        return tree.map(lambda g: g * scale, grads), metrics
+        grads, signals, metrics = fn(*args)
+        return Gradients(tree.map(lambda g: g * signals.scale.to(g.dtype), grads), Signals(), metrics)
 
     return gradients
 
@@ -453,7 +461,8 @@ def gradients_of(values):
     values = iter(values)
 
     def gradients(params, batch, execution):
-        return tree.map(torch.ones_like, params), {"loss": torch.tensor(next(values), dtype=DOUBLE)}
+        loss = {"loss": torch.tensor(next(values), dtype=DOUBLE)}
+        return Gradients(tree.map(torch.ones_like, params), Signals(), loss)
 
     return Transform("gradients_of", Grads, Grads, lambda inner: Grads(gradients))
 
@@ -490,10 +499,10 @@ def zeroed_gradient():
 
     def apply(step):
         def gradients(params, batch, execution):
-            grads, metrics = step.grads(params, batch, execution)
-            bad = not metrics["loss"] < 100
-            metrics = {**metrics, "loss": torch.tensor(1.0)} if bad else metrics
-            return (tree.map(torch.zeros_like, grads) if bad else grads), metrics
+            grads, signals, metrics = step.grads.fn(params, batch, execution)
+            if metrics["loss"] < 100:
+                return Gradients(grads, signals, metrics)
+            return Gradients(tree.map(torch.zeros_like, grads), signals, {**metrics, "loss": torch.tensor(1.0)})
 
         return replace(step, grads=Grads(gradients))
 

@@ -24,9 +24,9 @@ from torch._dynamo.utils import counters
 
 from olmo_fn import optim, tree
 from olmo_fn.checkpoint import load, save
-from olmo_fn.core.chain import Grads
 from olmo_fn.core.compile import compile
-from olmo_fn.core.pipe import Transform, _execute, accumulate, clip, donate, ema, grad, pipe, skip_spikes
+from olmo_fn.core.gradients import Grads
+from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.core.step import State, Step
 from olmo_fn.optim import Rule, optimizer, warmup_linear
 from olmo_fn.spec import Init, Spec, abstract, init
@@ -113,7 +113,7 @@ def test_keeps_shapes_catches():
 def law_compiles_once(transform, *more):
     """Dynamo alone: the guards are what makes it compile again, and Inductor takes long."""
     step = step_of(transform, *more)
-    step = _execute(step, wrap_leaf=wrap_with("eager"))
+    step = with_execution(step, wrap_leaf=wrap_with("eager"))
     torch._dynamo.reset()
     state = drive(step, 1)
     first = counters["stats"]["unique_graphs"]

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, save
-from olmo_fn.core.chain import Grads
-from olmo_fn.core.pipe import Transform, _execute, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes
+from olmo_fn.core.gradients import Grads
+from olmo_fn.core.pipe import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.core.step import State
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.optim import Rule, adamw, muon, optimizer, partition
@@ -171,7 +171,7 @@ def test_form_catches():
 def law_compiles_once(step, specs=SPECS):
     """Dynamo alone, since its guards are what makes it compile again."""
     torch._dynamo.reset()
-    compiled = _execute(step, wrap_leaf=wrap_with("eager"))
+    compiled = with_execution(step, wrap_leaf=wrap_with("eager"))
     state = run(compiled, 1, specs=specs)
     first = counters["stats"]["unique_graphs"]
     assert first > 0

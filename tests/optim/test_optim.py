@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Grads
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.optim import Decay, adamw, sgd

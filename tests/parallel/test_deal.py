@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olmo_fn import tree
-from olmo_fn.core.chain import identity
 from olmo_fn.core.pipe import grad, pipe
+from olmo_fn.kernels import identity
 from olmo_fn.mesh.axis import chunk
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models import transformer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from olmo_fn import tree
-from olmo_fn.core.pipe import Transform, _execute, clip, grad, pipe
+from olmo_fn.core.pipe import Transform, clip, grad, pipe, with_execution
 from olmo_fn.core.step import Step
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import DEFAULT, Rules
@@ -177,7 +177,7 @@ def between_sweeps(connection, rules: Rules) -> tuple[int, int]:
 
             return replace(ours, stages=(*ours.stages[:-1], head._replace(vjp=vjp)))
 
-    step = _execute(recipe(torch.float32), layout=Watched(connection, SPECS, rules))
+    step = with_execution(recipe(torch.float32), layout=Watched(connection, SPECS, rules))
     state = step.init(init(SPECS, 0))
     with Live() as live:
         step(state, a_batch())

@@ -9,8 +9,9 @@ from torch.func import hessian
 from torch.testing import assert_close
 
 from olmo_fn import spec, tree
-from olmo_fn.core.chain import IGNORE, Grads, loss_tokens
+from olmo_fn.core.chain import IGNORE, loss_tokens
 from olmo_fn.core.compile import compile, has_compiler
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer

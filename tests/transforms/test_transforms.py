@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from olmo_fn import transforms, tree
-from olmo_fn.core.chain import Grads
+from olmo_fn.core.gradients import Grads
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
