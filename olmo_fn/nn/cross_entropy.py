@@ -20,17 +20,18 @@ from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import pmax, psum
 from olmo_fn.nn.context import Context
 from olmo_fn.nn.embedding import local_rows
+from olmo_fn.nn.linear import Weight, merged
 
 LOGITS_BYTES = 1 << 25  # logits that live at once, within these numbers of rows:
 LOGITS_ROWS = (1024, 2048)  # fast matrix products need the first, more than the second gain nothing
 
 
 def cross_entropy(
-    ctx: Context, w_out: Tensor, h: Tensor, labels: Tensor, vocab_size: int, z_loss: float = 0.0
+    ctx: Context, matrix: Weight, h: Tensor, labels: Tensor, vocab_size: int, z_loss: float = 0.0
 ) -> tuple[Tensor, Metrics]:
     """Summed cross entropy plus ``z_loss · logsumexp²`` (PaLM, section 5) over the labels that count.
 
-    ``w_out`` (V, D) in any dtype, ``h`` (B, T, D) after the final norm in that of the products, ``labels`` (B, T), `IGNORE`
+    ``matrix`` (V, D) in any dtype, ``h`` (B, T, D) after the final norm in that of the products, ``labels`` (B, T), `IGNORE`
     where there is no loss. Returns the sum (0-d, fp32) and its two parts ``ce`` and ``z``. On an axis ``tp`` each rank has some
     rows of the vocabulary, and the same ``h``; the sum is the whole one on all of them, the gradient of ``h`` a rank's share.
 
@@ -41,7 +42,7 @@ def cross_entropy(
     >>> round(loss.item(), 3)  # the label's probability is 0.787
     0.24
     """
-    backend, tp = ctx.backend, ctx.backend.axes.tp
+    backend, tp, w_out = ctx.backend, ctx.backend.axes.tp, merged(matrix)
     rows, inside = local_rows(labels, vocab_size, tp)
     if not backend.fast:
         return plain_cross_entropy(w_out, h, labels, rows, inside, z_loss, tp)

@@ -15,14 +15,15 @@ from olmo_fn.kernels.huge_pages import new_large
 from olmo_fn.mesh.axis import Axis, chunk
 from olmo_fn.mesh.collectives import all_gather, reduce_scatter
 from olmo_fn.nn.context import Context
+from olmo_fn.nn.linear import Weight, merged
 
 
-def embedding(ctx: Context, weight: Tensor, vocab_size: int) -> Tensor:
-    """Rows of ``weight`` (V, D) for the batch's ids (B, T): (B, T, D) in the compute dtype.
+def embedding(ctx: Context, table: Weight, vocab_size: int) -> Tensor:
+    """Rows of ``table`` (V, D) for the batch's ids (B, T): (B, T, D) in the compute dtype.
 
     On an axis ``tp``, where each rank has some rows of the vocabulary, this rank's part of the sequence.
     """
-    tp, ids = ctx.backend.axes.tp, ctx.input_ids
+    tp, ids, weight = ctx.backend.axes.tp, ctx.input_ids, merged(table)
     rows, inside = local_rows(ids, vocab_size, tp)
     if not ctx.backend.fast:
         return _look_up(weight, rows, inside, tp).to(ctx.backend.dtype or weight.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from olmo_fn.core.chain import Backend
@@ -26,8 +27,19 @@ class Adapted(NamedTuple):
     b: Tensor
     scale: float
 
+    @property
+    def merged(self) -> Tensor:
+        """The sum, in the dtype of ``w``: for what is no product."""
+        wide = torch.promote_types(self.w.dtype, torch.float32)
+        return (self.w.to(wide) + self.scale * (self.b.to(wide) @ self.a.to(wide))).to(self.w.dtype)
+
 
 Weight: TypeAlias = Tensor | Adapted
+
+
+def merged(weight: Weight) -> Tensor:
+    """The matrix itself, or the sum of an adapted one."""
+    return weight.merged if isinstance(weight, Adapted) else weight
 
 
 def linear(

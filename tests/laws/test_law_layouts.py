@@ -10,11 +10,12 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import one_stage
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from strategies import Case, batches_of, cases
 
-from olmo_fn.core.chain import Batch, Chain, Stage
+from olmo_fn.core.chain import Batch
 from olmo_fn.core.compile import compile
 from olmo_fn.core.pipe import Transform, accumulate, clip, ema, grad, pipe, skip_spikes
 from olmo_fn.core.step import Step
@@ -165,8 +166,7 @@ def regression(params, batch):
 
 
 def of_numbers(engine: str) -> Step:
-    stage = Stage("all", ("w",), lambda w, carry, ctx: regression({"w": w}, ctx))
-    loss = Chain(lambda batch: batch, (stage,)) if engine == "tape" else regression
+    loss = one_stage(regression, "w") if engine == "tape" else regression
     return pipe(loss, grad(engine, dtype=torch.float64), adamw(1e-2), skip_spikes(), ema(0.9))
 
 

@@ -113,7 +113,7 @@ def test_keeps_shapes_catches():
 def law_compiles_once(transform, *more):
     """Dynamo alone: the guards are what makes it compile again, and Inductor takes long."""
     step = step_of(transform, *more)
-    step = with_execution(step, wrap_leaf=wrap_with("eager"))
+    step = with_execution(step, kernel=wrap_with("eager"))
     torch._dynamo.reset()
     state = drive(step, 1)
     first = counters["stats"]["unique_graphs"]

@@ -135,8 +135,8 @@ def mutant(control=lambda slot: slot, update=lambda p, g, slots, s: (s["lr"] * g
     rule = Rule(start or (lambda path, p: {"slot": torch.zeros_like(p)}), update)
     inner = pipe(loss, *chain(parts=parts, optim=optimizer("mutant", rule, 0.1)))
 
-    def wrong(state, metrics):
-        own, scalars, metrics = inner.control(state, metrics)
+    def wrong(state, signals, metrics):
+        own, scalars, metrics = inner.control(state, signals, metrics)
         return {**own, "own": {"x": control(state.slots["own"]["x"])}}, scalars, metrics
 
     return replace(inner, init_control=lambda: {**inner.init_control(), "own": {"x": torch.zeros(())}}, control=wrong)
@@ -171,7 +171,7 @@ def test_form_catches():
 def law_compiles_once(step, specs=SPECS):
     """Dynamo alone, since its guards are what makes it compile again."""
     torch._dynamo.reset()
-    compiled = with_execution(step, wrap_leaf=wrap_with("eager"))
+    compiled = with_execution(step, kernel=wrap_with("eager"))
     state = run(compiled, 1, specs=specs)
     first = counters["stats"]["unique_graphs"]
     assert first > 0

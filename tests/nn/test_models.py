@@ -15,17 +15,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo3Config, Olmo3ForCausalLM
 
 from olmo_fn import spec, tree
-from olmo_fn.core.chain import IGNORE, subtrees
+from olmo_fn.core.chain import IGNORE, PLAIN, Backend
 from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.kernels.attention_cpu import attend_whole_vjp, suits
 from olmo_fn.kernels.attention_tiles import TILE, attend, attend_vjp, document_starts
 from olmo_fn.kernels.huge_pages import LARGE, new_large, to_large
-from olmo_fn.mesh.axis import ALONE
+from olmo_fn.mesh.axis import Axis
 from olmo_fn.models import count, transformer
 from olmo_fn.models.config import OLMO2, OLMO3, dense, modified
 from olmo_fn.nn import cross_entropy as head
-from olmo_fn.nn.embedding import embed_vjp
-from olmo_fn.nn.feed_forward import feed_forward, feed_forward_vjp
+from olmo_fn.nn.attention import causal_pairs
+from olmo_fn.nn.context import Context
+from olmo_fn.nn.embedding import add_rows, embedding
+from olmo_fn.nn.feed_forward import swiglu
+from olmo_fn.nn.linear import Adapted, linear
 from olmo_fn.nn.norm import rms_norm
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
@@ -90,10 +93,10 @@ def test_logits_and_hidden_states(case):
     """Each block's output, and the logits."""
     cfg, tensors, _, params, batch = case
     chain, x = transformer.loss(cfg), None
-    context = chain.context(batch)
+    context = chain.context(batch, PLAIN)
     for stage in chain.stages[:-1]:
-        x = stage.fn(*subtrees(params, stage), x, context)
-        if stage.name == "feed_forward_norm":
+        x, _ = stage.fn({key: tree.at(params, path) for key, path in stage.params}, x, context)
+        if stage.name == "feed_forward":
             assert_close(x, tensors[f"hidden.{stage.block}"], **CLOSE)
     assert_close(transformer.logits(cfg, params, batch), tensors["logits"], **CLOSE)
 
@@ -105,7 +108,7 @@ def test_loss_per_token(case):
     w_out = transformer.output_matrix(params)
 
     def one(x, label):
-        return head.head_loss(w_out, x, label, z_loss=facts["z_loss_multiplier"])[1]
+        return head.plain_cross_entropy(w_out, x, label, label, None, facts["z_loss_multiplier"], Axis())[1]
 
     h = rms_norm(params["head"]["norm"], x, cfg.norm_eps)
     parts = torch.vmap(torch.vmap(one))(h, batch["labels"])
@@ -142,7 +145,7 @@ def test_windows_of_the_fixtures():
     """Forcing the first layer to full attention shifts the pattern by one, as in OLMo-core."""
     expected = {"olmo3_swa": [5, 5, 5, None], "swa_default_flags": [None, 3, 6, None]}
     for name, windows in expected.items():
-        assert [read(name)[0].window(layer) for layer in range(4)] == windows
+        assert [read(name)[0].block.mixer.window(layer, 4) for layer in range(4)] == windows
 
 
 # --- documents and windows over many blocks of rows ---------------------------------------------------------
@@ -191,7 +194,7 @@ def law_pullback(fn, vjp, *inputs):
     cotangent = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         out, pullback = vjp(*inputs)
-        found = pullback(cotangent)
+        found = pullback(out, cotangent)
     assert_close(out, expected, rtol=1e-12, atol=1e-12)
     for one, other in zip(found, torch.autograd.grad(expected, leaves, cotangent), strict=True):
         assert_close(one, other, rtol=1e-11, atol=1e-11)
@@ -204,24 +207,40 @@ def test_the_pullback_law_catches():
     with pytest.raises(AssertionError):
         law_pullback(partial(attend, window=7), lambda *x: (attend(*x, window=7), wide_window(*x)[1]), q, k, v)
     with pytest.raises(AssertionError):
-        law_pullback(attend, lambda *x: (attend(*x), lambda c: tuple(2 * g for g in attend_vjp(*x)[1](c))), q, k, v)
+        law_pullback(attend, lambda *x: (attend(*x), lambda o, c: tuple(2 * g for g in attend_vjp(*x)[1](o, c))), q, k, v)
 
 
-def test_feed_forward_pullback():
+PLAIN_CONTEXT, FAST_CONTEXT = (Context(Backend(fast), *[torch.zeros(1, 1, dtype=torch.int64)] * 3) for fast in (False, True))
+
+
+def law_primitive(fn, *inputs):
+    """``fn(ctx, *inputs)`` gives the same by the fast primitives as by plain operations, its gradients included."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected, found = fn(PLAIN_CONTEXT, *leaves), fn(FAST_CONTEXT, *leaves)
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
+    grads = (torch.autograd.grad(out, leaves, cotangent) for out in (found, expected))
+    for one, other in zip(*grads, strict=True):
+        assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_swiglu_and_linear_are_their_definitions():
     g = torch.Generator().manual_seed(0)
     x, gate, up, down = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((2, 5, 6), (6, 9), (6, 9), (9, 6)))
+    law_primitive(swiglu, x, gate, up, down)
+    law_primitive(lambda ctx, x, a, b: torch.cat(ctx.linear(x, a, b), -1).sin(), x, gate, up)
+    law_primitive(lambda ctx, x, w, a, b: ctx.linear(x, Adapted(w, a, b, 0.5))[0], x, gate, up[:2], gate[:, :2])
 
-    def vjp(x, gate, up, down):
-        out, pullback = feed_forward_vjp({"w_gate": gate, "w_up": up, "w_down": down}, x)
 
-        def flat(cotangent):
-            later, d_x = pullback(cotangent, None)
-            d_p = later()
-            return d_x, d_p["w_gate"], d_p["w_up"], d_p["w_down"]
-
-        return out, flat
-
-    law_pullback(lambda x, a, b, c: feed_forward({"w_gate": a, "w_up": b, "w_down": c}, x), vjp, x, gate, up, down)
+def test_a_weight_that_is_no_leaf_has_its_gradient_through_autograd():
+    """Gradients of leaves may be taken past autograd; those of what was computed from leaves must not be."""
+    taken, x, w = [], torch.ones(1, 2, 3), torch.ones(3, 3, requires_grad=True)
+    backend = Backend(True, weight_grads=lambda weight, gradient: weight is w and not taken.append(gradient()))
+    (through_autograd,) = torch.autograd.grad(linear(backend, x, [2 * w])[0].sum(), w)
+    assert (through_autograd == 4).all()
+    assert not taken
+    torch.autograd.grad(linear(backend, x, [w])[0].sum(), w, allow_unused=True)
+    assert (taken[0] == 2).all()
 
 
 @pytest.mark.parametrize("pattern", [(), (5, -1)])
@@ -254,22 +273,26 @@ def test_head_by_chunks(monkeypatch, known):
     labels = torch.randint(0, 11, (3, 7), generator=g).masked_fill(torch.rand(3, 7, generator=g) < 0.3, IGNORE)
     monkeypatch.setattr(head, "LOGITS_BYTES", 0)
     monkeypatch.setattr(head, "LOGITS_ROWS", (5, 5))  # five rows at once, and the last chunk has one
-    total, parts = head.head_loss(w_out, h, labels, z_loss=0.01)
+    total, parts = head.cross_entropy(PLAIN_CONTEXT, w_out, h, labels, 11, z_loss=0.01)
     expected = torch.autograd.grad(total * 0.7, (w_out, h))
-    cotangent = torch.tensor(0.7, dtype=torch.float64)
-    with torch.no_grad():
-        given = {"cotangent": cotangent} if known else {}
-        (by_chunks, more), pullback = head.head_vjp(w_out, h, labels, z_loss=0.01, **given)
-    assert_close((by_chunks, more), (total.detach(), parts))
-    assert_close(pullback(cotangent), expected)
+    weight = torch.tensor(0.7, dtype=torch.float64)
+    ctx = replace(FAST_CONTEXT, backend=Backend(True, loss_weight=weight))
+    by_chunks, more = head.cross_entropy(ctx, w_out, h, labels, 11, z_loss=0.01)
+    assert_close((by_chunks.detach(), more), (total.detach(), parts))
+    cotangent = weight if known else torch.tensor(0.7, dtype=torch.float64)
+    assert_close(torch.autograd.grad(by_chunks, (w_out, h), cotangent), expected)
+    other = head.cross_entropy(ctx, w_out, h, labels, 11, z_loss=0.01)[0]
+    assert_close(torch.autograd.grad(other, (w_out, h), 2 * weight), tuple(2 * g for g in expected))
+    alone = replace(FAST_CONTEXT, backend=Backend(True))
+    assert_close(head.cross_entropy(alone, w_out, h, labels, 11, z_loss=0.01)[0], total.detach())
 
 
 def test_rows_of_an_embedding_are_summed_wide_and_rounded_once():
     """Each of 300 cotangents of 1 is lost in a bf16 sum above 256; rows that no id reads have none."""
     weight, ids = torch.randn(5, 2), torch.tensor([[3] * 300 + [1]])
-    rows, pullback = embed_vjp(weight, ids, ALONE.tp, 0)
-    assert_close(rows, weight[ids])
-    found = pullback(torch.ones(1, 301, 2, dtype=torch.bfloat16))
+    ctx = replace(FAST_CONTEXT, input_ids=ids)
+    assert_close(embedding(ctx, weight, 5), weight[ids])
+    found = add_rows(torch.ones(1, 301, 2, dtype=torch.bfloat16), ids, None, 5)
     assert found.dtype == torch.bfloat16
     assert found[:, 0].tolist() == [0, 1, 0, 300, 0]
 
@@ -377,6 +400,10 @@ COUNTS_3["olmo3-600m"] = (676_414_720, 676_414_720 - 100_352 * 1280)
 
 
 @pytest.mark.parametrize(("presets", "counts"), [(OLMO2, COUNTS), (OLMO3, COUNTS_3)])
+def heads_width(cfg):
+    return cfg.block.mixer.n_heads * cfg.block.mixer.width(cfg.d_model)
+
+
 def test_parameters_of_the_presets(presets, counts):
     """Every size of both families has OLMo-core's number of parameters."""
     assert {n: (count.num_params(m), count.num_non_embedding_params(m)) for n, m in presets.items()} == counts
@@ -396,7 +423,8 @@ def test_flops_of_the_fixtures(case):
     gains = sum(p.numel() for path, p in tree.items(params) if path.endswith(("q_norm", "k_norm", "head.norm")))
     for length, theirs in facts["counts"]["flops_per_token"].items():
         S = int(length)
-        attention = [12 * cfg.n_heads * cfg.k * count.causal_pairs(S, cfg.window(i)) for i in range(cfg.n_layers)]
+        mixer, width = cfg.block.mixer, heads_width(cfg)
+        attention = [12 * width * causal_pairs(S, mixer.window(i, cfg.n_layers)) for i in range(cfg.n_layers)]
         rounded_away = sum(a % S for a in attention)
         assert count.flops_per_sequence(cfg, S) == S * (theirs - 6 * gains) + rounded_away
         assert count.flops_per_token(cfg, S) == pytest.approx(theirs - 6 * gains, abs=cfg.n_layers)
@@ -408,7 +436,7 @@ def test_matrix_flops_are_those_of_the_multiplications(case):
     with FlopCounterMode(display=False) as counter:
         transformer.logits(cfg, params, batch)
     B, T = batch["input_ids"].shape
-    scores_and_values = 4 * B * cfg.n_heads * cfg.k * T * T * cfg.n_layers  # T is below a block of rows: no key left out
+    scores_and_values = 4 * B * heads_width(cfg) * T * T * cfg.n_layers  # T is below a block of rows: no key left out
     assert counter.get_total_flops() == 2 * B * T * count.num_matrix_params(cfg) + scores_and_values
 
 
@@ -416,7 +444,7 @@ def test_matrix_flops_are_those_of_the_multiplications(case):
 def test_causal_pairs(window):
     """The closed form is the number of pairs."""
     pairs = sum(1 for i in range(9) for j in range(i + 1) if window is None or i - j < window)
-    assert count.causal_pairs(9, window) == pairs
+    assert causal_pairs(9, window) == pairs
 
 
 def test_counting_is_quick():

@@ -41,14 +41,14 @@ def there_and_back(connection, shapes: list[tuple[tuple[int, ...], int]], break_
 
     parts = [[own(x, dim) for x in item] for item, (_, dim) in zip(wholes, shapes, strict=True)]
     shards = [[Shard(shape, dim)] * len(DTYPES) for shape, dim in shapes]
-    mine = deal.deal(parts, shards, axis)
+    mine = deal.scatter_to_owners(parts, shards, axis)
     assert (mine is None) == (axis.index >= len(shapes))
     if mine is not None:
         assert all(torch.equal(x, y) for x, y in zip(mine, wholes[axis.index], strict=True))
         mine = [*(2 * x for x in mine), every[axis.index] + 1]
     like = [[*item, x] for item, x in zip(parts, every, strict=True)]
     with patch("olmo_fn.parallel.owners.chunk_of", break_it(deal.chunk_of)):
-        found = deal.collect(mine, like, [[*item, None] for item in shards], axis)
+        found = deal.gather_from_owners(mine, like, [[*item, None] for item in shards], axis)
     for item, before in zip(found, like, strict=True):
         for x, old in zip(item[:-1], before[:-1], strict=True):
             assert x.dtype == old.dtype

@@ -17,7 +17,7 @@ from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
 from olmo_fn.optim import adamw
 from olmo_fn.parallel.shard import shard
-from olmo_fn.parallel.sharded import Gathered, Sharded
+from olmo_fn.parallel.sharded import Gathered, ShardedWeights, sharded
 from olmo_fn.spec import init
 from olmo_fn.testing import Live, Moved, Pool, Traffic
 
@@ -28,8 +28,8 @@ SPECS = transformer.specs(MODEL)
 ZERO2 = Rules(keep_gathered=True)
 
 
-def recipe(dtype: torch.dtype, *more: Transform) -> Step:
-    return pipe(transformer.loss(MODEL), grad(dtype=dtype), clip(1.0), adamw(1e-2), *more)
+def recipe(dtype: torch.dtype, *more: Transform, change=lambda stage: stage) -> Step:
+    return pipe(transformer.loss(MODEL).changed(change), grad(dtype=dtype), clip(1.0), adamw(1e-2), *more)
 
 
 def a_batch() -> dict[str, torch.Tensor]:
@@ -53,19 +53,19 @@ def elements(on: Callable[[str], bool], matrices: bool | None = None) -> int:
     return sum(s.size for p, s in tree.items(SPECS) if on(p) and matrices in (None, len(s.shape) > 1))
 
 
-def sharded(path: str) -> bool:
+def is_sharded(path: str) -> bool:
     """All but the gains of queries and keys, which have no dim "embed"."""
     return "embed" in tree.at(SPECS, path).axes
 
 
 def weights(wire: int, last: bool = True) -> int:
     """Bytes of all that FSDP gathers: matrices in the compute dtype, vectors in fp32; without the head's segment perhaps."""
-    on = lambda path: sharded(path) and (last or not path.startswith("head"))  # noqa: E731
+    on = lambda path: is_sharded(path) and (last or not path.startswith("head"))  # noqa: E731
     return wire * elements(on, matrices=True) + 4 * elements(on, matrices=False)
 
 
 SEGMENTS = LAYERS + 2  # embedding, blocks, head
-REST = 4 * elements(lambda path: not sharded(path))  # summed at the end, at once
+REST = 4 * elements(lambda path: not is_sharded(path))  # summed at the end, at once
 CONTROL = Moved(2, 4 * 3 + 8, 4 * 3 + 8)  # loss, ce, z of all tokens; the squared norm
 
 
@@ -160,24 +160,22 @@ def between_sweeps(connection, rules: Rules) -> tuple[int, int]:
     gathered: list[Gathered] = []
     found: list[tuple[int, int]] = []
 
-    class Watched(Sharded):
+    class Watched(ShardedWeights):
         def fetch(self, *args):
             weights = super().fetch(*args)
             gathered.extend([weights] if isinstance(weights, Gathered) else [])
             return weights
 
-        def chain(self, chain):
-            ours = super().chain(chain)
-            head = ours.stages[-1]
+    def watching(stage):
+        def head(p, x, ctx):
+            weights = sum(out.untyped_storage().nbytes() for segment in gathered for out in segment.outs.values())
+            found.append((weights, live.bytes()))
+            return stage.fn(p, x, ctx)
 
-            def vjp(*args):
-                weights = sum(out.untyped_storage().nbytes() for segment in gathered for out in segment.outs)
-                found.append((weights, live.bytes()))
-                return head.vjp(*args)
+        return stage._replace(fn=head) if stage.name == "head" else stage
 
-            return replace(ours, stages=(*ours.stages[:-1], head._replace(vjp=vjp)))
-
-    step = with_execution(recipe(torch.float32), layout=Watched(connection, SPECS, rules))
+    layout = sharded(connection, SPECS, rules)
+    step = with_execution(recipe(torch.float32, change=watching), layout=replace(layout, weights=Watched(layout.placement)))
     state = step.init(init(SPECS, 0))
     with Live() as live:
         step(state, a_batch())
