@@ -30,7 +30,8 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
     """Make the process groups of ``mesh``; every rank calls it, with the same mesh, at the same point.
 
     Needs ``torch.distributed`` initialised with ``mesh.size`` ranks (ValueError otherwise). Axes over the same ranks
-    share a group. ``device_mesh`` has the dims `AT_REST`, over the ranks of this rank's pipeline stage.
+    share a group, and neighbours in a pipeline have groups of their own. ``device_mesh`` has the dims `AT_REST`, over the
+    ranks of this rank's pipeline stage.
     """
     there = dist.get_world_size() if dist.is_initialized() else 0
     if there != mesh.size:
@@ -51,7 +52,8 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
     def axis(name: str) -> Axis:
         axes = members(name)
         line = mesh.ranks(axes, rank)
-        return Axis(name, len(line), line.index(rank), group(axes).group_name if len(line) > 1 else "")
+        channels = _channels(mesh, rank, device_type) if name == "pp" and len(line) > 1 else ()
+        return Axis(name, len(line), line.index(rank), group(axes).group_name if len(line) > 1 else "", channels)
 
     every: dict[str, Any] = {name: axis(name) for name in NAMES}
     axes = Axes(**every)
@@ -59,3 +61,25 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
     stage = torch.tensor(mesh.ranks(AXES[1:], rank)).view(mesh.dp_replicate, mesh.dp_shard * mesh.cp, mesh.tp)
     device_mesh = DeviceMesh.from_group([group(d) for d in dims], device_type, stage, mesh_dim_names=AT_REST)
     return Connection(mesh, rank, axes, device_mesh)
+
+
+def _channels(mesh: Mesh, rank: int, device_type: str) -> tuple[str, ...]:
+    """`Axis.channels` of ``pp``, each of which has moved a byte.
+
+    The first transfer of an NCCL group makes its communicator, and blocks both ranks until both are there: in the middle of a
+    schedule they could wait for each other, here all ranks go through the channels in one order.
+    """
+    names = []
+    for line in dict.fromkeys(mesh.ranks(("pp",), lead) for lead in range(mesh.size)):
+        for step in (1, -1):
+            for i, source in enumerate(line):
+                ends = source, line[(i + step) % len(line)]
+                group = dist.new_group(list(ends))  # called by all ranks
+                byte = torch.zeros(1, dtype=torch.uint8, device=device_type)
+                if rank == source:
+                    dist.send(byte, ends[1], group)
+                elif rank in ends:
+                    dist.recv(byte, source, group)
+                if rank in line:
+                    names.append(group.group_name if rank in ends else "")
+    return tuple(names)

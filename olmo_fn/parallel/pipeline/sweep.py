@@ -15,10 +15,10 @@ from torch import Tensor
 from olmo_fn.core.chain import Batch, Carry, Chain, Execution, Metrics, loss_tokens
 from olmo_fn.core.layout import Weights, wide
 from olmo_fn.core.tape import Segment, SegmentPullback, fetch, flatten, of_mean, pull, run, segments
-from olmo_fn.parallel.pipeline.communicate import Plan, plan
 from olmo_fn.parallel.pipeline.execute import execute
-from olmo_fn.parallel.pipeline.schedule import Kind, schedule
+from olmo_fn.parallel.pipeline.schedule import Kind
 from olmo_fn.parallel.pipeline.stages import Cut
+from olmo_fn.parallel.pipeline.transfers import RankProgram, rank_programs
 from olmo_fn.parallel.sharded import Sharded
 from olmo_fn.tree import Tree
 
@@ -42,9 +42,9 @@ class Stages:
         zero = torch.zeros((), dtype=torch.promote_types(self.dtype, torch.float32), device=batch["labels"].device)
         self.sums: Metrics = dict.fromkeys(("loss", *self.chain.sums), zero)
 
-    def plan(self, kind: Kind) -> Plan:
-        """This rank's actions and transfers."""
-        return plan(schedule(kind, self.pp.size, self.parts, self.cut.pipeline.chunks))[self.pp.index]
+    def program(self, kind: Kind) -> RankProgram:
+        """What this rank runs."""
+        return rank_programs(kind, self.pp.size, self.parts, self.cut.pipeline.chunks)[self.pp.index]
 
     def empty(self, stage: int, part: int) -> Tensor:
         """Memory for a carry."""
@@ -107,8 +107,8 @@ def pipeline_sweep(
             _accumulate(found[chunk][i], flatten(grads(), execution))
         return cotangent
 
-    actions = stages.plan(cut.pipeline.kind)
-    execute(actions, forward, backward, backward_input, backward_weight, empty=stages.empty, axis=layout.axes.pp)
+    program = stages.program(cut.pipeline.kind)
+    execute(program, forward, backward, backward_input, backward_weight, empty=stages.empty, axis=layout.axes.pp)
     grads: dict[str, Tensor] = {}
     arriving = [layout.reduce(part) for chunk in found for part in chunk]
     for arrive in arriving:
@@ -130,7 +130,7 @@ def pipeline_forward(layout: Sharded, cut: Cut, chain: Chain, params: Tree, batc
             return None
         return x
 
-    execute(stages.plan("forward"), forward, empty=stages.empty, axis=layout.axes.pp)
+    execute(stages.program("forward"), forward, empty=stages.empty, axis=layout.axes.pp)
     return stages.sums
 
 
