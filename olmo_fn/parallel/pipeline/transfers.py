@@ -78,10 +78,13 @@ def rank_programs(kind: Kind, ranks: int, microbatches: int, chunks: int = 1) ->
 
 
 def most_sends(ranks: int, microbatches: int, chunks: int) -> int:
-    """How many sends of a rank may be under way while it computes.
+    """How many sends of a rank may be under way while it computes; before it goes on with more, it waits for the oldest.
 
-    Where a round has more micro-batches than there are ranks, a carry is back at the first rank that many micro-batches
-    before this rank goes on to the next chunk. They wait at the last rank, and as many cotangents at the first one. Waiting for
-    fewer to be received could hang.
+    With several chunks, a round of micro-batches may be larger than the number of ranks. By that many, carries come round to
+    the first rank before it has ended the round; they wait at the last rank, and as many cotangents at the first. With fewer,
+    ranks could wait for each other for ever.
+
+    >>> most_sends(ranks=4, microbatches=8, chunks=2), most_sends(ranks=4, microbatches=11, chunks=2)
+    (2, 4)
     """
     return max(SENDS, 2 * (max(rounds(ranks, microbatches)) - ranks)) if chunks > 1 else SENDS
