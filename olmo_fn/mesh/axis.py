@@ -14,12 +14,15 @@ class Axis:
     """``size`` ranks, of which this one is number ``index``. Hashable, and a constant under ``torch.compile``.
 
     ``group`` is the registered name of the process group, which the collectives take; empty where the size is 1.
+    ``channels``, which only ``pp`` has, are names of groups of two for sends to the neighbours: number ``i`` for what index
+    ``i`` sends to the next one, ``size + i`` for what it sends to the one before; empty where this rank is no end.
     """
 
     name: str = ""
     size: int = 1
     index: int = 0
     group: str = ""
+    channels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

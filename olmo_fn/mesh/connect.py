@@ -37,7 +37,8 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
     """Make the process groups of ``mesh``; every rank calls it, with the same mesh, at the same point.
 
     Needs ``torch.distributed`` initialised with ``mesh.size`` ranks (ValueError otherwise). Axes over the same ranks
-    share a group. The device meshes are over the ranks of this rank's pipeline stage.
+    share a group, and neighbours in a pipeline have groups of their own. The device meshes are over the ranks of this rank's
+    pipeline stage.
     """
     there = dist.get_world_size() if dist.is_initialized() else 0
     if there != mesh.size:
@@ -58,7 +59,8 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
     def axis(name: str) -> Axis:
         axes = members(name)
         line = mesh.ranks(axes, rank)
-        return Axis(name, len(line), line.index(rank), group(axes).group_name if len(line) > 1 else "")
+        channels = _channels(mesh, rank, device_type) if name == "pp" and len(line) > 1 else ()
+        return Axis(name, len(line), line.index(rank), group(axes).group_name if len(line) > 1 else "", channels)
 
     every: dict[str, Any] = {name: axis(name) for name in NAMES}
     axes = Axes(**every)
@@ -70,3 +72,25 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
         return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=dims)
 
     return Connection(mesh, rank, axes, {dims: device_mesh(dims) for dims in AT_REST})
+
+
+def _channels(mesh: Mesh, rank: int, device_type: str) -> tuple[str, ...]:
+    """`Axis.channels` of ``pp``, each of which has moved a byte.
+
+    The first transfer of an NCCL group makes its communicator, and blocks both ranks until both are there: in the middle of a
+    schedule they could wait for each other, here all ranks go through the channels in one order.
+    """
+    names = []
+    for line in dict.fromkeys(mesh.ranks(("pp",), lead) for lead in range(mesh.size)):
+        for step in (1, -1):
+            for i, source in enumerate(line):
+                ends = source, line[(i + step) % len(line)]
+                group = dist.new_group(list(ends))  # called by all ranks
+                byte = torch.zeros(1, dtype=torch.uint8, device=device_type)
+                if rank == source:
+                    dist.send(byte, ends[1], group)
+                elif rank in ends:
+                    dist.recv(byte, source, group)
+                if rank in line:
+                    names.append(group.group_name if rank in ends else "")
+    return tuple(names)

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from olmo_fn.parallel.pipeline.communicate import AHEAD
-from olmo_fn.parallel.pipeline.execute import SENDS
+from olmo_fn.parallel.pipeline.transfers import AHEAD, most_sends
 from olmo_fn.planner.job import Job, Label
 from olmo_fn.planner.profile import Piece, Profile
 from olmo_fn.planner.whole import WholeUpdate
@@ -109,7 +108,8 @@ def _in_pipeline(job: Job, profile: Profile, rank: int) -> Iterator[Peak]:
     before = Counter(gradients=gradients) if job.cfg.recipe.accumulate > 1 else Counter[str]()
     whole = sum(profile.whole.get(label, 0) for label in labels)
     weights = Counter(weights=sum(profile.in_use[label] for label in labels))
-    live = rest + before + weights + Counter(gradients=whole, activations=(SENDS + AHEAD) * carry(job))
+    sends = most_sends(job.mesh.pp, job.microbatches, job.cfg.mesh.pp_chunks)
+    live = rest + before + weights + Counter(gradients=whole, activations=(sends + AHEAD) * carry(job))
     for action in job.programs[rank]:
         ours = job.labels(action.chunk * job.mesh.pp + rank)
         for label in ours if action.op == "F" else reversed(ours):

@@ -10,9 +10,8 @@ import torch
 
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.parallel.pipeline.communicate import plan
 from olmo_fn.parallel.pipeline.execute import execute
-from olmo_fn.parallel.pipeline.schedule import schedule
+from olmo_fn.parallel.pipeline.transfers import rank_programs
 from olmo_fn.testing import Pool, RankFailed
 
 WIDTH, ROWS = 5, 3
@@ -81,7 +80,7 @@ def pipelined(connection, kind, microbatches, chunks, tied):
     """What one rank of the pipeline computes, and how many saved activations it had at the most."""
     axis = connection.axes.pp
     toy = Toy(weights(axis.size * chunks, tied))
-    mine = plan(schedule(kind, axis.size, microbatches, chunks))[axis.index]
+    mine = rank_programs(kind, axis.size, microbatches, chunks)[axis.index]
     peak = 0
 
     def by_chunk(callback, chunk, microbatch, *value):
@@ -148,7 +147,7 @@ def test_pipeline_beside_another_axis(pool):
 def pipelined_unwaited(connection, *args):
     """A mutant: no transfer is waited for, and the first rank is slow."""
     module = sys.modules[execute.__module__]
-    with patch.object(module._Works, "wait", lambda self: None), patch.object(Toy, "forward", slow(connection.rank)):
+    with patch.object(module, "_wait", lambda work: None), patch.object(Toy, "forward", slow(connection.rank)):
         return pipelined(connection, *args)
 
 
@@ -169,7 +168,7 @@ def test_mutant_of_the_executor_is_caught():
 @pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 3), ("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1)])
 def test_one_rank_needs_no_processes(kind, chunks):
     toy = Toy(weights(chunks, False))
-    (mine,) = plan(schedule(kind, 1, 3, chunks))
+    (mine,) = rank_programs(kind, 1, 3, chunks)
     callbacks = (toy.forward, toy.backward, toy.backward_input, toy.backward_weight)  # chunk is stage
     execute(mine, *callbacks, empty=lambda stage, k: inputs(k))
     compare([(toy.losses, toy.grads, 0)], kind, chunks, 3, False)
@@ -179,14 +178,14 @@ def test_refused_before_anything_runs():
     def never(*args):
         raise AssertionError
 
-    first, _ = plan(schedule("zero_bubble", 2, 2))
+    first, _ = rank_programs("zero_bubble", 2, 2)
     with pytest.raises(ValueError, match="needs the callback backward_input and backward_weight"):
         execute(first, never, empty=never)
-    with pytest.raises(ValueError, match="a plan for rank 0 of 2 cannot run on rank 1 of an axis of 2"):
+    with pytest.raises(ValueError, match="a program for rank 0 of 2 cannot run on rank 1 of an axis of 2"):
         execute(first, never, never, never, never, empty=never, axis=Axis("pp", 2, 1, "any"))
 
 
 def test_a_wrong_carry_is_named():
-    (mine,) = plan(schedule("forward", 1, 1, 2))
+    (mine,) = rank_programs("forward", 1, 1, 2)
     with pytest.raises(ValueError, match=r"the carry of F\(chunk 0, microbatch 0\) on rank 0 is \(4,\) .* \(5,\)"):
         execute(mine, lambda chunk, k, carry: torch.zeros(4), empty=lambda stage, k: torch.zeros(5))

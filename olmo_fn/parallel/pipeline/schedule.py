@@ -1,8 +1,8 @@
 """Pipeline schedules as data: what each rank runs, in which order. Imports no torch.
 
 A model is cut into ``ranks * chunks_per_rank`` virtual stages. Chunk ``c`` of rank ``r`` is virtual stage ``c * ranks + r``,
-so a micro-batch goes round the ranks once a chunk. A program is the list of one rank's actions; how data gets from rank
-to rank is planned by `olmo_fn.parallel.pipeline.communicate`.
+so a micro-batch goes round the ranks once a chunk. A program is the list of one rank's actions; which of them send and
+receive is said by `olmo_fn.parallel.pipeline.transfers`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Action(NamedTuple):
 
 
 Program: TypeAlias = tuple[Action, ...]
-Place: TypeAlias = tuple[int, int]  # (chunk, microbatch)
+ChunkMicrobatch: TypeAlias = tuple[int, int]
 
 
 def schedule(kind: Kind, ranks: int, microbatches: int, chunks_per_rank: int = 1) -> tuple[Program, ...]:
@@ -65,33 +65,38 @@ def schedule(kind: Kind, ranks: int, microbatches: int, chunks_per_rank: int = 1
     if kind == "1f1b":
         return tuple(_alternate(order, 1, warm_up=ranks - rank - 1) for rank in range(ranks))
     if kind == "interleaved":  # a rank begins its last chunk, and then 2 because the last rank is that far there and back
-        first = (chunks_per_rank - 1) * max(_rounds(ranks, microbatches))
+        first = (chunks_per_rank - 1) * max(rounds(ranks, microbatches))
         return tuple(_alternate(order, chunks_per_rank, first + 2 * (ranks - rank - 1)) for rank in range(ranks))
     if kind == "zero_bubble":
         return tuple(_zero_bubble(ranks, microbatches, rank) for rank in range(ranks))
-    forwards = tuple(Action("F", *place) for place in order)
-    backwards = tuple(Action("B", *place) for place in reversed(order))
+    forwards = tuple(Action("F", *one) for one in order)
+    backwards = tuple(Action("B", *one) for one in reversed(order))
     return (forwards if kind == "forward" else forwards + backwards,) * ranks
 
 
-def _rounds(ranks: int, microbatches: int) -> list[int]:
-    """Sizes of the rounds: as even as can be, and at least ``ranks``, or a chunk would wait for the one before."""
+def rounds(ranks: int, microbatches: int) -> list[int]:
+    """Micro-batches in each round through the chunks: as even as can be, and at least ``ranks`` where there are so many, or a
+    chunk would wait for the one before.
+
+    >>> rounds(ranks=4, microbatches=11)
+    [6, 5]
+    """
     n = max(1, microbatches // ranks)
     return [microbatches // n + (i < microbatches % n) for i in range(n)]
 
 
-def _forward_order(ranks: int, microbatches: int, chunks: int) -> list[Place]:
+def _forward_order(ranks: int, microbatches: int, chunks: int) -> list[ChunkMicrobatch]:
     """Round by round, each through all chunks."""
-    order: list[Place] = []
-    for size in _rounds(ranks, microbatches):
+    order: list[ChunkMicrobatch] = []
+    for size in rounds(ranks, microbatches):
         start = len(order) // chunks
         order += [(chunk, k) for chunk in range(chunks) for k in range(start, start + size)]
     return order
 
 
-def _alternate(order: list[Place], chunks: int, warm_up: int) -> Program:
+def _alternate(order: list[ChunkMicrobatch], chunks: int, warm_up: int) -> Program:
     """``warm_up`` forwards, then a forward and a backward in turn, then the backwards that are left."""
-    forwards = [Action("F", *place) for place in order]
+    forwards = [Action("F", *one) for one in order]
     program = forwards[:warm_up]
     for i, (chunk, k) in enumerate(order):
         program += [*forwards[warm_up + i : warm_up + i + 1], Action("B", chunks - 1 - chunk, k)]

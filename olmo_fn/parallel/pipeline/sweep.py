@@ -16,10 +16,10 @@ from olmo_fn.core.chain import Batch, Chain, Metrics, Sums, loss_tokens
 from olmo_fn.core.gradients import Execution
 from olmo_fn.core.layout import Layout, Weights, wide
 from olmo_fn.core.tape import LateGrads, Segment, SegmentPullback, fetch, forward_segment, segments, vjp_segment
-from olmo_fn.parallel.pipeline.communicate import Plan, plan
 from olmo_fn.parallel.pipeline.execute import execute
-from olmo_fn.parallel.pipeline.schedule import Kind, schedule
+from olmo_fn.parallel.pipeline.schedule import Kind
 from olmo_fn.parallel.pipeline.stages import Cut
+from olmo_fn.parallel.pipeline.transfers import RankProgram, rank_programs
 from olmo_fn.tree import Tree
 
 
@@ -42,9 +42,9 @@ class Stages:
         ]
         self.sums = Sums(chain.metrics)
 
-    def plan(self, kind: Kind) -> Plan:
-        """This rank's actions and transfers."""
-        return plan(schedule(kind, self.pp.size, self.parts, self.cut.pipeline.chunks))[self.pp.index]
+    def program(self, kind: Kind) -> RankProgram:
+        """What this rank runs."""
+        return rank_programs(kind, self.pp.size, self.parts, self.cut.pipeline.chunks)[self.pp.index]
 
     def empty(self, stage: int, part: int) -> Tensor:
         """Memory for what goes from one virtual stage to the next."""
@@ -99,10 +99,17 @@ def pipeline_sweep(
             _accumulate(grads[chunk][i], late_grads())
         return cotangent
 
+<<<<<<< HEAD
     actions = stages.plan(cut.pipeline.kind)
     execute(actions, forward, backward, backward_input, backward_weight, empty=stages.empty, axis=stages.pp)
     total: dict[str, Tensor] = {}
     arriving: list[Callable[[], dict[str, Tensor]]] = [layout.weights.reduce(part) for chunk in grads for part in chunk]
+=======
+    program = stages.program(cut.pipeline.kind)
+    execute(program, forward, backward, backward_input, backward_weight, empty=stages.empty, axis=layout.axes.pp)
+    grads: dict[str, Tensor] = {}
+    arriving = [layout.reduce(part) for chunk in found for part in chunk]
+>>>>>>> pipe
     for arrive in arriving:
         for path, g in arrive().items():
             total[path] = total[path] + g if path in total else g
@@ -119,8 +126,13 @@ def pipeline_forward(layout: Layout, cut: Cut, chain: Chain, params: Tree, batch
             x = forward_segment(segment, weights, x, stages.contexts[part], execution, stages.sums)
         return x
 
+<<<<<<< HEAD
     execute(stages.plan("forward"), forward, empty=stages.empty, axis=stages.pp)
     return stages.metrics()
+=======
+    execute(stages.program("forward"), forward, empty=stages.empty, axis=layout.axes.pp)
+    return stages.sums
+>>>>>>> pipe
 
 
 def _split(batch: Batch, n: int) -> list[Batch]:
