@@ -17,7 +17,7 @@ def command(kind: type[Arguments], run: Callable[[Arguments], str], prog: str, a
     try:
         print(run(args), flush=True)
     except BrokenPipeError:  # whoever read the text has enough of it
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

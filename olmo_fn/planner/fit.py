@@ -8,7 +8,7 @@ from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.planner import formulas
 from olmo_fn.planner.estimate import profile_of
 from olmo_fn.planner.memory import peak_memory
-from olmo_fn.planner.plan_input import PlanInput, check, flags
+from olmo_fn.planner.plan_input import PlanInput, can_run, flags
 from olmo_fn.train.config import Config
 
 GIB = 2**30
@@ -60,25 +60,19 @@ def _keeping_less(plan: PlanInput) -> Iterator[PlanInput]:
     yield plan
     for change in ({"keep_gathered": False}, {"remat": "full"}, {"moments": "bfloat16"}):
         less = plan.changed(**change)
-        if less != plan and _can_run(less):
+        if less != plan and can_run(less):
             yield (plan := less)
 
 
 def _computing_less_at_once(plan: PlanInput) -> list[PlanInput]:
     """The plan, and it with twice, four times, … as many parts of a batch, as far as they go."""
-    found, name = [plan], "accumulate"
-    if plan.mesh.pp > 1 and plan.cfg.mesh.pp_schedule != "gpipe":  # which keeps them all
-        name = "pp_microbatches"
+    found = [plan]
     while True:
         last = found[-1]
-        more = last.changed(**{name: 2 * (last.cfg.recipe.accumulate if name == "accumulate" else last.microbatches)})
-        if not _can_run(more):
+        if plan.mesh.pp > 1 and plan.cfg.mesh.pp_schedule != "gpipe":  # which keeps all micro-batches
+            more = last.changed(pp_microbatches=2 * last.microbatches)
+        else:
+            more = last.changed(accumulate=2 * last.cfg.recipe.accumulate)
+        if not can_run(more):
             return found
         found.append(more)
-
-
-def _can_run(plan: PlanInput) -> bool:
-    try:
-        return check(plan) is plan
-    except ValueError:
-        return False

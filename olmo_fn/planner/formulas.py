@@ -55,7 +55,10 @@ def _rank_memory(plan: PlanInput, rank: int) -> float:
     model, r, mesh, how = plan.cfg.model, plan.cfg.recipe, plan.mesh, plan.cut.pipeline
     (by, slots), held, item = sizes(without_layout(plan.cfg)), plan.held(rank), 2 if plan.dtype == "bfloat16" else 4
     tokens = plan.rows * r.sequence_length / mesh.cp
-    entries, largest = sum(by[label].parameters for label in held) / mesh.tp, max(by[label].parameters for label in held) / mesh.tp
+    entries, largest = (
+        sum(by[label].parameters for label in held) / mesh.tp,
+        max(by[label].parameters for label in held) / mesh.tp,
+    )
     rest = entries * (4 + slots + 4) / mesh.degree("fsdp")
     if mesh.pp > 1:
         in_use = entries * (item + 4)  # gathered weights and whole gradients, for the whole step
@@ -64,11 +67,13 @@ def _rank_memory(plan: PlanInput, rank: int) -> float:
     layer = max(by[label].widths for label in held if isinstance(label, int)) * item * tokens / mesh.tp
     stream = model.d_model * item * tokens / mesh.tp
     layers = sum(isinstance(label, int) for label in held) / how.chunks
-    at_once = plan.microbatches if how.kind == "gpipe" else min(plan.microbatches, mesh.pp + (mesh.pp - 1) / how.chunks)
-    kept = at_once * how.chunks * layers * (stream if r.remat == "full" else layer)
+    whole = 2 * model.d_model * item * tokens * (1 - 1 / mesh.tp)  # gathered for the products of attention and feed-forward
+    in_flight = mesh.pp + ((mesh.pp - 1) / how.chunks if how.chunks > 1 else 0)
+    at_once = plan.microbatches if how.kind == "gpipe" else min(plan.microbatches, in_flight)
+    kept = at_once * layers * how.chunks * (stream if r.remat == "full" else layer + whole)
     head = 8 * min(tokens, LOGITS_ROWS[1]) * model.vocab_size / mesh.tp + 2 * stream
     tiles = 16 * tokens * model.n_heads * min(TILE, r.sequence_length) / mesh.tp
-    return rest + in_use + kept + max(head, layer + tiles)
+    return rest + in_use + kept + max(head, layer + whole + tiles)
 
 
 def seconds(plan: PlanInput, gpu: Accelerator) -> float:

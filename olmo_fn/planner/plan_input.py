@@ -117,11 +117,14 @@ class PlanInput:
 
     def changed(self, *, mesh: Mesh | None = None, **changes: object) -> PlanInput:
         """With another mesh, or other fields of ``recipe``, ``optim`` and ``mesh``, which have no name in common."""
-        cfg, degrees = self.cfg, {**mesh.degrees, "dp_replicate": mesh.dp_replicate if mesh.dp_replicate > 1 else None} if mesh else {}
+        cfg, degrees = (
+            self.cfg,
+            {**mesh.degrees, "dp_replicate": mesh.dp_replicate if mesh.dp_replicate > 1 else None} if mesh else {},
+        )
         for section in ("recipe", "optim", "mesh"):
             part = getattr(cfg, section)
             new = {k: v for k, v in {**degrees, **changes}.items() if hasattr(part, k)}
-            cfg = replace(cfg, **{section: replace(part, **new)})  # type: ignore[arg-type]
+            cfg = replace(cfg, **{section: replace(part, **new)})
         return PlanInput(cfg, mesh or self.mesh)
 
 
@@ -141,13 +144,23 @@ def check(plan: PlanInput) -> PlanInput:
     cfg.check()
     cfg.check_processes(mesh.size)
     if cfg.recipe.engine != "tape":
-        raise ValueError(f"what --recipe.engine {cfg.recipe.engine} keeps is not known on paper; plan with --recipe.engine tape")
+        raise ValueError(
+            f"what --recipe.engine {cfg.recipe.engine} keeps is not known on paper; plan with --recipe.engine tape"
+        )
     assert cfg.mesh.on(mesh.size) == mesh, f"{mesh} is not the config's {cfg.mesh}"
     if mesh.pp > 1:
         _ = plan.cut  # refuses what it cannot do
     elif cfg.mesh.pp_chunks > 1 or cfg.mesh.pp_split:
         raise ValueError("--mesh.pp-chunks and --mesh.pp-split are for pipelines; add --mesh.pp 2 or more")
     return plan
+
+
+def can_run(plan: PlanInput) -> bool:
+    """Whether `check` refuses nothing."""
+    try:
+        return check(plan) is plan
+    except ValueError:
+        return False
 
 
 def flags(cfg: Config, base: Config) -> str:

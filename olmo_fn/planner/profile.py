@@ -135,9 +135,10 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
     ValueError for a layout that the model's own code refuses. ``every_block`` leaves nothing to likeness, which takes longer.
     """
     step = recipe(replace(cfg, recipe=replace(cfg.recipe, accumulate=1, noise_scale=0.0, compile=False)), dtype)
-    assert step.grads.chain is not None, "only a chain of stages can be planned"
-    stand_ins = {label: label for label in by_label(step.grads.chain.stages)} if every_block else alike(cfg, step.grads.chain)
-    watch = Watch(cfg, mesh, step.grads.chain, frozenset(stand_ins.values()))
+    chain = step.grads.chain
+    assert chain is not None, "only a chain of stages can be planned"
+    stand_ins = {label: label for label in by_label(chain.stages)} if every_block else alike(cfg, chain)
+    watch = Watch(cfg, mesh, chain, frozenset(stand_ins.values()))
     trace, parts = watch.trace, watch.parts
     execution = replace(step.execution, layout=watch.layout)
     if cfg.recipe.compile:
@@ -158,7 +159,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         step.update(state, grads, metrics)
         del grads, metrics
         watch.next("over", None)
-    chain = watch.layout.chain(step.grads.chain)
+    chain = watch.layout.chain(chain)
     carry = 0 if chain.carry is None else chain.carry(chain.context({"input_ids": ids, "labels": ids}), dtype).nbytes
     watch.measure_parameters(dtype)
     for name, slot in at_rest.items():

@@ -9,30 +9,62 @@ from olmo_fn.parallel.pipeline.schedule import Kind
 from olmo_fn.planner import formulas
 from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.estimate import RESERVED, Estimate, estimate
-from olmo_fn.planner.plan_input import PlanInput, check
+from olmo_fn.planner.plan_input import PlanInput, can_run
 from olmo_fn.train.config import Config
 
 ROWS = (1, 2, 4, 8)  # sequences at once that are tried
 LONG = 4096  # positions of a rank from which on context parallelism is tried
 NODE = 8  # parameters are sharded over at least a machine
-TRACES = 6  # layouts that are estimated for each that is asked for
+TRACES = 3  # layouts that are traced for each that is asked for
+HOPELESS = 1.5  # times the memory by formula, and a layout is not traced
 PIPELINES: tuple[tuple[Kind, int], ...] = (("1f1b", 1), ("interleaved", 2))
+Progress = Callable[[str, float], object]
 
 
-def search(cfg: Config, gpus: int, best: int = 5, progress: Callable[[str, float], None] = lambda words, part: None) -> list[Estimate]:
+def search(cfg: Config, gpus: int, best: int = 5, progress: Progress = lambda words, part: None) -> list[Estimate]:
     """The ``best`` layouts of ``gpus`` accelerators for ``cfg``, the fastest first; ValueError if none fits.
 
     Of layouts that differ only in how data-parallel ranks are split, or in micro-batches, only the best is named. ``progress``
     is called with what is being done, and how much of all is.
     """
-    gpu = ACCELERATORS[cfg.gpu]
-    candidates = sorted(_promising(cfg, gpus), key=lambda pair: pair[0])
-    found: dict[tuple[object, ...], Estimate] = {}
-    for i, (_, plan) in enumerate(candidates):
-        key = plan.mesh.pp, plan.mesh.tp, plan.mesh.cp, plan.cfg.recipe.remat
-        ...
+    gpu, found, traced = ACCELERATORS[cfg.gpu], dict[tuple[object, ...], Estimate](), 0
+    progress("all layouts, roughly", 0.0)
+    candidates = [plan for plan in layouts(cfg, gpus) if formulas.memory(plan) <= HOPELESS * (gpu.memory - RESERVED)]
+    for plan in sorted(candidates, key=lambda plan: formulas.seconds(plan, gpu)):
+        kind = plan.mesh.pp, plan.mesh.tp, plan.mesh.cp, plan.cfg.recipe.remat
+        if kind not in found and can_run(plan):
+            progress(f"layout {traced + 1}", traced / (TRACES * best))
+            traced += 1
+            if (one := estimate(plan)).fits:
+                found[kind] = one
+        if traced == TRACES * best:
+            break
     if not found:
         raise ValueError(
             f"no layout of {gpus} x {gpu.name} fits this model and batch; use more (--gpus), a larger --gpu, or a smaller batch"
         )
     return sorted(found.values(), key=lambda one: one.clock.seconds)[:best]
+
+
+def _powers(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length())]
+
+
+def layouts(cfg: Config, gpus: int) -> Iterator[PlanInput]:
+    """All layouts whose degrees divide the accelerators and the batch."""
+    longest = max(1, min(8, cfg.recipe.sequence_length // LONG))
+    degrees = ((pp, cp, tp) for pp in _powers(min(8, cfg.model.n_layers)) for cp in _powers(longest) for tp in _powers(NODE))
+    for pp, cp, tp in degrees:
+        ranks, uneven = divmod(gpus, pp * cp * tp)
+        if uneven or cfg.recipe.batch_size % ranks:
+            continue
+        part = cfg.recipe.batch_size // ranks
+        for dp_shard in (d for d in range(1, ranks + 1) if ranks % d == 0 and (d * cp * tp >= NODE or d == ranks)):
+            mesh = Mesh(pp, ranks // dp_shard, dp_shard, cp, tp)
+            for times, remat in ((part // rows, remat) for rows in ROWS if part % rows == 0 for remat in ("none", "full")):
+                plan = PlanInput(cfg, mesh).changed(mesh=mesh, remat=remat, accumulate=1)
+                if pp == 1:
+                    yield plan.changed(accumulate=times)
+                elif times >= pp:
+                    for kind, chunks in PIPELINES:
+                        yield plan.changed(pp_schedule=kind, pp_chunks=chunks, pp_microbatches=times)

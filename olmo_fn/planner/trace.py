@@ -199,10 +199,7 @@ class Trace(TorchDispatchMode):
             self._fused = before
 
     def kernel(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """``fn`` as one compiled kernel: what it makes on its way to its results takes no memory.
-
-        On meta tensors it is run once for arguments of the same shapes.
-        """
+        """``fn`` as one compiled kernel, run once for the same shapes: only its results take memory."""
 
         def run(*args: Any) -> Any:
             inputs = leaves(args)
@@ -213,12 +210,11 @@ class Trace(TorchDispatchMode):
                     out = fn(*args)
                     at = {x.untyped_storage()._cdata: i for i, x in enumerate(inputs)}
                     like = rebuild(out, lambda x: at.get(x.untyped_storage()._cdata, torch.empty_like(x)))
-                if all(x.is_meta for x in leaves(out)):
-                    self._results[key] = like, self.seen.linear - before
+                self._results[key] = like, self.seen.linear - before
             else:
                 like, flops = self._results[key]
                 self.seen.linear += flops
-                out = tree_map(lambda x: inputs[x] if isinstance(x, int) else torch.empty_like(x), like)
+                out = tree_map(lambda x: inputs[x] if isinstance(x, int) else x if x is None else torch.empty_like(x), like)
             self._moved(inputs, out)
             self._made(out)
             return out

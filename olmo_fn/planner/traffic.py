@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 from olmo_fn.mesh.axis import NAMES
@@ -47,7 +46,7 @@ def whole_updates(plan: PlanInput, profile: Profile, rank: int) -> list[WholeUpd
 def share(updates: list[WholeUpdate], n: int) -> tuple[Traffic, int]:
     """Collectives, and FLOPs of products, of the first of ``n`` ranks: it does the first of every round of ``n``.
 
-    >>> one = WholeUpdate(dealt=True, parts=16, rows=16, products=100, over_tp=Counter())
+    >>> one = WholeUpdate(dealt=True, parts=16, rows=16, products=100, over_tp=Traffic())
     >>> traffic, products = share([one] * 3, n=2)
     >>> traffic["fsdp", "all_to_all", "calls"], traffic["fsdp", "all_to_all", "bytes"], products
     (4, 112, 200)
@@ -85,7 +84,7 @@ def _calls(axis: str, kind: str, times: int, size: int) -> Traffic:
 
 
 def _between_stages(plan: PlanInput, profile: Profile, rank: int) -> Traffic:
-    """What goes to other pipeline ranks for one part of the batch: a carry each way, sums of metrics, gradients of tied weights."""
+    """For one part of the batch: a carry each way, sums of metrics, gradients of tied weights."""
     last, sends = len(plan.labels) - 1, 0
     for action in plan.programs[rank]:
         stage = action.chunk * plan.mesh.pp + rank
