@@ -64,7 +64,7 @@ def _rank_memory(plan: PlanInput, rank: int) -> float:
         in_use = entries * (item + 4)  # gathered weights and whole gradients, for the whole step
     else:
         in_use = (entries if plan.cfg.mesh.keep_gathered else 2 * largest) * item + 2 * 4 * largest
-    layer = max(by[label].widths for label in held if isinstance(label, int)) * item * tokens / mesh.tp
+    layer = max((by[label].widths for label in held if isinstance(label, int)), default=0) * item * tokens / mesh.tp
     stream = model.d_model * item * tokens / mesh.tp
     layers = sum(isinstance(label, int) for label in held) / how.chunks
     whole = 2 * model.d_model * item * tokens * (1 - 1 / mesh.tp)  # gathered for the products of attention and feed-forward

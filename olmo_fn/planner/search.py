@@ -29,10 +29,11 @@ def search(cfg: Config, gpus: int, best: int = 5, progress: Progress = lambda wo
     """
     gpu, found, traced = ACCELERATORS[cfg.gpu], dict[tuple[object, ...], Estimate](), 0
     progress("all layouts, roughly", 0.0)
-    candidates = [plan for plan in layouts(cfg, gpus) if formulas.memory(plan) <= HOPELESS * (gpu.memory - RESERVED)]
+    room = HOPELESS * (gpu.memory - RESERVED)
+    candidates = [plan for plan in layouts(cfg, gpus) if can_run(plan) and formulas.memory(plan) <= room]
     for plan in sorted(candidates, key=lambda plan: formulas.seconds(plan, gpu)):
         kind = plan.mesh.pp, plan.mesh.tp, plan.mesh.cp, plan.cfg.recipe.remat
-        if kind not in found and can_run(plan):
+        if kind not in found:
             progress(f"layout {traced + 1}", traced / (TRACES * best))
             traced += 1
             if (one := estimate(plan)).fits:
