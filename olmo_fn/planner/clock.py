@@ -15,20 +15,19 @@ The assumptions, none of which has been measured by this project (it has had no 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import log2, prod
 
 from olmo_fn.mesh.mesh import AXES, Mesh, members
 from olmo_fn.models.count import flops_per_sequence
 from olmo_fn.planner.accelerators import Accelerator
-from olmo_fn.planner.job import Job
-from olmo_fn.planner.memory import at_rest, carry, held, whole_updates
+from olmo_fn.planner.memory import at_rest
 from olmo_fn.planner.pipeline_simulate import Costs, simulate
+from olmo_fn.planner.plan_input import PlanInput
 from olmo_fn.planner.profile import Profile
 from olmo_fn.planner.trace import Seen, Traffic
-from olmo_fn.planner.whole import share
+from olmo_fn.planner.traffic import share, whole_updates
 
 GEMM, ATTENTION, STREAM = 0.65, 0.4, 0.75
 HOP = {"link": 1e-6, "network": 5e-6}  # seconds from one rank to the next
@@ -57,99 +56,83 @@ class Clock:
     """FLOPs of its attention, masked parts of its tiles included."""
 
 
-def clock(job: Job, profile: Profile, gpu: Accelerator) -> Clock:
+def clock(plan: PlanInput, profile: Profile, gpu: Accelerator) -> Clock:
     """The estimated time of a step."""
-    r, alone = job.cfg.recipe, job.mesh.pp == 1
-    busy = {way: [0.0] * len(job.ranges) for way in "FB"}
-    computing = linear = batched = 0.0
-    for stage in range(len(job.ranges)):
-        for label in job.labels(stage):
-            for way, pieces in (("F", profile.forward), ("B", profile.backward)):
-                seen = pieces[profile.of(label)].seen
-                one, taken = piece_seconds(job, seen, gpu)
-                busy[way][stage] += taken
-                computing, linear, batched = computing + one, linear + seen.linear, batched + seen.batched
-    each = job.microbatches * r.accumulate / job.mesh.pp  # how often an average rank does it all
-    per_sweep = [f + b for f, b in zip(busy["F"], busy["B"], strict=True)]
-    bubble = 0.0
-    if alone:
-        sweep = per_sweep[0] + sum(_wire(job, profile.end.seen.traffic, gpu).values())
+    r, mesh, n = plan.cfg.recipe, plan.mesh, len(plan.labels)
+    forward, backward, seen, computing = [0.0] * n, [0.0] * n, Seen(), 0.0
+    for stage, labels in enumerate(plan.labels):
+        for label in labels:
+            for busy, piece in ((forward, profile[label].forward.seen), (backward, profile[label].backward.seen)):
+                one = _computing(piece, gpu)
+                busy[stage] += _with_traffic(mesh, one, piece.traffic, gpu)
+                computing, seen.linear, seen.batched = computing + one, seen.linear + piece.linear, seen.batched + piece.batched
+    times = plan.microbatches * r.accumulate / mesh.pp  # how often an average rank does it all
+    both, bubble, apart = [f + b for f, b in zip(forward, backward, strict=True)], 0.0, 0.0
+    if mesh.pp == 1:
+        sweep = both[0] + sum(_wire(mesh, profile.end.seen.traffic, gpu).values())
     else:
-        n = len(per_sweep)
-        forward, backward = sum(busy["F"]) / n, sum(busy["B"]) / n
-        scale = tuple(max(one * n / sum(per_sweep), 1e-3) for one in per_sweep)
-        link = bandwidth(job.mesh, "pp", gpu)
-        transfer = carry(job) / link[0] + LAUNCH + link[1]
-        timeline = simulate(job.programs, Costs(forward, backward, backward / 2, backward / 2, transfer, scale))
-        sweep, bubble = timeline.ticks + before_and_after(job, profile, gpu), timeline.bubble
-    updating = update(job, profile, gpu)
-    seconds = r.accumulate * sweep + updating
-    waiting = sum(per_sweep) * each - computing * each + (0 if alone else r.accumulate * before_and_after(job, profile, gpu))
-    useful = flops_per_sequence(job.cfg.model, r.sequence_length) * r.batch_size
-    tokens, devices = r.batch_size * r.sequence_length, job.mesh.size
-    mfu, rate = useful / (seconds * gpu.peak * devices), tokens / seconds / devices
-    return Clock(seconds, computing * each, waiting, updating, bubble, mfu, rate, linear * each, batched * each)
-
-
-def piece_seconds(job: Job, seen: Seen, gpu: Accelerator) -> tuple[float, float]:
-    """Seconds of a piece's computation, and of the piece."""
-    computing, wires = _computing(seen, gpu), _wire(job, seen.traffic, gpu)
-    waited = computing + sum(seconds for axis, seconds in wires.items() if axis not in OVERLAPPED)
-    if job.mesh.pp > 1:  # whose weights and gradients travel before and after
-        return computing, waited
-    return computing, max(waited, sum(wires.get(axis, 0.0) for axis in OVERLAPPED))
+        f, b = sum(forward) / n, sum(backward) / n
+        relative = tuple(max(one * n / sum(both), 1e-3) for one in both)
+        speed, hop = bandwidth(mesh, "pp", gpu)
+        costs = Costs(f, b, b / 2, b / 2, profile.carry / speed + LAUNCH + hop, relative)
+        timeline, apart = simulate(plan.programs, costs), max(_apart(plan, profile, gpu, rank) for rank in range(mesh.pp))
+        sweep, bubble = timeline.ticks + apart, timeline.bubble
+    update = max(_update(plan, profile, gpu, rank) for rank in range(mesh.pp))
+    seconds = r.accumulate * sweep + update
+    waiting = (sum(both) - computing) * times + r.accumulate * apart
+    mfu = flops_per_sequence(plan.cfg.model, r.sequence_length) * r.batch_size / (seconds * gpu.peak * mesh.size)
+    tokens = r.batch_size * r.sequence_length / seconds / mesh.size
+    return Clock(seconds, computing * times, waiting, update, bubble, mfu, tokens, seen.linear * times, seen.batched * times)
 
 
 def _computing(seen: Seen, gpu: Accelerator) -> float:
     return seen.linear / (GEMM * gpu.peak) + seen.batched / (ATTENTION * gpu.peak) + seen.moved / (STREAM * gpu.bandwidth)
 
 
-def before_and_after(job: Job, profile: Profile, gpu: Accelerator) -> float:
-    """Seconds in which the slowest pipeline rank gathers its weights and scatters its gradients, with nothing to overlap."""
-    found = []
-    for rank in range(job.mesh.pp):
-        tables = (table[profile.of(label)] for label in held(job, rank) for table in (profile.gathered, profile.reduced))
-        found.append(sum(sum(_wire(job, table, gpu).values()) for table in tables))
-    return max(found)
+def _with_traffic(mesh: Mesh, computing: float, traffic: Traffic, gpu: Accelerator) -> float:
+    """Seconds of a piece: what is waited for comes to its computing, what travels beside it may take longer."""
+    wires = _wire(mesh, traffic, gpu)
+    beside = sum(wires.pop(axis, 0.0) for axis in OVERLAPPED)
+    waited = computing + sum(wires.values())
+    return waited if mesh.pp > 1 else max(waited, beside)  # in a pipeline these travel before and after
 
 
-def update(job: Job, profile: Profile, gpu: Accelerator) -> float:
-    """The optimizer reads and writes the state, reads the gradients, and does its share of what sees whole matrices; the
-    slowest pipeline rank's.
-    """
-    found = []
-    for rank in range(job.mesh.pp):
-        state = at_rest(job, profile, rank)
-        traffic, products = share(whole_updates(job, profile, rank), job.mesh.degree("fsdp"))
-        moved = 2 * state.total() + 2 * state["parameters"]
-        computing = products / (GEMM * gpu.peak) + moved / (STREAM * gpu.bandwidth)
-        found.append(computing + sum(_wire(job, traffic, gpu).values()))
-    return max(found)
+def _apart(plan: PlanInput, profile: Profile, gpu: Accelerator, rank: int) -> float:
+    """Seconds in which a pipeline rank gathers its weights and scatters its gradients, with nothing to overlap."""
+    tables = [table for label in plan.held(rank) for table in (profile[label].gathered, profile[label].reduced)]
+    return sum(sum(_wire(plan.mesh, table, gpu).values()) for table in tables)
 
 
-def _wire(job: Job, traffic: Traffic, gpu: Accelerator) -> dict[str, float]:
+def _update(plan: PlanInput, profile: Profile, gpu: Accelerator, rank: int) -> float:
+    """The optimizer reads and writes the state, reads the gradients, and does its share of what sees whole matrices."""
+    state = at_rest(plan, profile, rank)
+    traffic, products = share(whole_updates(plan, profile, rank), plan.mesh.degree("fsdp"))
+    moved = 2 * state.total() + 2 * state["parameters"]
+    return products / (GEMM * gpu.peak) + moved / (STREAM * gpu.bandwidth) + sum(_wire(plan.mesh, traffic, gpu).values())
+
+
+def _wire(mesh: Mesh, traffic: Traffic, gpu: Accelerator) -> dict[str, float]:
     """Seconds of collectives by axis."""
     found: dict[str, float] = {}
     for (axis, kind, unit), n in traffic.items():
-        n_ranks = job.mesh.degree(axis)
-        if n_ranks == 1:
-            continue
-        speed, hop = bandwidth(job.mesh, axis, gpu)
-        if unit == "calls":
-            steps = 2 * math.log2(n_ranks) if kind == "all_reduce" else 1 if kind == "ring_shift" else n_ranks - 1
-            seconds = n * (LAUNCH + steps * hop)
-        else:
-            seconds = n * (1 if kind in ("ring_shift", "send") else (n_ranks - 1) / n_ranks) / speed
-            seconds *= 2 if kind == "all_reduce" else 1
-        found[axis] = found.get(axis, 0.0) + seconds
+        if mesh.degree(axis) > 1:
+            calls, size = (n, 0) if unit == "calls" else (0, n)
+            found[axis] = found.get(axis, 0.0) + collective(mesh, axis, kind, calls, size, gpu)
     return found
+
+
+def collective(mesh: Mesh, axis: str, kind: str, calls: float, size: float, gpu: Accelerator) -> float:
+    """Seconds of so many collectives over an axis, for whole tensors of ``size`` bytes in all."""
+    ranks, (speed, hop) = mesh.degree(axis), bandwidth(mesh, axis, gpu)
+    steps = 2 * log2(ranks) if kind == "all_reduce" else 1 if kind == "ring_shift" else ranks - 1
+    part = 1 if kind in ("ring_shift", "send") else (ranks - 1) / ranks
+    return calls * (LAUNCH + steps * hop) + size * part * (2 if kind == "all_reduce" else 1) / speed
 
 
 @lru_cache(1024)
 def bandwidth(mesh: Mesh, axis: str, gpu: Accelerator) -> tuple[float, float]:
     """Bytes/s of a rank, and seconds a hop, on the links between the ranks of an axis."""
-    last = members(axis)[-1]
-    stride = prod(getattr(mesh, name) for name in AXES[AXES.index(last) + 1 :])
+    stride = prod(getattr(mesh, name) for name in AXES[AXES.index(members(axis)[-1]) + 1 :])
     here = max(1, min(mesh.degree(axis), gpu.node // stride))
     if mesh.degree(axis) <= here and stride < gpu.node:
         return gpu.link, HOP["link"]

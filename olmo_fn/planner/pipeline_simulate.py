@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from itertools import accumulate
+from typing import NamedTuple
 
 from olmo_fn.parallel.pipeline.schedule import Action, Program
-
-Key: TypeAlias = tuple[str, int, int]  # (op, virtual stage, microbatch); I is B here
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,9 @@ class Timeline:
     @property
     def peak_live(self) -> tuple[int, ...]:
         """The largest number of (chunk, micro-batch) whose activations are kept, from F until the end of B or W."""
-        return tuple(_peak([slot.action for slot in slots]) for slots in self.slots)
+        change = {"F": 1, "I": 0}
+        live = (accumulate(change.get(slot.action.op, -1) for slot in slots) for slots in self.slots)
+        return tuple(max(numbers) for numbers in live)
 
 
 def simulate(programs: Sequence[Program], costs: Costs = Costs()) -> Timeline:  # noqa: B008
@@ -86,48 +87,33 @@ def simulate(programs: Sequence[Program], costs: Costs = Costs()) -> Timeline:  
     >>> timeline.ticks, round(timeline.bubble, 3), timeline.peak_live
     (33.0, 0.273, (4, 3, 2, 1))
     """
-    ranks = len(programs)
-    chunks = 1 + max(action.chunk for program in programs for action in program)
+    ranks, chunks = len(programs), 1 + max(action.chunk for program in programs for action in program)
     costs.check(ranks * chunks)
-    ended: dict[Key, float] = {}
+    ended: dict[tuple[str, int, int], float] = {}  # by (op, virtual stage, micro-batch), where I is B
     slots: list[list[Slot]] = [[] for _ in programs]
     blocked = ["the start"]
     while blocked:
-        before, blocked = sum(map(len, slots)), []
+        before, blocked = len(ended), []
         for rank, program in enumerate(programs):
             for action in program[len(slots[rank]) :]:
-                stage = action.chunk * ranks + rank
-                needs = _needs(action, stage, ranks * chunks)
-                if missing := [f"{op} of stage {at}" for op, at, _ in needs if (op, at, action.microbatch) not in ended]:
+                stage, k = action.chunk * ranks + rank, action.microbatch
+                needs = [(op, at, k) for op, at in _needs(action, stage, ranks * chunks)]
+                if missing := [f"{op} of stage {at}" for op, at, _ in needs if (op, at, k) not in ended]:
                     blocked.append(f"rank {rank} at {action}, stage {stage}, waits for {missing[0]}")
                     break
                 arrived = (ended[need] + (costs.transfer if (need[1] - stage) % ranks else 0) for need in needs)
                 start = max((slots[rank][-1].end if slots[rank] else 0.0, *arrived))
                 slots[rank].append(Slot(action, start, start + costs.of(action, stage)))
-                ended[_key(action.op, stage, action.microbatch)] = slots[rank][-1].end
-        if blocked and sum(map(len, slots)) == before:
+                ended["B" if action.op == "I" else action.op, stage, k] = slots[rank][-1].end
+        if blocked and len(ended) == before:
             raise ValueError(f"the pipeline is in deadlock: {'; '.join(blocked)}")
     return Timeline(tuple(map(tuple, slots)), chunks)
 
 
-def _key(op: str, stage: int, microbatch: int) -> Key:
-    return "B" if op == "I" else op, stage, microbatch
-
-
-def _needs(action: Action, stage: int, stages: int) -> list[Key]:
-    """The actions that must have ended, whatever the programs' order says."""
-    k = action.microbatch
+def _needs(action: Action, stage: int, stages: int) -> list[tuple[str, int]]:
+    """The ops, and their virtual stages, that must have ended, whatever the programs' order says."""
     if action.op == "F":
-        return [("F", stage - 1, k)] if stage else []
+        return [("F", stage - 1)] if stage else []
     if action.op == "W":
-        return [("B", stage, k)]
-    return [("F", stage, k)] + ([("B", stage + 1, k)] if stage + 1 < stages else [])
-
-
-def _peak(program: Sequence[Action]) -> int:
-    live = peak = 0
-    for action in program:
-        live += action.op == "F"
-        peak = max(peak, live)
-        live -= action.op in ("B", "W")
-    return peak
+        return [("B", stage)]
+    return [("F", stage), *([("B", stage + 1)] if stage + 1 < stages else [])]

@@ -6,12 +6,13 @@ buckets, optimizer and collectives are the ones that train.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
+from itertools import groupby
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -20,51 +21,104 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Chain, Stage
 from olmo_fn.core.layout import compute_copy
-from olmo_fn.core.tape import remat_policy, segments
+from olmo_fn.core.tape import remat_policy
 from olmo_fn.mesh.axis import NAMES, Axes, Axis
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.parallel.owners import row_bytes
 from olmo_fn.parallel.sharded import Sharded
-from olmo_fn.planner.job import Label
+from olmo_fn.planner.plan_input import Label, by_label, labels, owners
 from olmo_fn.planner.trace import Seen, Trace, Traffic
-from olmo_fn.planner.whole import WholeUpdate
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import is_trained, parameters, recipe, rules
 from olmo_fn.tree import Tree
 
+ON_CHIP = ("attend",)  # stages that a kernel like FlashAttention does: only what goes in and out is moved
 
-class Piece(NamedTuple):
+
+@dataclass(frozen=True)
+class Piece:
     """A part of a step: how many bytes of each purpose it leaves behind, and what `Seen` saw, relative to its start."""
 
-    grown: Counter[str]
-    seen: Seen
+    grown: Counter[str] = field(default_factory=Counter)
+    seen: Seen = field(default_factory=Seen)
+
+
+class WholeUpdate(NamedTuple):
+    """The update of one parameter that sees its whole matrix, by one rank of ``fsdp`` if it is ``dealt``, or else by all."""
+
+    dealt: bool
+    parts: int  # bytes of a rank's parts that go to the one that updates
+    rows: int  # and of what comes back to a rank
+    products: int  # FLOPs
+    over_tp: Traffic
+
+
+@dataclass
+class Part:
+    """What a step does for one label, on rank 0: a block, or the stages before or behind all blocks. Sizes are bytes."""
+
+    forward: Piece = field(default_factory=Piece)
+    backward: Piece = field(default_factory=Piece)
+    state: Counter[str] = field(default_factory=Counter)  # at rest, by purpose
+    weights: int = 0  # to compute with, beside those at rest
+    gradients: int = 0  # at rest
+    whole_gradients: int = 0  # whole but for tensor parallelism
+    late_gradients: int = 0  # those that are summed once all are there
+    gathered: Traffic = field(default_factory=Counter)  # by one gather of its weights
+    reduced: Traffic = field(default_factory=Counter)  # by its gradients, once
+    whole_updates: list[WholeUpdate] = field(default_factory=list)  # in the order of its parameters
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The pieces of a step. Tables are by label, one block standing for all of its kind."""
+    """The pieces of a step; ``profile[label]`` is the `Part` of a label, or of the block that stands for it."""
 
     begin: Piece
-    forward: dict[Label, Piece]
-    backward: dict[Label, Piece]
     end: Piece
     update: Piece
-    state: dict[Label, Counter[str]]  # bytes at rest, by purpose
-    in_use: dict[Label, int]  # bytes of the weights to compute with, beside those at rest
-    gradients: dict[Label, int]  # bytes at rest
-    whole: dict[Label, int]  # bytes of its gradients, whole but for tensor parallelism
-    gathered: dict[Label, Traffic]  # by one gather of its weights
-    reduced: dict[Label, Traffic]  # by its gradients, once
-    finished: dict[Label, int]  # bytes of its gradients that are summed once all are there
-    whole_updates: dict[Label, list[WholeUpdate]]  # in the order of its parameters
+    parts: dict[Label, Part]
     control: int  # bytes of the state that belong to no parameter
-    alike: dict[int, int]  # every block -> the one that stands for it
+    carry: int  # bytes from one virtual stage to the next
+    alike: dict[Label, Label]  # every label -> the one that stands for it
 
-    def of(self, label: Label) -> Label:
-        """The label that stands for this one."""
-        return self.alike[label] if isinstance(label, int) else label
+    def __getitem__(self, label: Label) -> Part:
+        return self.parts[self.alike[label]]
+
+
+def extrapolated(few: Any, more: Any, by: float) -> Any:
+    """``few + by * (more - few)`` for every number of two profiles: each is a constant plus so much a sequence.
+
+    >>> extrapolated({"bytes": 10}, {"bytes": 12}, by=3)
+    {'bytes': 16}
+    """
+    if isinstance(few, Counter):
+        return Counter({key: extrapolated(few[key], more[key], by) for key in {*few, *more}})
+    if isinstance(few, dict):
+        return {key: extrapolated(few[key], more[key], by) for key in few}
+    if is_dataclass(few):
+        names = [f.name for f in fields(few)]
+        return replace(few, **{name: extrapolated(getattr(few, name), getattr(more, name), by) for name in names})  # type: ignore[type-var]
+    return few + round(by * (more - few)) if isinstance(few, int) else few
+
+
+def alike(cfg: Config, chain: Chain) -> dict[Label, Label]:
+    """For every label the one that stands for it.
+
+    The first block and the last two stand for themselves, since what is outside the blocks is gathered and reduced during their
+    pieces; others for all with the same functions, shapes and rematerialisation.
+    """
+    again, specs, first, found = remat_policy(cfg.recipe.remat), parameters(cfg), dict[Any, Label](), dict[Label, Label]()
+    parts = by_label(chain.stages)
+    blocks = [label for label in parts if isinstance(label, int)]
+    for label, stages in parts.items():
+        leaves = [leaf for s in stages for path in s.params for leaf in tree.items(tree.at(specs, path), path)]
+        sizes = tuple((spec.shape, is_trained(cfg, path)) for path, spec in leaves)
+        kind = (sizes, *((s.name, s.fn, s.vjp, again(s)) for s in stages))
+        itself = not isinstance(label, int) or label in (*blocks[:1], *blocks[-2:])
+        found[label] = label if itself else first.setdefault(kind, label)
+    return found
 
 
 def axes_of(mesh: Mesh) -> Axes:
@@ -74,32 +128,18 @@ def axes_of(mesh: Mesh) -> Axes:
     return Axes(**every)
 
 
-def kinds(cfg: Config) -> dict[int, int]:
-    """For every block the one that stands for it.
-
-    The first block and the last two stand for themselves, since the embedding and the head are gathered and reduced during
-    their pieces; the others for all of their kind.
-    """
-    again, last = remat_policy(cfg.recipe.remat), cfg.model.n_layers - 1
-    first: dict[tuple[bool, bool, int | None], int] = {}
-    found = {}
-    for i in range(last + 1):
-        block = [again(Stage(name, (), print, block=i)) for name in ("project", "feed_forward")]
-        kind = (block[0], block[1], cfg.model.window(i))
-        found[i] = i if i in (0, last - 1, last) else first.setdefault(kind, i)
-    return found
-
-
 @lru_cache(256)
 def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block: bool = False) -> Profile:
     """The pieces of a step of ``rows`` sequences a rank, computed at once in ``dtype``, on a mesh without pipeline.
 
     ValueError for a layout that the model's own code refuses. ``every_block`` leaves nothing to likeness, which takes longer.
     """
-    alike = {i: i for i in range(cfg.model.n_layers)} if every_block else kinds(cfg)
-    watch = Watch(cfg, mesh, frozenset(alike.values()))
-    once = replace(cfg.recipe, accumulate=1, compile=False, noise_scale=0.0)
-    step, trace = recipe(replace(cfg, recipe=once), dtype), watch.trace
+    step = recipe(replace(cfg, recipe=replace(cfg.recipe, accumulate=1, noise_scale=0.0, compile=False)), dtype)
+    chain = step.grads.chain
+    assert chain is not None, "only a chain of stages can be planned"
+    stand_ins = {label: label for label in by_label(chain.stages)} if every_block else alike(cfg, chain)
+    watch = Watch(cfg, mesh, chain, frozenset(stand_ins.values()))
+    trace, parts = watch.trace, watch.parts
     execution = replace(step.execution, layout=watch.layout)
     if cfg.recipe.compile:
         execution = replace(execution, wrap=trace.stage, wrap_leaf=trace.kernel)
@@ -117,109 +157,61 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         grads, metrics = step.grads.fn(step.point(state), {"input_ids": ids, "labels": ids}, step.execution)
         watch.next("update", None)
         step.update(state, grads, metrics)
-        del grads, metrics, ids
+        del grads, metrics
         watch.next("over", None)
-    one = watch.pieces
-    one["end", None].seen.traffic.subtract(watch.finished.get("head", Counter()))  # of all blocks, see `Profile.finished`
-    for update in (update for updates in watch.whole_updates.values() for update in updates):
-        one["update", None].seen.traffic.subtract(update.over_tp)  # see `olmo_fn.planner.whole.share`
-    rest = _state(at_rest, watch.layout.specs)
-    control -= sum(part.total() for part in rest.values())
-    ways: dict[str, dict[Label, Piece]] = {"forward": {}, "backward": {}}
-    for (way, label), piece in one.items():
-        if label is not None:
-            ways[way][label] = piece
-    return Profile(
-        one["begin", None],
-        ways["forward"],
-        ways["backward"],
-        one["end", None],
-        one["update", None],
-        rest,
-        watch.in_use(dtype),
-        watch.gradients(at_rest=True),
-        watch.gradients(at_rest=False),
-        watch.gathered,
-        watch.reduced,
-        watch.kept_whole(),
-        watch.whole_updates,
-        control,
-        alike,
-    )
-
-
-def _state(at_rest: Tree, specs: Tree) -> dict[Label, Counter[str]]:
-    """Bytes of parameters, optimizer and ema by label; small control slots are nobody's."""
-    found: dict[Label, Counter[str]] = {}
-    paths = tree.flatten(specs)
+    chain = watch.layout.chain(chain)
+    carry = 0 if chain.carry is None else chain.carry(chain.context({"input_ids": ids, "labels": ids}), dtype).nbytes
+    watch.measure_parameters(dtype)
     for name, slot in at_rest.items():
         purpose = name if name in ("parameters", "ema") else "optimizer"
         for path, leaf in tree.items(slot):
-            if path in paths:
-                found.setdefault(label_of(path), Counter())[purpose] += leaf.nbytes
-    return found
-
-
-def label_of(path: str) -> Label:
-    """The part of the model that a parameter belongs to.
-
-    >>> label_of("blocks.3.attention.w_q"), label_of("head.norm")
-    (3, 'head')
-    """
-    names = path.split(".")
-    return int(names[names.index("blocks") + 1]) if "blocks" in names else "head" if "head" in names else "embed"
+            if path in watch.owners:
+                parts[watch.owners[path]].state[purpose] += leaf.nbytes
+                control -= leaf.nbytes
+    for (way, label), piece in watch.pieces.items():
+        if label is not None:
+            setattr(parts[label], way, piece)
+    begin, end, update = (watch.pieces[name, None] for name in ("begin", "end", "update"))
+    end.seen.traffic.subtract(watch.late)  # of all blocks, see `Part.late_gradients`
+    for whole in (whole for part in parts.values() for whole in part.whole_updates):
+        update.seen.traffic.subtract(whole.over_tp)  # see `olmo_fn.planner.traffic.share`
+    return Profile(begin, end, update, parts, control, carry, stand_ins)
 
 
 class Watch:
     """Cuts the trace of a step where a piece ends, and adds up what is gathered and reduced for each label."""
 
-    def __init__(self, cfg: Config, mesh: Mesh, blocks: frozenset[int]) -> None:
-        self.cfg, self.mesh, self.blocks, self.trace = cfg, mesh, blocks, Trace()
+    def __init__(self, cfg: Config, mesh: Mesh, chain: Chain, chosen: frozenset[Label]) -> None:
+        self.cfg, self.mesh, self.chosen, self.trace = cfg, mesh, chosen, Trace()
         connection = Connection(mesh, 0, axes_of(mesh), None)  # type: ignore[arg-type]
-        mine = {p: s for p, s in tree.items(parameters(cfg)) if not isinstance(label_of(p), int) or label_of(p) in blocks}
+        specs = parameters(cfg)
+        self.owners = owners(chain, specs)
+        mine = {path: spec for path, spec in tree.items(specs) if self.owners[path] in chosen}
         self.layout = Watched(connection, tree.unflatten(mine), rules(cfg), watch=self)
         self.now: tuple[str, Label | None] = ("begin", None)
         self.pieces: dict[tuple[str, Label | None], Piece] = {}
+        self.parts = {label: Part() for label in by_label(chain.stages) if label in chosen}
         self.order: list[Label] = []  # of the segments that wait for their backward
         self.stored: set[str] = set()  # paths that are fetched as they are stored
-        self.gathered: dict[Label, Traffic] = {}
-        self.reduced: dict[Label, Traffic] = {}
-        self.finished: dict[Label, Traffic] = {}
-        self.whole_updates: dict[Label, list[WholeUpdate]] = {}
+        self.late: Traffic = Counter()
 
     def shapes(self) -> Tree:
         """Of rank 0's parts of the parameters, which are the largest."""
         fsdp, tp = self.layout.axes.fsdp.size, self.mesh.tp
         return tree.unflatten((path, place.box((0, fsdp), (0, tp))[1]) for path, place in self.layout.placed.items())
 
-    def in_use(self, dtype: torch.dtype) -> dict[Label, int]:
-        """Bytes of the weights that a label computes with, unless they are the ones at rest."""
-        found: dict[Label, int] = {}
+    def measure_parameters(self, dtype: torch.dtype) -> None:
+        """Sizes of the weights and of the fp32 gradients of every label."""
+        n = self.layout.axes.fsdp.size
         for path, place in self.layout.placed.items():
-            like = compute_copy(torch.empty(place.box((0, 1), (0, self.mesh.tp))[1], device="meta"), dtype)
-            stored = like.dtype == torch.float32 or path in self.stored
-            own = self.layout.axes.fsdp.size == 1 and stored
-            found[label_of(path)] = found.get(label_of(path), 0) + (0 if own else like.nbytes)
-        return found
-
-    def gradients(self, at_rest: bool) -> dict[Label, int]:
-        """Bytes of a label's gradients in fp32: rank 0's part, or whole but for tensor parallelism."""
-        fsdp, found = self.layout.axes.fsdp.size if at_rest else 1, dict[Label, int]()
-        for path, place in self.layout.placed.items():
+            part, whole = self.parts[self.owners[path]], place.box((0, 1), (0, self.mesh.tp))[1]
+            copy = compute_copy(torch.empty(whole, device="meta"), dtype)
+            if n > 1 or not (copy.dtype == torch.float32 or path in self.stored):
+                part.weights += copy.nbytes
             if is_trained(self.cfg, path):
-                size = math.prod(place.box((0, fsdp), (0, self.mesh.tp))[1])
-                found[label_of(path)] = found.get(label_of(path), 0) + 4 * size
-        return found
-
-    def kept_whole(self) -> dict[Label, int]:
-        """Bytes of a label's gradients that ``finish`` sums, as their parameters are not sharded over ``fsdp``."""
-        found: dict[Label, int] = {}
-        if self.layout.axes.fsdp.size > 1:
-            for path, place in self.layout.placed.items():
-                if place.fsdp is None and is_trained(self.cfg, path):
-                    size = math.prod(place.box((0, 1), (0, self.mesh.tp))[1])
-                    found[label_of(path)] = found.get(label_of(path), 0) + 4 * size
-        return found
+                part.gradients += 4 * prod(place.box((0, n), (0, self.mesh.tp))[1])
+                part.whole_gradients += 4 * prod(whole)
+                part.late_gradients += 4 * prod(whole) * (n > 1 and place.fsdp is None)
 
     def next(self, way: str, label: Label | None) -> None:
         """A piece ends, another begins."""
@@ -232,13 +224,13 @@ class Watch:
 
     def chain(self, chain: Chain) -> Chain:
         """The stages of the chosen blocks, which say when they run."""
-        stages = [stage for stage in chain.stages if stage.block is None or stage.block in self.blocks]
-        parts = segments(tuple(stages), self.cfg.recipe.remat)
-        self.order = [_label(i, part.stages[0]) for i, part in enumerate(parts)]
-        return replace(chain, stages=tuple(self._marked(s, _label(i, s), s is stages[-1]) for i, s in enumerate(stages)))
+        every, again = zip(labels(chain.stages), chain.stages, strict=True), remat_policy(self.cfg.recipe.remat)
+        pairs = [(label, stage) for label, stage in every if label in self.chosen]
+        self.order = [label for (label, _), _ in groupby(pairs, key=lambda pair: (pair[0], again(pair[1])))]
+        return replace(chain, stages=tuple(self._marked(stage, label, stage is pairs[-1][1]) for label, stage in pairs))
 
     def _marked(self, stage: Stage, label: Label, last: bool) -> Stage:
-        on_chip = self.trace.on_chip if stage.name == "attend" else nullcontext
+        on_chip = self.trace.on_chip if stage.name in ON_CHIP else nullcontext
 
         def begins() -> None:
             if self.now[0] in ("begin", "forward"):
@@ -272,11 +264,11 @@ class Watch:
         return label
 
     @contextmanager
-    def adding(self, table: dict[Label, Traffic], label: Label) -> Iterator[None]:
-        """Add the collectives inside to a label's."""
+    def adding(self, total: Traffic) -> Iterator[None]:
+        """Add the collectives inside to these."""
         before = Counter(self.trace.seen.traffic)
         yield
-        table.setdefault(label, Counter()).update(_minus(self.trace.seen.traffic, before))
+        total.update(_minus(self.trace.seen.traffic, before))
 
 
 class Watched(Sharded):
@@ -303,22 +295,22 @@ class Watched(Sharded):
     def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, stored: Collection[str] = ()) -> Any:
         paths, watch = tuple(paths), self.watch
         watch.stored.update(stored)
-        with watch.trace.purpose("weights"), watch.adding(watch.gathered, label_of(paths[0])):
+        with watch.trace.purpose("weights"), watch.adding(watch.parts[watch.owners[paths[0]]].gathered):
             return _Weights(watch.trace, super().fetch(params, paths, dtype, stored))
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         watch, label = self.watch, self.watch.reducing(grads)
-        with watch.trace.purpose("gradients"), watch.adding(watch.reduced, label):
+        with watch.trace.purpose("gradients"), watch.adding(watch.parts[label].reduced):
             end = super().reduce(grads)
 
         def arriving() -> dict[str, Tensor]:
-            with watch.trace.purpose("gradients"), watch.adding(watch.reduced, label):
+            with watch.trace.purpose("gradients"), watch.adding(watch.parts[label].reduced):
                 return end()
 
         return arriving
 
     def rounds(self, paths: Iterable[str]) -> Iterable[tuple[str, ...]]:
-        return ((path,) for path in paths)  # all of them, of which `olmo_fn.planner.whole.share` takes a rank's
+        return ((path,) for path in paths)  # all of them, of which `olmo_fn.planner.traffic.share` takes a rank's
 
     def deal(self, parts: Mapping[str, Sequence[Tensor]]) -> tuple[str, list[Tensor]] | None:
         ((path, tensors),) = parts.items()
@@ -327,7 +319,7 @@ class Watched(Sharded):
         wholes = [self.over_tp(path, x.new_empty(self.shard(path).shape) if dealt else x) for x in tensors]
         sent = sum(row_bytes(x, self.shard(path), n) for x in tensors) if dealt else 0
         begun = WholeUpdate(dealt, sent, 0, -seen.linear - seen.batched, _minus(seen.traffic, before))
-        self.watch.whole_updates.setdefault(label_of(path), []).append(begun)
+        self.watch.parts[self.watch.owners[path]].whole_updates.append(begun)
         return path, wholes
 
     def collect(
@@ -335,7 +327,7 @@ class Watched(Sharded):
     ) -> dict[str, list[Tensor]]:
         ((path, pairs),) = like.items()
         assert mine is not None
-        seen, n, updates = self.watch.trace.seen, self.axes.fsdp.size, self.watch.whole_updates[label_of(path)]
+        seen, n, updates = self.watch.trace.seen, self.axes.fsdp.size, self.watch.parts[self.watch.owners[path]].whole_updates
         begun = updates.pop()
         rows = sum(row_bytes(x, self.shard(path) if shaped else None, n) for x, shaped in pairs) if begun.dealt else 0
         updates.append(begun._replace(rows=rows, products=begun.products + seen.linear + seen.batched))
@@ -343,7 +335,7 @@ class Watched(Sharded):
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         watch = self.watch
-        with watch.trace.purpose("gradients"), watch.adding(watch.finished, "head"):
+        with watch.trace.purpose("gradients"), watch.adding(watch.late):
             return super().finish(grads)
 
 
@@ -353,21 +345,12 @@ class _Weights:
     def __init__(self, trace: Trace, inner: Any) -> None:
         self.trace, self.inner = trace, inner
 
-    def ready(self) -> dict[str, Tree]:
-        with self.trace.purpose("weights"):
-            return self.inner.ready()
+    def __getattr__(self, name: str) -> Any:
+        def call() -> Any:
+            with self.trace.purpose("weights"):
+                return getattr(self.inner, name)()
 
-    def free(self) -> None:
-        with self.trace.purpose("weights"):
-            self.inner.free()
-
-    def again(self) -> None:
-        with self.trace.purpose("weights"):
-            self.inner.again()
-
-
-def _label(i: int, stage: Stage) -> Label:
-    return stage.block if stage.block is not None else "head" if i else "embed"
+        return call
 
 
 def _minus(a: Counter[Any], b: Counter[Any]) -> Counter[Any]:

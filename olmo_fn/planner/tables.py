@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from olmo_fn.mesh.placement import plan, table
+from olmo_fn.mesh.placement import plan as placements
+from olmo_fn.mesh.placement import table
 from olmo_fn.planner.clock import ATTENTION, GEMM, STREAM
-from olmo_fn.planner.estimate import RESERVED, Estimate, estimate, first_remedy
-from olmo_fn.planner.job import Job, flags, job
+from olmo_fn.planner.estimate import RESERVED, Estimate, estimate
+from olmo_fn.planner.fit import GIB, remedy
 from olmo_fn.planner.memory import PURPOSES
+from olmo_fn.planner.plan_input import flags, plan_input
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import parameters, rules
-
-GIB = 2**30
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -32,28 +32,20 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 def report(cfg: Config) -> str:
     """The whole of a dry run's plan. ValueError for a layout that cannot run."""
-    found = estimate(job(cfg))
-    mesh = found.job.mesh
-    placed = table(plan(parameters(cfg), rules(cfg), mesh), mesh)
+    found = estimate(plan_input(cfg))
+    mesh = found.plan.mesh
+    placed = table(placements(parameters(cfg), rules(cfg), mesh), mesh)
     return "\n\n".join((layout(found), placed, memory(found), verdict(found), traffic(found), time(found)))
 
 
 def layout(found: Estimate) -> str:
     """The mesh and how a step is cut into what a rank computes at once."""
-    job = found.job
-    degrees = " x ".join(f"{axis} {n}" for axis, n in job.mesh.degrees.items() if n > 1) or "one process"
-    r = job.cfg.recipe
-    times = f"accumulate {r.accumulate}" * (r.accumulate > 1)
-    micro = f"{job.microbatches} micro-batches, {job.cfg.mesh.pp_schedule}" * (job.mesh.pp > 1)
-    where, rows = f"{job.mesh.size:,} x {found.gpu.name}: {degrees}", f"at once {sequences(job)}"
-    words = [where, rows, times, micro, f"remat {r.remat}", job.dtype]
-    return ", ".join(word for word in words if word)
-
-
-def sequences(job: Job) -> str:
-    """What a rank computes at once, in words."""
-    rows = f"{job.rows:,} sequences" if job.rows > 1 else "a sequence"
-    return f"{rows} of {job.cfg.recipe.sequence_length:,}"
+    plan, r = found.plan, found.plan.cfg.recipe
+    degrees = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.degrees.items() if n > 1) or "one process"
+    words = [f"{plan.mesh.size:,} x {found.gpu.name}: {degrees}", f"at once {plan.at_once}"]
+    words += [f"accumulate {r.accumulate}"] * (r.accumulate > 1)
+    words += [f"{plan.microbatches} micro-batches, {plan.cfg.mesh.pp_schedule}"] * (plan.mesh.pp > 1)
+    return ", ".join([*words, f"remat {r.remat}", plan.dtype])
 
 
 def memory(found: Estimate) -> str:
@@ -75,27 +67,24 @@ def traffic(found: Estimate) -> str:
         if unit == "calls":
             count, size = most[axis, kind, "calls"], most[axis, kind, "bytes"]
             each = f"{size / count / 2**20:,.2f}"
-            rows.append((axis, kind, f"{found.job.mesh.degree(axis)}", f"{count:,}", f"{size / GIB:,.3f}", each))
+            rows.append((axis, kind, f"{found.plan.mesh.degree(axis)}", f"{count:,}", f"{size / GIB:,.3f}", each))
     return columns(rows, left=2) if len(rows) > 1 else "no traffic: one process"
 
 
 def time(found: Estimate) -> str:
     """Where the time of a step goes, by the model of `olmo_fn.planner.clock`."""
     c = found.clock
-    tokens = c.tokens * found.job.mesh.size
-    days = found.job.cfg.run.steps * c.seconds / 86400
+    tokens = c.tokens * found.plan.mesh.size
+    days = found.plan.cfg.run.steps * c.seconds / 86400
+    peaks = f"products at {GEMM:.0%} of the peak, attention {ATTENTION:.0%}, streams {STREAM:.0%}"
     rows = [
-        (
-            "computing",
-            f"{c.computing:.3f} s",
-            f"products at {GEMM:.0%} of the peak, attention {ATTENTION:.0%}, streams {STREAM:.0%}",
-        ),
+        ("computing", f"{c.computing:.3f} s", peaks),
         ("  products", f"{(c.linear + c.batched) / 1e12:,.1f} TFLOP", f"{c.batched / 1e12:,.1f} of them attention"),
         ("waiting for others", f"{c.waiting:.3f} s", "tp, cp, and what weights and gradients take longer than computing"),
         ("optimizer", f"{c.update:.3f} s", ""),
         ("pipeline bubble", f"{c.bubble:.1%}", "of the pipeline's time"),
         ("a step", f"{c.seconds:.3f} s", f"{tokens:,.0f} tokens/s, {c.tokens:,.0f} a device, {c.mfu:.1%} of its peak (MFU)"),
-        (f"{found.job.cfg.run.steps:,} steps", f"{days:,.1f} days", f"{days * 24 * found.job.mesh.size:,.0f} device-hours"),
+        (f"{found.plan.cfg.run.steps:,} steps", f"{days:,.1f} days", f"{days * 24 * found.plan.mesh.size:,.0f} device-hours"),
     ]
     width, right = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
     return "\n".join(f"{name.ljust(width)}  {value.rjust(right)}  {words}".rstrip() for name, value, words in rows)
@@ -107,21 +96,21 @@ def verdict(found: Estimate) -> str:
     sizes = f"{need:.1f} GiB of {have:.1f} GiB, of which {RESERVED / GIB:.1f} are left to the system"
     if found.fits:
         return f"fits: {sizes}"
-    tried, words = first_remedy(found)
-    rows = [(other, f"{one.largest.total / GIB:.1f} GiB", "fits" if one.fits else "does not fit") for other, one in tried]
-    gpus = max(8, 8 * found.job.mesh.size)
-    end = f"try {words}" if words else f"no single flag is enough; search: python -m olmo_fn.planner PRESET --gpus {gpus}"
-    return "\n".join([f"does not fit: {sizes}", *([columns(rows)] if rows else []), end])
+    fitting, least = remedy(found.plan, lambda smaller: estimate(smaller).fits)
+    smaller, base = estimate(fitting or least), found.plan.cfg
+    words, takes = flags(smaller.plan.cfg, base), f"{smaller.largest.total / GIB:.1f} GiB"
+    if fitting:
+        return f"does not fit: {sizes}\ntry {words}, which takes {takes}"
+    search = f"python -m olmo_fn.planner PRESET --gpus {max(8, 8 * found.plan.mesh.size)}"
+    return f"does not fit: {sizes}\neven {words} takes {takes}; search: {search}"
 
 
-def ranking(found: Sequence[Estimate]) -> str:
-    """The best layouts, best first, each with what to type."""
+def ranking(found: Sequence[Estimate], base: Config) -> str:
+    """The best layouts, best first, each with what to type beside what gives ``base``."""
     rows = [("", "tokens/s a device", "step s", "MFU", "bubble", "GiB", "flags")]
     for i, one in enumerate(found):
-        c = one.clock
-        size = f"{one.largest.total / GIB:.1f}"
-        rows.append(
-            (f"{i + 1}", f"{c.tokens:,.0f}", f"{c.seconds:.2f}", f"{c.mfu:.1%}", f"{c.bubble:.1%}", size, flags(one.job))
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    return "\n".join("  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[6]]) for row in rows)
+        c, size = one.clock, f"{one.largest.total / GIB:.1f}"
+        cells = (f"{i + 1}", f"{c.tokens:,.0f}", f"{c.seconds:.2f}", f"{c.mfu:.1%}", f"{c.bubble:.1%}", size)
+        rows.append((*cells, flags(one.plan.cfg, base)))
+    width = max(len(row[-1]) for row in rows)
+    return columns([(*row[:-1], row[-1].ljust(width)) for row in rows], left=0)

@@ -1,14 +1,14 @@
 """Watch what a piece of a program does: bytes that live, by purpose; FLOPs; bytes moved; collectives by axis.
 
 On meta tensors, which have a shape and no memory, nothing is computed and nothing sent: the program itself says what it
-would do at any size and on any mesh. On real tensors the same eyes measure.
+would do at any size and on any mesh.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm.default: 0, aten.mm.out: 0, aten.bmm.default: 0, aten.bmm.out: 0, aten.addmm.default: 1}
-PRODUCTS |= {aten.addmm.out: 1, aten.addmm_.default: 1, aten.baddbmm.default: 1}
-"""Matrix products, and which argument is the first factor."""
+LINEAR = (aten.mm, aten.addmm, aten.addmm_)
+PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}
+"""How many FLOPs an operation has, of those that are counted: products of matrices, attention, convolutions."""
 EMPTY = {aten.new_empty.default, aten.empty_like.default, aten.empty.memory_format}
 """What allocates, and moves nothing."""
 KINDS = {
@@ -32,7 +34,7 @@ KINDS = {
 }
 
 
-Traffic: TypeAlias = "Counter[tuple[str, str, str]]"
+Traffic: TypeAlias = Counter[tuple[str, str, str]]
 """By process group, kind of collective, and "calls" or "bytes": those of the whole tensor, gathered or yet to be scattered."""
 
 
@@ -126,18 +128,18 @@ class Trace(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.is_view:
             return out
-        product = func in PRODUCTS
-        if product:
-            flops = 2 * out.numel() * args[PRODUCTS[func]].shape[-1]
-            if out.ndim == 3:
-                self.seen.batched += flops
-            else:
+        count = PRODUCTS.get(func._overloadpacket)
+        if count is not None:
+            flops = count(*args, **(kwargs or {}), out_val=out)
+            if func._overloadpacket in LINEAR:
                 self.seen.linear += flops
+            else:
+                self.seen.batched += flops
         if self._fused is None:
-            if not product and func not in EMPTY:
+            if count is None and func not in EMPTY:
                 self._moved(args, out)
             self._made(out)
-        elif product:
+        elif count is not None:
             self._fused.append(out)
             self._made(out)
         return out
@@ -146,17 +148,16 @@ class Trace(TorchDispatchMode):
         name, x = func._schema.name.split("::")[1], args[0]
         if name == "wait_tensor":
             self._sent.pop(x.untyped_storage()._cdata, None)
-            return x if x.is_meta else func(*args)
-        group = args[-1]
-        kind = "ring_shift" if name == "all_to_all_single" and 0 in args[2] else KINDS[name]
-        if not x.is_meta:
-            out = func(*args, **kwargs)
-        elif kind == "all_gather":
+            return x
+        group, kind = args[-1], KINDS[name]
+        if kind == "all_gather":
             out = kwargs["out"]
-        elif name == "reduce_scatter_tensor":
+        elif kind == "reduce_scatter":
             out = x.new_empty(x.shape[0] // args[2], *x.shape[1:])
-        elif name == "all_to_all_single":
+        elif kind == "all_to_all":
             out = x.new_empty(sum(args[1]), *x.shape[1:])
+            if sum(map(bool, args[2])) == 1:  # all of it goes to one rank, as in `olmo_fn.mesh.collectives.ring_shift`
+                kind = "ring_shift"
         else:
             out = torch.empty_like(x)
         self.seen.traffic[group, kind, "calls"] += 1
@@ -198,10 +199,7 @@ class Trace(TorchDispatchMode):
             self._fused = before
 
     def kernel(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """``fn`` as one compiled kernel: what it makes on its way to its results takes no memory.
-
-        On meta tensors it is run once for arguments of the same shapes.
-        """
+        """``fn`` as one compiled kernel, run once for the same shapes: only its results take memory."""
 
         def run(*args: Any) -> Any:
             inputs = leaves(args)
@@ -212,12 +210,11 @@ class Trace(TorchDispatchMode):
                     out = fn(*args)
                     at = {x.untyped_storage()._cdata: i for i, x in enumerate(inputs)}
                     like = rebuild(out, lambda x: at.get(x.untyped_storage()._cdata, torch.empty_like(x)))
-                if all(x.is_meta for x in leaves(out)):
-                    self._results[key] = like, self.seen.linear - before
+                self._results[key] = like, self.seen.linear - before
             else:
                 like, flops = self._results[key]
                 self.seen.linear += flops
-                out = _again(like, inputs)
+                out = tree_map(lambda x: inputs[x] if isinstance(x, int) else x if x is None else torch.empty_like(x), like)
             self._moved(inputs, out)
             self._made(out)
             return out
@@ -271,33 +268,12 @@ class _Stage(Function):
 
 def leaves(value: Any) -> tuple[Tensor, ...]:
     """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return (value,)
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return ()
-    return tuple(x for part in value for x in leaves(part))
+    return tuple(x for x in tree_leaves(value) if isinstance(x, Tensor))
 
 
 def rebuild(value: Any, f: Callable[[Tensor], Any]) -> Any:
     """The same nest with every tensor replaced by ``f`` of it, in the order of `leaves`."""
-    if isinstance(value, Tensor):
-        return f(value)
-    if isinstance(value, Mapping):
-        return {key: rebuild(part, f) for key, part in value.items()}
-    return type(value)(rebuild(part, f) for part in value) if isinstance(value, (tuple, list)) else value
-
-
-def _again(like: Any, inputs: tuple[Tensor, ...]) -> Any:
-    """A nest of inputs, given by number, and new tensors."""
-    if isinstance(like, int):
-        return inputs[like]
-    if isinstance(like, Tensor):
-        return torch.empty_like(like)
-    if isinstance(like, Mapping):
-        return {key: _again(part, inputs) for key, part in like.items()}
-    return type(like)(_again(part, inputs) for part in like) if isinstance(like, (tuple, list)) else like
+    return tree_map_only(Tensor, f, value)
 
 
 def nbytes(value: Any) -> int:

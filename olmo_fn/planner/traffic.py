@@ -2,80 +2,94 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping
 
 from olmo_fn.mesh.axis import NAMES
-from olmo_fn.mesh.mesh import members
-from olmo_fn.planner.job import Job
-from olmo_fn.planner.memory import carry, held, whole_updates
-from olmo_fn.planner.profile import Profile
+from olmo_fn.mesh.mesh import Mesh, members
+from olmo_fn.planner.plan_input import PlanInput, owners
+from olmo_fn.planner.profile import Profile, WholeUpdate
 from olmo_fn.planner.trace import Traffic
-from olmo_fn.planner.whole import share
 
 
-def traffic(job: Job, profile: Profile, rank: int = 0) -> Traffic:
+def traffic(plan: PlanInput, profile: Profile, rank: int = 0) -> Traffic:
     """All collectives of one step on pipeline rank ``rank``, and what it sends to other stages.
 
     Bytes are those of the whole tensor: the result of an all_gather, the argument of the others.
     """
-    labels = [profile.of(label) for label in held(job, rank)]
-    parts = job.cfg.recipe.accumulate
-    total: Traffic = Counter()
-    if job.mesh.pp == 1:
-        for piece in (profile.begin, *(p[label] for p in (profile.forward, profile.backward) for label in labels), profile.end):
-            add(total, piece.seen.traffic, parts)
+    parts, times, total = [profile[label] for label in plan.held(rank)], plan.cfg.recipe.accumulate, Traffic()
+    pieces = [piece for part in parts for piece in (part.forward, part.backward)]
+    if plan.mesh.pp == 1:
+        for piece in (profile.begin, *pieces, profile.end):
+            _add(total, piece.seen.traffic, times)
     else:  # what is gathered and reduced comes once, the rest for every micro-batch
-        for label in labels:
-            for pieces in (profile.forward, profile.backward):
-                inside = {key: n for key, n in pieces[label].seen.traffic.items() if key[0] in ("tp", "cp")}
-                add(total, Counter(inside), parts * job.microbatches)
-            add(total, profile.gathered[label] + profile.reduced[label], parts)
-        add(total, _sent(job, rank), parts)
-        add(total, _without_segments(job, profile), parts)
-    add(total, profile.update.seen.traffic, 1)
-    add(total, share(whole_updates(job, profile, rank), job.mesh.degree("fsdp"))[0], 1)
-    finished = sum(profile.finished.get(label, 0) for label in labels)
-    if finished:
-        add(total, _call("tokens", "all_reduce", finished), parts)
-    for key in [key for key in total if key[0] == "world"]:
-        del total[key]
-    if job.mesh.size > 1:  # the norm of the gradient, once a step
-        add(total, _call("world", "all_reduce", 8), 1)
+        for piece in pieces:
+            _add(total, _over(piece.seen.traffic, "tp", "cp"), times * plan.microbatches)
+        for part in parts:
+            _add(total, part.gathered + part.reduced, times)
+        _add(total, _between_stages(plan, profile, rank), times)
+        _add(total, _over(profile.end.seen.traffic, "tokens"), times)
+    _add(total, profile.update.seen.traffic, 1)
+    _add(total, share(whole_updates(plan, profile, rank), plan.mesh.degree("fsdp"))[0], 1)
+    if late := sum(part.late_gradients for part in parts):
+        _add(total, _calls("tokens", "all_reduce", 1, late), times)
+    total = Traffic({key: n for key, n in total.items() if key[0] != "world"})
+    if plan.mesh.size > 1:  # the norm of the gradient, once a step
+        total += _calls("world", "all_reduce", 1, 8)
     return +total
 
 
-def shared_groups(job: Job, traffic: Traffic) -> Traffic:
+def whole_updates(plan: PlanInput, profile: Profile, rank: int) -> list[WholeUpdate]:
+    """Of a pipeline rank's parameters, in the order of the model."""
+    return [update for label in plan.held(rank) for update in profile[label].whole_updates]
+
+
+def share(updates: list[WholeUpdate], n: int) -> tuple[Traffic, int]:
+    """Collectives, and FLOPs of products, of the first of ``n`` ranks: it does the first of every round of ``n``.
+
+    >>> one = WholeUpdate(dealt=True, parts=16, rows=16, products=100, over_tp=Traffic())
+    >>> traffic, products = share([one] * 3, n=2)
+    >>> traffic["fsdp", "all_to_all", "calls"], traffic["fsdp", "all_to_all", "bytes"], products
+    (4, 112, 200)
+    """
+    dealt = [update for update in updates if update.dealt]
+    own = [*dealt[::n], *(update for update in updates if not update.dealt)]
+    traffic = sum((update.over_tp for update in own), Traffic())
+    if dealt:
+        sent = sum(update.parts for update in dealt) + n * sum(update.rows for update in dealt[::n])
+        traffic += _calls("fsdp", "all_to_all", 2 * len(dealt[::n]), sent)
+    return traffic, sum(update.products for update in own)
+
+
+def shared_groups(mesh: Mesh, traffic: Traffic) -> Traffic:
     """The same with every axis called by the first in `Axes` over the same ranks, as these share a process group."""
     lines: dict[tuple[int, ...], str] = {}
     for name in NAMES:
-        lines.setdefault(job.mesh.ranks(members(name), 0), name)
-    found: Traffic = Counter()
+        lines.setdefault(mesh.ranks(members(name), 0), name)
+    found = Traffic()
     for (axis, kind, unit), n in traffic.items():
-        found[lines[job.mesh.ranks(members(axis), 0)], kind, unit] += n
+        found[lines[mesh.ranks(members(axis), 0)], kind, unit] += n
     return found
 
 
-def add(total: Traffic, more: Traffic, times: int) -> None:
-    """Add ``more`` so many times."""
-    for key, n in more.items():
-        total[key] += n * times
+def _add(total: Traffic, more: Mapping[tuple[str, str, str], int], times: int) -> None:
+    total.update({key: n * times for key, n in more.items()})
 
 
-def _without_segments(job: Job, profile: Profile) -> Traffic:
-    """What ends a sweep: sums over tokens, in a pipeline over its ranks too; gradients of tied weights over its two ends."""
-    found = Counter({key: n for key, n in profile.end.seen.traffic.items() if key[0] == "tokens"})
-    found += _call("pp", "all_reduce", 12)
-    return found + _call("pp", "all_reduce", profile.state["embed"]["parameters"]) if job.cfg.model.tie_embeddings else found
+def _over(traffic: Traffic, *axes: str) -> Traffic:
+    return Traffic({key: n for key, n in traffic.items() if key[0] in axes})
 
 
-def _call(axis: str, kind: str, size: int) -> Traffic:
-    return Counter({(axis, kind, "calls"): 1, (axis, kind, "bytes"): size})
+def _calls(axis: str, kind: str, times: int, size: int) -> Traffic:
+    return Traffic({(axis, kind, "calls"): times, (axis, kind, "bytes"): size})
 
 
-def _sent(job: Job, rank: int) -> Traffic:
-    """What goes to other pipeline ranks for one part of the batch: a carry each way."""
-    last, found = len(job.ranges) - 1, 0
-    for action in job.programs[rank]:
-        stage = action.chunk * job.mesh.pp + rank
-        found += (action.op == "F" and stage < last) or (action.op in "BI" and stage > 0)
-    return Counter({("pp", "send", "calls"): found, ("pp", "send", "bytes"): found * carry(job)})
+def _between_stages(plan: PlanInput, profile: Profile, rank: int) -> Traffic:
+    """For one part of the batch: a carry each way, sums of metrics, gradients of tied weights."""
+    last, sends = len(plan.labels) - 1, 0
+    for action in plan.programs[rank]:
+        stage = action.chunk * plan.mesh.pp + rank
+        sends += (action.op == "F" and stage < last) or (action.op in "BI" and stage > 0)
+    found = _calls("pp", "send", sends, sends * profile.carry) + _calls("pp", "all_reduce", 1, 12)
+    first = owners(plan.cut.chain, plan.cut.specs)
+    tied = {first[path] for path, ranks in plan.cut.owners.items() if len(ranks) > 1}
+    return found + _calls("pp", "all_reduce", 1, sum(profile[label].state["parameters"] for label in tied)) if tied else found

@@ -11,9 +11,11 @@ from programs import python
 
 from configs import CONFIGS
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.models.config import dense
-from olmo_fn.planner.fit import _at_most, _need, check_memory
-from olmo_fn.planner.job import Job
+from olmo_fn.planner import formulas
+from olmo_fn.planner.accelerators import ACCELERATORS
+from olmo_fn.planner.estimate import estimate
+from olmo_fn.planner.fit import PROCESS, check_memory, need
+from olmo_fn.planner.plan_input import PlanInput
 from olmo_fn.train.config import Config, Recipe
 
 GB = 1e9
@@ -54,8 +56,8 @@ def test_what_can_never_fit_is_told_how_far_it_is():
 
 @settings(max_examples=12, deadline=None)
 @given(st.data())
-def test_the_quick_bound_is_one(data):
-    """What is not planned, since it surely fits, would fit by the plan."""
+def test_what_is_not_traced_fits(data):
+    """Where the formulas spare a run its trace, the trace would have let it through."""
     draw = data.draw
     heads = draw(st.sampled_from((1, 2, 4)))
     model = dense(
@@ -70,4 +72,24 @@ def test_the_quick_bound_is_one(data):
     recipe = replace(recipe, dtype=draw(st.sampled_from(("float32", "bfloat16"))))
     cfg = replace(CONFIGS["olmo2-tiny"], model=model, recipe=recipe)
     cfg = replace(cfg, optim=replace(cfg.optim, name=draw(st.sampled_from(("adamw", "muon", "adafactor", "soap")))))
-    assert _need(Job(cfg, Mesh())) <= _at_most(Job(cfg, Mesh()))
+    plan = PlanInput(cfg, Mesh())
+    assert need(plan) <= PROCESS + formulas.WITHIN * formulas.memory(plan)
+
+
+LAYOUTS = [
+    ("olmo2-1b", Mesh(dp_shard=8), {"batch_size": 16}),
+    ("olmo2-1b", Mesh(dp_shard=8), {"batch_size": 16, "remat": "full"}),
+    ("olmo2-7b", Mesh(dp_shard=4, tp=8), {"batch_size": 16}),
+    ("olmo2-7b", Mesh(dp_shard=8, cp=2), {"batch_size": 8, "sequence_length": 8192}),
+    ("olmo2-7b", Mesh(pp=4, dp_shard=8), {"batch_size": 64, "pp_microbatches": 8}),
+    ("olmo2-7b", Mesh(pp=4, dp_shard=8), {"batch_size": 64, "pp_schedule": "interleaved", "pp_chunks": 2}),
+    ("olmo2-32b", Mesh(dp_shard=128, tp=2), {"batch_size": 128, "remat": "full"}),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh", "changes"), LAYOUTS)
+def test_formulas_order_as_traces_do(name, mesh, changes):
+    """Memory within a factor of 2, and seconds within a factor of 1.5, of what the trace says."""
+    found = estimate(PlanInput(CONFIGS[name], mesh).changed(mesh=mesh, **changes))
+    assert 1 / formulas.WITHIN < formulas.memory(found.plan) / found.largest.total < formulas.WITHIN
+    assert 1 / 1.5 < formulas.seconds(found.plan, ACCELERATORS["h100"]) / found.clock.seconds < 1.5

@@ -16,30 +16,30 @@ from olmo_fn.models.count import flops_per_sequence
 from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.clock import clock
 from olmo_fn.planner.estimate import profile_of
-from olmo_fn.planner.job import Job, check
 from olmo_fn.planner.memory import peak_memory
-from olmo_fn.planner.profile import kinds, profile
+from olmo_fn.planner.plan_input import PlanInput, check
+from olmo_fn.planner.profile import profile
 from olmo_fn.planner.traffic import shared_groups, traffic
 from olmo_fn.train.config import Config, Lora, Optim, Recipe, Run
 
 CONTROL = 100  # bytes of scalars that come and go
 
 
-def job_of(mesh=Mesh(), options=None, optim=None, lora=Lora(), **recipe):  # noqa: B008
+def plan_of(mesh=Mesh(), options=None, optim=None, lora=Lora(), **recipe):  # noqa: B008
     fields = {"d_model": 64, "n_layers": 5, "n_heads": 4, "n_kv_heads": 2, "hidden_size": 161, "vocab_size": 501}
     fields |= {name: recipe.pop(name) for name in list(recipe) if name in Model.__dataclass_fields__}
     given = {"batch_size": 8, "sequence_length": 128, "compile": False, "dtype": "float32"} | recipe
     parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": Optim(**(optim or {})), "lora": lora}
-    return check(Job(Config(dense(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh))
+    return check(PlanInput(Config(dense(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh))
 
 
-def dtype_of(job):
-    return getattr(torch, job.dtype)
+def dtype_of(plan):
+    return getattr(torch, plan.dtype)
 
 
 # --- one process ------------------------------------------------------------------------------------------------------
 
-SINGLE_JOBS = {
+SINGLE = {
     "plain": {},
     "bf16": {"dtype": "bfloat16"},
     "remat": {"remat": "full"},
@@ -55,12 +55,12 @@ SINGLE_JOBS = {
 }
 
 
-@pytest.mark.parametrize("fields", SINGLE_JOBS.values(), ids=SINGLE_JOBS.keys())
+@pytest.mark.parametrize("fields", SINGLE.values(), ids=SINGLE.keys())
 def test_memory_of_one_process(fields):
     """The peak of a real step, state, gradients, activations, scratch and all: to the byte, not only within 10 %."""
-    job = job_of(**fields)
-    planned = peak_memory(job, profile_of(job)).total
-    measured = plan_ranks.single_peak(job.cfg, dtype_of(job))
+    plan = plan_of(**fields)
+    planned = peak_memory(plan, profile_of(plan)).total
+    measured = plan_ranks.single_peak(plan.cfg, dtype_of(plan))
     assert planned == pytest.approx(measured, rel=0.002, abs=CONTROL)
 
 
@@ -90,41 +90,41 @@ LAYOUTS = {
 @pytest.mark.parametrize(("mesh", "options", "fields"), LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_traffic_and_memory_of_ranks(pool, mesh, options, fields):
     """Counts and bytes of all collectives are exact; memory is within 1 %, in a pipeline 10 %."""
-    job = job_of(mesh, options, **fields)
-    found = profile_of(job)
-    counted = pool.run(plan_ranks.rank_traffic, job.cfg, dtype_of(job), mesh=mesh)
-    peaks = pool.run(plan_ranks.rank_peak, job.cfg, dtype_of(job), mesh=mesh)
+    plan = plan_of(mesh, options, **fields)
+    found = profile_of(plan)
+    counted = pool.run(plan_ranks.rank_traffic, plan.cfg, dtype_of(plan), mesh=mesh)
+    peaks = pool.run(plan_ranks.rank_peak, plan.cfg, dtype_of(plan), mesh=mesh)
     each = mesh.size // mesh.pp
     for rank in range(mesh.pp):
         planned = {}
-        for (axis, kind, unit), n in shared_groups(job, traffic(job, found, rank)).items():
+        for (axis, kind, unit), n in shared_groups(mesh, traffic(plan, found, rank)).items():
             if kind != "send":  # counted apart: point to point
                 key = axis, "all_to_all" if kind == "ring_shift" else kind
                 count, size = planned.get(key, (0, 0))
                 planned[key] = (count + n, size) if unit == "calls" else (count, size + n)
         assert planned == counted[rank * each]
         measured = max(peaks[rank * each : (rank + 1) * each])
-        assert peak_memory(job, found, rank).total == pytest.approx(measured, rel=0.1 if mesh.pp > 1 else 0.01)
+        assert peak_memory(plan, found, rank).total == pytest.approx(measured, rel=0.1 if mesh.pp > 1 else 0.01)
 
 
 def test_a_block_stands_for_all_of_its_kind():
     """Depth is put together from pieces: tracing every block gives the same, to the byte."""
     for fields in ({"n_layers": 9}, {"n_layers": 9, "remat": "every-3", "window_pattern": (16, -1), "accumulate": 2}):
-        job = job_of(Mesh(dp_shard=4, tp=2), batch_size=16, **fields)
-        few = profile_of(job)
-        assert len(few.forward) - 2 == len(set(kinds(job.cfg).values())) < job.cfg.model.n_layers
-        full = profile(job.cfg, job.mesh, job.rows, dtype_of(job), every_block=True)
-        assert traffic(job, few) == traffic(job, full)
-        assert peak_memory(job, few).total == pytest.approx(peak_memory(job, full).total, abs=CONTROL)
+        plan = plan_of(Mesh(dp_shard=4, tp=2), batch_size=16, **fields)
+        few = profile_of(plan)
+        assert len(few.parts) < plan.cfg.model.n_layers + 2 == len(few.alike)
+        full = profile(plan.cfg, plan.mesh, plan.rows, dtype_of(plan), every_block=True)
+        assert traffic(plan, few) == traffic(plan, full)
+        assert peak_memory(plan, few).total == pytest.approx(peak_memory(plan, full).total, abs=CONTROL)
 
 
 def test_many_sequences_are_planned_from_few():
     """Beyond `TRACED` positions a profile is extrapolated; tracing all of them gives the same."""
-    job = job_of(Mesh(dp_shard=2, tp=2), batch_size=384, sequence_length=128)
-    found, full = profile_of(job), profile(job.cfg, job.mesh, job.rows, dtype_of(job))
-    assert traffic(job, found) == traffic(job, full)
-    assert peak_memory(job, found).total == pytest.approx(peak_memory(job, full).total, rel=1e-3)
-    ours, theirs = (clock(job, one, ACCELERATORS["h100"]) for one in (found, full))
+    plan = plan_of(Mesh(dp_shard=2, tp=2), batch_size=384, sequence_length=128)
+    found, full = profile_of(plan), profile(plan.cfg, plan.mesh, plan.rows, dtype_of(plan))
+    assert traffic(plan, found) == traffic(plan, full)
+    assert peak_memory(plan, found).total == pytest.approx(peak_memory(plan, full).total, rel=1e-3)
+    ours, theirs = (clock(plan, one, ACCELERATORS["h100"]) for one in (found, full))
     assert (ours.linear, ours.batched) == (theirs.linear, theirs.batched)
     assert ours.seconds == pytest.approx(theirs.seconds, rel=1e-3)  # bytes moved: the head's first rows cost less than others
 
@@ -132,25 +132,25 @@ def test_many_sequences_are_planned_from_few():
 def test_planning_notices_a_change_of_the_step(monkeypatch):
     """A mutant of the step, a block that gathers once more than it should, is in the plan, as the plan is the step's own."""
     axis = Axis("tp", 2, 0, "tp")
-    job = job_of(Mesh(tp=2))
-    before = traffic(job, profile_of(job))["tp", "all_gather", "calls"]
+    plan = plan_of(Mesh(tp=2))
+    before = traffic(plan, profile_of(plan))["tp", "all_gather", "calls"]
     plain = transformer.residual
     monkeypatch.setattr(transformer, "residual", lambda *args: plain(*args) + 0 * all_gather(args[1], 0, axis)[:1])
     profile.cache_clear()
-    after = traffic(job, profile_of(job))["tp", "all_gather", "calls"]
+    after = traffic(plan, profile_of(plan))["tp", "all_gather", "calls"]
     profile.cache_clear()
-    assert after == before + 2 * job.cfg.model.n_layers + 1  # the head's norm is the same function
+    assert after == before + 2 * plan.cfg.model.n_layers + 1  # the head's norm is the same function
 
 
 def test_flops_are_those_of_the_model_and_what_tiles_and_remat_add():
-    job = job_of(sequence_length=256)
-    c = clock(job, profile_of(job), ACCELERATORS["h100"])
-    m, r = job.cfg.model, job.cfg.recipe
+    plan = plan_of(sequence_length=256)
+    c = clock(plan, profile_of(plan), ACCELERATORS["h100"])
+    m, r = plan.cfg.model, plan.cfg.recipe
     attention = 12 * m.n_heads * m.k * (256 * 257 // 2) * m.n_layers * r.batch_size
     assert c.linear == flops_per_sequence(m, 256) * r.batch_size - attention
     tiles = 128 * 128 + 128 * 256  # two tiles of rows see 128 and 256 keys; backward makes five products, not four
     assert c.batched == (4 + 10) * m.n_heads * m.k * tiles * m.n_layers * r.batch_size
-    remat = job_of(sequence_length=256, remat="full")
+    remat = plan_of(sequence_length=256, remat="full")
     again = clock(remat, profile_of(remat), ACCELERATORS["h100"])
     head = 2 * m.vocab_size * m.d_model * 256 * r.batch_size
     assert again.linear == c.linear + (c.linear - 3 * head) / 3

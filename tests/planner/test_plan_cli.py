@@ -11,13 +11,15 @@ import pytest
 
 import train
 from configs import CONFIGS
-from olmo_fn.models.config import dense
+from olmo_fn.mesh.mesh import Mesh
+from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.count import num_params
 from olmo_fn.planner import tables
 from olmo_fn.planner.__main__ import main as plan_main
 from olmo_fn.planner.accelerators import ACCELERATORS
-from olmo_fn.planner.estimate import estimate, first_remedy
-from olmo_fn.planner.job import Job, flags, job
+from olmo_fn.planner.estimate import estimate
+from olmo_fn.planner.fit import remedy
+from olmo_fn.planner.plan_input import PlanInput, flags, plan_input
 from olmo_fn.planner.search import layouts, search
 from olmo_fn.train.config import Config, Recipe, Run
 
@@ -39,7 +41,7 @@ def test_what_does_not_fit_names_the_flag_that_helps(capsys):
     """And typing it does help."""
     command = "olmo2-1b --dry-run --mesh.dp-shard 8 --recipe.batch-size 128"
     assert train.main(shlex.split(command)) == 0
-    words = re.search(r"^try (--\S+ \S+)", capsys.readouterr().out, re.M)
+    words = re.search(r"^try (--.*), which takes", capsys.readouterr().out, re.M)
     assert words is not None
     assert train.main(shlex.split(f"{command} {words[1]}")) == 0
     assert "\nfits: " in capsys.readouterr().out
@@ -47,7 +49,10 @@ def test_what_does_not_fit_names_the_flag_that_helps(capsys):
 
 def test_hopeless_and_impossible(capsys):
     assert train.main(shlex.split("olmo2-7b --dry-run")) == 0  # 512 sequences at once on one device
-    assert "no single flag is enough; search: python -m olmo_fn.planner" in capsys.readouterr().out
+    told = r"^even --recipe.accumulate 1024 --recipe.remat full --optim.moments bfloat16 takes .*; search: python -m"
+    assert re.search(told, capsys.readouterr().out, re.M)
+    assert train.main(shlex.split("olmo2-7b --dry-run --recipe.engine func")) == 2
+    assert "plan with --recipe.engine tape" in capsys.readouterr().err
     assert train.main(shlex.split("olmo2-7b --dry-run --mesh.tp 3")) == 2
     assert "--mesh.tp 3 does not divide" in capsys.readouterr().err
     assert train.main(shlex.split("olmo2-7b --dry-run --gpus 12 --mesh.tp 8")) == 2
@@ -57,13 +62,20 @@ def test_hopeless_and_impossible(capsys):
 
 
 def test_remedies_are_smaller():
-    """Whatever is tried takes less memory than what does not fit."""
-    found = estimate(job(replace(SMALL, gpu="a100")))
-    small = replace(found, gpu=found.gpu._replace(memory=found.largest.total / 4))
-    tried, _ = first_remedy(small)
-    assert tried
-    for words, other in tried:
-        assert other.largest.total < found.largest.total, words
+    """Whatever is tried takes less memory than what does not fit; the first that fits is taken, the smallest is told."""
+    cfg = replace(SMALL, recipe=replace(SMALL.recipe, accumulate=2), mesh=MeshConfig(dp_shard=2, keep_gathered=True))
+    plan, tried = plan_input(cfg), {}
+
+    def size(other):
+        return tried.setdefault(flags(other.cfg, cfg), estimate(other).largest.total)
+
+    largest = size(plan)
+    assert remedy(plan, lambda other: size(other) < 0)[0] is None
+    assert len(tried) == 5
+    assert max(tried.values()) == largest
+    for bytes in list(tried.values()):
+        fitting, _ = remedy(plan, lambda other, bytes=bytes: size(other) <= bytes)
+        assert size(fitting) <= bytes
 
 
 def test_search_finds_the_best_of_all_layouts():
@@ -71,9 +83,8 @@ def test_search_finds_the_best_of_all_layouts():
     cfg = replace(CONFIGS["olmo2-370m"], gpu="a100", recipe=Recipe(batch_size=8, sequence_length=256))
     found = search(cfg, 4, best=3)
     assert [one.clock.seconds for one in found] == sorted(one.clock.seconds for one in found)
-    every = [one for tp in (1, 2) for one in layouts(cfg, 4, tp, 1)]
     exact = []
-    for one in every:
+    for one in layouts(cfg, 4):
         try:
             exact.append(estimate(one))
         except ValueError:
@@ -81,20 +92,20 @@ def test_search_finds_the_best_of_all_layouts():
     assert len(exact) > 10
     fastest = min(one.clock.seconds for one in exact if one.fits)
     assert found[0].clock.seconds <= 1.05 * fastest
-    assert all(one.fits and one.job.mesh.size == 4 and one.gpu is ACCELERATORS["a100"] for one in found)
+    assert all(one.fits and one.plan.mesh.size == 4 and one.gpu is ACCELERATORS["a100"] for one in found)
 
 
 def test_the_flags_of_a_layout_are_the_layout():
     """Typed into train.py, what the search prints gives the job that it estimated."""
     for one in search(SMALL, 8, best=2):
-        words = shlex.split(flags(one.job))
+        words = shlex.split(flags(one.plan.cfg, SMALL))
         recipe = ["--recipe.batch-size", "32", "--recipe.sequence-length", "64"]
-        typed = job(train.parse(["olmo2-7b", *recipe, *words]))
-        assert typed.mesh == one.job.mesh
+        typed = plan_input(train.parse(["olmo2-7b", *recipe, *words]))
+        assert typed.mesh == one.plan.mesh
         assert (typed.rows, typed.microbatches, typed.cfg.recipe.remat) == (
-            one.job.rows,
-            one.job.microbatches,
-            one.job.cfg.recipe.remat,
+            one.plan.rows,
+            one.plan.microbatches,
+            one.plan.cfg.recipe.remat,
         )
 
 
@@ -118,11 +129,11 @@ def test_published_throughput():
         cfg = CONFIGS[name]
         mesh = replace(cfg.mesh, dp_replicate=replicate, dp_shard=shard)
         recipe = replace(cfg.recipe, remat=remat, batch_size=replicate * shard)
-        assert estimate(job(replace(cfg, mesh=mesh, recipe=recipe))).clock.tokens == pytest.approx(published, rel=0.15)
+        assert estimate(plan_input(replace(cfg, mesh=mesh, recipe=recipe))).clock.tokens == pytest.approx(published, rel=0.15)
 
 
 def test_tables_of_one_process():
     text = tables.report(SMALL)
     assert "one process" in text
     assert "no traffic" in text
-    assert Job(SMALL, job(SMALL).mesh).rows == 32
+    assert PlanInput(SMALL, Mesh()).rows == 32

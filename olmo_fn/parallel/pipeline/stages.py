@@ -61,7 +61,8 @@ class Cut:
         else:
             ranges = split(len(blocks), many, 0.0, self._matrices(after) / max(1, self._matrices(blocks[0])))
         found = [tuple(stage for block in blocks[start:stop] for stage in block) for start, stop in ranges]
-        found[0], found[-1] = before + found[0], found[-1] + after
+        found[0] = before + found[0]
+        found[-1] = found[-1] + after  # of one virtual stage, the same one
         return tuple(found)
 
     def _matrices(self, stages: tuple[Stage, ...]) -> float:

@@ -99,17 +99,10 @@ def pipeline_sweep(
             _accumulate(grads[chunk][i], late_grads())
         return cotangent
 
-<<<<<<< HEAD
-    actions = stages.plan(cut.pipeline.kind)
-    execute(actions, forward, backward, backward_input, backward_weight, empty=stages.empty, axis=stages.pp)
+    program = stages.program(cut.pipeline.kind)
+    execute(program, forward, backward, backward_input, backward_weight, empty=stages.empty, axis=stages.pp)
     total: dict[str, Tensor] = {}
     arriving: list[Callable[[], dict[str, Tensor]]] = [layout.weights.reduce(part) for chunk in grads for part in chunk]
-=======
-    program = stages.program(cut.pipeline.kind)
-    execute(program, forward, backward, backward_input, backward_weight, empty=stages.empty, axis=layout.axes.pp)
-    grads: dict[str, Tensor] = {}
-    arriving = [layout.reduce(part) for chunk in found for part in chunk]
->>>>>>> pipe
     for arrive in arriving:
         for path, g in arrive().items():
             total[path] = total[path] + g if path in total else g
@@ -126,13 +119,8 @@ def pipeline_forward(layout: Layout, cut: Cut, chain: Chain, params: Tree, batch
             x = forward_segment(segment, weights, x, stages.contexts[part], execution, stages.sums)
         return x
 
-<<<<<<< HEAD
-    execute(stages.plan("forward"), forward, empty=stages.empty, axis=stages.pp)
+    execute(stages.program("forward"), forward, empty=stages.empty, axis=stages.pp)
     return stages.metrics()
-=======
-    execute(stages.program("forward"), forward, empty=stages.empty, axis=layout.axes.pp)
-    return stages.sums
->>>>>>> pipe
 
 
 def _split(batch: Batch, n: int) -> list[Batch]:
