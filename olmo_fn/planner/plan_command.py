@@ -47,7 +47,8 @@ def run(args: Plan) -> str:
     base = CONFIGS[args.preset] if args.preset in CONFIGS else read_config(Path(args.preset))
     r = base.recipe
     r = replace(r, batch_size=args.batch_size or r.batch_size, sequence_length=args.sequence_length or r.sequence_length)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("layouts", total=1.0)
         found = search(
             replace(base, gpu=args.gpu, gpus=args.gpus, recipe=replace(r, accumulate=1)),

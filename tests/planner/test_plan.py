@@ -19,6 +19,7 @@ from olmo_fn.planner.estimate import profile_of
 from olmo_fn.planner.memory import peak_memory
 from olmo_fn.planner.plan_input import PlanInput, check
 from olmo_fn.planner.profile import profile
+from olmo_fn.planner.trace import Trace
 from olmo_fn.planner.traffic import shared_groups, traffic
 from olmo_fn.train.config import Config, Lora, Optim, Recipe, Run
 
@@ -52,6 +53,7 @@ SINGLE = {
     "muon": {"optim": {"name": "muon"}},
     "lora": {"lora": Lora(rank=4), "accumulate": 2},
     "frozen": {"freeze": ("embed", "blocks.0.*"), "accumulate": 2},
+    "one of many blocks frozen": {"freeze": ("blocks.2.*",), "n_layers": 7, "accumulate": 2},
 }
 
 
@@ -140,6 +142,14 @@ def test_planning_notices_a_change_of_the_step(monkeypatch):
     after = traffic(plan, profile_of(plan))["tp", "all_gather", "calls"]
     profile.cache_clear()
     assert after == before + 2 * plan.cfg.model.n_layers + 1  # the head's norm is the same function
+
+
+def test_an_uneven_exchange_is_no_ring_shift():
+    """As experts send what they happen to have: only one that all goes to one rank is a shift."""
+    for sent, kind in (([5, 0, 3], "all_to_all"), ([0, 8, 0], "ring_shift")):
+        with Trace() as trace:
+            torch.ops._c10d_functional.all_to_all_single(torch.empty(8, device="meta"), [2, 2, 2], sent, "cp")
+        assert trace.seen.traffic == {("cp", kind, "calls"): 1, ("cp", kind, "bytes"): 32}
 
 
 def test_flops_are_those_of_the_model_and_what_tiles_and_remat_add():
