@@ -9,7 +9,7 @@ sharding and plans may cut anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
+from olmo_fn.core.primitive import VJP, WeightGrads
 from olmo_fn.kernels import Function, Kernel, identity
 from olmo_fn.mesh.axis import SINGLE_DEVICE, Axes, CPMethod
 from olmo_fn.tree import Tree
@@ -71,21 +72,32 @@ def bind(fn: Function, *constants: Any) -> Function:
 class Backend:
     """How a stage computes; never what. An engine hands it to the chain, which puts it into the stages' context.
 
-    ``fast``: by the primitives with a backward of their own (the tape), or else by plain operations that can be differentiated
-    any number of times (``torch.func``). ``fuse(fn, *constants)`` compiles an elementwise function of tensors that autograd
-    goes through, ``kernel(fn)`` one that it does not. ``weight_grads(weight, gradient)``, if given, takes from a primitive the
-    gradient of a weight, as a function that computes it; False: it is not wanted there. ``loss_weight`` (0-d) is what the
-    engine will multiply the loss by in its backward, a hint for primitives that form gradients on their way forward.
+    ``primitive`` makes operations with a backward of their own (`olmo_fn.core.primitive`: the tape); None: stages use plain
+    operations that can be differentiated any number of times (``torch.func``). ``fuse(fn, *constants)`` compiles an elementwise
+    function of tensors that autograd goes through, ``kernel(fn)`` one that it does not. ``weight_grads(weight, gradient)``, if
+    given, takes from a primitive the gradient of a weight, as a function that computes it; False: it is not wanted there.
+    ``loss_weight`` (0-d) is what the engine will multiply the loss by in its backward, a hint for primitives that form
+    gradients on their way forward; None where there will be no backward.
     """
 
-    fast: bool = False
+    primitive: Callable[..., Any] | None = None
     axes: Axes = SINGLE_DEVICE
     cp_method: CPMethod = "gather"
     dtype: torch.dtype | None = None
     fuse: Callable[..., Function] = bind
     kernel: Kernel = identity
-    weight_grads: Callable[[Tensor, Callable[[], Tensor]], bool] | None = None
+    weight_grads: WeightGrads | None = None
     loss_weight: Tensor | None = None
+
+    @property
+    def fast(self) -> bool:
+        """Whether there are primitives."""
+        return self.primitive is not None
+
+    def apply(self, vjp: VJP, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
+        """A primitive's result."""
+        assert self.primitive is not None
+        return self.primitive(vjp, weights, inputs, self.weight_grads)
 
 
 PLAIN = Backend()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.core.chain import Backend, Batch, Chain, LossFunction, Metric, Metrics, bind, loss_tokens, per_token
 from olmo_fn.core.layout import SINGLE, Layout, wide
+from olmo_fn.core.primitive import primitive
 from olmo_fn.kernels import Function, Kernel, identity
 from olmo_fn.tree import Tree
 
@@ -27,12 +28,13 @@ def everything(path: str) -> bool:
 class Execution:
     """How a step is carried out, never what it computes.
 
-    ``fuse`` and ``kernel`` compile (see `Backend`); ``donate`` lets an update write into the memory of the state it replaces;
-    ``layout`` says where things are; ``dtype`` is that of matrices and activations. ``wants`` says of a path whether its
-    gradient is asked for; the tree of gradients has no others. ``differentiable`` keeps what a derivative of the whole step
-    needs.
+    ``primitive``, ``fuse`` and ``kernel`` go to the chain's `Backend`; ``donate`` lets an update write into the memory of the
+    state it replaces; ``layout`` says where things are; ``dtype`` is that of matrices and activations. ``wants`` says of a
+    path whether its gradient is asked for; the tree of gradients has no others. ``differentiable`` keeps what a derivative of
+    the whole step needs.
     """
 
+    primitive: Callable[..., Any] = primitive
     fuse: Callable[..., Function] = bind
     kernel: Kernel = identity
     donate: bool = False
@@ -45,7 +47,7 @@ class Execution:
         """What the tape hands to a chain; ``tokens``: the loss tokens of the batch, if there will be a backward."""
         sharing = self.layout.sharing
         weight = None if tokens is None else of_mean(tokens, self.dtype)
-        return Backend(True, sharing.axes, sharing.cp_method, self.dtype, self.fuse, self.kernel, loss_weight=weight)
+        return Backend(self.primitive, sharing.axes, sharing.cp_method, self.dtype, self.fuse, self.kernel, loss_weight=weight)
 
 
 EAGER = Execution()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_fn.core.primitive import VJP, primitive
+from olmo_fn.core.primitive import VJP
 from olmo_fn.kernels.attention_cp import AttendVJP, attend_over, attend_over_vjp
 from olmo_fn.kernels.attention_tiles import attend_masked, attend_vjp, visible
 from olmo_fn.mesh.axis import Axis
@@ -142,7 +142,8 @@ def attention(ctx: Context, q: Tensor, k: Tensor, v: Tensor, window: int | None,
     if not backend.fast:
         return _side_by_side(attend_over(q, k, v, cp=cp, method=method, window=window, documents=documents))
     options: dict[str, Any] = {"cp": cp, "method": method, "window": window, "documents": documents}
-    return primitive(_attention_vjp(partial(attend_over_vjp, **options, kernel=backend.kernel, attend=attend)), [], [q, k, v])
+    vjp = _attention_vjp(partial(attend_over_vjp, **options, kernel=backend.kernel, attend=attend))
+    return backend.apply(vjp, [], [q, k, v])
 
 
 def _attention_vjp(attend: Callable[..., Any]) -> VJP:

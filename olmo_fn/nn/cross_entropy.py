@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.core.chain import IGNORE, Backend, Metrics
-from olmo_fn.core.primitive import VJP, primitive
+from olmo_fn.core.primitive import VJP
 from olmo_fn.kernels import Kernel
 from olmo_fn.kernels.exponential import exp
 from olmo_fn.kernels.huge_pages import new_large, to_large
@@ -49,7 +49,7 @@ def cross_entropy(
     if backend.loss_weight is None:  # there will be no backward
         return _by_rows(w_out, h, labels, rows, inside, z_loss, tp)
     vjp = _cross_entropy_vjp(labels, rows, inside, z_loss, tp, backend)
-    total, ce, z = primitive(vjp, [w_out], [h], backend.weight_grads)
+    total, ce, z = backend.apply(vjp, [w_out], [h])
     return total, {"ce": ce.detach(), "z": z.detach()}
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmo_fn.core.layout import wide
-from olmo_fn.core.primitive import primitive
 from olmo_fn.kernels.huge_pages import new_large
 from olmo_fn.mesh.axis import Axis, chunk
 from olmo_fn.mesh.collectives import all_gather, reduce_scatter
@@ -34,7 +33,7 @@ def embedding(ctx: Context, table: Weight, vocab_size: int) -> Tensor:
 
         return _look_up(weights[0], rows, inside, tp).to(ctx.backend.dtype or weight.dtype), pullback
 
-    return primitive(vjp, [weight], [], ctx.backend.weight_grads)
+    return ctx.backend.apply(vjp, [weight], [])
 
 
 def local_rows(ids: Tensor, vocab_size: int, tp: Axis) -> tuple[Tensor, Tensor | None]:

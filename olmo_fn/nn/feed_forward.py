@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmo_fn.core.primitive import VJP, primitive
+from olmo_fn.core.primitive import VJP
 from olmo_fn.kernels import Kernel
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import all_gather, reduce_scatter
@@ -50,7 +50,7 @@ def swiglu(ctx: Context, x: Tensor, w_gate: Weight, w_up: Weight, w_down: Weight
         gate, up = linear(backend, x, [w_gate, w_up], gather=tp)
         return linear(backend, backend.fuse(gated)(gate, up), [w_down], scatter=tp)[0]
     if backend.fast:
-        return primitive(_swiglu_vjp(tp, backend.kernel), weights, [x], backend.weight_grads)  # type: ignore[arg-type]
+        return backend.apply(_swiglu_vjp(tp, backend.kernel), weights, [x])  # type: ignore[arg-type]
     h = all_gather(x, 1, tp)
     return reduce_scatter(gated(h @ w_gate, h @ w_up) @ w_down, 1, tp)  # type: ignore[operator]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.core.chain import Backend
-from olmo_fn.core.primitive import VJP, primitive
+from olmo_fn.core.primitive import VJP
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import all_gather, reduce_scatter
 
@@ -59,7 +59,7 @@ def linear(
     if any(isinstance(w, Adapted) for w in weights):
         return tuple(_adapted(backend, x, w, gather, scatter) for w in weights)
     if backend.fast:
-        return primitive(_linear_vjp(gather, scatter), weights, [x], backend.weight_grads)  # type: ignore[arg-type]
+        return backend.apply(_linear_vjp(gather, scatter), weights, [x])  # type: ignore[arg-type]
     h = all_gather(x, 1, gather)
     return tuple(reduce_scatter(h @ w, 1, scatter) for w in weights)  # type: ignore[operator]
 

@@ -38,7 +38,7 @@ def sizes(cfg: Config) -> tuple[dict[Label, Sizes], float]:
     specs, step, found = parameters(cfg), recipe(cfg), dict[Label, Sizes]()
     assert step.grads.chain is not None
     for label, stages in by_label(step.grads.chain.stages).items():
-        leaves = [spec for stage in stages for path in stage.params for _, spec in tree.items(tree.at(specs, path), path)]
+        leaves = [spec for stage in stages for path in stage.paths for _, spec in tree.items(tree.at(specs, path), path)]
         widths = sum(sum(spec.shape[-2:]) for spec in leaves if len(spec.shape) > 1)
         found[label] = Sizes(sum(spec.size for spec in leaves), widths)
     slots = step.init(abstract(specs)).slots
@@ -72,7 +72,8 @@ def _rank_memory(plan: PlanInput, rank: int) -> float:
     at_once = plan.microbatches if how.kind == "gpipe" else min(plan.microbatches, in_flight)
     kept = at_once * layers * how.chunks * (stream if r.remat == "full" else layer + whole)
     head = 8 * min(tokens, LOGITS_ROWS[1]) * model.vocab_size / mesh.tp + 2 * stream
-    tiles = 16 * tokens * model.n_heads * min(TILE, r.sequence_length) / mesh.tp
+    heads = max(getattr(block.mixer, "n_heads", 0) for block in model.layers)
+    tiles = 16 * tokens * heads * min(TILE, r.sequence_length) / mesh.tp
     return rest + in_use + kept + max(head, layer + whole + tiles)
 
 

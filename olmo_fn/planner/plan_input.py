@@ -37,7 +37,7 @@ def owners(chain: Chain, specs: Tree) -> dict[str, Label]:
     """For the path of every parameter, and of every subtree that a stage uses, the first label that uses it."""
     found: dict[str, Label] = {}
     for label, stage in zip(labels(chain.stages), chain.stages, strict=True):
-        for path in stage.params:
+        for path in stage.paths:
             for leaf in (path, *(leaf for leaf, _ in tree.items(tree.at(specs, path), path))):
                 found.setdefault(leaf, label)
     return found

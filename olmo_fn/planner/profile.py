@@ -7,7 +7,7 @@ buckets, optimizer and collectives are the ones that train.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
@@ -19,22 +19,24 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Chain, Stage
-from olmo_fn.core.layout import compute_copy
-from olmo_fn.core.tape import remat_policy
+from olmo_fn.core.chain import Batch, Chain, Stage, bind
+from olmo_fn.core.layout import Layout, compute_copy
+from olmo_fn.core.primitive import primitive
+from olmo_fn.core.step import Step
+from olmo_fn.core.tape import remat_policy, tape_gradients
 from olmo_fn.mesh.axis import NAMES, Axes, Axis
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.mesh.placement import Rules
+from olmo_fn.models.transformer import layers
 from olmo_fn.parallel.owners import row_bytes
-from olmo_fn.parallel.sharded import Sharded
+from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, ShardedPlacement, ShardedWeights
 from olmo_fn.planner.plan_input import Label, by_label, labels, owners
 from olmo_fn.planner.trace import Seen, Trace, Traffic
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import is_trained, parameters, recipe, rules
 from olmo_fn.tree import Tree
 
-ON_CHIP = ("attend",)  # stages that a kernel like FlashAttention does: only what goes in and out is moved
+ON_CHIP = ("_attention_vjp",)  # what a kernel like FlashAttention does: only what goes in and out is moved
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,22 @@ def alike(cfg: Config, chain: Chain) -> dict[Label, Label]:
     The first block and the last two stand for themselves, since what is outside the blocks is gathered and reduced during their
     pieces; others for all with the same functions, shapes and rematerialisation.
     """
+    blocks_of = layers(cfg.model)
+
+    def like(label: Label) -> Any:  # the settings of a block, which may differ by layer in more than shapes
+        return (
+            tuple(sub.flops(cfg.recipe.sequence_length) for sub in blocks_of[label].sublayers)
+            if isinstance(label, int)
+            else label
+        )
+
     again, specs, first, found = remat_policy(cfg.recipe.remat), parameters(cfg), dict[Any, Label](), dict[Label, Label]()
     parts = by_label(chain.stages)
     blocks = [label for label in parts if isinstance(label, int)]
     for label, stages in parts.items():
-        leaves = [leaf for s in stages for path in s.params for leaf in tree.items(tree.at(specs, path), path)]
+        leaves = [leaf for s in stages for path in s.paths for leaf in tree.items(tree.at(specs, path), path)]
         sizes = tuple((spec.shape, is_trained(cfg, path)) for path, spec in leaves)
-        kind = (sizes, *((s.name, s.fn, s.vjp, again(s)) for s in stages))
+        kind = (sizes, like(label), *((s.name, again(s)) for s in stages))
         itself = not isinstance(label, int) or label in (*blocks[:1], *blocks[-2:])
         found[label] = label if itself else first.setdefault(kind, label)
     return found
@@ -141,8 +152,9 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
     watch = Watch(cfg, mesh, chain, frozenset(stand_ins.values()))
     trace, parts = watch.trace, watch.parts
     execution = replace(step.execution, layout=watch.layout)
+    execution = replace(execution, primitive=watch.primitive)
     if cfg.recipe.compile:
-        execution = replace(execution, wrap=trace.stage, wrap_leaf=trace.kernel)
+        execution = replace(execution, fuse=lambda fn, *constants: trace.stage(bind(fn, *constants)), kernel=trace.kernel)
     step = replace(step, execution=execution)
     ids = torch.empty(rows, cfg.recipe.sequence_length, dtype=torch.int64, device="meta")
     with trace:
@@ -154,13 +166,14 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         control = trace.live.total()
         del params
         trace.cut()
-        grads, metrics = step.grads.fn(step.point(state), {"input_ids": ids, "labels": ids}, step.execution)
+        batch = watch.layout.sharing.with_tokens({"input_ids": ids, "labels": ids})
+        gradients = watch.grads(step)(step.point(state), batch, step.execution)
         watch.next("update", None)
-        step.update(state, grads, metrics)
-        del grads, metrics
+        step.update(state, gradients)
+        del gradients
         watch.next("over", None)
-    chain = watch.layout.chain(chain)
-    carry = 0 if chain.carry is None else chain.carry(chain.context({"input_ids": ids, "labels": ids}), dtype).nbytes
+    ctx = chain.context({"input_ids": ids, "labels": ids}, step.execution.backend())
+    carry = 0 if chain.empty is None else chain.empty(replace(ctx, backend=replace(ctx.backend, dtype=dtype))).nbytes
     watch.measure_parameters(dtype)
     for name, slot in at_rest.items():
         purpose = name if name in ("parameters", "ema") else "optimizer"
@@ -187,31 +200,33 @@ class Watch:
         specs = parameters(cfg)
         self.owners = owners(chain, specs)
         mine = {path: spec for path, spec in tree.items(specs) if self.owners[path] in chosen}
-        self.layout = Watched(connection, tree.unflatten(mine), rules(cfg), watch=self)
+        placement = WatchedPlacement(connection, tree.unflatten(mine), rules(cfg))
+        sharing = WatchedSharing(connection.axes, rules(cfg).cp_method, placement)
+        self.layout = Layout(placement, WatchedWeights(placement, self), WatchedOwners(placement, self), sharing)
+        self.chain, self.placement = chain, placement
         self.now: tuple[str, Label | None] = ("begin", None)
         self.pieces: dict[tuple[str, Label | None], Piece] = {}
         self.parts = {label: Part() for label in by_label(chain.stages) if label in chosen}
         self.order: list[Label] = []  # of the segments that wait for their backward
-        self.stored: set[str] = set()  # paths that are fetched as they are stored
         self.late: Traffic = Counter()
 
     def shapes(self) -> Tree:
         """Of rank 0's parts of the parameters, which are the largest."""
-        fsdp, tp = self.layout.axes.fsdp.size, self.mesh.tp
-        return tree.unflatten((path, place.box((0, fsdp), (0, tp))[1]) for path, place in self.layout.placed.items())
+        return tree.unflatten((path, self.placement.box(path)[1]) for path in self.placement.placed)
 
     def measure_parameters(self, dtype: torch.dtype) -> None:
         """Sizes of the weights and of the fp32 gradients of every label."""
-        n = self.layout.axes.fsdp.size
-        for path, place in self.layout.placed.items():
-            part, whole = self.parts[self.owners[path]], place.box((0, 1), (0, self.mesh.tp))[1]
+        n = self.placement.axes.fsdp.size
+        for path in self.placement.placed:
+            axis = self.placement.gather_axis(path)
+            part, whole = self.parts[self.owners[path]], self.placement.box(path, [axis.name])[1]
             copy = compute_copy(torch.empty(whole, device="meta"), dtype)
-            if n > 1 or not (copy.dtype == torch.float32 or path in self.stored):
+            if n > 1 or not (copy.dtype == torch.float32 or path in self.chain.uncast):
                 part.weights += copy.nbytes
             if is_trained(self.cfg, path):
-                part.gradients += 4 * prod(place.box((0, n), (0, self.mesh.tp))[1])
+                part.gradients += 4 * prod(self.placement.box(path)[1])
                 part.whole_gradients += 4 * prod(whole)
-                part.late_gradients += 4 * prod(whole) * (n > 1 and place.fsdp is None)
+                part.late_gradients += 4 * prod(whole) * (n > 1 and axis.size == 1)
 
     def next(self, way: str, label: Label | None) -> None:
         """A piece ends, another begins."""
@@ -222,39 +237,42 @@ class Watch:
         self.pieces[self.now] = Piece(_minus(self.trace.live, seen.start), seen)
         self.now = (way, label)
 
-    def chain(self, chain: Chain) -> Chain:
-        """The stages of the chosen blocks, which say when they run."""
+    def grads(self, step: Step) -> Any:
+        """The step's gradient function, of the chosen blocks alone, whose stages say when they run."""
+        chain = self.chain
         every, again = zip(labels(chain.stages), chain.stages, strict=True), remat_policy(self.cfg.recipe.remat)
         pairs = [(label, stage) for label, stage in every if label in self.chosen]
         self.order = [label for (label, _), _ in groupby(pairs, key=lambda pair: (pair[0], again(pair[1])))]
-        return replace(chain, stages=tuple(self._marked(stage, label, stage is pairs[-1][1]) for label, stage in pairs))
+        marked = replace(chain, stages=tuple(self._marked(stage, label) for label, stage in pairs))
+        self.last = pairs[-1][0]
+        return tape_gradients(marked, self.cfg.recipe.remat, step.execution.dtype)
 
-    def _marked(self, stage: Stage, label: Label, last: bool) -> Stage:
-        on_chip = self.trace.on_chip if stage.name in ON_CHIP else nullcontext
-
-        def begins() -> None:
+    def _marked(self, stage: Stage, label: Label) -> Stage:
+        def fn(p: Tree, x: Any, ctx: Any) -> Any:
             if self.now[0] in ("begin", "forward"):
                 self.next("forward", label)
+            return stage.fn(p, x, ctx)
 
-        def fn(*args: Any) -> Any:
-            begins()
-            return stage.fn(*args)
+        return stage._replace(fn=fn)
 
-        def vjp(*args: Any) -> Any:
-            begins()
-            assert stage.vjp is not None
-            with on_chip(args):
-                out, pullback = stage.vjp(*args)
+    def primitive(self, vjp: Any, weights: Any, inputs: Any, weight_grads: Any = None) -> Any:
+        """A primitive, on chip if a kernel does all of it; the last one's backward begins the sweep back."""
+        name = vjp.__qualname__.split(".")[0]
+        on_chip = self.trace.on_chip if name in ON_CHIP else lambda x: nullcontext()
 
-            def marked(cotangent: Any) -> Any:
-                if last:
-                    self.next("backward", label)
-                with on_chip((args, cotangent)):
-                    return pullback(cotangent)
+        def watched(weights: Any, inputs: Any) -> Any:
+            with on_chip((weights, inputs)):
+                out, pullback = vjp(weights, inputs)
 
-            return out, marked
+            def back(*cotangents: Any) -> Any:
+                if self.now == ("forward", self.last):
+                    self.next("backward", self.last)
+                with on_chip((weights, inputs, cotangents)):
+                    return pullback(*cotangents)
 
-        return stage._replace(fn=fn, vjp=vjp if stage.vjp else None)
+            return out, back
+
+        return primitive(watched, weights, inputs, weight_grads)
 
     def reducing(self, grads: dict[str, Tensor]) -> Label:
         """A segment's backward is over but for sending its gradients, which goes on during the next one's."""
@@ -271,32 +289,36 @@ class Watch:
         total.update(_minus(self.trace.seen.traffic, before))
 
 
-class Watched(Sharded):
-    """The real layout, every part of which says what it is for. State is plain tensors: DTensors need process groups."""
+class WatchedPlacement(ShardedPlacement):
+    """The real placement; state is plain tensors, since DTensors need process groups."""
+
+    def shard(self, params: Tree) -> Tree:
+        return params
+
+    def store(self, path: str, local: Tensor) -> Any:
+        return local
+
+    def to_stored(self, local: Tree, like: Tree) -> Tree:
+        return local
+
+
+class WatchedSharing(RankSharing):
+    """The real sums; a batch is this rank's already."""
+
+    def local_batch(self, batch: Batch) -> Batch:
+        return batch
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedWeights(ShardedWeights):
+    """The real gathers and reductions, each of which says what it is for."""
 
     watch: Watch
 
-    def __init__(self, connection: Connection, specs: Tree, rules: Rules, watch: Watch) -> None:
-        object.__setattr__(self, "watch", watch)
-        super().__init__(connection, specs, rules)
-
-    def chain(self, chain: Chain) -> Chain:
-        return self.watch.chain(super().chain(chain))
-
-    def part(self, batch: Batch) -> Batch:
-        return batch  # is this rank's already
-
-    def adopt(self, params: Tree) -> Tree:
-        return params
-
-    def place(self, path: str, part: Tensor) -> Any:
-        return part
-
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, stored: Collection[str] = ()) -> Any:
+    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, uncast: Collection[str] = ()) -> Any:
         paths, watch = tuple(paths), self.watch
-        watch.stored.update(stored)
         with watch.trace.purpose("weights"), watch.adding(watch.parts[watch.owners[paths[0]]].gathered):
-            return _Weights(watch.trace, super().fetch(params, paths, dtype, stored))
+            return _Weights(watch.trace, super().fetch(params, paths, dtype, uncast))
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         watch, label = self.watch, self.watch.reducing(grads)
@@ -309,34 +331,37 @@ class Watched(Sharded):
 
         return arriving
 
-    def rounds(self, paths: Iterable[str]) -> Iterable[tuple[str, ...]]:
-        return ((path,) for path in paths)  # all of them, of which `olmo_fn.planner.traffic.share` takes a rank's
-
-    def deal(self, parts: Mapping[str, Sequence[Tensor]]) -> tuple[str, list[Tensor]] | None:
-        ((path, tensors),) = parts.items()
-        seen, n, dealt = self.watch.trace.seen, self.axes.fsdp.size, self.is_dealt(path)
-        before = Counter(seen.traffic)
-        wholes = [self.over_tp(path, x.new_empty(self.shard(path).shape) if dealt else x) for x in tensors]
-        sent = sum(row_bytes(x, self.shard(path), n) for x in tensors) if dealt else 0
-        begun = WholeUpdate(dealt, sent, 0, -seen.linear - seen.batched, _minus(seen.traffic, before))
-        self.watch.parts[self.watch.owners[path]].whole_updates.append(begun)
-        return path, wholes
-
-    def collect(
-        self, mine: Sequence[Tensor] | None, like: Mapping[str, Sequence[tuple[Tensor, bool]]]
-    ) -> dict[str, list[Tensor]]:
-        ((path, pairs),) = like.items()
-        assert mine is not None
-        seen, n, updates = self.watch.trace.seen, self.axes.fsdp.size, self.watch.parts[self.watch.owners[path]].whole_updates
-        begun = updates.pop()
-        rows = sum(row_bytes(x, self.shard(path) if shaped else None, n) for x, shaped in pairs) if begun.dealt else 0
-        updates.append(begun._replace(rows=rows, products=begun.products + seen.linear + seen.batched))
-        return {path: [self.own(path, x) if shaped else x for x, (_, shaped) in zip(mine, pairs, strict=True)]}
-
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         watch = self.watch
         with watch.trace.purpose("gradients"), watch.adding(watch.late):
             return super().finish(grads)
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedOwners(MatrixOwners):
+    """Every whole-matrix update, of which `olmo_fn.planner.traffic.share` takes a rank's; exchanges are counted, not made."""
+
+    watch: Watch
+
+    def update(self, paths: Iterable[str], task: Callable[[str], Any]) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        for path in paths:
+            one, place, seen = task(path), self.placement, self.watch.trace.seen
+            axis, before = place.gather_axis(path), Counter(seen.traffic)
+            dealt, n = axis.size > 1, axis.size
+            rest = [name for name, _ in place.placed[path].dims if name != axis.name]
+            like = {"": one.p, "g": one.g, **{name: x for name, x in one.slots.items() if name not in one.leaf.unlike}}
+            shard = place.bucket_shard(path) if dealt else None
+            wholes = {k: place.over(path, x.new_empty(shard.shape) if shard else x, rest) for k, x in like.items()}
+            sent = sum(row_bytes(x, shard, n) for x in like.values()) if dealt else 0
+            over_tp, products = _minus(seen.traffic, before), -seen.linear - seen.batched
+            slots = {name: wholes.get(name, x) for name, x in one.slots.items()}
+            new_p, new_slots = one.run(wholes[""], wholes["g"], slots, one.numbers)
+            back = {"": one.p, **one.slots}
+            rows = sum(row_bytes(x, None if k in one.leaf.unlike else shard, n) for k, x in back.items()) if dealt else 0
+            found = WholeUpdate(dealt, sent, rows, products + seen.linear + seen.batched, over_tp)
+            self.watch.parts[self.watch.owners[path]].whole_updates.append(found)
+            local = {k: x if k in one.leaf.unlike else place.local_shard(path, x) for k, x in new_slots.items()}
+            yield path, place.local_shard(path, new_p), local
 
 
 class _Weights:

@@ -17,6 +17,7 @@ from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo3Config, Olmo3ForCau
 from olmo_fn import spec, tree
 from olmo_fn.core.chain import IGNORE, PLAIN, Backend
 from olmo_fn.core.pipe import grad, pipe
+from olmo_fn.core.primitive import primitive
 from olmo_fn.kernels.attention_cpu import attend_whole_vjp, suits
 from olmo_fn.kernels.attention_tiles import TILE, attend, attend_vjp, document_starts
 from olmo_fn.kernels.huge_pages import LARGE, new_large, to_large
@@ -210,7 +211,10 @@ def test_the_pullback_law_catches():
         law_pullback(attend, lambda *x: (attend(*x), lambda o, c: tuple(2 * g for g in attend_vjp(*x)[1](o, c))), q, k, v)
 
 
-PLAIN_CONTEXT, FAST_CONTEXT = (Context(Backend(fast), *[torch.zeros(1, 1, dtype=torch.int64)] * 3) for fast in (False, True))
+IDS = torch.zeros(1, 1, dtype=torch.int64)
+PLAIN_CONTEXT, FAST_CONTEXT = (Context(Backend(made_by), IDS, IDS, IDS) for made_by in (None, primitive))
+    Context(Backend(primitive if fast else None), *[torch.zeros(1, 1, dtype=torch.int64)] * 3) for fast in (False, True)
+)
 
 
 def law_primitive(fn, *inputs):
@@ -235,7 +239,7 @@ def test_swiglu_and_linear_are_their_definitions():
 def test_a_weight_that_is_no_leaf_has_its_gradient_through_autograd():
     """Gradients of leaves may be taken past autograd; those of what was computed from leaves must not be."""
     taken, x, w = [], torch.ones(1, 2, 3), torch.ones(3, 3, requires_grad=True)
-    backend = Backend(True, weight_grads=lambda weight, gradient: weight is w and not taken.append(gradient()))
+    backend = Backend(primitive, weight_grads=lambda weight, gradient: weight is w and not taken.append(gradient()))
     (through_autograd,) = torch.autograd.grad(linear(backend, x, [2 * w])[0].sum(), w)
     assert (through_autograd == 4).all()
     assert not taken
@@ -276,14 +280,14 @@ def test_head_by_chunks(monkeypatch, known):
     total, parts = head.cross_entropy(PLAIN_CONTEXT, w_out, h, labels, 11, z_loss=0.01)
     expected = torch.autograd.grad(total * 0.7, (w_out, h))
     weight = torch.tensor(0.7, dtype=torch.float64)
-    ctx = replace(FAST_CONTEXT, backend=Backend(True, loss_weight=weight))
+    ctx = replace(FAST_CONTEXT, backend=Backend(primitive, loss_weight=weight))
     by_chunks, more = head.cross_entropy(ctx, w_out, h, labels, 11, z_loss=0.01)
     assert_close((by_chunks.detach(), more), (total.detach(), parts))
     cotangent = weight if known else torch.tensor(0.7, dtype=torch.float64)
     assert_close(torch.autograd.grad(by_chunks, (w_out, h), cotangent), expected)
     other = head.cross_entropy(ctx, w_out, h, labels, 11, z_loss=0.01)[0]
     assert_close(torch.autograd.grad(other, (w_out, h), 2 * weight), tuple(2 * g for g in expected))
-    alone = replace(FAST_CONTEXT, backend=Backend(True))
+    alone = replace(FAST_CONTEXT, backend=Backend(primitive))
     assert_close(head.cross_entropy(alone, w_out, h, labels, 11, z_loss=0.01)[0], total.detach())
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import train
 from configs import CONFIGS
+from olmo_fn.models.config import dense
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.count import num_params
