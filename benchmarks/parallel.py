@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> None:
         optim = partition({"matrix": muon(1e-3, dtype=dtype), "default": adamw(1e-3)}, specs)
     step = pipe(transformer.loss(model), engine, clip(1.0), optim, *layout, donate(), compile())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    state = step.init(step.execution.layout.init(0) if layout else init(specs, 0))
+    state = step.init(step.execution.layout.placement.init(0) if layout else init(specs, 0))
     generator, times = torch.Generator().manual_seed(0), []
     rows = args.batch_size * process.size
     with warm_up() as warm:  # as the trainer does

@@ -39,7 +39,7 @@ def batch_of(cfg):
 
 def measure(step, cfg, state, layout):
     """Bytes at the largest moment of a step, state included."""
-    leaves = [x for slot in (state.params, state.slots) for _, x in tree.items(layout.enter(slot))]
+    leaves = [x for slot in (state.params, state.slots) for _, x in tree.items(layout.placement.to_local(slot))]
     batch = batch_of(cfg)
     with Peak([*leaves, *batch.values()]) as peak:
         step(state, batch)
@@ -53,7 +53,7 @@ def single_peak(cfg, dtype):
 
 def sharded_step(connection, cfg, dtype):
     step = recipe(cfg, dtype, connection)
-    return step, step.init(step.execution.layout.init(0))
+    return step, step.init(step.execution.layout.placement.init(0))
 
 
 def rank_peak(connection, cfg, dtype):

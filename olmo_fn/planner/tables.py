@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from olmo_fn.mesh.placement import plan as placements
-from olmo_fn.mesh.placement import table
+from olmo_fn.mesh.placement import placements, table
 from olmo_fn.planner.clock import ATTENTION, GEMM, STREAM
 from olmo_fn.planner.estimate import RESERVED, Estimate, estimate
 from olmo_fn.planner.fit import GIB, remedy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -13,12 +14,13 @@ from test_law_layouts import recipe
 
 from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import Transform, with_execution
+from olmo_fn.core.step import Step
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense, modified
 from olmo_fn.parallel import buckets as bucket
-from olmo_fn.parallel.sharded import Sharded
+from olmo_fn.parallel.sharded import RankSharing, ShardedWeights, sharded
 from olmo_fn.testing import Layout, Pool, assert_equivalent
 from olmo_fn.tree import items
 
@@ -56,7 +58,11 @@ def unchanged(self, x):
     return x
 
 
-def not_summing(grads, axis):
+def not_totalled(self, sums, declared):
+    return sums
+
+
+def not_summing(grads, axes):
     return lambda: dict(grads)
 
 
@@ -65,12 +71,12 @@ def mean_of_means(batch):
     return (batch["labels"].chunk(dist.get_world_size())[dist.get_rank()] != IGNORE).sum() * dist.get_world_size()
 
 
-def without_mask(ids, first, V):
-    return ids % V, torch.ones_like(ids, dtype=torch.bool)
+def without_mask(ids, vocab_size, tp):
+    return ids % (vocab_size // tp.size), torch.ones_like(ids, dtype=torch.bool)
 
 
 def first_rows(self, batch):
-    return {name: x.chunk(self.axes.data.size)[0] for name, x in batch.items()}
+    return {name: x.chunk(self.axes.data.size)[0] if x.ndim else x for name, x in batch.items()}
 
 
 unpack = bucket.unpack
@@ -95,23 +101,22 @@ def second_piece_only(R, index, n):
     return (2 * n - 1 - index) * (R // 2), (2 * n - 1 - index) * (R // 2)
 
 
-SHARDED = "olmo_fn.parallel.sharded.Sharded."
+WEIGHTS, SHARING = "olmo_fn.parallel.sharded.ShardedWeights.", "olmo_fn.parallel.sharded.RankSharing."
 MUTANTS = {
-    "gradients of whole leaves are not summed": (FSDP, SHARDED + "finish", unchanged),
+    "gradients of whole leaves are not summed": (FSDP, WEIGHTS + "finish", unchanged),
     "gradients are not summed": (Layout(Mesh(dp_replicate=2)), "olmo_fn.parallel.sharded.summing", not_summing),
-    "metrics are not summed": (FSDP, SHARDED + "total", unchanged),
-    "enter does not sum in backward": (TP, "olmo_fn.models.transformer.enter", nothing),
+    "metrics are not summed": (FSDP, SHARING + "total", not_totalled),
     "QK-norm over a rank's own heads": (TP, "olmo_fn.nn.norm.psum", nothing),
-    "QK-norm's statistics without their gradient": (TP, "olmo_fn.nn.norm.enter", nothing),
+    "norms without the sums of their gradients": (TP, "olmo_fn.nn.norm.enter", nothing),
     "softmax over a rank's own vocabulary": (TP, "olmo_fn.nn.cross_entropy.psum", nothing),
-    "embedding without a mask": (TP, "olmo_fn.nn.embedding.own_rows", without_mask),
+    "embedding without a mask": (TP, "olmo_fn.nn.embedding.local_rows", without_mask),
     "a mean of means": (FSDP, "olmo_fn.core.tape.loss_tokens", mean_of_means),
     "a ring that does not turn": (RING, "olmo_fn.kernels.attention_cp.ring_shift", nothing),
     "a ring that forgets a piece": (RING, "olmo_fn.kernels.attention_cp._offsets", second_piece_only),
     "positions that are not dealt": (RING, "olmo_fn.models.transformer.positions_of", positions_in_order),
-    "every rank reads the first rows": (FSDP, SHARDED + "part", first_rows),
+    "every rank reads the first rows": (FSDP, SHARING + "local_batch", first_rows),
     "weights in the wrong order": (FSDP, "olmo_fn.parallel.buckets.unpack", unpack_rolled),
-    "a norm that counts copies": (FSDP, SHARDED + "norm", norm_of_copies),
+    "a norm that counts copies": (FSDP, SHARING + "norm", norm_of_copies),
 }
 
 
@@ -124,19 +129,20 @@ def test_law_2_catches(pool: Pool, name: str) -> None:
 
 def test_what_is_not_broken_passes(pool: Pool) -> None:
     for layout in (FSDP, TP, RING, Layout(Mesh(dp_replicate=2))):
-        assert verify(Broken(pool, "olmo_fn.parallel.sharded.Sharded.norm", Sharded.norm), layout)[0] < 1e-12
+        assert verify(Broken(pool, SHARING + "norm", RankSharing.norm), layout)[0] < 1e-12
 
 
-class Unscaled(Sharded):
-    """Somebody's own layout, whose gradients are a mean over ranks."""
+class Unscaled(ShardedWeights):
+    """Somebody's own way for gradients to return, as a mean over ranks."""
 
     def finish(self, grads):
-        return {path: g / self.axes.tokens.size for path, g in super().finish(grads).items()}
+        return {path: g / self.placement.axes.tokens.size for path, g in super().finish(grads).items()}
 
 
 def my_shard(connection, specs, rules):
-    layout = Unscaled(connection, specs, rules)
-    return Transform("my_shard", object, object, lambda step: with_execution(step, layout=layout))
+    layout = sharded(connection, specs, rules)
+    mine = replace(layout, weights=Unscaled(layout.placement))
+    return Transform("my_shard", Step, Step, lambda step: with_execution(step, layout=mine))
 
 
 def test_a_layout_of_ones_own(pool: Pool) -> None:

@@ -213,8 +213,6 @@ def test_the_pullback_law_catches():
 
 IDS = torch.zeros(1, 1, dtype=torch.int64)
 PLAIN_CONTEXT, FAST_CONTEXT = (Context(Backend(made_by), IDS, IDS, IDS) for made_by in (None, primitive))
-    Context(Backend(primitive if fast else None), *[torch.zeros(1, 1, dtype=torch.int64)] * 3) for fast in (False, True)
-)
 
 
 def law_primitive(fn, *inputs):

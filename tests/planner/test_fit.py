@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from programs import python
 
 from configs import CONFIGS
-from olmo_fn.models.config import dense
 from olmo_fn.mesh.mesh import Mesh
+from olmo_fn.models.config import dense
 from olmo_fn.planner import formulas
 from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.estimate import estimate

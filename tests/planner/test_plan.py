@@ -11,7 +11,7 @@ from olmo_fn.mesh.collectives import all_gather
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model, dense
+from olmo_fn.models.config import Attention, Model, SwiGLU, dense
 from olmo_fn.models.count import flops_per_sequence
 from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.clock import clock
@@ -26,9 +26,12 @@ from olmo_fn.train.config import Config, Lora, Optim, Recipe, Run
 CONTROL = 100  # bytes of scalars that come and go
 
 
+MODEL_FIELDS = {name for part in (Model, Attention, SwiGLU) for name in part.__dataclass_fields__}
+
+
 def plan_of(mesh=Mesh(), options=None, optim=None, lora=Lora(), **recipe):  # noqa: B008
     fields = {"d_model": 64, "n_layers": 5, "n_heads": 4, "n_kv_heads": 2, "hidden_size": 161, "vocab_size": 501}
-    fields |= {name: recipe.pop(name) for name in list(recipe) if name in Model.__dataclass_fields__}
+    fields |= {name: recipe.pop(name) for name in list(recipe) if name in MODEL_FIELDS}
     given = {"batch_size": 8, "sequence_length": 128, "compile": False, "dtype": "float32"} | recipe
     parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": Optim(**(optim or {})), "lora": lora}
     return check(PlanInput(Config(dense(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh))

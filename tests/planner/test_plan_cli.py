@@ -11,9 +11,9 @@ import pytest
 
 import train
 from configs import CONFIGS
-from olmo_fn.models.config import dense
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.settings import MeshConfig
+from olmo_fn.models.config import dense
 from olmo_fn.models.count import num_params
 from olmo_fn.planner import tables
 from olmo_fn.planner.__main__ import main as plan_main
