@@ -78,7 +78,7 @@ def draw(timeline: Timeline, path: Path, title: str = "") -> None:
     page, axes = figure(width, 0.45 * len(ranks) + 1.7)
     used = {}
     for rank, slots in enumerate(timeline.slots):
-        axes.barh(rank, ticks, height=0.92, color="#EEEEEE", label=None if rank else "waits")
+        axes.barh(rank, ticks, height=0.92, color="#EEEEEE")
         for op, chunk in sorted({slot.action[:2] for slot in slots}):
             alike = [slot for slot in slots if slot.action[:2] == (op, chunk)]
             lengths, starts = [slot.end - slot.start for slot in alike], [slot.start for slot in alike]
