@@ -46,4 +46,4 @@ def normuon(
         even = even * (norm(u, keepdim=True) / norm(even, keepdim=True).clamp(min=1e-8))
         return s["lr"] * factor(*p.shape[-2:]) * even, {"normuon_momentum": m, "normuon_v": v}
 
-    return optimizer("normuon", Rule(init, update, elementwise=False), lr, weight_decay)
+    return optimizer("normuon", Rule(init, update, elementwise=False, unlike=("normuon_v",)), lr, weight_decay)

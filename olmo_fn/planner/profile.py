@@ -20,10 +20,9 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Chain, Stage, bind
-from olmo_fn.core.layout import Layout, compute_copy
+from olmo_fn.core.layout import Layout, Sweep, compute_copy
 from olmo_fn.core.primitive import primitive
-from olmo_fn.core.step import Step
-from olmo_fn.core.tape import remat_policy, tape_gradients
+from olmo_fn.core.tape import LOCAL_SWEEP, remat_policy
 from olmo_fn.mesh.axis import NAMES, Axes, Axis
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
@@ -31,7 +30,7 @@ from olmo_fn.models.transformer import layers
 from olmo_fn.parallel.owners import row_bytes
 from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, ShardedPlacement, ShardedWeights
 from olmo_fn.planner.plan_input import Label, by_label, labels, owners
-from olmo_fn.planner.trace import Seen, Trace, Traffic
+from olmo_fn.planner.trace import Seen, Trace, Traffic, nbytes
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import is_trained, parameters, recipe, rules
 from olmo_fn.tree import Tree
@@ -167,7 +166,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         del params
         trace.cut()
         batch = watch.layout.sharing.with_tokens({"input_ids": ids, "labels": ids})
-        gradients = watch.grads(step)(step.point(state), batch, step.execution)
+        gradients = step.grads.fn(step.point(state), batch, step.execution)
         watch.next("update", None)
         step.update(state, gradients)
         del gradients
@@ -202,7 +201,8 @@ class Watch:
         mine = {path: spec for path, spec in tree.items(specs) if self.owners[path] in chosen}
         placement = WatchedPlacement(connection, tree.unflatten(mine), rules(cfg))
         sharing = WatchedSharing(connection.axes, rules(cfg).cp_method, placement)
-        self.layout = Layout(placement, WatchedWeights(placement, self), WatchedOwners(placement, self), sharing)
+        sweep = Sweep(self.sweep, LOCAL_SWEEP.sums)
+        self.layout = Layout(placement, WatchedWeights(placement, self), WatchedOwners(placement, self), sharing, sweep)
         self.chain, self.placement = chain, placement
         self.now: tuple[str, Label | None] = ("begin", None)
         self.pieces: dict[tuple[str, Label | None], Piece] = {}
@@ -237,15 +237,14 @@ class Watch:
         self.pieces[self.now] = Piece(_minus(self.trace.live, seen.start), seen)
         self.now = (way, label)
 
-    def grads(self, step: Step) -> Any:
-        """The step's gradient function, of the chosen blocks alone, whose stages say when they run."""
-        chain = self.chain
+    def sweep(self, chain: Chain, *args: Any) -> Any:
+        """The tape's own sweep through the chosen blocks alone, whose stages say when they run."""
         every, again = zip(labels(chain.stages), chain.stages, strict=True), remat_policy(self.cfg.recipe.remat)
         pairs = [(label, stage) for label, stage in every if label in self.chosen]
         self.order = [label for (label, _), _ in groupby(pairs, key=lambda pair: (pair[0], again(pair[1])))]
         marked = replace(chain, stages=tuple(self._marked(stage, label) for label, stage in pairs))
         self.last = pairs[-1][0]
-        return tape_gradients(marked, self.cfg.recipe.remat, step.execution.dtype)
+        return LOCAL_SWEEP.gradients(marked, *args)
 
     def _marked(self, stage: Stage, label: Label) -> Stage:
         def fn(p: Tree, x: Any, ctx: Any) -> Any:
@@ -261,13 +260,14 @@ class Watch:
         on_chip = self.trace.on_chip if name in ON_CHIP else lambda x: nullcontext()
 
         def watched(weights: Any, inputs: Any) -> Any:
-            with on_chip((weights, inputs)):
+            moved = nbytes((weights, inputs))
+            with on_chip(moved):
                 out, pullback = vjp(weights, inputs)
 
             def back(*cotangents: Any) -> Any:
                 if self.now == ("forward", self.last):
                     self.next("backward", self.last)
-                with on_chip((weights, inputs, cotangents)):
+                with on_chip(moved + nbytes(cotangents)):
                     return pullback(*cotangents)
 
             return out, back

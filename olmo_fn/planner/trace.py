@@ -179,9 +179,9 @@ class Trace(TorchDispatchMode):
             self.seen.moved += nbytes(inputs) + nbytes(outputs)
 
     @contextmanager
-    def on_chip(self, inputs: Any) -> Iterator[None]:
-        """Only ``inputs`` count as moved, whatever is done inside."""
-        self._moved(inputs, ())
+    def on_chip(self, moved: int) -> Iterator[None]:
+        """Only so many bytes count as moved, whatever is done inside."""
+        self.seen.moved += 0 if self._on_chip else moved
         before, self._on_chip = self._on_chip, True
         try:
             yield

@@ -11,7 +11,7 @@ from olmo_fn.models.config import Model, divisors
 from olmo_fn.train.check_mesh import check_layout
 from olmo_fn.train.numbers import check_numbers
 
-SIGNED = ("model.window_pattern", "schedule.exponent", "run.seed")
+SIGNED = ("model.block.mixer.window_pattern", "schedule.exponent", "run.seed")
 """Fields whose numbers may be negative."""
 
 

@@ -148,7 +148,7 @@ def my_shard(connection, specs, rules):
 def test_a_layout_of_ones_own(pool: Pool) -> None:
     with pytest.raises(AssertionError, match=r"^Mesh\(dp_shard=2\): step 0, metric grad_norm on rank . differs by .* 0\.5 of"):
         verify(pool, FSDP, sharding=my_shard)
-    assert verify(pool, Layout(Mesh()), sharding=my_shard) == [0.0], "on one rank it is right"
+    assert verify(pool, Layout(Mesh()), sharding=my_shard)[0] < 1e-14, "on one rank it is right"
 
 
 def test_a_transform_of_ones_own(pool: Pool) -> None:
