@@ -17,13 +17,13 @@ from contextlib import contextmanager, suppress
 
 
 @contextmanager
-def leaving() -> Iterator[None]:
+def exit_rank() -> Iterator[None]:
     """End the process with the block if it is a rank of a job (``RANK`` is set); for any other the block is all.
 
     The exit code is what Python's would be: 0, that of a SystemExit, 1 after another exception, which is printed (130
     after Ctrl-C). Threads that are no daemons are waited for, exit handlers run, and the streams are flushed.
 
-    >>> with leaving():
+    >>> with exit_rank():
     ...     print("not a rank")
     not a rank
     """
