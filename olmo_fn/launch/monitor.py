@@ -26,6 +26,9 @@ from typing import Any
 from olmo_fn.launch.local import PEER_FAILED, STATUS
 from olmo_fn.launch.process import Process
 
+# Small messages go at once; a machine that does not answer is given up after 10 + 4 x 5 s, or 30 s (in ms) with data under way.
+TCP_OPTIONS = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
+
 
 @contextmanager
 def monitor(process: Process, stall_seconds: float = 60.0) -> Iterator[Callable[[int], None]]:
@@ -189,9 +192,8 @@ def connect(process: Process) -> dict[Connection, int]:
                     peers[peer] = peer.recv()
     for peer in peers:
         with socket.socket(fileno=os.dup(peer.fileno())) as tcp:
-            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages at once
             tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000)):
+            for name, value in TCP_OPTIONS.items():
                 if hasattr(socket, name):
                     tcp.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return peers

@@ -20,15 +20,12 @@ import olmo_fn
 
 @dataclass(frozen=True)
 class Process:
-    """A process of a job: its rank, how many there are, its place on this machine, and the store they share.
-
-    ``store`` is a ``torch.distributed`` Store, None for a job of one process.
-    """
+    """A process of a job, by default of one process."""
 
     rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    store: Any = None
+    size: int = 1  # processes of the job
+    local_rank: int = 0  # among those of this machine
+    store: Any = None  # the torch.distributed.Store that they share
 
 
 def init_process_group_from_env(device_type: str = "cpu", timeout: timedelta = timedelta(minutes=30)) -> Process:
@@ -43,10 +40,9 @@ def init_process_group_from_env(device_type: str = "cpu", timeout: timedelta = t
     if missing:
         raise ValueError(f"RANK is set, but {', '.join(missing)} is not; start with torchrun or --nproc, or unset RANK")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    backend = "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     shared, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store = _new_prefix(shared, rank, size)
     dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size, timeout=timeout)
@@ -86,8 +82,7 @@ def agree(value: str, name: str, process: Process) -> None:
     store, ranks = dist.PrefixStore(f"agree/{name}", process.store), range(process.size)
     store.set(f"hash{process.rank}", hashlib.sha256(value.encode()).hexdigest())
     hashes = store.multi_get([f"hash{rank}" for rank in ranks])
-    different = [rank for rank in ranks if hashes[rank] != hashes[0]]
-    if not different:
+    if not (different := [rank for rank in ranks if hashes[rank] != hashes[0]]):
         return
     if process.rank in (0, different[0]):
         store.set(f"value{process.rank}", value)
@@ -105,16 +100,13 @@ def difference(first: str, other: str) -> str:
     >>> difference("lr: 0.1\\nsteps: 5", "lr: 0.1\\nsteps: 6")
     "'steps: 6' instead of 'steps: 5'"
     """
-    for x, y in zip_longest(first.splitlines(), other.splitlines(), fillvalue=""):
-        if x != y:
-            return f"{y[:100]!r} instead of {x[:100]!r}"
-    return "it differs in its line ends"
+    lines = zip_longest(first.splitlines(), other.splitlines(), fillvalue="")
+    texts = (f"{y[:100]!r} instead of {x[:100]!r}" for x, y in lines if x != y)
+    return next(texts, "it differs in its line ends")
 
 
 def code_hash() -> str:
     """The program as text to `agree` on: the version of torch, and a line with the hash of each source file of olmo_fn."""
     root = Path(olmo_fn.__file__).parent
-    lines = [f"torch {torch.__version__}"]
-    for path in sorted(root.rglob("*.py")):
-        lines.append(f"{path.relative_to(root.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}")
-    return "\n".join(lines)
+    hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(root.rglob("*.py"))}
+    return "\n".join([f"torch {torch.__version__}", *(f"{p.relative_to(root.parent)} {hash}" for p, hash in hashes.items())])

@@ -184,9 +184,14 @@ from olmo_fn.launch.monitor import monitor
 process = init_process_group_from_env()
 saved = Path(sys.argv[1])
 first = int(saved.read_text()) if saved.exists() else 0
+torchruns = next(dist.rendezvous("env://"))[0]  # a second connection to the store of torchrun's agent
+assert torchruns.check(["of the first start"]) == (first > 0), "torchrun gives restarted ranks the store of the dead"
+assert not process.store.check(["of the first start"]), "the job's part of it is new"
 with exit_rank(), monitor(process) as step_done:
     for step in range(first + 1, 11):
         if rank == 1 and step == 5 and first == 0:
+            torchruns.set("of the first start", "")
+            process.store.set("of the first start", "")
             raise LookupError("on purpose")
         dist.all_reduce(torch.ones(3))
         step_done(step)
@@ -198,7 +203,7 @@ with exit_rank(), monitor(process) as step_done:
 
 @pytest.mark.slow
 def test_torchrun_restarts(tmp_path: Path) -> None:
-    """Under torchrun the surviving rank says what happened, ends at once, and the restart goes on."""
+    """Under torchrun the surviving rank says what happened, ends at once, and the restart goes on, in a store that torchrun did not empty."""
     script = tmp_path / "program.py"
     script.write_text(HEAD + PROGRAM)
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=2"]  # or it kills rank 0 first
