@@ -24,7 +24,7 @@ STATUS = "OLMO_FN_STATUS"
 """Environment variable: the folder in which each rank notes its last step. Set for ranks that `launch` started."""
 PEER_FAILED = os.EX_TEMPFAIL
 """Exit code of a rank that ended because another failed."""
-GRACE_SECONDS = 2.0  # after a failure, until the ranks that still run are killed
+GRACE_SECONDS = 3.0  # after a failure, until the ranks that still run are killed
 
 
 def launch(arguments: Sequence[str], nproc: int, folder: Path | None = None) -> int:

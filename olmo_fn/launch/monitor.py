@@ -28,6 +28,7 @@ from olmo_fn.launch.process import Process
 
 # Small messages go at once; a machine that does not answer is given up after 10 + 4 x 5 s, or 30 s (in ms) with data under way.
 TCP_OPTIONS = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
+Failure = tuple[int, float, str]
 
 
 @contextmanager
@@ -54,38 +55,39 @@ def monitor(process: Process, stall_seconds: float = 60.0) -> Iterator[Callable[
 
 
 class RankMonitor:
-    """The connections of a rank: rank 0's to all others, another's to rank 0; and the thread that listens to them."""
+    """The connections of a rank: rank 0's to all others, another's to rank 0; and the thread that listens to them.
+
+    A message is the sender's last step, infinity at the end of the block, or a failure: (rank, its last step, why).
+    """
 
     def __init__(self, process: Process, stall_seconds: float) -> None:
-        self.rank, self.size, self.stall_seconds = process.rank, process.size, stall_seconds
-        self.steps = dict.fromkeys(range(self.size), 0)  # the last of each rank; ranks but 0 hear only of rank 0's
-        self.heard = dict.fromkeys(range(self.size), time.monotonic())  # when a rank last gave a sign of life
+        self.rank, self.stall_seconds = process.rank, stall_seconds
+        self.steps = dict.fromkeys(range(process.size), 0.0)  # the last of each rank; ranks but 0 hear only of rank 0's
+        self.heard = dict.fromkeys(range(process.size), time.monotonic())  # when a rank last gave a sign of life
         self.advanced = time.monotonic()  # when a rank last did a step
-        self.failures: list[tuple[int, int, str]] = []  # (rank, last step, why); the first counts
-        self.done: set[int] = set()
-        self.said_done = False
+        self.failures: list[Failure] = []  # the first counts
         self.failed, self.raising, self.finished = threading.Event(), threading.Event(), threading.Event()
-        self.sending = threading.Lock()
+        self.sending, self.sent_end = threading.Lock(), False
         status = os.environ.get(STATUS)
         self.launcher = os.getppid() if status else None
         self.step_file = os.open(Path(status, f"rank{self.rank}.step"), os.O_CREAT | os.O_WRONLY) if status else None
-        self.peers = connect(process) if self.size > 1 else {}
+        self.peers = connect(process) if process.size > 1 else {}
         if self.peers:
             threading.Thread(target=self._listen, daemon=True, name="monitor").start()
 
     def step_done(self, step: int) -> None:
         """Tell rank 0, or as rank 0 all others, that ``step`` is done."""
         self._heard(self.rank, step)
+        self._send(step)
         if self.step_file is not None:
             os.pwrite(self.step_file, f"{step:<20}".encode(), 0)
-        self._send("step", step)
 
     def fail(self, error: BaseException) -> None:
         """This rank is ending by ``error``: tell the others, unless the error is only that another rank is gone."""
         if isinstance(error, RuntimeError) and self.peers and self.failed.wait(1.0):  # as a collective with a dead rank raises
             self._exit()
         self.raising.set()
-        self._announce(self.rank, self.steps[self.rank], why := traceback.format_exc())
+        self._announce((self.rank, self.steps[self.rank], why := traceback.format_exc()))
         if self.peers:  # something may wait for them until it is killed
             timer = threading.Timer(2.0, lambda: (print(why, file=sys.stderr, flush=True), os._exit(1)))
             timer.daemon = True
@@ -93,10 +95,9 @@ class RankMonitor:
 
     def finish(self) -> None:
         """Wait until all ranks are here."""
+        self._heard(self.rank, math.inf)
         if self.rank:
-            self._send("done")
-        else:
-            self._done(0)
+            self._send(math.inf)
         self.finished.wait()
 
     def _listen(self) -> None:
@@ -105,10 +106,14 @@ class RankMonitor:
             ready: list[Any] = wait(list(peers), min(1.0, self.stall_seconds / 10))
             for peer in ready:
                 try:
-                    self._receive(peers[peer], *peer.recv())
+                    message = peer.recv()
                 except (EOFError, OSError):
-                    if (rank := peers.pop(peer)) not in self.done and not self.finished.is_set():
-                        self._announce(rank, self.steps[rank], "it died: its connection was closed")
+                    rank = peers.pop(peer)
+                    message = (rank, self.steps[rank], "it died: its connection was closed")
+                if not isinstance(message, tuple):
+                    self._heard(peers[peer], message)
+                elif message[1] < math.inf and not self.finished.is_set():
+                    self._announce(message)
             if self.failed.is_set():
                 if not self.raising.wait(0.5):  # a rank that is failing by itself says so itself
                     self._exit()
@@ -117,62 +122,50 @@ class RankMonitor:
                 self.launcher = None
                 os.kill(os.getpid(), signal.SIGTERM)
             if self.rank:
-                self._send("step", self.steps[self.rank])  # a sign of life
+                self._send(self.steps[self.rank])  # a sign of life
             else:
                 self._warn_of_stall()
 
-    def _receive(self, rank: int, kind: str, *content: Any) -> None:
-        if kind == "step":
-            self._heard(rank, *content)
-        elif kind == "failed":
-            self._announce(*content)
-        elif self.rank:
-            self.finished.set()
-        else:
-            self._done(rank)
-
-    def _heard(self, rank: int, step: int) -> None:
+    def _heard(self, rank: int, step: float) -> None:
         self.heard[rank] = time.monotonic()
         if step != self.steps[rank]:
             self.steps[rank], self.advanced = step, time.monotonic()
+        if min([self.steps[0]] if self.rank else self.steps.values()) == math.inf:
+            self._send(math.inf)
+            self.finished.set()
 
     def _warn_of_stall(self) -> None:
         """Once a stall, name a rank for which the others seem to wait: a silent one, else one that is behind."""
         now = self.heard[0] = time.monotonic()
         if (seconds := now - self.advanced) < self.stall_seconds:
             return
-        silent = [rank for rank in self.steps if now - self.heard[rank] > self.stall_seconds / 2 and rank not in self.done]
-        behind = [rank for rank in self.steps if self.steps[rank] < max(self.steps.values())]
+        running = {rank: step for rank, step in self.steps.items() if step < math.inf}
+        silent = [rank for rank in running if now - self.heard[rank] > self.stall_seconds / 2]
+        behind = [rank for rank, step in running.items() if step < max(self.steps.values())]
         for rank in (silent or behind)[:1]:
-            line = f"rank {rank} has been at step {self.steps[rank]} for {seconds:.0f} s; the others wait for it"
+            line = f"rank {rank} has been at step {running[rank]:.0f} for {seconds:.0f} s; the others wait for it"
             print(line, file=sys.stderr, flush=True)
             self.advanced = math.inf
 
-    def _done(self, rank: int) -> None:
-        self.done.add(rank)
-        if len(self.done) == self.size:
-            self._send("done")
-            self.finished.set()
-
-    def _announce(self, *failure: Any) -> None:
+    def _announce(self, failure: Failure) -> None:
         """The first failure counts; rank 0 passes it on to all."""
         self.failures.append(failure)
         if self.failures[0] is failure and self.rank in (0, failure[0]):
-            self._send("failed", *failure)
+            self._send(failure)
         self.failed.set()
 
     def _exit(self) -> None:
         rank, step, why = self.failures[0]
         if self.step_file is None or self.rank:  # the launcher says it in rank 0's place
-            print(f"rank {rank} failed after step {step}:\n{why.rstrip()}", file=sys.stderr, flush=True)
+            print(f"rank {rank} failed after step {step:.0f}:\n{why.rstrip()}", file=sys.stderr, flush=True)
         os._exit(PEER_FAILED)
 
-    def _send(self, *message: object) -> None:
+    def _send(self, message: float | Failure) -> None:
         with self.sending:
-            for peer in () if self.said_done else self.peers:  # nothing after "done": unread, it would reset the connection
+            for peer in () if self.sent_end else self.peers:  # nothing after the end: unread, it would reset the connection
                 with suppress(OSError):  # a dead one, which the thread finds out
                     peer.send(message)
-            self.said_done |= message[0] == "done"
+            self.sent_end |= message == math.inf
 
 
 def connect(process: Process) -> dict[Connection, int]:

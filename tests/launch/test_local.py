@@ -203,7 +203,7 @@ with exit_rank(), monitor(process) as step_done:
 
 @pytest.mark.slow
 def test_torchrun_restarts(tmp_path: Path) -> None:
-    """Under torchrun the surviving rank says what happened, ends at once, and the restart goes on, in a store that torchrun did not empty."""
+    """Under torchrun the surviving rank says what happened, ends at once, and the restart goes on, with the store of before."""
     script = tmp_path / "program.py"
     script.write_text(HEAD + PROGRAM)
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=2"]  # or it kills rank 0 first
