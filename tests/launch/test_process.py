@@ -39,9 +39,9 @@ def test_a_rank_with_another_config_is_refused_by_all(tmp_path: Path) -> None:
 
 
 def test_a_store_of_an_earlier_start_is_not_believed() -> None:
-    """After a restart, rank 0's message to the dead still stands there, and so do their numbers."""
+    """After a restart, rank 0's message to the dead still stands there, and so do their tokens."""
     host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    found = []
+    tokens = []
     for _ in range(3):
         clients = [dist.TCPStore("127.0.0.1", host.port, is_master=False) for _ in range(SIZE)]
         with ThreadPoolExecutor(SIZE) as threads:
@@ -52,8 +52,8 @@ def test_a_store_of_an_earlier_start_is_not_believed() -> None:
             store.set(f"mine{rank}", "")
         assert all(store.check([f"mine{rank}" for rank in range(SIZE)]) for store in stores), "one place for all"
         stores[0].set("address", "of the dead")
-        found.append(clients[0].get("numbers"))
-    assert len(set(found)) == 3
+        tokens.append(clients[0].get("tokens"))
+    assert len(set(tokens)) == 3
 
 
 def test_the_code_is_its_files_and_torch() -> None:
