@@ -128,7 +128,7 @@ class RankMonitor:
 
     def _heard(self, rank: int, step: float) -> None:
         self.heard[rank] = time.monotonic()
-        if step != self.steps[rank]:
+        if step > self.steps[rank]:  # a sign of life may overtake the report of a step
             self.steps[rank], self.advanced = step, time.monotonic()
         if min([self.steps[0]] if self.rank else self.steps.values()) == math.inf:
             self._send(math.inf)
