@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from configs import CONFIGS
-from olmo_fn.launch.exit_rank import leaving
+from olmo_fn.launch.exit_rank import exit_rank
 from olmo_fn.train.config import Config
 from olmo_fn.train.environment import prepare_environment
 
@@ -81,5 +81,5 @@ def run(cfg: Config) -> int:
 
 if __name__ == "__main__":
     prepare_environment()
-    with leaving():
+    with exit_rank():
         sys.exit(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from olmo_fn.launch.exit_rank import leaving
+from olmo_fn.launch.exit_rank import exit_rank
 from olmo_fn.launch.local import launch
 from olmo_fn.train.environment import prepare_environment
 
@@ -112,7 +112,7 @@ def main() -> None:
     """Run all modes in turn and print one line."""
     args = parse()
     if args.rank_of:
-        with leaving():
+        with exit_rank():
             measure(args)
         return
     with tempfile.TemporaryDirectory() as cache:

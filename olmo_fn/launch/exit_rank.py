@@ -1,8 +1,7 @@
 """How a rank's process ends: by its exit handlers and its code, without Python's finalization. Imports no torch.
 
-gloo's threads drop their tensors a moment after a collective is done, and need the interpreter's lock for it. A thread
-that asks for the lock while Python (< 3.14) finalizes is ended in a way that C++ answers with ``terminate called without
-an active exception``: a rank that did all its work would end by SIGABRT.
+gloo's threads drop their tensors a moment after a collective is done, and need the interpreter's lock for it. A thread that
+asks for it while Python (< 3.14) finalizes is ended in a way that makes C++ abort: a rank that did all its work gets SIGABRT.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from contextlib import contextmanager, suppress
 
 
 @contextmanager
-def leaving() -> Iterator[None]:
+def exit_rank() -> Iterator[None]:
     """End the process with the block if it is a rank of a job (``RANK`` is set); for any other the block is all.
 
-    The exit code is what Python's would be: 0, that of a SystemExit, 1 after another exception, which is printed (130
-    after Ctrl-C). Threads that are no daemons are waited for, exit handlers run, and the streams are flushed.
+    Exit code and last words are Python's own. Threads that are no daemons are waited for, and exit handlers run.
 
-    >>> with leaving():
+    >>> with exit_rank():
     ...     print("not a rank")
     not a rank
     """

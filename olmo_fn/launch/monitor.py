@@ -1,16 +1,15 @@
 """A rank that dies ends the job in seconds: every rank keeps a connection to rank 0, and the kernel closes a dead one's.
 
-No heartbeats, which a long kernel would hold up. Rank 0 hears the failure of any rank, or finds its connection closed, and
-tells the others; they say which rank failed, after which step and why, and exit. Where a machine is lost without a word,
-TCP's keepalive finds out in half a minute.
+Rank 0 hears the failure of any rank, or finds its connection closed, and tells the others; they say which rank failed, after
+which step and why, and exit. Where a machine is lost without a word, TCP's keepalive finds out in half a minute. A rank that
+is only slow or stopped is never taken for dead.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import secrets
-import selectors
 import signal
 import socket
 import sys
@@ -19,204 +18,175 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
-from olmo_fn.launch.local import STATUS, TORN_DOWN
+from olmo_fn.launch.local import PEER_FAILED, STATUS
 from olmo_fn.launch.process import Process
 
-DIED = "it died: its connection was closed"
-Message = dict[str, Any]
+# Small messages go at once; a machine that does not answer is given up after 10 + 4 x 5 s, or 30 s (in ms) with data under way.
+TCP_OPTIONS = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
+Failure = tuple[int, float, str]
 
 
 @contextmanager
-def watch(process: Process) -> Iterator[Callable[[int], None]]:
-    """Watch over the ranks inside the block; gives ``beat``, to be called with each step that is done.
+def monitor(process: Process, stall_seconds: float = 60.0) -> Iterator[Callable[[int], None]]:
+    """End this rank if another fails inside the block; gives a function to call with each step that is done.
 
-    Every rank enters and leaves it together, once in the life of a process. A rank that raises tells the others and goes
-    on raising. The others print ``rank 3 failed after step 41:`` with its traceback and exit with `TORN_DOWN`, whatever
-    they are doing. Leaving without an error waits until all ranks have come as far.
+    All ranks enter the block, once in the life of a process, and wait for each other at its end. A rank that raises tells the
+    others and goes on raising. They print ``rank 3 failed after step 41:`` with its traceback and exit with `PEER_FAILED`,
+    whatever they are doing. If no step is done for ``stall_seconds`` and a rank is behind or silent, rank 0 says so.
 
-    >>> with watch(Process()) as beat:
-    ...     beat(1)
+    >>> with monitor(Process()) as step_done:
+    ...     step_done(1)
     """
-    status = Status(process.rank)
-    if process.size == 1:
-        with status.recording():
-            yield status.beat
-        return
-    line = Line(process, status)
+    this = RankMonitor(process, stall_seconds)
     try:
-        with status.recording():
-            yield line.beat
-    except SystemExit as end:
-        if end.code not in (None, 0):
-            line.fail(end)
-        else:
-            line.finish()
-        raise
+        yield this.step_done
     except BaseException as error:
-        line.fail(error)
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            this.finish()
+        else:
+            this.fail(error)
         raise
-    line.finish()
+    this.finish()
 
 
-class Status:
-    """What the process that launched this one reads when it dies: files with its last step, and how it failed."""
+class RankMonitor:
+    """The connections of a rank: rank 0's to all others, another's to rank 0; and the thread that listens to them.
 
-    def __init__(self, rank: int) -> None:
-        self.step = 0
-        self.folder = Path(os.environ[STATUS]) if STATUS in os.environ else None
-        self.rank = rank
-        self.file = os.open(self.folder / f"rank{rank}.step", os.O_CREAT | os.O_WRONLY) if self.folder else None
+    A message is the sender's last step, infinity at the end of the block, or a failure: (rank, its last step, why).
+    """
 
-    def beat(self, step: int) -> None:
-        """Note that ``step`` is done."""
-        self.step = step
-        if self.file is not None:
-            os.pwrite(self.file, f"{step:<20}".encode(), 0)
+    def __init__(self, process: Process, stall_seconds: float) -> None:
+        self.rank, self.stall_seconds = process.rank, stall_seconds
+        self.steps = dict.fromkeys(range(process.size), 0.0)  # the last of each rank; ranks but 0 hear only of rank 0's
+        self.heard = dict.fromkeys(range(process.size), time.monotonic())  # when a rank last gave a sign of life
+        self.advanced = time.monotonic()  # when a rank last did a step
+        self.failures: list[Failure] = []  # the first counts
+        self.failed, self.raising, self.finished = threading.Event(), threading.Event(), threading.Event()
+        self.sending, self.sent_end = threading.Lock(), False
+        status = os.environ.get(STATUS)
+        self.launcher = os.getppid() if status else None
+        self.step_file = os.open(Path(status, f"rank{self.rank}.step"), os.O_CREAT | os.O_WRONLY) if status else None
+        self.peers = connect(process) if process.size > 1 else {}
+        if self.peers:
+            threading.Thread(target=self._listen, daemon=True, name="monitor").start()
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Write down an exception that leaves the block."""
-        try:
-            yield
-        except BaseException:
-            if self.folder:
-                (self.folder / f"rank{self.rank}.traceback").write_text(f"{time.time_ns()}\n{traceback.format_exc()}")
-            raise
-
-
-class Line:
-    """The connections of a rank: rank 0's to all others, another's to rank 0; and the thread that listens to them."""
-
-    def __init__(self, process: Process, status: Status) -> None:
-        self.rank, self.size, self.status = process.rank, process.size, status
-        self.steps: dict[int, int] = {}  # the last of each rank that talks to this one
-        self.done: set[int] = set()
-        self.failure: Message | None = None
-        self.failed, self.leaving, self.all_done = threading.Event(), threading.Event(), threading.Event()
-        self.lock, self.sending = threading.Lock(), threading.Lock()
-        self.launcher = os.getppid() if STATUS in os.environ else None
-        self.peers: dict[int, socket.socket] = self._meet(process)
-        threading.Thread(target=self._listen, daemon=True, name="watch").start()
-
-    def _meet(self, process: Process) -> dict[int, socket.socket]:
-        host = os.environ["MASTER_ADDR"]
-        if process.rank:
-            port, token = process.store.get("watch").decode().split()
-            peer = socket.create_connection((host, int(port)))
-            peer.sendall(f"{token} {process.rank:8}".encode())
-            return {0: _alive(peer)}
-        token = secrets.token_hex(16)
-        local = host in ("127.0.0.1", "localhost", "::1")
-        peers: dict[int, socket.socket] = {}
-        with socket.create_server(("127.0.0.1" if local else "", 0), backlog=process.size) as server:
-            process.store.set("watch", f"{server.getsockname()[1]} {token}")
-            while len(peers) < process.size - 1:
-                peer, _ = server.accept()
-                hello = peer.recv(41, socket.MSG_WAITALL).decode()
-                if hello[:32] == token:
-                    peers[int(hello[32:])] = _alive(peer)
-        return peers
-
-    def beat(self, step: int) -> None:
+    def step_done(self, step: int) -> None:
         """Tell rank 0, or as rank 0 all others, that ``step`` is done."""
-        self.status.beat(step)
-        self._send({"step": step})
+        self._heard(self.rank, step)
+        self._send(step)
+        if self.step_file is not None:
+            os.pwrite(self.step_file, f"{step:<20}".encode(), 0)
 
     def fail(self, error: BaseException) -> None:
-        """This rank is leaving with an error. Unless it is only that another rank is gone, tell the others."""
-        if isinstance(error, RuntimeError) and self.failed.wait(1.0):  # as a collective with a dead rank raises
+        """This rank is ending by ``error``: tell the others, unless the error is only that another rank is gone."""
+        if isinstance(error, RuntimeError) and self.peers and self.failed.wait(1.0):  # as a collective with a dead rank raises
             self._exit()
-        self.leaving.set()
-        self._announce({"failed": self.rank, "after": self.status.step, "why": traceback.format_exc()})
-        deadline = threading.Timer(3, os._exit, (1,))  # whatever waits for other ranks at the end
-        deadline.daemon = True
-        deadline.start()
+        self.raising.set()
+        self._announce((self.rank, self.steps[self.rank], why := traceback.format_exc()))
+        if self.peers:  # something may wait for them until it is killed
+            timer = threading.Timer(2.0, lambda: (print(why, file=sys.stderr, flush=True), os._exit(1)))
+            timer.daemon = True
+            timer.start()
 
     def finish(self) -> None:
         """Wait until all ranks are here."""
+        self._heard(self.rank, math.inf)
         if self.rank:
-            self._send({"done": True})
-        else:
-            self._finished(0)
-        self.all_done.wait()
+            self._send(math.inf)
+        self.finished.wait()
 
     def _listen(self) -> None:
-        """The thread: reads what comes until all are done or one has failed."""
-        with selectors.DefaultSelector() as selector:
-            for rank, peer in self.peers.items():
-                selector.register(peer, selectors.EVENT_READ, (rank, bytearray()))
-            while not self.all_done.is_set():
-                for key, _ in selector.select(1.0):
-                    rank, unread = key.data
-                    data = b""
-                    with suppress(OSError):
-                        data = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
-                    unread += data
-                    *lines, rest = unread.split(b"\n")
-                    unread[:] = rest
-                    for line in lines:
-                        self._receive(rank, json.loads(line))
-                    if not data:
-                        selector.unregister(key.fileobj)
-                        if rank not in self.done and not self.all_done.is_set():
-                            self._announce({"failed": rank, "after": self.steps.get(rank, 0), "why": DIED})
-                if self.failed.is_set():
-                    if not self.leaving.wait(0.5):  # a rank that is failing by itself says so itself
-                        self._exit()
-                    return
-                if self.launcher not in (None, os.getppid()):  # it was killed: stop in order
-                    self.launcher = None
-                    os.kill(os.getpid(), signal.SIGTERM)
+        peers: dict[Any, int] = dict(self.peers)
+        while not self.finished.is_set():
+            ready: list[Any] = wait(list(peers), min(1.0, self.stall_seconds / 10))
+            for peer in ready:
+                try:
+                    message = peer.recv()
+                except (EOFError, OSError):
+                    rank = peers.pop(peer)
+                    message = (rank, self.steps[rank], "it died: its connection was closed")
+                if not isinstance(message, tuple):
+                    self._heard(peers[peer], message)
+                elif message[1] < math.inf and not self.finished.is_set():
+                    self._announce(message)
+            if self.failed.is_set():
+                if not self.raising.wait(0.5):  # a rank that is failing by itself says so itself
+                    self._exit()
+                return
+            if self.launcher not in (None, os.getppid()):  # it was killed: stop in order
+                self.launcher = None
+                os.kill(os.getpid(), signal.SIGTERM)
+            if self.rank:
+                self._send(self.steps[self.rank])  # a sign of life
+            else:
+                self._warn_of_stall()
 
-    def _receive(self, rank: int, message: Message) -> None:
-        if "step" in message:
-            self.steps[rank] = message["step"]
-        elif "failed" in message:
-            self._announce(message)
-        elif self.rank:
-            self.all_done.set()
-        else:
-            self._finished(rank)
+    def _heard(self, rank: int, step: float) -> None:
+        self.heard[rank] = time.monotonic()
+        if step > self.steps[rank]:  # a sign of life may overtake the report of a step
+            self.steps[rank], self.advanced = step, time.monotonic()
+        if min([self.steps[0]] if self.rank else self.steps.values()) == math.inf:
+            self._send(math.inf)
+            self.finished.set()
 
-    def _finished(self, rank: int) -> None:
-        with self.lock:
-            self.done.add(rank)
-            complete = len(self.done) == self.size
-        if complete:
-            self._send({"done": True})
-            self.all_done.set()
+    def _warn_of_stall(self) -> None:
+        """Once a stall, name a rank for which the others seem to wait: a silent one, else one that is behind."""
+        now = self.heard[0] = time.monotonic()
+        if (seconds := now - self.advanced) < self.stall_seconds:
+            return
+        running = {rank: step for rank, step in self.steps.items() if step < math.inf}
+        silent = [rank for rank in running if now - self.heard[rank] > self.stall_seconds / 2]
+        behind = [rank for rank, step in running.items() if step < max(self.steps.values())]
+        for rank in (silent or behind)[:1]:
+            line = f"rank {rank} has been at step {running[rank]:.0f} for {seconds:.0f} s; the others wait for it"
+            print(line, file=sys.stderr, flush=True)
+            self.advanced = math.inf
 
-    def _announce(self, failure: Message) -> None:
+    def _announce(self, failure: Failure) -> None:
         """The first failure counts; rank 0 passes it on to all."""
-        with self.lock:
-            first, self.failure = self.failure is None, self.failure or failure
-        if first and (self.rank == 0 or failure["failed"] == self.rank):
+        self.failures.append(failure)
+        if self.failures[0] is failure and self.rank in (0, failure[0]):
             self._send(failure)
         self.failed.set()
 
     def _exit(self) -> None:
-        assert self.failure is not None
-        failed, after, why = self.failure["failed"], self.failure["after"], self.failure["why"]
-        if STATUS not in os.environ or self.rank:  # the launching process says it in rank 0's place
-            print(f"rank {failed} failed after step {after}:\n{why.rstrip()}", file=sys.stderr, flush=True)
-        os._exit(TORN_DOWN)
+        rank, step, why = self.failures[0]
+        if self.step_file is None or self.rank:  # the launcher says it in rank 0's place
+            print(f"rank {rank} failed after step {step:.0f}:\n{why.rstrip()}", file=sys.stderr, flush=True)
+        os._exit(PEER_FAILED)
 
-    def _send(self, message: Message) -> None:
-        data = json.dumps(message).encode() + b"\n"
+    def _send(self, message: float | Failure) -> None:
         with self.sending:
-            for peer in self.peers.values():
+            for peer in () if self.sent_end else self.peers:  # nothing after the end: unread, it would reset the connection
                 with suppress(OSError):  # a dead one, which the thread finds out
-                    peer.sendall(data)
+                    peer.send(message)
+            self.sent_end |= message == math.inf
 
 
-def _alive(peer: socket.socket) -> socket.socket:
-    """Small messages at once; and find out that the other machine is gone within half a minute."""
-    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000)):
-        if hasattr(socket, name):
-            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return peer
+def connect(process: Process) -> dict[Connection, int]:
+    """This rank's connections, and the rank at the other end: on rank 0 those to all others, on any other that to rank 0."""
+    host, peers = os.environ["MASTER_ADDR"], dict[Connection, int]()
+    if process.rank:
+        port, key = process.store.get("monitor").decode().split()
+        peers[peer := Client((host, int(port)), authkey=key.encode())] = 0
+        peer.send(process.rank)
+    else:
+        key, address = secrets.token_hex(16), "127.0.0.1" if host in ("127.0.0.1", "localhost") else ""
+        with Listener((address, 0), backlog=process.size, authkey=key.encode()) as listener:
+            process.store.set("monitor", f"{listener.address[1]} {key}")
+            while len(peers) < process.size - 1:
+                with suppress(AuthenticationError, EOFError, OSError):  # a stranger
+                    peer = listener.accept()
+                    peers[peer] = peer.recv()
+    for peer in peers:
+        with socket.socket(fileno=os.dup(peer.fileno())) as tcp:
+            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in TCP_OPTIONS.items():
+                if hasattr(socket, name):
+                    tcp.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return peers

@@ -8,6 +8,7 @@ import secrets
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,12 @@ import olmo_fn
 
 @dataclass(frozen=True)
 class Process:
-    """A process of a job: its rank, how many there are, its place on this machine, and the store they share.
-
-    ``store`` is a ``torch.distributed`` Store, None for a job of one process.
-    """
+    """A process of a job, by default of one process."""
 
     rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    store: Any = None
+    size: int = 1  # processes of the job
+    local_rank: int = 0  # among those of this machine
+    store: Any = None  # the torch.distributed.Store that they share
 
 
 def init_process_group_from_env(device_type: str = "cpu", timeout: timedelta = timedelta(minutes=30)) -> Process:
@@ -42,36 +40,33 @@ def init_process_group_from_env(device_type: str = "cpu", timeout: timedelta = t
     if missing:
         raise ValueError(f"RANK is set, but {', '.join(missing)} is not; start with torchrun or --nproc, or unset RANK")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    backend = "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     shared, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    store = _fresh(shared, rank, size)
+    store = _new_prefix(shared, rank, size)
     dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size, timeout=timeout)
     return Process(rank, size, local_rank, store)
 
 
-def _fresh(store: Any, rank: int, size: int) -> Any:
-    """A part of the store that only this start of the job uses.
+def _new_prefix(store: Any, rank: int, size: int) -> Any:
+    """The part of ``store`` that belongs to this start of the job alone.
 
-    After a restart torchrun hands out the old store, in which the addresses of the dead still stand. So each rank leaves
-    a number drawn now, and believes what rank 0 says only if that number is in it.
+    torchrun (torch 2.13) gives restarted ranks the store of the ranks before them, addresses of dead processes included; its
+    ``TORCHELASTIC_RESTART_COUNT`` may differ between machines. So every rank leaves a random token, rank 0 publishes all
+    that it sees, and a rank that finds its own token there knows that the list is of this start.
     """
-    own = secrets.token_hex(8)
-    store.set(f"drawn{rank}", own)
+    token = secrets.token_hex(8)
+    store.set(f"token{rank}", token)
     while True:
         if rank == 0:
-            numbers = [store.get(f"drawn{r}").decode() for r in range(size)]
-            store.set("numbers", " ".join(numbers))
-        else:
-            numbers = store.get("numbers").decode().split()
-        fresh = dist.PrefixStore(numbers[0], store)
-        if rank and own in numbers:
-            fresh.set(f"here{rank}", "")
-            return fresh
-        if rank == 0 and (size == 1 or fresh.check([f"here{r}" for r in range(1, size)])):
-            return fresh
+            store.set("tokens", b" ".join(store.get(f"token{other}") for other in range(size)))
+        tokens = store.get("tokens").decode().split()
+        if token in tokens:
+            prefix = dist.PrefixStore(tokens[0], store)
+            prefix.set(f"joined{rank}", "")
+            if prefix.check([f"joined{other}" for other in range(size)]):
+                return prefix
         time.sleep(0.02)
 
 
@@ -84,24 +79,19 @@ def agree(value: str, name: str, process: Process) -> None:
     """
     if process.size == 1:
         return
-    store = dist.PrefixStore(f"agree/{name}", process.store)
-    digest = hashlib.sha256(value.encode()).hexdigest()
-    if process.rank == 0:
-        store.set("value", value)
-        store.set("digest", digest)
-    same = store.get("digest").decode() == digest
-    store.set(f"rank{process.rank}", "" if same else difference(store.get("value").decode(), value))
-    if process.rank == 0:
-        found = [(rank, store.get(f"rank{rank}").decode()) for rank in range(process.size)]
-        bad = [f"rank {rank} has another {name} than rank 0: {text}" for rank, text in found if text]
-        more = f" ({len(bad)} of {process.size} ranks differ)" if len(bad) > 1 else ""
-        store.set("verdict", bad[0] + more if bad else "")
-    verdict = store.get("verdict").decode()
+    store, ranks = dist.PrefixStore(f"agree/{name}", process.store), range(process.size)
+    store.set(f"hash{process.rank}", hashlib.sha256(value.encode()).hexdigest())
+    hashes = store.multi_get([f"hash{rank}" for rank in ranks])
+    if not (different := [rank for rank in ranks if hashes[rank] != hashes[0]]):
+        return
+    if process.rank in (0, different[0]):
+        store.set(f"value{process.rank}", value)
+    first, other = (text.decode() for text in store.multi_get(["value0", f"value{different[0]}"]))
     store.set(f"read{process.rank}", "")
-    if verdict:
-        if process.rank == 0:  # it may hold the store: not before the others have read it
-            store.wait([f"read{rank}" for rank in range(process.size)])
-        raise ValueError(verdict)
+    if process.rank == 0:  # its process may host the store: it stays until the others have read
+        store.wait([f"read{rank}" for rank in ranks])
+    more = f" ({len(different)} of {process.size} ranks differ)" if len(different) > 1 else ""
+    raise ValueError(f"rank {different[0]} has another {name} than rank 0: {difference(first, other)}{more}")
 
 
 def difference(first: str, other: str) -> str:
@@ -110,18 +100,13 @@ def difference(first: str, other: str) -> str:
     >>> difference("lr: 0.1\\nsteps: 5", "lr: 0.1\\nsteps: 6")
     "'steps: 6' instead of 'steps: 5'"
     """
-    a, b = first.splitlines(), other.splitlines()
-    length = max(len(a), len(b))
-    for x, y in zip(a + [""] * (length - len(a)), b + [""] * (length - len(b)), strict=True):
-        if x != y:
-            return f"{y[:100]!r} instead of {x[:100]!r}"
-    return "it differs in its line ends"
+    lines = zip_longest(first.splitlines(), other.splitlines(), fillvalue="")
+    texts = (f"{y[:100]!r} instead of {x[:100]!r}" for x, y in lines if x != y)
+    return next(texts, "it differs in its line ends")
 
 
 def code_hash() -> str:
     """The program as text to `agree` on: the version of torch, and a line with the hash of each source file of olmo_fn."""
     root = Path(olmo_fn.__file__).parent
-    lines = [f"torch {torch.__version__}"]
-    for path in sorted(root.rglob("*.py")):
-        lines.append(f"{path.relative_to(root.parent)} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}")
-    return "\n".join(lines)
+    hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(root.rglob("*.py"))}
+    return "\n".join([f"torch {torch.__version__}", *(f"{p.relative_to(root.parent)} {hash}" for p, hash in hashes.items())])

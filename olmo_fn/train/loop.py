@@ -23,7 +23,7 @@ from olmo_fn.data.config import cache_dir
 from olmo_fn.data.prefetch import prefetch
 from olmo_fn.data.resized import Resized
 from olmo_fn.data.source import Source, heldout_batches, open_data
-from olmo_fn.launch.monitor import watch
+from olmo_fn.launch.monitor import monitor
 from olmo_fn.launch.process import agree
 from olmo_fn.mesh.mesh import describe
 from olmo_fn.models import transformer
@@ -83,7 +83,7 @@ def train(cfg: Config) -> Result:
     """
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    with join(cfg) as job, watch(job.process) as beat:
+    with join(cfg) as job, monitor(job.process) as beat:
         return _train(cfg, job, beat)
 
 

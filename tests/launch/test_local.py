@@ -134,17 +134,17 @@ def test_the_whole_with_collectives(tmp_path: Path) -> None:
         """
         import torch, torch.distributed as dist
         from olmo_fn.launch.process import agree, code_hash, init_process_group_from_env
-        from olmo_fn.launch.monitor import watch
+        from olmo_fn.launch.monitor import monitor
         process = init_process_group_from_env()
         agree(code_hash(), "code", process)
-        with watch(process) as beat:
+        with monitor(process) as step_done:
             for step in range(1, 1000):
                 x = torch.ones(3)
                 dist.all_reduce(x)
                 assert x.tolist() == [3.0] * 3
                 if rank == 2 and step == 5:
                     os.kill(os.getpid(), signal.SIGKILL)
-                beat(step)
+                step_done(step)
         """,
     )
     assert (code, out) == (137, "")
@@ -156,10 +156,10 @@ def test_the_ranks_of_a_killed_launch_stop_in_order(tmp_path: Path) -> None:
         tmp_path,
         """
         from olmo_fn.launch.process import init_process_group_from_env
-        from olmo_fn.launch.monitor import watch
+        from olmo_fn.launch.monitor import monitor
         caught = []
         signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
-        with watch(init_process_group_from_env()) as beat:
+        with monitor(init_process_group_from_env()) as step_done:
             Path(sys.argv[0]).with_name(f"ready{rank}").touch()
             while not caught:
                 time.sleep(0.01)
@@ -178,18 +178,23 @@ def test_the_ranks_of_a_killed_launch_stop_in_order(tmp_path: Path) -> None:
 
 PROGRAM = """
 import torch, torch.distributed as dist
-from olmo_fn.launch.exit_rank import leaving
+from olmo_fn.launch.exit_rank import exit_rank
 from olmo_fn.launch.process import init_process_group_from_env
-from olmo_fn.launch.monitor import watch
+from olmo_fn.launch.monitor import monitor
 process = init_process_group_from_env()
 saved = Path(sys.argv[1])
 first = int(saved.read_text()) if saved.exists() else 0
-with leaving(), watch(process) as beat:
+torchruns = next(dist.rendezvous("env://"))[0]  # a second connection to the store of torchrun's agent
+assert torchruns.check(["of the first start"]) == (first > 0), "torchrun gives restarted ranks the store of the dead"
+assert not process.store.check(["of the first start"]), "the job's part of it is new"
+with exit_rank(), monitor(process) as step_done:
     for step in range(first + 1, 11):
         if rank == 1 and step == 5 and first == 0:
+            torchruns.set("of the first start", "")
+            process.store.set("of the first start", "")
             raise LookupError("on purpose")
         dist.all_reduce(torch.ones(3))
-        beat(step)
+        step_done(step)
         if rank == 0:
             saved.write_text(str(step))
     print("done from", first)
@@ -198,7 +203,7 @@ with leaving(), watch(process) as beat:
 
 @pytest.mark.slow
 def test_torchrun_restarts(tmp_path: Path) -> None:
-    """Under torchrun the surviving rank says what happened, ends at once, and the restart goes on."""
+    """Under torchrun the surviving rank says what happened, ends at once, and the restart goes on, with the store of before."""
     script = tmp_path / "program.py"
     script.write_text(HEAD + PROGRAM)
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=2"]  # or it kills rank 0 first

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from olmo_fn.launch.local import _reserved_port
+from olmo_fn.launch.local import reserved_port
 
-HEAD = "import atexit, sys, threading, time\nfrom olmo_fn.launch.exit_rank import leaving\n"
+HEAD = "import atexit, sys, threading, time\nfrom olmo_fn.launch.exit_rank import exit_rank\n"
 
 
 def end(program: str, **environment: str) -> tuple[int, str, str]:
@@ -31,7 +31,7 @@ def end(program: str, **environment: str) -> tuple[int, str, str]:
     ],
 )
 def test_the_code_is_python_s(last: str, code: int, said: str) -> None:
-    found, out, err = end(f"with leaving():\n    print('done', end='')\n    {last}\nprint('never')", RANK="0")
+    found, out, err = end(f"with exit_rank():\n    print('done', end='')\n    {last}\nprint('never')", RANK="0")
     assert (found, out) == (code, "done")
     assert err.endswith(said)
     assert bool(err) == bool(said)
@@ -40,21 +40,21 @@ def test_the_code_is_python_s(last: str, code: int, said: str) -> None:
 def test_threads_and_exit_handlers_have_their_turn() -> None:
     program = """
 atexit.register(print, "handler")
-with leaving():
+with exit_rank():
     threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
 """
     assert end(program, RANK="0") == (0, "thread\nhandler\n", "")
 
 
 def test_a_process_alone_goes_on() -> None:
-    code, out, _ = end("with leaving():\n    pass\nprint('goes on')")
+    code, out, _ = end("with exit_rank():\n    pass\nprint('goes on')")
     assert (code, out) == (0, "goes on\n")
 
 
 BUSY = """
 import torch, torch.distributed as dist
 dist.init_process_group("gloo")
-with leaving():
+with exit_rank():
     print("at work")
     for _ in range(500):
         dist.all_reduce(torch.ones(1_000_000), async_op=True)
@@ -63,6 +63,6 @@ with leaving():
 
 def test_gloo_s_threads_do_not_abort_it() -> None:
     """The threads still let go of tensors when the program is over; as Python ends it, such a process gets SIGABRT."""
-    with _reserved_port() as port:
+    with reserved_port() as port:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         assert end(BUSY, OMP_NUM_THREADS="1", **alone) == (0, "at work\n", "")

@@ -1,0 +1,72 @@
+"""Ranks find each other, also after a restart, and refuse to run together what differs. Real processes."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from three_ranks import SIZE, run_ranks
+
+from olmo_fn.launch.process import Process, _new_prefix, agree, code_hash, init_process_group_from_env
+
+
+def differ(process: Process) -> None:
+    agree(code_hash(), "code", process)
+    try:
+        agree("lr: 1\n" + f"steps: {process.rank // 2}", "config", process)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+
+
+def differ_all(process: Process) -> None:
+    try:
+        agree(str(process.rank), "data", process)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+
+
+def test_a_rank_with_another_config_is_refused_by_all(tmp_path: Path) -> None:
+    codes, said, _ = run_ranks(tmp_path, differ)
+    assert codes == [0] * SIZE
+    assert said == ["rank 2 has another config than rank 0: 'steps: 1' instead of 'steps: 0'\n"] * SIZE
+    (tmp_path / "all").mkdir()
+    _, said, _ = run_ranks(tmp_path / "all", differ_all)
+    assert said == ["rank 1 has another data than rank 0: '1' instead of '0' (2 of 3 ranks differ)\n"] * SIZE
+
+
+def test_a_store_of_an_earlier_start_is_not_believed() -> None:
+    """After a restart, rank 0's message to the dead still stands there, and so do their tokens."""
+    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    tokens = []
+    for _ in range(3):
+        clients = [dist.TCPStore("127.0.0.1", host.port, is_master=False) for _ in range(SIZE)]
+        with ThreadPoolExecutor(SIZE) as threads:
+            jobs = [threads.submit(_new_prefix, clients[rank], rank, SIZE) for rank in reversed(range(SIZE))]
+            stores = [job.result(20) for job in jobs]
+        for rank, store in enumerate(stores):
+            assert not store.check(["address"]), "of an earlier start"
+            store.set(f"mine{rank}", "")
+        assert all(store.check([f"mine{rank}" for rank in range(SIZE)]) for store in stores), "one place for all"
+        stores[0].set("address", "of the dead")
+        tokens.append(clients[0].get("tokens"))
+    assert len(set(tokens)) == 3
+
+
+def test_the_code_is_its_files_and_torch() -> None:
+    lines = code_hash().splitlines()
+    assert lines[0] == f"torch {torch.__version__}"
+    assert any(line.startswith("olmo_fn/launch/process.py ") for line in lines)
+    assert code_hash() == code_hash()
+
+
+def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="RANK is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"):
+        init_process_group_from_env()
+    assert not dist.is_initialized()
