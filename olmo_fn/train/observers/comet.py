@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from olmo_fn.train.events import Observer, RunInfo
 from olmo_fn.train.observers.shared import Switch, Tracker, require, run_id
 
-AUTOMATIC = ("log_code", "log_graph", "parse_args", "log_git_patch", "auto_output_logging", "auto_param_logging")
-"""What Comet would record by itself, and is told not to, beside its metrics."""
+AUTOMATIC = ("log_code", "log_graph", "log_git_metadata", "log_git_patch", "log_env_details", "parse_args")
+"""What Comet would send by itself, such as all packages of the machine, and is told not to."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Comet:
 
     def build(self, run: RunInfo) -> Observer:
         """Begin the experiment, or go on with it. ValueError without an API key, unless it is offline."""
+        os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")  # its import would hook into torch
         comet = require("comet_ml", "comet")
         if not self.offline and not comet.get_config("comet.api_key"):
             raise ValueError("--observe.comet: there is no API key; set COMET_API_KEY, or add --observe.comet.offline")
@@ -38,7 +40,7 @@ class Comet:
             tags=list(self.tags),
             offline_directory=str(run.folder / "comet"),
             display_summary_level=0,
-            auto_metric_logging=False,
+            auto_output_logging=False,
             **dict.fromkeys(AUTOMATIC, False),
         )
         identity = {"experiment_key": run_id(run.folder / "comet.id"), "mode": "get_or_create", "online": not self.offline}

@@ -42,11 +42,13 @@ class TensorBoardObserver(Observer):
             self.writer = self.open_writer(purge_step=event.step + 1 if event.step else None)
             self.writer.add_text("config", self.config, event.step)
         elif isinstance(event, (Stepped, Evaluated)):
+            import numpy as np
+
             numbers, vectors = recorded(event)
             for name, number in numbers.items():
                 self.writer.add_scalar(name, number, event.step)
             for name, vector in vectors.items():
-                self.writer.add_histogram(name, vector, event.step)
+                self.writer.add_histogram(name, np.asarray(vector), event.step)
 
     def close(self) -> None:
         """Write what is left."""
