@@ -225,6 +225,16 @@ def test_a_torn_line_in_the_middle_costs_only_itself(tmp_path):
     assert [line["step"] for line in read_metrics(path)] == [1, 4]
 
 
+def test_of_an_evaluation_that_is_repeated_the_newer_is_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(
+        path, Started(0, 2), Stepped(2, METRICS), Evaluated(2, "heldout", {"loss": 3.0}), Evaluated(2, "arc", {"accuracy": 0.5})
+    )
+    write(path, Started(2, 2), Evaluated(2, "heldout", {"loss": 2.5}))
+    assert [line.get("loss") for line in read_evaluations(path)] == [2.5, None]
+    assert len(read_metrics(path)) == 1
+
+
 def test_a_line_is_on_disk_when_the_event_is_over(tmp_path):
     file = Jsonl(tmp_path / "metrics.jsonl")
     file(Started(0, 9))

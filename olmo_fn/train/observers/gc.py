@@ -42,7 +42,6 @@ class GarbageCollectionObserver(Observer):
         gc.callbacks.append(self._time)
 
     def __call__(self, event: Event) -> None:
-        """Freeze after the first step; say which of the others had long pauses."""
         if isinstance(event, Stepped):
             if self.steps == 0 and self.settings.freeze:
                 gc.collect()
