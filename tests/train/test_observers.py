@@ -370,6 +370,13 @@ def test_pauses_are_counted_and_what_exists_is_left_out(info, capsys):
     assert end.startswith("garbage collection: 2 pauses in 2 steps, ")
 
 
+def test_a_run_without_steps_has_no_pauses(info, capsys):
+    observer = GarbageCollection(on=True).build(info)
+    gc.collect()
+    observer.close()
+    assert capsys.readouterr().out == "garbage collection: 0 pauses in 0 steps, 0.0 ms in all\n"
+
+
 # alarms
 
 
