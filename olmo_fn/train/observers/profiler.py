@@ -19,7 +19,7 @@ class Profiler:
     first: int = 10
     """First step to profile, counted from where this process starts or goes on; its very first compiles."""
     steps: int = 3
-    """Number of steps to profile."""
+    """Number of steps to profile. An evaluation or a checkpoint between them is profiled as well, and can need much memory."""
     stacks: bool = False
     """Record where in the source each operation comes from (slower)."""
 
