@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
 from typing import TypeVar
@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def prefetch(data: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:
+def prefetch(data: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Generator[T]:
     """Yield ``data(start), ..., data(stop - 1)``, computed at most ``depth`` ahead in a background thread.
 
     What ``data`` raises is raised here, with its own traceback, after the batches before it. Closing the
