@@ -2,16 +2,14 @@
 
 An observer is anything that can be called with an event, and closed:
 
-    @dataclass
-    class Printer:
-        def __call__(self, event: Event) -> str | None:
+    class Printer(Observer):
+        def __call__(self, event: Event) -> None:
             if isinstance(event, Stepped):
                 print(event.step, event.metrics["loss"])
-            return None
 
-        def close(self) -> None: ...
-
-What it returns, if it is not None, asks the run to stop, and says why: the run saves its state first.
+What it returns, if it is not None, asks the run to stop, and says why: the run saves its state first. The order of events is
+`Started`, then for each step `Stepped`, `Saved` and `Evaluated` (a step is seen before it is saved, so that no crash leaves a
+saved step that nobody saw), then `Stopped`, unless the run fails.
 """
 
 from __future__ import annotations
@@ -33,7 +31,10 @@ class Started:
 
 @dataclass(frozen=True)
 class Stepped:
-    """Step ``step`` is done. ``metrics`` are numbers: the step's, and tokens, seconds, speed and memory."""
+    """Step ``step`` is done. ``metrics`` are the step's, and tokens, seconds, speed and memory, by name.
+
+    Each is a plain number, or a list of numbers (such as the load of each expert), not a tensor.
+    """
 
     step: int
     metrics: Mapping[str, Any]
@@ -84,10 +85,11 @@ class RunInfo:
 
 
 class Observer(Protocol):
-    """Who looks on. Only the first rank of a job has observers."""
+    """Who looks on; subclasses need no ``close``. Only the first rank of a job has observers, and they may print."""
 
     def __call__(self, event: Event) -> str | None:
         """Take note of an event; a text that is returned stops the run, and says why."""
 
     def close(self) -> None:
         """The run is over, in whatever way."""
+        return None
