@@ -66,6 +66,15 @@ class Sizes:
         """The sizes of ``step`` (from 0)."""
         return self.phases[self._index(step)]
 
+    def rows_per_window(self, step: int) -> int:
+        """Rows that each window of ``step`` is cut into."""
+        phase = self.at(step)
+        return self._used(phase) // phase.sequence_length
+
+    def rows(self, step: int) -> int:
+        """Rows of the batch of ``step``, over all ranks."""
+        return self.at(step).batch_size * self.rows_per_window(step)
+
     def first_window(self, step: int) -> int:
         """Windows taken by all steps before ``step``."""
         i = self._index(step)

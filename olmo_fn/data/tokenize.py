@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-from olmo_fn.data.config import Dtype
 from olmo_fn.data.documents import chunks, documents, expand
 from olmo_fn.data.encode import Job, Tokens, encode_all, is_heldout
 from olmo_fn.data.progress import progress
 from olmo_fn.data.tokenizer import Tokenizer, byte_level, load, train_bpe
-from olmo_fn.data.tokens import SIZES, smallest_dtype
+from olmo_fn.data.tokens import SIZES, Dtype, smallest_dtype
 
 
 @dataclass(frozen=True)

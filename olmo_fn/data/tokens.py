@@ -7,12 +7,15 @@ maps stay open, so that a mix of 50,000 files does not run out of file descripto
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
+
+Dtype: TypeAlias = Literal["auto", "uint8", "uint16", "uint32", "uint64"]
 
 SIZES = {"uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8}
 SCAN_BYTES = 2 << 30  # what `check_vocab` reads at most: a second or two
@@ -83,6 +86,19 @@ def open_tokens(path: str, dtype: str) -> TokenFile:
     return TokenFile(path, dtype, stat.st_size // size, stat.st_mtime_ns)
 
 
+def open_masks(paths: Sequence[str], files: Sequence[TokenFile]) -> tuple[TokenFile, ...]:
+    """The label masks ``paths`` of ``files``. ValueError when they do not go together."""
+    if paths and len(paths) != len(files):
+        raise ValueError(f"{len(paths)} label mask files for {len(files)} token files; give one for each, in their order")
+    masks = tuple(open_tokens(path, "bool") for path in paths)
+    for mask, file in zip(masks, files, strict=False):
+        if mask.num_tokens != file.num_tokens:
+            raise ValueError(
+                f"the label mask {mask.path!r} has {mask.num_tokens:,} entries, {file.path!r} has {file.num_tokens:,} tokens"
+            )
+    return masks
+
+
 @lru_cache(maxsize=256)
 def view(file: TokenFile) -> np.ndarray:
     """The file's tokens, read-only and not in memory: (num_tokens,) of its dtype."""
@@ -93,7 +109,7 @@ def view(file: TokenFile) -> np.ndarray:
 def check_vocab(files: Iterable[TokenFile], vocab_size: int, scan_bytes: int = SCAN_BYTES) -> None:
     """ValueError naming file, offset and value of the first token that is not below ``vocab_size``.
 
-    Reads about ``scan_bytes`` at most, the first part of every file; `Windows.read` checks the rest when it
+    Reads about ``scan_bytes`` at most, the first part of every file; `Instances.read` checks the rest when it
     is used.
     """
     files = [f for f in files if vocab_size < 256 ** SIZES[f.dtype]]

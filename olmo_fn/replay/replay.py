@@ -21,7 +21,7 @@ from olmo_fn.core.chain import Batch
 from olmo_fn.core.compile import prepare_cache
 from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.core.step import State, Step
-from olmo_fn.data.config import cache_dir
+from olmo_fn.data.settings import cache_dir
 from olmo_fn.data.source import Source, open_data
 from olmo_fn.models import transformer
 from olmo_fn.research.per_example import per_example_loop
@@ -32,6 +32,7 @@ from olmo_fn.train.folder import read_config
 from olmo_fn.train.loop import abstract_state
 from olmo_fn.train.metrics import read_metrics
 from olmo_fn.train.recipe import recipe
+from olmo_fn.train.schedule import sizes
 from olmo_fn.tree import Tree
 
 
@@ -94,7 +95,7 @@ def replay(run: str | Path, step: int, say: Callable[[str], Any] = lambda line: 
     advance = recipe(cfg, dtype)
     state, checkpoint = state_before(folder, cfg, advance, step, device, say)
     start = int(state.step)
-    source = open_data(cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, cfg.recipe.batch_size)
+    source = open_data(cfg.data, cfg.model.vocab_size, sizes(cfg))
     differences: list[str] = []
     for n in range(start + 1, step + 1):
         batch = {name: value.to(device) for name, value in source.train(n - 1).items()}
@@ -151,7 +152,7 @@ def sequences(cfg: Config, source: Source, params: Tree, batch: Batch, step: int
     """Each row of the batch by itself, the largest gradient first."""
     grads = pipe(transformer.loss(cfg.model, z_loss=cfg.recipe.z_loss), grad("tape", cfg.recipe.remat, dtype))
     each = per_example_loop(grads, params, batch)
-    which, offsets = source.train.windows.locate(source.train.numbers(step - 1).astype(np.int64))
+    origins = [source.train.origin(step - 1, row) for row in range(len(batch["input_ids"]))]
     ids = batch["input_ids"].cpu().numpy()
     rows = [
         Sequence(
@@ -159,8 +160,7 @@ def sequences(cfg: Config, source: Source, params: Tree, batch: Batch, step: int
             float(each.loss[row] / each.tokens[row].clamp(min=1)),
             int(each.tokens[row]),
             float(each.grad_norm[row]),
-            source.train.windows.files[which[row]].path,
-            int(offsets[row]),
+            *origins[row],
             ids[row],
             source.tokenizer.decode(ids[row]) if source.tokenizer else None,
         )

@@ -7,7 +7,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,10 +19,10 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import Index, Retention, Saver, load, load_newest
 from olmo_fn.core.compile import prepare_cache
 from olmo_fn.core.step import State, Step
-from olmo_fn.data.config import cache_dir
+from olmo_fn.data.heldout import heldout_batches
 from olmo_fn.data.prefetch import prefetch
-from olmo_fn.data.resized import Resized
-from olmo_fn.data.source import Source, heldout_batches, open_data
+from olmo_fn.data.settings import cache_dir
+from olmo_fn.data.source import Source, open_data
 from olmo_fn.launch.monitor import watch
 from olmo_fn.launch.process import agree
 from olmo_fn.mesh.mesh import describe
@@ -91,8 +91,7 @@ def _train(cfg: Config, job: Job, beat: Callable[[int], None]) -> Result:
     device, dtype = job.device, machine.compute_dtype(cfg.recipe.dtype, job.device)
     step = recipe(cfg, dtype, job.connection)  # a wrong recipe is refused here, before anything is read or written
     check_memory(cfg, cfg.mesh.on(job.process.size), str(dtype).removeprefix("torch."), machine.total_memory(device))
-    steps = sizes(cfg)
-    opened = partial(open_data, cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, steps.largest)
+    opened = partial(open_data, cfg.data, cfg.model.vocab_size, sizes(cfg))
     source = job.first(lambda: opened(show=job.leads))
     agree(fingerprint(source), "data", job.process)
     check_folder(cfg)
@@ -119,7 +118,7 @@ def _train(cfg: Config, job: Job, beat: Callable[[int], None]) -> Result:
         if job.connection:
             progress.say(f"{job.process.size} processes: {describe(job.connection.mesh)}")
         meter = Meter(cfg, machine.gemm_rate(device, dtype) * job.process.size, device)
-        batches = prefetch(Resized(source.train, steps), start, cfg.run.steps)
+        batches = prefetch(source.train, start, cfg.run.steps)
         stack.callback(batches.close)  # type: ignore[attr-defined]
         warm = stack.enter_context(machine.warm_up())
         for batch in batches:
@@ -262,7 +261,7 @@ def heldout(cfg: Config, step: Step, state: State, source: Source, dtype: torch.
     progress.say(f"evaluating on {len(tokens):,} held-out tokens")
     T = cfg.recipe.sequence_length
     rows = max(1, cfg.recipe.batch_size // cfg.recipe.accumulate)
-    batches = heldout_batches(replace(source, heldout=tokens), T, max(1, T // 2), rows)
+    batches = heldout_batches(tokens, T, max(1, T // 2), rows, source.eos_id, cfg.data.mask_documents)
     num_bytes = source.tokenizer.count_bytes(tokens) if source.tokenizer else None
     loss = transformer.loss(cfg.model)
     params = model_parameters(cfg, state.params)

@@ -6,7 +6,6 @@ import traceback
 
 import pytest
 
-from olmo_fn.data.batches import share
 from olmo_fn.data.prefetch import prefetch
 
 
@@ -69,8 +68,3 @@ def test_a_loop_that_breaks_ends_the_thread():
 
     loop()
     assert not alive()
-
-
-def test_uneven_ranks_are_refused():
-    with pytest.raises(ValueError, match="a batch of 6 instances does not divide over 4 data-parallel ranks"):
-        share(6, 0, 4)
