@@ -70,7 +70,10 @@ class Loader:
         for name, x in arrays.items():
             if x.shape != expected:
                 raise ValueError(f"the instances' {name} of step {step} are of shape {x.shape}, not {expected}")
-        batch = {name: x[:, : per * length].reshape(-1, length)[start - first * per : stop - first * per] for name, x in arrays.items()}
+        batch = {
+            name: x[:, : per * length].reshape(-1, length)[start - first * per : stop - first * per]
+            for name, x in arrays.items()
+        }
         mask = batch.pop("label_mask", None)
         if "labels" not in batch:
             batch["labels"] = labels_of(batch["input_ids"], mask)

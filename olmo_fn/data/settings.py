@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,7 @@ class Data:
     label_mask_paths: tuple[str, ...] = ()
     """For each token file a file of booleans, one byte a token; the prediction of a false one is not in the
     loss."""
-    instances: Annotated[Any, tyro.conf.arg(name="")] = FixedLength()
+    instances: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=FixedLength)
     """How token files become training instances."""
     mask_documents: bool = False
     """Attend only to tokens of the same document, with positions that restart in each. The end of a document still
