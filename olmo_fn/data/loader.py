@@ -64,16 +64,13 @@ class Loader:
         start, stop, stride = (rows or slice(None)).indices(self.sizes.rows(step))
         if stride != 1:
             raise ValueError(f"a rank reads contiguous rows of a batch, not every {stride}th")
-        first, last = start // per, -(-stop // per)  # the instances that the rows are in
-        arrays = self.instances.read(self.numbers(step)[first:last])
-        expected = (max(last - first, 0), self.sizes.window)
+        numbers = self.numbers(step)[start // per : -(-stop // per)]  # the instances that the rows are in
+        arrays, expected = self.instances.read(numbers), (len(numbers), self.sizes.window)
         for name, x in arrays.items():
             if x.shape != expected:
                 raise ValueError(f"the instances' {name} of step {step} are of shape {x.shape}, not {expected}")
-        batch = {
-            name: x[:, : per * length].reshape(-1, length)[start - first * per : stop - first * per]
-            for name, x in arrays.items()
-        }
+        cut = slice(start % per, start % per + max(stop - start, 0))
+        batch = {name: x[:, : per * length].reshape(-1, length)[cut] for name, x in arrays.items()}
         mask = batch.pop("label_mask", None)
         if "labels" not in batch:
             batch["labels"] = labels_of(batch["input_ids"], mask)

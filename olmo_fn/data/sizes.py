@@ -150,7 +150,7 @@ def batch_phases(batch_sizes: Sequence[int], starts: Sequence[int], window: int,
         return list(zip(starts, batch_sizes, strict=True))
     phases, step, seen = [(0, batch_sizes[0])], 0, 0
     for start, before, size in zip(starts[1:], batch_sizes, batch_sizes[1:], strict=False):
-        more = -(-(start - seen) // (before * window))
+        more = max(0, -(-(start - seen) // (before * window)))  # 0: the size before has no step
         step, seen = step + more, seen + more * before * window
         phases.append((step, size))
     return phases
