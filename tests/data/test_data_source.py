@@ -170,7 +170,6 @@ def test_bytes_of_text_cut_inside_a_character(tmp_path):
     """A held-out fraction may begin inside a document, even inside a character: bytes are still exact."""
     byte_level().save(tmp_path / "tokenizer.json")
     path = write(tmp_path / "t.npy", list("é".encode() * 50))
-    source = open_data(
-        Data((path,), tokenizer=str(tmp_path / "tokenizer.json"), heldout_fraction=0.2), 257, constant_sizes(2, 5)
-    )
+    data = Data((path,), tokenizer=str(tmp_path / "tokenizer.json"), heldout_fraction=0.2)
+    source = open_data(data, 257, constant_sizes(2, 5))
     assert source.heldout_bytes == len(source.heldout) == 20
