@@ -41,8 +41,17 @@ def smallest_dtype(vocab_size: int) -> str:
     return next(name for name, size in SIZES.items() if vocab_size <= 256**size)
 
 
+def matches(pattern: str) -> list[str]:
+    """The files that ``pattern`` names, sorted: a file, a glob, or a folder with everything in it that is not hidden."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        return sorted(str(p) for p in inside if p.is_file())
+    return [str(path)] if path.is_file() else sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).is_file())
+
+
 def expand(patterns: Iterable[str]) -> tuple[str, ...]:
-    """Paths of ``patterns``, in order, the matches of each sorted. ValueError for a pattern without a file.
+    """Paths of token files of ``patterns``, in order, the matches of each sorted. ValueError for a pattern without a file.
 
     >>> expand(["/no/such/*.npy"])
     Traceback (most recent call last):
@@ -50,12 +59,11 @@ def expand(patterns: Iterable[str]) -> tuple[str, ...]:
     """
     paths: list[str] = []
     for pattern in patterns:
-        full = str(Path(pattern).expanduser())
-        if Path(full).is_dir():
+        full = Path(pattern).expanduser()
+        if full.is_dir():
             raise ValueError(f"{pattern!r} is a folder; name the token files in it: '{full}/*.npy'")
-        found = [full] if Path(full).exists() else sorted(glob.glob(full, recursive=True))
-        if not found:
-            here = "" if Path(full).is_absolute() else f" (from {Path.cwd()})"
+        if not (found := matches(pattern)):
+            here = "" if full.is_absolute() else f" (from {Path.cwd()})"
             raise ValueError(f"no token file matches {pattern!r}{here}")
         paths += found
     return tuple(paths)

@@ -10,7 +10,7 @@ from olmo_fn.data.prefetch import prefetch
 
 
 def alive():
-    return [t for t in threading.enumerate() if t.name == "prefetch"]
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 def test_prefetch_is_the_sequence():

@@ -146,8 +146,8 @@ def test_the_default_corpus(tmp_path, monkeypatch):
     assert asked == [(tmp_path, 300, False)]
     meta = json.loads((tmp_path / "small" / "meta.json").read_text())
     assert source.heldout_compressed == {"gzip -9": meta["gzip_bytes"], "xz -9": meta["xz_bytes"]}
-    assert (source.heldout_bytes, len(source.heldout)) == (meta["heldout_bytes"], meta["heldout_tokens"])
-    assert source.train.instances.files[0].num_tokens == meta["train_tokens"]
+    assert (source.heldout_bytes, len(source.heldout)) == (meta["heldout"]["bytes"], meta["heldout"]["tokens"])
+    assert source.train.instances.files[0].num_tokens == meta["train"]["tokens"]
     open_data(Data(cache_dir=str(tmp_path)), 100_352, constant_sizes(4, 16), show=False)
     assert asked[1][1] == 4096
 
