@@ -22,6 +22,8 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mm.default: 0, aten.mm.out: 0, aten.bmm.default: 0, aten.bmm.out: 0, aten.addmm.default: 1}
 PRODUCTS |= {aten.addmm.out: 1, aten.addmm_.default: 1, aten.baddbmm.default: 1}
 """Matrix products, and which argument is the first factor."""
+EMPTY = {aten.new_empty.default, aten.empty_like.default, aten.empty.memory_format}
+"""What allocates, and moves nothing."""
 KINDS = {
     "all_gather_into_tensor_out": "all_gather",
     "reduce_scatter_tensor": "reduce_scatter",
@@ -132,7 +134,7 @@ class Trace(TorchDispatchMode):
             else:
                 self.seen.linear += flops
         if self._fused is None:
-            if not product:
+            if not product and func not in EMPTY:
                 self._moved(args, out)
             self._made(out)
         elif product:
