@@ -15,40 +15,23 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
-
-from olmo_fn.data.progress import Advance, progress
-from olmo_fn.data.tokenizer import Tokenizer, train_bpe
-from olmo_fn.data.tokens import smallest_dtype
+from olmo_fn.data.tokenize import Tokenize, tokenize
 
 VERSION = 1  # raise it when the same sources would give other tokens
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 HELDOUT = 0.07
 GENERATED = ("encodings/", "pydoc_data/")
-DOCUMENTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The tokenized corpus in ``folder``.
+    """The tokenized corpus in ``folder``."""
 
-    Bytes are of the text alone; tokens include the end-of-document token of each document.
-    """
-
-    folder: str
-    dtype: str
-    vocab_size: int
-    eos_id: int
-    train_documents: int
-    train_bytes: int
-    train_tokens: int
-    heldout_documents: int
-    heldout_bytes: int
-    heldout_tokens: int
+    folder: Path
     gzip_bytes: int
     """The held-out text, its documents joined without a separator, after ``gzip -9``."""
     xz_bytes: int
@@ -57,17 +40,17 @@ class Corpus:
     @property
     def paths(self) -> tuple[str, ...]:
         """Token files to train on."""
-        return (str(Path(self.folder) / "part-00000.npy"),)
+        return (str(self.folder / "part-00000.npy"),)
 
     @property
     def heldout_path(self) -> str:
         """Token file to evaluate on."""
-        return str(Path(self.folder) / "heldout.npy")
+        return str(self.folder / "heldout.npy")
 
     @property
     def tokenizer_path(self) -> str:
         """The tokenizer.json."""
-        return str(Path(self.folder) / "tokenizer.json")
+        return str(self.folder / "tokenizer.json")
 
 
 def stdlib_corpus(cache_dir: str | Path, vocab_size: int = 4096, show: bool = True) -> Corpus:
@@ -101,7 +84,7 @@ def read_sources(folder: str | Path) -> dict[str, str]:
     return dict(sorted(sources.items()))
 
 
-def is_heldout(name: str) -> bool:
+def is_heldout_source(name: str) -> bool:
     """Whether the document of this relative path is held out: the same in every version of Python.
 
     Generated files are always trained on: the tables of encodings/ are near-copies of each other and would
@@ -128,54 +111,35 @@ def tokenize_corpus(sources: Mapping[str, str], folder: Path, vocab_size: int, s
                 f"folder with --data.cache-dir, or token files with --data.paths"
             ) from None
         try:
-            made = _make(sources, work, vocab_size, show)
-            (work / "meta.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-            work.chmod(0o755)
-            os.rename(work, folder)
+            os.rename(_make(sources, work, vocab_size, show), folder)
         except OSError:
             if not meta.exists():  # else another process was first
                 raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    return Corpus(folder=str(folder), **json.loads(meta.read_text(encoding="utf-8")))
+    found = json.loads(meta.read_text(encoding="utf-8"))
+    return Corpus(folder, found["gzip_bytes"], found["xz_bytes"])
 
 
-def _make(sources: Mapping[str, str], work: Path, vocab_size: int, show: bool) -> dict[str, str | int]:
-    train = [text for name, text in sources.items() if not is_heldout(name)]
-    heldout = [text for name, text in sources.items() if is_heldout(name)]
-    size = sum(map(len, sources.values()))
-    learning = sum(map(len, train)) / 2  # learning the BPE takes about half as long as using it
-    with progress("preparing the default corpus", size + learning, show) as advance:
-        advance(0, f"learning a BPE of {vocab_size} from the standard library's sources")
-        tokenizer = train_bpe(train, vocab_size)
-        advance(learning, "tokenizing")
-        dtype = smallest_dtype(tokenizer.vocab_size)
-        train_ids, heldout_ids = (_encode(tokenizer, texts, dtype, advance) for texts in (train, heldout))
-    train_ids.tofile(work / "part-00000.npy")
-    heldout_ids.tofile(work / "heldout.npy")
-    tokenizer.save(work / "tokenizer.json")
-    text = "".join(heldout).encode()
-    corpus = Corpus(
-        folder="",
-        dtype=dtype,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        train_documents=len(train),
-        train_bytes=sum(len(t.encode()) for t in train),
-        train_tokens=len(train_ids),
-        heldout_documents=len(heldout),
-        heldout_bytes=len(text),
-        heldout_tokens=len(heldout_ids),
-        gzip_bytes=len(gzip.compress(text, 9)),
-        xz_bytes=len(lzma.compress(text, preset=9)),
+def _make(sources: Mapping[str, str], work: Path, vocab_size: int, show: bool) -> Path:
+    """A folder in ``work`` with the token files of ``sources``."""
+    for name, text in sources.items():
+        path = work / ("heldout" if is_heldout_source(name) else "train") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    config = Tokenize(
+        inputs=(str(work / "train"),),
+        heldout_inputs=(str(work / "heldout"),) if (work / "heldout").exists() else (),
+        output=str(work / "tokens"),
+        vocab_size=vocab_size,
+        workers=1,
+        heldout=0.0,
+        part_tokens=1 << 62,
+        train_bytes=1 << 62,
     )
-    return {key: value for key, value in asdict(corpus).items() if key != "folder"}
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str], dtype: str, advance: Advance) -> np.ndarray:
-    pieces = []
-    for i in range(0, len(texts), DOCUMENTS_AT_ONCE):
-        some = texts[i : i + DOCUMENTS_AT_ONCE]
-        pieces += tokenizer.encode_documents(some)
-        advance(sum(map(len, some)), "tokenizing")
-    return np.concatenate(pieces).astype(np.dtype(dtype).newbyteorder("<"))
+    meta = tokenize(config, show)
+    text = "".join(sources[name] for name in sorted(sources) if is_heldout_source(name)).encode()
+    del meta["command"]  # of folders that go
+    meta |= {"gzip_bytes": len(gzip.compress(text, 9)), "xz_bytes": len(lzma.compress(text, preset=9))}
+    (work / "tokens" / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    return work / "tokens"

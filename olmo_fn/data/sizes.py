@@ -66,6 +66,15 @@ class Sizes:
         """The sizes of ``step`` (from 0)."""
         return self.phases[self._index(step)]
 
+    def rows_per_window(self, step: int) -> int:
+        """Rows that each window of ``step`` is cut into."""
+        phase = self.at(step)
+        return self._used(phase) // phase.sequence_length
+
+    def rows(self, step: int) -> int:
+        """Rows of the batch of ``step``, over all ranks."""
+        return self.at(step).batch_size * self.rows_per_window(step)
+
     def first_window(self, step: int) -> int:
         """Windows taken by all steps before ``step``."""
         i = self._index(step)
@@ -141,7 +150,7 @@ def batch_phases(batch_sizes: Sequence[int], starts: Sequence[int], window: int,
         return list(zip(starts, batch_sizes, strict=True))
     phases, step, seen = [(0, batch_sizes[0])], 0, 0
     for start, before, size in zip(starts[1:], batch_sizes, batch_sizes[1:], strict=False):
-        more = -(-(start - seen) // (before * window))
+        more = max(0, -(-(start - seen) // (before * window)))  # 0: the size before has no step
         step, seen = step + more, seen + more * before * window
         phases.append((step, size))
     return phases

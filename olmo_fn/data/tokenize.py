@@ -12,20 +12,20 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 
-from olmo_fn.data.config import Dtype
 from olmo_fn.data.documents import chunks, documents, expand
-from olmo_fn.data.encode import Job, Tokens, encode_all, is_heldout
-from olmo_fn.data.progress import progress
+from olmo_fn.data.encode import Encoded, Encoder, encode_all, is_heldout
 from olmo_fn.data.tokenizer import Tokenizer, byte_level, load, train_bpe
-from olmo_fn.data.tokens import SIZES, smallest_dtype
+from olmo_fn.data.tokens import SIZES, Dtype, smallest_dtype
+from olmo_fn.progress import progress
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Tokenize:
     """Processes; 0: one a processor. The output is the same for any number."""
     heldout: float = 0.01
     """Part of the documents that goes to heldout.npy, chosen by their content."""
+    heldout_inputs: tuple[str, ...] = ()
+    """Files, globs and folders of which all goes to heldout.npy."""
     dtype: Dtype = "auto"
     """Integer type of the token files; auto: the smallest that holds the vocabulary."""
     part_tokens: int = 1 << 28
@@ -60,31 +62,40 @@ class Tokenize:
     """Replace the token files in the output folder."""
 
 
-def tokenize(config: Tokenize) -> dict[str, Any]:
+def tokenize(config: Tokenize, show: bool = True) -> dict[str, Any]:
     """Write the token files of ``config``; what ``meta.json`` holds. ValueError for what cannot be done.
 
     The files move to the output folder when all is done, meta.json last: a folder without it is not complete.
+    ``show`` shows the progress on a terminal.
     """
-    files = expand(config.inputs)
+    files, heldout_files = expand(config.inputs), expand(config.heldout_inputs)
     output = Path(config.output).expanduser()
-    _check(config, output)
+    _check(config, files, heldout_files, output)
     try:
         output.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=output))
     except OSError as e:
         raise ValueError(f"cannot write to --output {config.output!r}: {e.strerror}") from None
     try:
-        tokenizer = _tokenizer(config, files)
+        tokenizer = _tokenizer(config, files, show)
         tokenizer.save(work / "tokenizer.json")
-        meta = _write(config, files, tokenizer, work)
+        meta = _write(config, files, heldout_files, tokenizer, work, show)
         (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        _publish(work, output)
+        (output / "meta.json").unlink(missing_ok=True)
+        for old in [*output.glob("part-*.npy"), output / "heldout.npy"]:
+            old.unlink(missing_ok=True)
+        for new in sorted(work.iterdir(), key=lambda path: path.name == "meta.json"):
+            new.replace(output / new.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return meta
 
 
-def _check(config: Tokenize, output: Path) -> None:
+def _check(config: Tokenize, files: tuple[str, ...], heldout_files: tuple[str, ...], output: Path) -> None:
+    if not files:
+        raise ValueError("no input; name the files, globs or folders to tokenize")
+    if both := {*files} & {*heldout_files}:
+        raise ValueError(f"{min(both)!r} is in the inputs and in --heldout-inputs; take it out of one")
     if not 0 <= config.heldout < 1:
         raise ValueError(f"--heldout is a part of the documents, from 0 to below 1, not {config.heldout}")
     for name in ("part_tokens", "train_bytes"):
@@ -98,11 +109,11 @@ def _check(config: Tokenize, output: Path) -> None:
         raise ValueError(f"--output {config.output!r} is not empty; give another folder, or --overwrite its token files")
 
 
-def _tokenizer(config: Tokenize, files: tuple[str, ...]) -> Tokenizer:
+def _tokenizer(config: Tokenize, files: tuple[str, ...], show: bool) -> Tokenizer:
     if config.tokenizer == "byte":
         tokenizer = byte_level()
     elif config.tokenizer == "bpe":
-        with progress(f"learning a BPE of {config.vocab_size}", 1) as advance:
+        with progress(f"learning a BPE of {config.vocab_size}", 1, show) as advance:
             tokenizer = train_bpe(_sample(config, files), config.vocab_size)
             advance(1, f"{tokenizer.vocab_size} tokens")
     else:
@@ -132,50 +143,42 @@ def _sample(config: Tokenize, files: tuple[str, ...]) -> Iterator[str]:
             return
 
 
-def _write(config: Tokenize, files: tuple[str, ...], tokenizer: Tokenizer, work: Path) -> dict[str, Any]:
+def _write(
+    config: Tokenize, files: tuple[str, ...], heldout_files: tuple[str, ...], tokenizer: Tokenizer, work: Path, show: bool
+) -> dict[str, Any]:
     dtype = smallest_dtype(tokenizer.vocab_size) if config.dtype == "auto" else config.dtype
-    job = Job(str(work / "tokenizer.json"), config.eos, config.text_field, config.heldout, dtype)
-    workers = config.workers or os.cpu_count() or 1
-    counts: dict[str, dict[str, int]] = {}
+    encoder = Encoder(str(work / "tokenizer.json"), config.eos, config.text_field, config.heldout, dtype)
+    training = ((encoder, chunk) for chunk in chunks(files))
+    held_out = ((replace(encoder, heldout=1.0), chunk) for chunk in chunks(heldout_files))
+    counts: dict[str, Counter[str]] = {}
     part, tokens = 0, 0
-    with progress("tokenizing", sum(Path(f).stat().st_size for f in files)) as advance:
-        for chunk, (train, heldout) in encode_all(job, chunks(files), workers):
-            name = f"part-{part:05}.npy"
-            _append(work / name, train, counts)
-            _append(work / "heldout.npy", heldout, counts)
-            part += name in counts and counts[name]["tokens"] >= config.part_tokens
-            tokens += len(train.ids) + len(heldout.ids)
+    with progress("tokenizing", sum(Path(f).stat().st_size for f in (*files, *heldout_files)), show) as advance:
+        for chunk, sides in encode_all(chain(training, held_out), config.workers or os.cpu_count() or 1):
+            for name, side in zip((f"part-{part:05}.npy", "heldout.npy"), sides, strict=True):
+                _append(work / name, side, counts)
+                tokens += len(side.ids)
+            part += counts.get(f"part-{part:05}.npy", Counter())["tokens"] >= config.part_tokens
             advance(chunk.size, f"{tokens:,} tokens")
     parts = [name for name in counts if name.startswith("part-")]
     if not parts:
         raise ValueError(f"no training documents in the {len(files)} input files; add text, or lower --heldout")
+    nothing = Counter(documents=0, tokens=0, bytes=0)
     return {
         "dtype": dtype,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
-        "train": {key: sum(counts[name][key] for name in parts) for key in counts[parts[0]]},
-        "heldout": counts.get("heldout.npy", {"documents": 0, "tokens": 0, "bytes": 0}),
+        "train": {key: sum(counts[name][key] for name in parts) for key in nothing},
+        "heldout": counts.get("heldout.npy", nothing),
         "files": dict(sorted(counts.items())),
-        "command": {**asdict(config), "inputs": list(config.inputs)},
+        "command": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()},
     }
 
 
-def _append(path: Path, tokens: Tokens, counts: dict[str, dict[str, int]]) -> None:
-    if not tokens.documents:
-        return
-    with open(path, "ab") as file:
-        tokens.ids.astype(np.dtype(tokens.ids.dtype).newbyteorder("<")).tofile(file)
-    old = counts.get(path.name, {"documents": 0, "tokens": 0, "bytes": 0})
-    new = {"documents": tokens.documents, "tokens": len(tokens.ids), "bytes": tokens.num_bytes}
-    counts[path.name] = {key: old[key] + new[key] for key in old}
-
-
-def _publish(work: Path, output: Path) -> None:
-    (output / "meta.json").unlink(missing_ok=True)
-    for old in [*output.glob("part-*.npy"), output / "heldout.npy"]:
-        old.unlink(missing_ok=True)
-    for new in sorted(work.iterdir(), key=lambda path: path.name == "meta.json"):
-        new.replace(output / new.name)
+def _append(path: Path, side: Encoded, counts: dict[str, Counter[str]]) -> None:
+    if side.documents:
+        with open(path, "ab") as file:
+            side.ids.astype(side.ids.dtype.newbyteorder("<")).tofile(file)
+        counts.setdefault(path.name, Counter()).update(documents=side.documents, tokens=len(side.ids), bytes=side.num_bytes)
 
 
 def train_command(config: Tokenize, meta: dict[str, Any]) -> str:

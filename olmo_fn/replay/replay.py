@@ -20,11 +20,11 @@ from olmo_fn.checkpoint import steps
 from olmo_fn.core.chain import Batch
 from olmo_fn.core.compile import prepare_cache
 from olmo_fn.core.step import State
-from olmo_fn.data.config import cache_dir
+from olmo_fn.data.settings import cache_dir
 from olmo_fn.research.per_example import per_example_loop
 from olmo_fn.train.config import Config
 from olmo_fn.train.folder import read_config
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers import read_metrics
 from olmo_fn.train.recipe import recipe
 from olmo_fn.train.session import Loaded, Session, open_run
 from olmo_fn.tree import Tree
@@ -75,7 +75,7 @@ def replay(run: Session | str | Path, step: int, say: Callable[[str], Any] = lam
     checkpoint that is passed over. ValueError when the run has no such step.
     """
     session = open_run(run)
-    recorded = recorded_steps(session.folder)
+    recorded = {line["step"]: line for line in read_metrics(session.folder / "metrics.jsonl")}
     if step not in recorded:
         has = f"steps {min(recorded)} to {max(recorded)}" if recorded else "no steps"
         raise ValueError(f"{session.folder / 'metrics.jsonl'} has no step {step}; it has {has}")
@@ -95,12 +95,6 @@ def replay(run: Session | str | Path, step: int, say: Callable[[str], Any] = lam
         metrics = {name: float(value) for name, value in found.items()}
         differences += compare(n + 1, metrics, recorded.get(n + 1, {}))
     return Replay(step, start, checkpoint, tuple(differences), metrics, rows, session.cfg, params, batch, state)
-
-
-def recorded_steps(folder: Path) -> dict[int, dict[str, Any]]:
-    """The metrics of each step of the run, by its number."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    return {line["step"]: line for line in lines if "loss" in line}  # lines of evaluations have none
 
 
 def state_before(session: Session, step: int, say: Callable[[str], Any]) -> Loaded:
@@ -143,19 +137,18 @@ def sequences(session: Session, state: State, batch: Batch) -> tuple[Sequence, .
     r = replace(session.cfg.recipe, accumulate=1, clip=0.0, clip_value=0.0, noise_scale=0.0)
     grads = recipe(replace(session.cfg, recipe=r), session.dtype).grads
     each = per_example_loop(grads, session.step.point(state), batch)
-    ids = batch["input_ids"].cpu().numpy()
+    ids, loader = batch["input_ids"].cpu().numpy(), session.source.train
     rows = [
         Sequence(
             row,
             float(each.loss[row] / each.tokens[row].clamp(min=1)),
             int(each.tokens[row]),
             float(each.grad_norm[row]),
-            file,
-            offset,
+            *loader.origin(int(state.step), row),
             ids[row],
             session.source.tokenizer.decode(ids[row]) if session.source.tokenizer else None,
         )
-        for row, (file, offset) in enumerate(session.origins(int(state.step)))
+        for row in range(len(ids))
     ]
     return tuple(sorted(rows, key=lambda s: math.inf if math.isnan(s.grad_norm) else s.grad_norm, reverse=True))
 
@@ -166,7 +159,7 @@ def largest_spike(run: str | Path, window: int = 32) -> int:
     The first eight steps count only as history. A loss that is not finite comes before all others.
     """
     read_config(Path(run))  # refuses a folder that is no run
-    lines = list(recorded_steps(Path(run)).values())
+    lines = read_metrics(Path(run) / "metrics.jsonl")
     if len(lines) < 10:
         raise ValueError(f"{run} has {len(lines)} steps, too few to look for a spike; name one with --step")
     loss = np.array([line["loss"] for line in lines])

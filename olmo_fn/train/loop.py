@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -14,16 +14,17 @@ import torch
 from olmo_fn.checkpoint import Retention, Saver
 from olmo_fn.core.compile import prepare_cache
 from olmo_fn.core.step import State
-from olmo_fn.data.config import cache_dir
 from olmo_fn.data.prefetch import prefetch
+from olmo_fn.data.settings import cache_dir
 from olmo_fn.launch.monitor import watch
 from olmo_fn.mesh.mesh import describe
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout
-from olmo_fn.train.events import Evaluated, Event, Said, Saved, Started, Stepped, Stopped
+from olmo_fn.train.events import Evaluated, Event, Observer, Said, Saved, Started, Stepped, Stopped
 from olmo_fn.train.folder import check_folder, write_config
 from olmo_fn.train.meter import InFlight, Meter, Moment
+from olmo_fn.train.observers import Console, Jsonl, close_observers, fan_out
 from olmo_fn.train.process import join
 from olmo_fn.train.schedule import sizes
 from olmo_fn.train.session import Session, as_tree, open_run
@@ -86,21 +87,25 @@ class Result:
         return 0 if not self.stopped_by else 3 if self.stopped_by == OBSERVER else 128 + self.stopped_by
 
 
-def train(run: Config | Session) -> Result:
+def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
     """Train to the end, going on from the newest whole checkpoint of the run's folder if there is one.
 
-    Every process of a job calls it; the main one reports. An observer that answers an event with a text stops the run.
+    Every process of a job calls it. On the main one the console, ``metrics.jsonl`` and ``observers`` get the events, and are
+    closed at the end; one that answers with a text stops the run.
     """
     if isinstance(run, Config):
         with join(run) as context:
-            return train(open_run(run, context))
+            return train(open_run(run, context), observers)
     if run.cfg.run.threads:
         torch.set_num_threads(run.cfg.run.threads)
     stop, heldout, ended = Stop(), None, Stopped(0)
     with watch(run.process.process) as beat, ExitStack() as stack:
-        observers = observers_of(run, stack) if run.process.is_main else []
+        all_observers: list[Observer] = []
+        if run.process.is_main:
+            all_observers += [Console(run.cfg.run.log_every), Jsonl(run.folder / "metrics.jsonl"), *observers]
+        stack.callback(lambda: close_observers(all_observers))
         for event in stack.enter_context(closing(events(run, stop))):
-            stop.ask(fan_out(observers, event))
+            stop.ask(fan_out(all_observers, event))
             match event:
                 case Stepped(step):
                     beat(step)
@@ -192,43 +197,3 @@ def prepare_folder(session: Session) -> list[str]:
     if context.connection:
         notes.append(f"{context.process.size} processes: {describe(context.connection.mesh)}")
     return notes
-
-
-# --- a bridge until there are observers ---------------------------------------------------------------------------------
-
-
-def observers_of(session: Session, stack: ExitStack) -> list[Callable[[Event], str | None]]:
-    from olmo_fn.train.metrics import MetricsFile
-    from olmo_fn.train.progress import Progress
-
-    state: dict = {}
-
-    def lines(event: Event) -> None:
-        match event:
-            case Started(step):
-                state["file"] = stack.enter_context(MetricsFile(session.folder / "metrics.jsonl", step))
-            case Stepped(step, metrics):
-                state["file"].write(metrics)
-            case Evaluated(step, name, values):
-                state["file"].write({"step": step, **{f"{name}/{k}": v for k, v in values.items()}})
-
-    def console(event: Event) -> None:
-        match event:
-            case Started(step, steps):
-                state["progress"] = stack.enter_context(Progress(steps, step, session.cfg.run.log_every))
-            case Stepped(step, metrics):
-                state["progress"].show(metrics)
-            case Said(text):
-                state["progress"].say(text)
-            case Evaluated(step, _, values):
-                bits = f", {values['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in values else ""
-                text = f"held-out after step {step}: loss {values['loss']:.4f}{bits} ({values['tokens']:,} tokens)"
-                state["progress"].say(text)
-
-    return [lines, console]
-
-
-def fan_out(observers: list[Callable[[Event], str | None]], event: Event) -> str | None:
-    for observer in observers:
-        observer(event)
-    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -50,19 +51,26 @@ class InFlight:
         self._reduced = dist.all_reduce(code, dist.ReduceOp.MAX, async_op=True) if context.connection else None
         if device.type == "cuda":
             self._wait_for_code()  # NCCL: the stream waits, this process does not
-        values = torch.stack([value.to(device, torch.float64) for value in metrics.values()])
-        self._values, self._code = (x.to("cpu", non_blocking=True) for x in (values, code))
+        values = [value.detach().to(device, torch.float64) for value in metrics.values()]
+        self._counts = [value.numel() if value.ndim else 0 for value in values]
+        packed = torch.cat([value.reshape(-1) for value in values])
+        self._packed, self._code = (x.to("cpu", non_blocking=True) for x in (packed, code))
         self.done = Moment(device)
 
     def _wait_for_code(self) -> None:
         if self._reduced is not None:
             self._reduced.wait()
 
-    def arrive(self) -> tuple[dict[str, float], int]:
-        """The metrics as numbers, and the largest ``stop``; waits until they are here."""
+    def arrive(self) -> tuple[dict[str, Any], int]:
+        """The metrics as numbers, or lists of them, and the largest ``stop``; waits until they are here."""
         self.done.wait()
         self._wait_for_code()
-        return dict(zip(self._names, self._values.tolist(), strict=True)), int(self._code)
+        numbers = iter(self._packed.tolist())
+        values = {
+            name: list(islice(numbers, count)) if count else next(numbers)
+            for name, count in zip(self._names, self._counts, strict=True)
+        }
+        return values, int(self._code)
 
 
 @dataclass
@@ -80,7 +88,7 @@ class Meter:
     before: Moment
     first: bool = True
 
-    def metrics(self, step: int, values: dict[str, float], done: Moment) -> dict[str, Any]:
+    def metrics(self, step: int, values: dict[str, Any], done: Moment) -> dict[str, Any]:
         """All metrics of step ``step``, which was ``done`` then."""
         seconds, self.before = done.seconds_since(self.before), done
         tokens = self.sizes.tokens_before(step)

@@ -10,7 +10,7 @@ from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
 from olmo_fn.train.config import Config
 from olmo_fn.train.loop import OBSERVER, Result
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers import read_metrics
 from olmo_fn.train.recipe import is_trained, parameters, recipe
 from olmo_fn.train.schedule import sizes
 from olmo_fn.train.serialize import to_yaml

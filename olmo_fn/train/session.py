@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -15,8 +15,8 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import Index, load, load_newest, step_path, steps
 from olmo_fn.core.chain import Batch
 from olmo_fn.core.step import State, Step
-from olmo_fn.data.resized import Resized
-from olmo_fn.data.source import Source, heldout_batches, open_data
+from olmo_fn.data.heldout import heldout_batches
+from olmo_fn.data.source import Source, open_data
 from olmo_fn.data.tokenizer import Tokenizer
 from olmo_fn.data.tokenizer import load as load_tokenizer
 from olmo_fn.launch.process import agree
@@ -72,28 +72,14 @@ class Session:
     @cached_property
     def source(self) -> Source:
         """The data, opened when first asked for, by all processes together; ValueError for what cannot be trained on."""
-        d, window = self.cfg.data, self.cfg.recipe.sequence_length
-        show, largest = self.process.is_main, sizes(self.cfg).largest
-        source = self.process.local_main_first(lambda: open_data(d, self.cfg.model.vocab_size, window, largest, show))
+        cfg, show = self.cfg, self.process.is_main
+        source = self.process.local_main_first(lambda: open_data(cfg.data, cfg.model.vocab_size, sizes(cfg), show))
         agree(fingerprint(source), "data", self.process.process)
         return source
 
-    @cached_property
-    def batches(self) -> Resized:
-        """All batches of the run, as a function of the number of steps before."""
-        return Resized(self.source.train, sizes(self.cfg))
-
     def batch(self, step: int) -> Batch:
         """The batch of the step that follows ``step`` others, on this process's device."""
-        return {name: value.to(self.process.device) for name, value in self.batches(step).items()}
-
-    def origins(self, step: int) -> list[tuple[str, int]]:
-        """Of each sequence of that batch the token file, and the token that it begins with."""
-        windows, phase = self.batches.batches.windows, self.batches.sizes.at(step)
-        which, offsets = windows.locate(self.batches.windows_of(step).astype("int64"))
-        cuts = range(0, phase.used or self.batches.sizes.window, phase.sequence_length)
-        found = zip(which, offsets, strict=True)
-        return [(windows.files[file].path, int(offset) + cut) for file, offset in found for cut in cuts]
+        return {name: value.to(self.process.device) for name, value in self.source.train(step).items()}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -196,7 +182,7 @@ class Session:
         if not len(tokens):
             return None
         stride, rows = max(1, r.sequence_length // 2), max(1, r.batch_size // r.accumulate)
-        batches = heldout_batches(replace(source, heldout=tokens), r.sequence_length, stride, rows)
+        batches = heldout_batches(tokens, r.sequence_length, stride, rows, source.eos_id, self.cfg.data.mask_documents)
         there = ({name: value.to(self.process.device) for name, value in batch.items()} for batch in batches)
         num_bytes = source.tokenizer.count_bytes(tokens) if source.tokenizer else None
         loss, params = transformer.loss(self.cfg.model), self.model_parameters(state, weights)

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from olmo_fn import average, tree
 from olmo_fn.checkpoint import load, step_path
 from olmo_fn.core.step import Step
-from olmo_fn.data.config import Data
-from olmo_fn.data.resized import Resized
+from olmo_fn.data.settings import Data
 from olmo_fn.data.sizes import constant_sizes
 from olmo_fn.data.tokenizer import byte_level
 from olmo_fn.generate.load import load_model
@@ -46,13 +45,14 @@ class Trained(NamedTuple):
 def data(tmp_path_factory):
     """Tokens, and a mask that leaves out some labels."""
     folder, chance = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    chance.integers(1, 250, 3_000, dtype=np.uint16).tofile(folder / "tokens.npy")
+    ids = np.where(chance.random(3_000) < 0.1, byte_level().eos_id, chance.integers(1, 250, 3_000))
+    ids.astype(np.uint16).tofile(folder / "tokens.npy")
     (chance.random(3_000) < 0.7).tofile(folder / "mask.npy")
     byte_level().save(folder / "tokenizer.json")
     return folder
 
 
-def config(data, growth=GROWTH, mask=False, lora=0, optim="adamw", **recipe):
+def config(data, growth=GROWTH, mask=False, documents=False, lora=0, optim="adamw", **recipe):
     masks = (str(data / "mask.npy"),) if mask else ()
     return Config(
         model=Model(8, 1, 2, 12, vocab_size=257, init_method="llama"),
@@ -61,6 +61,7 @@ def config(data, growth=GROWTH, mask=False, lora=0, optim="adamw", **recipe):
             dtype="uint16",
             tokenizer=str(data / "tokenizer.json"),
             label_mask_paths=masks,
+            mask_documents=documents,
             cache_dir=str(data / "cache"),
         ),
         optim=Optim(optim, lr=0.05),
@@ -79,6 +80,7 @@ def configs(draw, data):
         data,
         growth=draw(st.sampled_from([Growth(), GROWTH, replace(GROWTH, truncate=True), replace(GROWTH, min_length=0)])),
         mask=draw(st.booleans()),
+        documents=draw(st.booleans()),
         lora=draw(st.sampled_from([0, 2])),
         optim=draw(st.sampled_from(["adamw", "schedule-free", "muon"])),
         accumulate=draw(st.sampled_from([1, 2])),
@@ -197,10 +199,10 @@ def of_the_base_model(session, state, batch):
     return SEQUENCES(replace(session, cfg=replace(session.cfg, lora=Lora())), state, batch)
 
 
-SEQUENCES, BATCH = module.sequences, Session.batch
-CONSTANT = property(lambda self: Resized(self.source.train, constant_sizes(ROWS, LENGTH)))
+SEQUENCES, BATCH, SOURCE = module.sequences, Session.batch, Session.source.func
+CONSTANT = property(lambda self: replace(SOURCE(self), train=replace(SOURCE(self).train, sizes=constant_sizes(ROWS, LENGTH))))
 MUTANTS = {
-    "replay ignores growth": ("growing", Session, "batches", CONSTANT),
+    "replay ignores growth": ("growing", Session, "source", CONSTANT),
     "replay begins without normalisation": (
         "normalize",
         Session,
@@ -209,7 +211,7 @@ MUTANTS = {
     ),
     "rows at the parameters": ("schedule-free", module, "sequences", at_the_parameters),
     "rows of the base model": ("lora", module, "sequences", of_the_base_model),
-    "a resumed run begins its data again": ("growing", Session, "batch", lambda self, step: BATCH(self, step % MIDDLE)),
+    "a resumed run begins its data again": ("normalize", Session, "batch", lambda self, step: BATCH(self, step % MIDDLE)),
     "the adapters are forgotten": (
         "lora",
         Session,

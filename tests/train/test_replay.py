@@ -19,8 +19,8 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import load, steps
 from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import grad, pipe
-from olmo_fn.data.config import Data
-from olmo_fn.data.shuffle import indices
+from olmo_fn.data.settings import Data
+from olmo_fn.data.shuffle import shuffled
 from olmo_fn.data.tokenizer import byte_level
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
@@ -30,7 +30,7 @@ from olmo_fn.research import outliers
 from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
 from olmo_fn.train.folder import write_config
 from olmo_fn.train.loop import train
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ROWS, LENGTH, STEPS, SPIKE, ROW = 4, 64, 60, 47, 2  # the garbage is row ROW of step SPIKE
@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     text = Path(textwrap.__file__).read_text() * 4
     ids = np.array(byte_level().encode(text), np.uint16)[: STEPS * ROWS * LENGTH]
     assert len(ids) == STEPS * ROWS * LENGTH
-    window = int(indices(SPIKE - 1, ROWS, STEPS * ROWS, SEED)[ROW])
+    window = int(shuffled((SPIKE - 1) * ROWS, ROWS, STEPS * ROWS, ROWS, SEED)[ROW])
     garbage = bytes(random.Random(0).choices(b"~^`\\|@#$%&", k=LENGTH))
     ids[window * LENGTH : (window + 1) * LENGTH] = list(garbage)
     ids.tofile(folder / "tokens.npy")
@@ -134,7 +134,7 @@ def test_a_changed_bit_of_the_data_is_seen(run, tmp_path):
     folder = copy(run, tmp_path)
     cfg = replay(folder, 1).cfg
     ids = np.fromfile(cfg.data.paths[0], np.uint16)
-    changed = int(indices(43 - 1, ROWS, STEPS * ROWS, SEED)[0])
+    changed = int(shuffled((43 - 1) * ROWS, ROWS, STEPS * ROWS, ROWS, SEED)[0])
     ids[changed * LENGTH + 10] ^= 1
     ids.tofile(tmp_path / "changed.npy")
     write_config(replace(cfg, data=replace(cfg.data, paths=(str(tmp_path / "changed.npy"),))), folder)

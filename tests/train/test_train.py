@@ -19,10 +19,10 @@ from programs import ROOT, context, python
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, newest_whole, steps
 from olmo_fn.core.compile import has_compiler, prepare_cache
-from olmo_fn.data.config import Data
+from olmo_fn.data.settings import Data
 from olmo_fn.models.config import Model
 from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers import read_metrics
 
 SAME = ("step", "loss", "ce", "z", "grad_norm", "lr", "skipped", "tokens")
 

@@ -21,7 +21,7 @@ from olmo_fn.checkpoint import load, save, step_path
 from olmo_fn.generate.load import load_model
 from olmo_fn.models.config import Model
 from olmo_fn.train.config import Config, Growth, Lora, Recipe, Run, Schedule
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers import read_metrics
 from olmo_fn.train.recipe import parameters
 from olmo_fn.train.schedule import named, schedule, sizes
 from olmo_fn.transforms.lora import merge_lora
