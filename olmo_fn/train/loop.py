@@ -45,7 +45,7 @@ class Stop:
     def reason(self) -> str:
         """Why the run stops; empty if it does not."""
         if self.code == OBSERVER:
-            return self.words or "the main process asked for it"
+            return self.words or "another process asked for it"
         return signal.Signals(self.code).name if self.code else ""
 
     def ask(self, words: str | None) -> None:
