@@ -16,7 +16,6 @@ from olmo_fn.core.compile import prepare_cache
 from olmo_fn.core.step import State
 from olmo_fn.data.prefetch import prefetch
 from olmo_fn.data.settings import cache_dir
-from olmo_fn.launch.monitor import watch
 from olmo_fn.mesh.mesh import describe
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
@@ -83,8 +82,8 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """0 when the steps are done, 128 + n after signal n, 3 after a stop that an observer asked for."""
-        return 0 if not self.stopped_by else 3 if self.stopped_by == OBSERVER else 128 + self.stopped_by
+        """128 + n after signal n, else 0: what an observer asks for is an end like another."""
+        return 128 + self.stopped_by if self.stopped_by > OBSERVER else 0
 
 
 def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
@@ -99,7 +98,7 @@ def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
     if run.cfg.run.threads:
         torch.set_num_threads(run.cfg.run.threads)
     stop, heldout, ended = Stop(), None, Stopped(0)
-    with watch(run.process.process) as beat, ExitStack() as stack:
+    with ExitStack() as stack:
         all_observers: list[Observer] = []
         if run.process.is_main:
             all_observers += [Console(run.cfg.run.log_every), Jsonl(run.folder / "metrics.jsonl"), *observers]
@@ -108,7 +107,7 @@ def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
             stop.ask(fan_out(all_observers, event))
             match event:
                 case Stepped(step):
-                    beat(step)
+                    run.process.step_done(step)
                 case Evaluated(name="heldout", values=values):
                     heldout = Heldout(values["loss"], int(values["tokens"]), values.get("bits_per_byte"))
                 case Stopped():
@@ -119,7 +118,7 @@ def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
 def events(session: Session, stop: Stop) -> Generator[Event]:
     """Run the steps that are left. Metrics come out a step late, and before whatever else looks at the state.
 
-    On all processes the same events come in the same order; a `Stop` of any of them ends all after the same step.
+    All processes have the same events, but for the time of a `Saved`; a `Stop` of any of them ends all after the same step.
     """
     run, context = session.cfg.run, session.process
     _ = session.source  # what cannot be read is refused before anything is written

@@ -49,22 +49,19 @@ class InFlight:
         self.step, self._names, device = step, tuple(metrics), context.device
         code = torch.full((), stop, dtype=torch.int32, device=device)
         self._reduced = dist.all_reduce(code, dist.ReduceOp.MAX, async_op=True) if context.connection else None
-        if device.type == "cuda":
-            self._wait_for_code()  # NCCL: the stream waits, this process does not
+        if self._reduced and device.type == "cuda":
+            self._reduced.wait()  # the stream waits, this process does not
         values = [value.detach().to(device, torch.float64) for value in metrics.values()]
         self._counts = [value.numel() if value.ndim else 0 for value in values]
         packed = torch.cat([value.reshape(-1) for value in values])
         self._packed, self._code = (x.to("cpu", non_blocking=True) for x in (packed, code))
         self.done = Moment(device)
 
-    def _wait_for_code(self) -> None:
-        if self._reduced is not None:
-            self._reduced.wait()
-
     def arrive(self) -> tuple[dict[str, Any], int]:
         """The metrics as numbers, or lists of them, and the largest ``stop``; waits until they are here."""
         self.done.wait()
-        self._wait_for_code()
+        if self._reduced:
+            self._reduced.wait()
         numbers = iter(self._packed.tolist())
         values = {
             name: list(islice(numbers, count)) if count else next(numbers)

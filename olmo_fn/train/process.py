@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from olmo_fn.checkpoint import Ranks
+from olmo_fn.launch.monitor import watch
 from olmo_fn.launch.process import Process, agree, code_hash, init_process_group_from_env
 from olmo_fn.mesh.connect import Connection, connect
 from olmo_fn.train import machine
@@ -29,6 +30,8 @@ class ProcessContext:
     connection: Connection | None = None
     ranks: Ranks = field(default_factory=Ranks)
     """The same ranks, as checkpoints know them."""
+    step_done: Callable[[int], None] = lambda step: None
+    """Tells the others that a step is done."""
 
     @property
     def is_main(self) -> bool:
@@ -62,21 +65,25 @@ class ProcessContext:
 def join(cfg: Config) -> Iterator[ProcessContext]:
     """Take part in the job that the environment describes; a process alone is one as well.
 
-    ValueError if the processes do not fill the mesh, or run another program or config than the first.
+    If another process fails inside the block, this one ends, and says why. ValueError if the processes do not fill the mesh,
+    or run another program or config than the first.
     """
     device = machine.pick_device(cfg.run.device)
     process = init_process_group_from_env(device.type)
     try:
         cfg.check_processes(process.size)
         if process.size == 1:
-            yield ProcessContext(device, process)
+            with watch(process) as step_done:
+                yield ProcessContext(device, process, step_done=step_done)
             return
         if device.type == "cuda":
             device = torch.device("cuda", process.local_rank)
         agree(code_hash(), "program", process)
         agree(to_yaml(replace(cfg, run=replace(cfg.run, threads=0))), "config", process)
         ranks = Ranks(process.rank, process.size, dist.PrefixStore("checkpoint", process.store))
-        yield ProcessContext(device, process, connect(cfg.mesh.on(process.size), device.type), ranks)
+        connection = connect(cfg.mesh.on(process.size), device.type)
+        with watch(process) as step_done:
+            yield ProcessContext(device, process, connection, ranks, step_done)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

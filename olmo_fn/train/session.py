@@ -33,7 +33,6 @@ from olmo_fn.transforms.lora import merge_lora
 from olmo_fn.tree import Tree
 
 Weights: TypeAlias = Literal["params", "ema", "merge"]
-KEPT_BY = {"ema": ("moving average", "recipe.ema"), "merge": ("mean", "recipe.merge-last")}
 
 
 def open_run(run: Session | Config | str | Path, process: ProcessContext | None = None) -> Session:
@@ -46,7 +45,7 @@ def open_run(run: Session | Config | str | Path, process: ProcessContext | None 
     cfg, folder = (run, Path(run.run.folder)) if isinstance(run, Config) else (read_config(Path(run)), Path(run))
     process = process or ProcessContext(machine.pick_device(cfg.run.device))
     dtype = machine.compute_dtype(cfg.recipe.dtype, process.device)
-    return Session(cfg, folder, process, dtype, recipe(cfg, dtype, process.connection))
+    return Session(cfg, folder, process, dtype, parameters(cfg), recipe(cfg, dtype, process.connection))
 
 
 class Loaded(NamedTuple):
@@ -59,15 +58,14 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Session:
-    """An open run. ``dtype`` is that of the computation."""
+    """An open run. ``dtype`` is that of the computation; ``specs`` are of all parameters, adapters included."""
 
     cfg: Config
     folder: Path
     process: ProcessContext
     dtype: torch.dtype
+    specs: Tree = field(repr=False)
     step: Step = field(repr=False)
-
-    # --- data -----------------------------------------------------------------------------------------------------------
 
     @cached_property
     def source(self) -> Source:
@@ -95,13 +93,6 @@ class Session:
                 f"put the tokenizer.json into {self.folder} that its data was tokenized with"
             )
         return tokenizer
-
-    # --- states ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def specs(self) -> Tree:
-        """The specs of all parameters: the model's, and those of adapters under ``lora``."""
-        return parameters(self.cfg)
 
     def first_state(self) -> State:
         """The state with the initial weights."""
@@ -139,23 +130,14 @@ class Session:
         params = {**first_parameters(self.cfg, self.step, self.process.device), **found[1]["params"]}
         return Loaded(self.step.init(params), found[0])
 
-    def _load(
-        self,
-        where: Path,
-        like: Tree | Callable[[Index], Tree],
-        select: Collection[str] | None = None,
-        subset: bool = False,
-        **options: Any,
-    ) -> tuple[Path, Tree] | None:
-        """Of the checkpoint ``where``, or the newest whole one of that run; ``options`` are for the search alone."""
-        subset = subset or self.cfg.mesh.pp > 1  # a stage of a pipeline asks for its own part
-        how: dict[str, Any] = {"select": select, "subset": subset, "device": self.process.device}
+    def _load(self, where: Path, like: Tree | Callable[[Index], Tree], **options: Any) -> tuple[Path, Tree] | None:
+        """Of the checkpoint ``where``, or the newest whole one of that run; ``options`` as `load_newest` has."""
+        options = {"device": self.process.device, "subset": self.cfg.mesh.pp > 1, **options}  # a pipeline's stage asks for less
         if (where / "index.json").is_file():
-            return where, load(where, like, **how)[0]
-        found = load_newest(where / "checkpoints", like, ranks=self.process.ranks, **how, **options)
+            for_a_search = ("before", "on_skip")
+            return where, load(where, like, **{name: x for name, x in options.items() if name not in for_a_search})[0]
+        found = load_newest(where / "checkpoints", like, ranks=self.process.ranks, **options)
         return found and found[:2]
-
-    # --- the model ------------------------------------------------------------------------------------------------------
 
     def model_parameters(self, state: State, weights: Weights = "params") -> Tree:
         """The parameters of an ordinary model, out of a state: these or their averages, with adapters merged into them."""
@@ -163,9 +145,10 @@ class Session:
 
     def read_model(self, where: Path, weights: Weights = "params", **options: Any) -> tuple[Tree, Path] | None:
         """`model_parameters` of a checkpoint, or of the newest whole one of a run, and its path. Reads only what it needs."""
-        if weights in KEPT_BY and not (self.cfg.recipe.ema if weights == "ema" else self.cfg.recipe.merge_last):
-            what, flag = KEPT_BY[weights]
-            raise ValueError(f"{where} kept no {what} of its weights (--{flag} was 0); use --weights params")
+        setting = {"ema": "ema", "merge": "merge_last"}.get(weights)
+        if setting and not getattr(self.cfg.recipe, setting):
+            flag = f"--recipe.{setting.replace('_', '-')}"
+            raise ValueError(f"{where} kept no {weights} of its weights ({flag} was 0); use --weights params")
         leaves = tree.flatten(abstract(self.specs))
 
         def like(index: Index) -> Tree:

@@ -107,7 +107,7 @@ def test_an_observer_stops_the_run(cfg):
     """It is saved, and goes on; the end is that of a run that nobody stopped."""
     seen = Recorder(stop_at=6)
     result = quietly(cfg, seen)
-    assert (result.stopped_by, result.reason, result.exit_code) == (OBSERVER, "I have seen enough", 3)
+    assert (result.stopped_by, result.reason, result.exit_code) == (OBSERVER, "I have seen enough", 0)
     assert seen.events[-1] == Stopped(result.step, "I have seen enough")
     assert 6 <= result.step <= 8
     assert of(Stepped, seen.events)[-1].step == result.step == steps(Path(cfg.run.folder) / "checkpoints")[-1]
@@ -128,7 +128,8 @@ def run_on(connection, cfg, asking, at):
     session = open_run(cfg, ProcessContext(CPU, Process(rank, 2, rank, store), connection, ranks))
     stop, seen = Stop(), []
     for event in events(session, stop):
-        seen.append(type(event).__name__)
+        if not isinstance(event, Saved):  # of a file that each rank writes in its own time
+            seen.append(type(event).__name__)
         if isinstance(event, Stepped) and event.step == at and rank == asking:
             stop.ask("I have seen enough")
     return seen, event
