@@ -45,7 +45,7 @@ for event in events:
 assert len(observers) == 1
 close_observers(observers)
 """
-OFFLINE = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "HF_HUB_OFFLINE": "1", "TRACKIO_SPACE_ID": ""}
+OFFLINE = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture
@@ -127,15 +127,11 @@ def test_wandb(run, tmp_path):
     assert sorted(history) == list(range(1, 9))
     assert isnan(history[2]["train/loss"])
     assert history[4]["train/loss"] == 2.5
-    assert {n: x["eval/heldout/loss"] for n, x in history.items() if "eval/heldout/loss" in x} == {
-        2: 10,
-        4: 5,
-        6: 20 / 6,
-        8: 2.5,
-    }
-    assert history[8]["train/load"]["_type"] == "histogram"
-    assert sum(history[8]["train/load"]["values"]) == 2
-    assert "train/none" not in history[8]
+    heldout = {n: x["eval/heldout/loss"] for n, x in history.items() if "eval/heldout/loss" in x}
+    assert heldout == {2: 10, 4: 5, 6: 20 / 6, 8: 2.5}
+    assert history[8]["train/load/_type"] == "histogram"
+    assert sum(history[8]["train/load/values"]) == 2
+    assert not [name for name in history[8] if name.startswith("train/none")]
 
 
 def test_comet(run, tmp_path):

@@ -36,7 +36,10 @@ class Observe:
 
 
 def build_observers(observe: Observe, run: RunInfo) -> list[Observer]:
-    """The observers that are on. ValueError, in one line, when one cannot begin: no package, no key, no network."""
+    """The observers that are on. ValueError, in one line, when one cannot begin: no package, no key, no network.
+
+    They write into the folder of the run, so this comes after whatever else may refuse the run.
+    """
     observers: list[Observer] = []
     for name in (each.name for each in fields(observe)):
         settings = getattr(observe, name)

@@ -82,7 +82,6 @@ class Console(Observer):
         self.clock_start: float | None = None
 
     def __call__(self, event: Event) -> None:
-        """Show an event. Lines are printed above the live one."""
         match event:
             case Started(step, steps):
                 self.first, self.steps = step, steps
@@ -98,7 +97,6 @@ class Console(Observer):
                 self._print(f"stopped after step {step}: {reason}")
 
     def close(self) -> None:
-        """Remove the live line."""
         if self.live:
             self.live.stop()
 

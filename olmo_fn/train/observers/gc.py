@@ -42,15 +42,12 @@ class GarbageCollectionObserver(Observer):
         gc.callbacks.append(self._time)
 
     def __call__(self, event: Event) -> None:
-        """Freeze after the first step; say which of the others had long pauses."""
         if isinstance(event, Stepped):
             if self.steps == 0 and self.settings.freeze:
                 gc.collect()
                 gc.freeze()
-            elif self.steps and self.in_step > self.settings.slow:
+            elif self.in_step > self.settings.slow:
                 print(f"garbage collection: pauses of {self.in_step:.2f} s in step {event.step}")
-            if self.steps == 0:
-                self.count, self.seconds = 0, 0.0
             self.steps, self.in_step = self.steps + 1, 0.0
 
     def close(self) -> None:
@@ -63,6 +60,6 @@ class GarbageCollectionObserver(Observer):
     def _time(self, phase: str, info: dict[str, Any]) -> None:
         if phase == "start":
             self.began = time.perf_counter()
-        else:
+        elif self.steps:
             pause = time.perf_counter() - self.began
             self.count, self.seconds, self.in_step = self.count + 1, self.seconds + pause, self.in_step + pause

@@ -35,7 +35,6 @@ class Jsonl(Observer):
         self.file: TextIO | None = None
 
     def __call__(self, event: Event) -> None:
-        """Write a step or an evaluation; the line reaches the file system at once."""
         match event:
             case Started(step):
                 drop_later(self.path, step)
@@ -46,7 +45,6 @@ class Jsonl(Observer):
                 self._write({"step": step, "eval": name, **values})
 
     def close(self) -> None:
-        """Close the file."""
         if self.file:
             self.file.close()
 
@@ -72,8 +70,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """The lines of the evaluations of a ``metrics.jsonl``: ``step``, ``eval`` (what was evaluated), and its values."""
-    return [line for line in _read(path) if "eval" in line]
+    """The lines of the evaluations of a ``metrics.jsonl``: ``step``, ``eval`` (what was evaluated), and its values.
+
+    A run that has ended and is started again evaluates its last step once more: the newer line is taken.
+    """
+    return list({(line["step"], line["eval"]): line for line in _read(path) if "eval" in line}.values())
 
 
 def to_json(line: Mapping[str, Any]) -> str:

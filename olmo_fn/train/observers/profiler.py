@@ -39,7 +39,6 @@ class ProfilerObserver(Observer):
         self.profile: Any = None
 
     def __call__(self, event: Event) -> None:
-        """Start or stop the profiler after the right step."""
         if isinstance(event, Started):
             self.before = event.step + self.settings.first - 1
         if isinstance(event, Stepped) and self.profile and event.step == self.before + self.settings.steps:

@@ -27,13 +27,11 @@ class Tracker:
         self.log, self.finish, self.ended = log, finish, False
 
     def __call__(self, event: Event) -> None:
-        """Log a step or an evaluation."""
         if isinstance(event, (Stepped, Evaluated)):
             self.log(*recorded(event), event.step)
         self.ended = self.ended or isinstance(event, Stopped)
 
     def close(self) -> None:
-        """Finish."""
         self.finish(self.ended)
 
 

@@ -37,7 +37,6 @@ class TensorBoardObserver(Observer):
         self.writer: Any = None
 
     def __call__(self, event: Event) -> None:
-        """Write a step or an evaluation."""
         if isinstance(event, Started):
             self.writer = self.open_writer(purge_step=event.step + 1 if event.step else None)
             self.writer.add_text("config", self.config, event.step)
@@ -51,6 +50,5 @@ class TensorBoardObserver(Observer):
                 self.writer.add_histogram(name, np.asarray(vector), event.step)
 
     def close(self) -> None:
-        """Write what is left."""
         if self.writer:
             self.writer.close()
