@@ -139,7 +139,7 @@ def test_wrong_settings(path, settings, message):
 
 
 def test_training(path, tmp_path):
-    """By the command: two steps of other lengths and an evaluation, with another loss than without; and one line for a wrong one."""
+    """By the command: two steps and an evaluation, with another loss than without; and one line for a wrong one."""
     common = f"""train.py olmo2-tiny --data.paths {path} --data.heldout-fraction 0.1 --model.d-model 32 --model.n-heads 2
         --model.hidden-size 64 --model.n-layers 1 --model.vocab-size 50 --schedule.warmup 0 --recipe.batch-size 4
         --recipe.sequence-length 16 --recipe.accumulate 2 --recipe.no-compile --growth.min-length 8 --growth.length-steps 1
