@@ -114,8 +114,8 @@ def _make(sources: Mapping[str, str], work: Path, vocab_size: int, show: bool) -
     heldout = (str(work / "heldout"),) if (work / "heldout").exists() else ()
     config = Tokenize((str(work / "train"),), str(work / "tokens"), "bpe", vocab_size, heldout=0.0, heldout_inputs=heldout)
     meta = tokenize(replace(config, workers=1, part_tokens=1 << 62, train_bytes=1 << 62), show)
-    text = "".join(sources[name] for name in sorted(sources) if is_heldout_source(name)).encode()
+    heldout_text = "".join(sources[name] for name in sorted(sources) if is_heldout_source(name)).encode()
     del meta["command"]  # of folders that go
-    meta |= {"gzip_bytes": len(gzip.compress(text, 9)), "xz_bytes": len(lzma.compress(text, preset=9))}
+    meta |= {"gzip_bytes": len(gzip.compress(heldout_text, 9)), "xz_bytes": len(lzma.compress(heldout_text, preset=9))}
     (work / "tokens" / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     return work / "tokens"
