@@ -15,9 +15,11 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from olmo_fn.data.tokenize import Tokenize, tokenize
 
@@ -27,30 +29,16 @@ HELDOUT = 0.07
 GENERATED = ("encodings/", "pydoc_data/")
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The tokenized corpus in ``folder``."""
+class Corpus(NamedTuple):
+    """The corpus in ``folder``: ``part-00000.npy`` to train on, ``heldout.npy``, ``tokenizer.json``, ``meta.json``.
+
+    The held-out text, its documents joined without a separator, has ``gzip_bytes`` after ``gzip -9`` and ``xz_bytes`` after
+    ``xz -9``.
+    """
 
     folder: Path
     gzip_bytes: int
-    """The held-out text, its documents joined without a separator, after ``gzip -9``."""
     xz_bytes: int
-    """The same after ``xz -9``."""
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Token files to train on."""
-        return (str(self.folder / "part-00000.npy"),)
-
-    @property
-    def heldout_path(self) -> str:
-        """Token file to evaluate on."""
-        return str(self.folder / "heldout.npy")
-
-    @property
-    def tokenizer_path(self) -> str:
-        """The tokenizer.json."""
-        return str(self.folder / "tokenizer.json")
 
 
 def stdlib_corpus(cache_dir: str | Path, vocab_size: int = 4096, show: bool = True) -> Corpus:
@@ -75,10 +63,8 @@ def read_sources(folder: str | Path) -> dict[str, str]:
         for path in (Path(parent, name) for name in names):
             # _sysconfigdata is about the machine that Python was built on.
             if path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):
-                try:
+                with suppress(UnicodeDecodeError):
                     sources[path.relative_to(root).as_posix()] = path.read_bytes().decode("utf-8")
-                except UnicodeDecodeError:
-                    continue
     if not sources:
         raise ValueError(f"this Python has no sources in {str(root)!r} to train on; give token files with --data.paths")
     return dict(sorted(sources.items()))
@@ -87,8 +73,8 @@ def read_sources(folder: str | Path) -> dict[str, str]:
 def is_heldout_source(name: str) -> bool:
     """Whether the document of this relative path is held out: the same in every version of Python.
 
-    Generated files are always trained on: the tables of encodings/ are near-copies of each other and would
-    be easy marks, and the manual in pydoc_data/ is one document as large as all others that are held out.
+    Generated files are always trained on: the tables of encodings/ are near-copies of each other and would be easy marks, and
+    the manual in pydoc_data/ is one document as large as all others that are held out.
     """
     share = int.from_bytes(sha256(name.encode()).digest()[:8], "big") / 2**64
     return share < HELDOUT and not name.startswith(GENERATED)
@@ -97,8 +83,8 @@ def is_heldout_source(name: str) -> bool:
 def tokenize_corpus(sources: Mapping[str, str], folder: Path, vocab_size: int, show: bool = True) -> Corpus:
     """``sources`` tokenized in ``folder``, unless they are there already.
 
-    The folder appears at once and whole: a killed process leaves nothing half-made, and of two at a time
-    the second takes what the first made.
+    The folder appears at once and whole: a killed process leaves nothing half-made, and of two at a time the second takes
+    what the first made.
     """
     meta = folder / "meta.json"
     if not meta.exists():
@@ -106,10 +92,8 @@ def tokenize_corpus(sources: Mapping[str, str], folder: Path, vocab_size: int, s
             folder.parent.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
         except OSError as e:
-            raise ValueError(
-                f"cannot keep the default corpus in {str(folder.parent)!r} ({e.strerror}); name another "
-                f"folder with --data.cache-dir, or token files with --data.paths"
-            ) from None
+            other = "name another folder with --data.cache-dir, or token files with --data.paths"
+            raise ValueError(f"cannot keep the default corpus in {str(folder.parent)!r} ({e.strerror}); {other}") from None
         try:
             os.rename(_make(sources, work, vocab_size, show), folder)
         except OSError:
@@ -127,19 +111,11 @@ def _make(sources: Mapping[str, str], work: Path, vocab_size: int, show: bool) -
         path = work / ("heldout" if is_heldout_source(name) else "train") / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
-    config = Tokenize(
-        inputs=(str(work / "train"),),
-        heldout_inputs=(str(work / "heldout"),) if (work / "heldout").exists() else (),
-        output=str(work / "tokens"),
-        vocab_size=vocab_size,
-        workers=1,
-        heldout=0.0,
-        part_tokens=1 << 62,
-        train_bytes=1 << 62,
-    )
-    meta = tokenize(config, show)
-    text = "".join(sources[name] for name in sorted(sources) if is_heldout_source(name)).encode()
+    heldout = (str(work / "heldout"),) if (work / "heldout").exists() else ()
+    config = Tokenize((str(work / "train"),), str(work / "tokens"), "bpe", vocab_size, heldout=0.0, heldout_inputs=heldout)
+    meta = tokenize(replace(config, workers=1, part_tokens=1 << 62, train_bytes=1 << 62), show)
+    heldout_text = "".join(sources[name] for name in sorted(sources) if is_heldout_source(name)).encode()
     del meta["command"]  # of folders that go
-    meta |= {"gzip_bytes": len(gzip.compress(text, 9)), "xz_bytes": len(lzma.compress(text, preset=9))}
+    meta |= {"gzip_bytes": len(gzip.compress(heldout_text, 9)), "xz_bytes": len(lzma.compress(heldout_text, preset=9))}
     (work / "tokens" / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     return work / "tokens"

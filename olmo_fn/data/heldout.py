@@ -1,7 +1,7 @@
 """Evaluation windows that predict every token of a held-out stream exactly once.
 
-Windows of T inputs start every s <= T tokens. A window scores only the tokens that no window before it has
-scored, so each token but those of the first window is predicted from at least T - s + 1 tokens before it.
+Windows of T inputs start every s <= T tokens. A window scores only the tokens that no window before it has scored, so each
+token but those of the first window is predicted from at least T - s + 1 tokens before it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ def num_windows(num_tokens: int, sequence_length: int, stride: int) -> int:
 
 
 def heldout_batches(
-    tokens: np.ndarray,
-    sequence_length: int,
-    stride: int,
-    batch_size: int,
-    eos_id: int | None,
-    mask_documents: bool = False,
+    tokens: np.ndarray, sequence_length: int, stride: int, batch_size: int, eos_id: int | None, mask_documents: bool = False
 ) -> Iterator[Batch]:
     """``input_ids`` and ``labels``, (batch_size, T) int64, that predict each of ``tokens`` (N,) once.
 
@@ -45,10 +40,8 @@ def heldout_batches(
         raise ValueError(f"the evaluation stride must be from 1 to the sequence length {sequence_length}, not {stride}")
     if mask_documents and eos_id is None:
         raise ValueError("held-out documents cannot be masked: there is no end-of-document id")
-    if eos_id is None:
-        context, tokens = int(tokens[0]) if len(tokens) else 0, tokens[1:]
-    else:
-        context = eos_id
+    context = eos_id if eos_id is not None else int(tokens[0]) if len(tokens) else 0
+    tokens = tokens if eos_id is not None else tokens[1:]
     windows = range(num_windows(len(tokens), sequence_length, stride))
 
     def batch(first: int) -> Batch:
@@ -62,8 +55,8 @@ def heldout_batches(
             before = tokens[max(start - 1, 0) : start + len(target) - 1]
             ids[row, len(target) - len(before) : len(target)] = before
         arrays = {"input_ids": ids, "labels": labels}
-        if mask_documents and eos_id is not None:
-            arrays["documents"] = document_numbers(ids, eos_id)
+        if mask_documents:
+            arrays["documents"] = document_numbers(ids, context)
         return {name: torch.from_numpy(x) for name, x in arrays.items()}
 
     return map(batch, windows[::batch_size])

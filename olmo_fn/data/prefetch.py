@@ -13,8 +13,8 @@ T = TypeVar("T")
 def prefetch(data: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Generator[T]:
     """Yield ``data(start), ..., data(stop - 1)``, computed at most ``depth`` ahead in a background thread.
 
-    What ``data`` raises is raised here, with its own traceback, after the batches before it. Closing the
-    iterator ends and joins the thread.
+    What ``data`` raises is raised here, with its own traceback, after the batches before it. Closing the iterator ends and
+    joins the thread.
 
     >>> list(prefetch(lambda step: step * step, 2, 5))
     [4, 9, 16]

@@ -18,19 +18,17 @@ class Data:
     """What to train on and what to hold out."""
 
     paths: tuple[str, ...] = ()
-    """Token files or globs, in this order. Empty: the sources of this Python's standard library,
-    tokenized on first use."""
+    """Token files or globs, in this order. Empty: the sources of this Python's standard library, tokenized on first use."""
     heldout_paths: tuple[str, ...] = ()
     """Token files or globs that are only evaluated on."""
     heldout_fraction: float = 0.01
     """Without heldout_paths: hold out the last instances of the data, this part of all and at most 4 Mi tokens.
     0 holds out nothing; the order of the same files is then OLMo-core's."""
     dtype: Dtype = "auto"
-    """Integer type of the token files. auto: as the tokenizing command wrote beside them, or else the
-    smallest that holds the vocabulary."""
+    """Integer type of the token files. auto: as the tokenizing command wrote beside them, or else the smallest that holds the
+    vocabulary."""
     label_mask_paths: tuple[str, ...] = ()
-    """For each token file a file of booleans, one byte a token; the prediction of a false one is not in the
-    loss."""
+    """For each token file a file of booleans, one byte a token; the prediction of a false one is not in the loss."""
     instances: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=FixedLength)
     """How token files become training instances."""
     mask_documents: bool = False

@@ -34,8 +34,8 @@ class Source:
     eos_id: int | None
     """The end-of-document token, if it is known."""
     heldout_bytes: int | None
-    """UTF-8 bytes of the text behind ``heldout``, without the end-of-document tokens, which a model pays
-    for all the same. None without a tokenizer."""
+    """UTF-8 bytes of the text behind ``heldout``, without the end-of-document tokens, which a model pays for all the same.
+    None without a tokenizer."""
     heldout_compressed: Mapping[str, int] = field(default_factory=dict)
     """Bytes of that text after gzip and xz, for the default corpus."""
 
@@ -43,17 +43,18 @@ class Source:
 def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True) -> Source:
     """Open and check the data for batches of ``sizes``.
 
-    Without ``data.paths`` this makes or finds the default corpus, with a progress bar if ``show``.
-    ValueError, one line, for whatever cannot be trained on.
+    Without ``data.paths`` this makes or finds the default corpus, with a progress bar if ``show``. ValueError, one line, for
+    whatever cannot be trained on.
     """
     _check(data)
     compressed = {}
     if not data.paths:
         corpus = stdlib_corpus(cache_dir(data), min(CORPUS_VOCAB, model_vocab_size), show)
         if not data.heldout_paths:
-            data = replace(data, heldout_paths=(corpus.heldout_path,))
+            data = replace(data, heldout_paths=(str(corpus.folder / "heldout.npy"),))
             compressed = {"gzip -9": corpus.gzip_bytes, "xz -9": corpus.xz_bytes}
-        data = replace(data, paths=corpus.paths, tokenizer=corpus.tokenizer_path)
+        path, tokenizer_path = (str(corpus.folder / name) for name in ("part-00000.npy", "tokenizer.json"))
+        data = replace(data, paths=(path,), tokenizer=tokenizer_path)
     tokenizer = load(data.tokenizer, data.eos) if data.tokenizer else None
     if tokenizer and tokenizer.vocab_size > model_vocab_size:
         raise ValueError(
@@ -71,18 +72,15 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
     instances = data.instances.build(files, masks, sizes.window, vocab_size, eos_id)
     if data.mask_documents and eos_id is not None:
         instances = MaskedDocuments(instances, eos_id)
-    num_heldout = 0 if heldout_files else _num_heldout(len(instances), data.heldout_fraction, sizes.window)
-    train = Loader(instances, sizes, data.order_seed, len(instances) - num_heldout)
+    count = 0
+    if data.heldout_fraction and not heldout_files:  # at least one
+        most = max(1, HELDOUT_TOKENS // sizes.window)
+        count = min(max(1, int(len(instances) * data.heldout_fraction)), most)
+    train = Loader(instances, sizes, data.order_seed, len(instances) - count)
     _check_size(train, files)
-    heldout = _join(heldout_files) if heldout_files else _last(instances, num_heldout, vocab_size)
-    return Source(
-        train=train,
-        heldout=heldout,
-        tokenizer=tokenizer,
-        eos_id=eos_id,
-        heldout_bytes=tokenizer.count_bytes(heldout) if tokenizer else None,
-        heldout_compressed=compressed,
-    )
+    heldout = _all(heldout_files) if heldout_files else _last(instances, count, smallest_dtype(vocab_size))
+    num_bytes = tokenizer.count_bytes(heldout) if tokenizer else None
+    return Source(train, heldout, tokenizer, eos_id, num_bytes, compressed)
 
 
 def _check(data: Data) -> None:
@@ -98,49 +96,36 @@ def _check(data: Data) -> None:
 def _open(patterns: tuple[str, ...], dtype: str, vocab_size: int) -> tuple[TokenFile, ...]:
     """The token files; ``auto`` is what meta.json beside them says, or else OLMo-core's choice."""
     paths = expand(patterns)
-    if dtype != "auto":
-        return tuple(open_tokens(path, dtype) for path in paths)
-    folders = {folder: _written_beside(folder) for folder in {Path(path).parent for path in paths}}
-    default = smallest_dtype(vocab_size)
-    return tuple(open_tokens(path, folders[Path(path).parent].get("dtype", default)) for path in paths)
+    auto = {folder: _beside(folder).get("dtype", smallest_dtype(vocab_size)) for folder in {Path(p).parent for p in paths}}
+    return tuple(open_tokens(path, auto[Path(path).parent] if dtype == "auto" else dtype) for path in paths)
 
 
-def _written_beside(folder: Path) -> dict[str, Any]:
-    """``dtype`` and ``eos_id`` from the meta.json in ``folder``, if it is one of ours."""
+def _beside(folder: Path) -> dict[str, Any]:
+    """The meta.json in ``folder``, if it is one of ours: ``dtype``, ``eos_id`` and more."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     ours = isinstance(meta, dict) and meta.get("dtype") in SIZES and isinstance(meta.get("eos_id"), int)
-    return {"dtype": meta["dtype"], "eos_id": meta["eos_id"]} if ours else {}
+    return meta if ours else {}
 
 
 def _eos_id(data: Data, tokenizer: Tokenizer | None, files: tuple[TokenFile, ...], vocab_size: int) -> int | None:
     """The end-of-document token: of the settings, the tokenizer, or as written beside the files; None if nobody knows."""
+    known = tokenizer.eos_id if tokenizer else _beside(Path(files[0].path).parent).get("eos_id")
     if data.eos_id is None:
-        eos_id = tokenizer.eos_id if tokenizer else _written_beside(Path(files[0].path).parent).get("eos_id")
-        if eos_id is None and data.mask_documents:
+        if known is None and data.mask_documents:
             raise ValueError(
                 f"--data.mask-documents needs the id of the end-of-document token, and no meta.json of the tokenizing command "
                 f"is beside {files[0].path!r}; give --data.eos-id or --data.tokenizer"
             )
-        return eos_id
+        return known
     if not 0 <= data.eos_id < vocab_size:
         raise ValueError(f"--data.eos-id is {data.eos_id}; it must be from 0 to below {vocab_size:,}, the vocabulary")
-    if tokenizer and tokenizer.eos_id != data.eos_id:
-        raise ValueError(
-            f"--data.eos-id is {data.eos_id}, and the end-of-document token of the tokenizer is {tokenizer.eos_id}; "
-            f"leave it out, or name the other token with --data.eos"
-        )
+    if known not in (None, data.eos_id):
+        whose = f"of the tokenizer {data.tokenizer!r}" if tokenizer else f"that is written beside {files[0].path!r}"
+        raise ValueError(f"--data.eos-id is {data.eos_id}, and the end-of-document token {whose} is {known}; leave the id out")
     return data.eos_id
-
-
-def _num_heldout(num_instances: int, fraction: float, sequence_length: int) -> int:
-    """Instances to hold out: at least one if any."""
-    if not fraction:
-        return 0
-    most = max(1, HELDOUT_TOKENS // sequence_length)
-    return min(max(1, int(num_instances * fraction)), most)
 
 
 def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:
@@ -160,13 +145,12 @@ def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:
         )
 
 
-def _join(files: tuple[TokenFile, ...]) -> np.ndarray:
+def _all(files: tuple[TokenFile, ...]) -> np.ndarray:
     return view(files[0]) if len(files) == 1 else np.concatenate([view(file) for file in files])
 
 
-def _last(instances: Instances, count: int, vocab_size: int) -> np.ndarray:
-    """The tokens of the last ``count`` instances, in the smallest type."""
-    dtype = smallest_dtype(vocab_size)
+def _last(instances: Instances, count: int, dtype: str) -> np.ndarray:
+    """The tokens of the last ``count`` instances, a few instances at a time in memory as int64."""
     numbers = np.arange(len(instances) - count, len(instances))
-    pieces = [instances.read(numbers[i : i + 64])["input_ids"].astype(dtype).reshape(-1) for i in range(0, count, 64)]
+    pieces = (instances.read(numbers[i : i + 64])["input_ids"].reshape(-1).astype(dtype) for i in range(0, count, 64))
     return np.concatenate([np.zeros(0, dtype), *pieces])

@@ -1,7 +1,7 @@
 """Token files: headerless little-endian unsigned integers, memory-mapped, as OLMo-core reads them.
 
-A `TokenFile` is a value (path, type, size, time of change); `view` maps it. Only the most recently used
-maps stay open, so that a mix of 50,000 files does not run out of file descriptors.
+A `TokenFile` is a value (path, type, size, time of change); `view` maps it. Only the most recently used maps stay open, so
+that a mix of 50,000 files does not run out of file descriptors.
 """
 
 from __future__ import annotations
@@ -117,8 +117,7 @@ def view(file: TokenFile) -> np.ndarray:
 def check_vocab(files: Iterable[TokenFile], vocab_size: int, scan_bytes: int = SCAN_BYTES) -> None:
     """ValueError naming file, offset and value of the first token that is not below ``vocab_size``.
 
-    Reads about ``scan_bytes`` at most, the first part of every file; `Instances.read` checks the rest when it
-    is used.
+    Reads about ``scan_bytes`` at most, the first part of every file; `Instances.read` checks the rest when it is used.
     """
     files = [f for f in files if vocab_size < 256 ** SIZES[f.dtype]]
     total = sum(f.num_tokens * SIZES[f.dtype] for f in files)

@@ -33,14 +33,14 @@ def corpus(sources, tmp_path_factory):
 
 
 def test_the_tokens_are_the_text(sources, corpus):
-    tokenizer = load(corpus.tokenizer_path)
+    tokenizer = load(corpus.folder / "tokenizer.json")
     meta = json.loads((corpus.folder / "meta.json").read_text())
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (meta["vocab_size"], meta["eos_id"]) == (400, 0)
     held = [text for name, text in sources.items() if is_heldout_source(name)]
     train = [text for name, text in sources.items() if not is_heldout_source(name)]
     assert held
-    for texts, path, counts in ((train, corpus.paths[0], meta["train"]), (held, corpus.heldout_path, meta["heldout"])):
-        ids = np.fromfile(path, meta["dtype"])
+    for texts, name, counts in ((train, "part-00000.npy", meta["train"]), (held, "heldout.npy", meta["heldout"])):
+        ids = np.fromfile(corpus.folder / name, meta["dtype"])
         assert len(ids) == counts["tokens"]
         assert (ids == meta["eos_id"]).sum() == counts["documents"] == len(texts)
         assert tokenizer.decode(ids) == "".join(texts)
@@ -54,9 +54,8 @@ def test_the_bpe_never_sees_held_out_text(sources, tmp_path):
     """Text on the held-out side does not change the tokenizer."""
     other = {n: ("zyx " * 5000 if is_heldout_source(n) else t) for n, t in sources.items()}
     a, b = (tokenize_corpus(s, tmp_path / k, 400, False) for k, s in (("a", sources), ("b", other)))
-    assert Path(a.tokenizer_path).read_bytes() == Path(b.tokenizer_path).read_bytes()
-    assert Path(a.paths[0]).read_bytes() == Path(b.paths[0]).read_bytes()
-    assert Path(a.heldout_path).read_bytes() != Path(b.heldout_path).read_bytes()
+    for name in ("tokenizer.json", "part-00000.npy", "heldout.npy"):
+        assert ((a.folder / name).read_bytes() == (b.folder / name).read_bytes()) == (name != "heldout.npy")
 
 
 def test_sources_are_text_without_tests(tmp_path):
@@ -146,4 +145,4 @@ def test_killed_while_it_is_made(tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "corpus").exists()
     made = tokenize_corpus(read_sources(STDLIB / "email"), tmp_path / "corpus", 2000, show=False)
-    assert Path(made.paths[0]).stat().st_size > 0
+    assert (made.folder / "part-00000.npy").stat().st_size > 0

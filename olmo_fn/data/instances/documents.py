@@ -38,7 +38,9 @@ class MaskedDocuments:
     def read(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of the instances ``numbers`` (B,), with ``documents`` (B, T) int64."""
         arrays = self.instances.read(numbers)
-        return {"documents": document_numbers(arrays["input_ids"], self.eos_id), **arrays}
+        if "documents" not in arrays:
+            arrays["documents"] = document_numbers(arrays["input_ids"], self.eos_id)
+        return arrays
 
     def origin(self, number: int) -> Origin:
         """Where instance ``number`` comes from."""
