@@ -19,7 +19,7 @@ from olmo_fn.data.source import open_data
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.spec import init
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers import read_metrics
 
 EOS, T = 0, 16
 MODEL = Model(16, 2, 2, 32, vocab_size=50, window_pattern=(5,))
