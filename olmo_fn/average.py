@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Average:
+class Soup:
     """Average checkpoints of one run, or of several."""
 
     what: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -100,7 +100,7 @@ def chosen(what: Sequence[Path], last: int) -> list[Path]:
     return found
 
 
-def write_average(args: Average) -> Path:
+def soup(args: Soup) -> Path:
     """Make the folder of the result, and return the path of its checkpoint."""
     import torch
 
@@ -130,19 +130,15 @@ def write_average(args: Average) -> Path:
     return save({"params": params}, args.output / "checkpoints", step=step, meta={"averaged": [str(path) for path in paths]})
 
 
-def run(args: Average) -> int:
-    """Average, and print the path of the result."""
-    print(write_average(args))
-    return 0
-
-
 def main(arguments: list[str]) -> int:
     """0, or 2 for wrong input."""
     try:
-        return run(tyro.cli(Average, args=arguments, prog="python -m olmo_fn.average", description=__doc__))
+        args = tyro.cli(Soup, args=arguments, prog="python -m olmo_fn.average", description=__doc__)
+        print(soup(args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

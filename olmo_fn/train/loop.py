@@ -6,7 +6,7 @@ import signal
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 
 import torch
@@ -20,10 +20,10 @@ from olmo_fn.mesh.mesh import describe
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout
-from olmo_fn.train.events import Evaluated, Event, Observer, Said, Saved, Started, Stepped, Stopped
+from olmo_fn.train.events import Evaluated, Event, Observer, RunInfo, Said, Saved, Started, Stepped, Stopped
 from olmo_fn.train.folder import check_folder, write_config
 from olmo_fn.train.meter import InFlight, Meter, Moment
-from olmo_fn.train.observers import Console, Jsonl, close_observers, fan_out
+from olmo_fn.train.observers import Console, Jsonl, Observe, build_observers, close_observers, fan_out
 from olmo_fn.train.process import join
 from olmo_fn.train.schedule import sizes
 from olmo_fn.train.session import Session, as_tree, open_run
@@ -86,24 +86,26 @@ class Result:
         return 128 + self.stopped_by if self.stopped_by > OBSERVER else 0
 
 
-def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
+def train(run: Config | Session, observers: Sequence[Observer] = (), observe: Observe | None = None) -> Result:
     """Train to the end, going on from the newest whole checkpoint of the run's folder if there is one.
 
-    Every process of a job calls it. On the main one the console, ``metrics.jsonl`` and ``observers`` get the events, and are
-    closed at the end; one that answers with a text stops the run.
+    Every process of a job calls it. On the main one the console, ``metrics.jsonl``, those that ``observe`` asks for, and
+    ``observers`` get the events, and are closed at the end; one that answers with a text stops the run.
     """
     if isinstance(run, Config):
         with join(run) as context:
-            return train(open_run(run, context), observers)
+            return train(open_run(run, context), observers, observe)
     if run.cfg.run.threads:
         torch.set_num_threads(run.cfg.run.threads)
     stop, heldout, ended = Stop(), None, Stopped(0)
     with ExitStack() as stack:
-        all_observers: list[Observer] = []
-        if run.process.is_main:
-            all_observers += [Console(run.cfg.run.log_every), Jsonl(run.folder / "metrics.jsonl"), *observers]
+        all_observers = list(observers) if run.process.is_main else []
         stack.callback(lambda: close_observers(all_observers))
         for event in stack.enter_context(closing(events(run, stop))):
+            if isinstance(event, Started) and run.process.is_main:  # nothing refuses the run from here on
+                info = RunInfo(run.folder, run.folder.name, asdict(run.cfg))
+                asked_for = build_observers(observe or Observe(), info)
+                all_observers[:0] = [Console(run.cfg.run.log_every), Jsonl(run.folder / "metrics.jsonl"), *asked_for]
             stop.ask(fan_out(all_observers, event))
             match event:
                 case Stepped(step):

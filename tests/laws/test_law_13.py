@@ -141,7 +141,7 @@ def law_model(run: Trained, folder: Path):
         assert same(load_model(run.folder, weights=weights)[0].params, expected)
         out = folder / weights
         lora = "merge" if run.cfg.lora.rank else "keep"
-        average.write_average(average.Average((run.folder,), out, weights=weights, lora=lora))
+        average.soup(average.Soup((run.folder,), out, weights=weights, lora=lora))
         assert same(load_model(out)[0].params, expected)
         assert session.evaluate(session.newest(run.folder).state, weights) == evaluated(run, expected)
 

@@ -22,7 +22,8 @@ from olmo_fn.train.config import Config, Growth, Optim, Recipe, Run, Schedule
 from olmo_fn.train.events import Evaluated, Observer, Said, Saved, Started, Stepped, Stopped
 from olmo_fn.train.loop import OBSERVER, Stop, events, train
 from olmo_fn.train.meter import InFlight, Meter, Moment
-from olmo_fn.train.observers import read_evaluations, read_metrics
+from olmo_fn.train.observers import Observe, read_evaluations, read_metrics
+from olmo_fn.train.observers.plateau import Plateau
 from olmo_fn.train.process import ProcessContext
 from olmo_fn.train.report import run_flops
 from olmo_fn.train.schedule import sizes
@@ -150,6 +151,19 @@ def test_a_run_that_is_done_is_evaluated_again(cfg):
     seen = Recorder()
     quietly(cfg, seen)
     assert [type(event) for event in seen.events if not isinstance(event, Said)] == [Started, Evaluated, Stopped]
+
+
+def test_observers_of_the_settings(cfg):
+    """They are built when nothing refuses the run any more, look on, and may stop it; a setting that cannot be is one line."""
+    cfg = replace(cfg, run=replace(cfg.run, eval_every=1))
+    plateau = Observe(plateau=Plateau(on=True, patience=2, least=10.0))
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = train(cfg, observe=plateau)
+    assert result.stopped_by == OBSERVER
+    assert "has been no better than" in result.reason
+    assert result.step < 6
+    with pytest.raises(ValueError, match=r"--observe\.plateau\.patience 0 must be"), contextlib.redirect_stdout(io.StringIO()):
+        train(cfg, observe=Observe(plateau=Plateau(on=True, patience=0)))
 
 
 def test_an_exception_closes_everything(cfg):
