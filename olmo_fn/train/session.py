@@ -141,7 +141,7 @@ class Session:
 
     def model_parameters(self, state: State, weights: Weights = "params") -> Tree:
         """The parameters of an ordinary model, out of a state: these or their averages, with adapters merged into them."""
-        return self._model(as_tree(state), weights, "the state")
+        return self._model(as_tree(state), tree.flatten(state.params), weights, "the state")  # of a pipeline a rank has a stage
 
     def read_model(self, where: Path, weights: Weights = "params", **options: Any) -> tuple[Tree, Path] | None:
         """`model_parameters` of a checkpoint, or of the newest whole one of a run, and its path. Reads only what it needs."""
@@ -156,7 +156,7 @@ class Session:
             return tree.unflatten((place, leaves[path]) for path, place in places.items())
 
         found = self._load(where, like, subset=True, **options)
-        return found and (self._model(found[1], weights, where), found[0])
+        return found and (self._model(found[1], leaves, weights, where), found[0])
 
     def evaluate(self, state: State, weights: Weights = "params") -> Heldout | None:
         """The model's loss on the held-out tokens, at most ``run.eval_tokens`` of them; None when nothing is held out."""
@@ -175,9 +175,9 @@ class Session:
         """The parameters with adapters, if the run trains any, merged into the model's."""
         return merge_lora(params, self.cfg.lora.alpha) if self.cfg.lora.rank else params
 
-    def _model(self, state: Tree, weights: Weights, holder: object) -> Tree:
+    def _model(self, state: Tree, paths: Iterable[str], weights: Weights, holder: object) -> Tree:
         values = tree.flatten(state)
-        places = weight_places(weights, tree.flatten(self.specs), values, holder)
+        places = weight_places(weights, paths, values, holder)
         return self.merged(tree.unflatten((path, values[place]) for path, place in places.items()))
 
 
