@@ -49,11 +49,14 @@ def describe(config: Config) -> str:
 def run(cfg: Config) -> int:
     """Train, evaluate, sample, and say what to type next."""
     from olmo_fn.checkpoint import SaveFailed
-    from olmo_fn.train import report
+    from olmo_fn.generate.load import sample_run
+    from olmo_fn.planner import tables
+    from olmo_fn.planner.fit import check_memory
+    from olmo_fn.train import machine, report
 
     cfg.check()
     if cfg.dry_run:
-        report.say(report.dry_run(cfg))
+        report.say(f"{report.dry_run(cfg)}\n{tables.report(cfg)}")
         return 0
     if cfg.nproc and "RANK" not in os.environ:
         from olmo_fn.launch.local import launch
@@ -61,22 +64,27 @@ def run(cfg: Config) -> int:
         cfg.check_processes(cfg.nproc)  # refused here, once
         return launch(sys.argv, cfg.nproc, Path(cfg.run.folder))
     from olmo_fn.train.loop import train
+    from olmo_fn.train.process import join
+    from olmo_fn.train.session import open_run
 
     try:
-        result = train(cfg)
+        with join(cfg) as context:
+            session, size = open_run(cfg, context), context.process.size
+            dtype = str(session.dtype).removeprefix("torch.")
+            check_memory(cfg, cfg.mesh.on(size), dtype, machine.total_memory(context.device))
+            result = train(session)
     except SaveFailed as error:
         raise ValueError(str(error)) from error
-    if not result.leads:
-        return 128 + result.stopped_by if result.stopped_by else 0
-    if result.stopped_by:
-        report.say(report.stopped(result.stopped_by, cfg, int(result.state.step)))
-        return 128 + result.stopped_by
-    report.say(report.comparison(result.source, result.heldout))
-    report.say(report.sample(cfg, result.state, result.source))
-    picture = report.plot_loss(result.folder)
-    report.say(f"loss curve:    {picture}" if picture else "")
-    report.say(report.next_commands(cfg, result.folder))
-    return 0
+    if context.is_main:
+        if result.stopped_by:
+            report.say(report.stopped(result))
+        else:
+            report.say(report.comparison(result))
+            report.say(sample_run(session.folder, cfg.run.sample))
+            picture = report.plot_loss(session.folder)
+            report.say(f"loss curve:    {picture}" if picture else "")
+            report.say(report.next_commands(result))
+    return result.exit_code
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,10 @@ def trainer(args: argparse.Namespace) -> Callable[[str, float, int], dict[str, A
     from olmo_fn.core.compile import compile, prepare_cache
     from olmo_fn.core.pipe import clip, donate, grad, pipe
     from olmo_fn.core.step import Step
-    from olmo_fn.data.config import Data, cache_dir
-    from olmo_fn.data.source import heldout_batches, open_data
+    from olmo_fn.data.heldout import heldout_batches
+    from olmo_fn.data.settings import Data, cache_dir
+    from olmo_fn.data.sizes import constant_sizes
+    from olmo_fn.data.source import open_data
     from olmo_fn.models import transformer
     from olmo_fn.models.config import dense
     from olmo_fn.optim import adamw, muon, partition, warmup_linear
@@ -81,8 +82,8 @@ def trainer(args: argparse.Namespace) -> Callable[[str, float, int], dict[str, A
     dtype = machine.compute_dtype("auto", torch.device("cpu"))
     model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size, init_method="llama")
     specs, loss = transformer.specs(model), transformer.loss(model, z_loss=1e-5)
-    source = open_data(Data(), model.vocab_size, args.sequence_length, args.batch_size)
-    heldout = replace(source, heldout=source.heldout[: args.heldout])
+    source = open_data(Data(), model.vocab_size, constant_sizes(args.batch_size, args.sequence_length))
+    heldout = source.heldout[: args.heldout]
     made: dict[tuple[str, int], Step] = {}
 
     def step_of(name: str, steps: int) -> Step:
@@ -104,7 +105,7 @@ def trainer(args: argparse.Namespace) -> Callable[[str, float, int], dict[str, A
             losses.append(float(metrics["ce"]))
             seconds += time.perf_counter() - begin
             if (i + 1) % args.every == 0 or i + 1 == steps:
-                batches = heldout_batches(heldout, args.sequence_length, args.sequence_length, args.batch_size)
+                batches = heldout_batches(heldout, args.sequence_length, args.sequence_length, args.batch_size, source.eos_id)
                 found.append(round(evaluate(loss, state.params, batches, None, dtype=dtype, execution=step.execution).loss, 4))
                 at.append(i + 1)
         smooth = round(sum(losses[-args.every :]) / args.every, 4)

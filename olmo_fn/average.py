@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from olmo_fn.train.config import Config
 from olmo_fn.tree import Tree
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ def average(checkpoints: Sequence[Path], shares: Sequence[float] = (), weights: 
     """
     from olmo_fn import tree
     from olmo_fn.checkpoint import load, read_index
+    from olmo_fn.train.session import weight_places
 
     shares = tuple(shares) or (1.0,) * len(checkpoints)
     if len(shares) != len(checkpoints) or sum(shares) == 0:
@@ -65,9 +65,7 @@ def average(checkpoints: Sequence[Path], shares: Sequence[float] = (), weights: 
         )
     stored = [{name: (t.dtype, t.shape) for name, t in read_index(path).tensors.items()} for path in checkpoints]
     paths = [name.removeprefix("params.") for name in stored[0] if name.startswith("params.")]
-    places = {path: place if (place := _place(weights, path)) in stored[0] else f"params.{path}" for path in paths}
-    if _place(weights, "") not in {place.removesuffix(path) for path, place in places.items()}:
-        raise ValueError(f"{checkpoints[0]} holds no {weights} of its weights; use --weights params")
+    places = weight_places(weights, paths, stored[0], checkpoints[0])
     for checkpoint, there in zip(checkpoints, stored, strict=True):
         differ = [place for place in places.values() if there.get(place) != stored[0][place]]
         differ += [name for name in there if name.startswith("params.") and name not in stored[0]]
@@ -87,10 +85,6 @@ def average(checkpoints: Sequence[Path], shares: Sequence[float] = (), weights: 
     return tree.unflatten((path, mean(place)) for path, place in places.items())
 
 
-def _place(weights: str, path: str) -> str:
-    return f"params.{path}" if weights == "params" else f"slots.{weights}.{path}"
-
-
 def chosen(what: Sequence[Path], last: int) -> list[Path]:
     """The checkpoints meant: the ``last`` newest of each run, or those named; ValueError for what is none."""
     from olmo_fn.checkpoint.__main__ import checkpoints
@@ -108,28 +102,30 @@ def chosen(what: Sequence[Path], last: int) -> list[Path]:
 
 def soup(args: Soup) -> Path:
     """Make the folder of the result, and return the path of its checkpoint."""
+    import torch
+
     from olmo_fn.checkpoint import read_index, save
-    from olmo_fn.generate.load import find
-    from olmo_fn.train.folder import read_config, write_config
-    from olmo_fn.transforms.lora import merge_lora
+    from olmo_fn.train.folder import write_config
+    from olmo_fn.train.process import ProcessContext
+    from olmo_fn.train.session import find_run, open_run
 
     if args.output.exists():
         raise ValueError(f"{args.output} is there already; choose another folder with -o")
     if not args.what:
         raise ValueError("name the runs or checkpoints to average")
     paths = chosen(args.what, args.last)
-    run, _ = find(paths[0].resolve(), None)
-    cfg: Config = read_config(run)
+    session = open_run(find_run(paths[0])[0], ProcessContext(torch.device("cpu")))
+    cfg, tokenizer = session.cfg, session.folder / "tokenizer.json"
     params = average(paths, args.shares, args.weights)
     if args.lora != "keep" and "lora" not in params:
         raise ValueError(f"{paths[0]} has no adapters; leave out --lora {args.lora}")
     if args.lora == "merge":
-        params, cfg = merge_lora(params, cfg.lora.alpha), replace(cfg, lora=replace(cfg.lora, rank=0))
+        params, cfg = session.merged(params), replace(cfg, lora=replace(cfg.lora, rank=0))
     elif args.lora == "alone":
         params = {"lora": params["lora"]}
     write_config(replace(cfg, run=replace(cfg.run, folder=str(args.output))), args.output)
-    if (run / "tokenizer.json").is_file():
-        shutil.copy(run / "tokenizer.json", args.output)
+    if tokenizer.is_file():
+        shutil.copy(tokenizer, args.output)
     step = max(read_index(path).step for path in paths)
     return save({"params": params}, args.output / "checkpoints", step=step, meta={"averaged": [str(path) for path in paths]})
 

@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> int:
             plot_schedules(curves(args, CONFIGS), args.output, args.log)
             print(args.output)
         else:
-            from olmo_fn.train.metrics import read_metrics
+            from olmo_fn.train.observers import read_metrics
 
             found = range_test(read_metrics(args.run / "metrics.jsonl"), args.smooth)
             output = args.output or args.run / "range-test.png"

@@ -47,8 +47,9 @@ def load_newest(
     device: torch.device | str = "cpu",
     on_skip: Callable[[str], None] = log.warning,
     ranks: Ranks = ALONE,
+    before: int = sys.maxsize,
 ) -> tuple[Path, Tree, dict[str, Any]] | None:
-    """Path, tree and ``meta`` of the newest whole checkpoint, as `load` gives them; None without any.
+    """Path, tree and ``meta`` of the newest whole checkpoint of a step below ``before``, as `load` gives them, or None.
 
     It reads each byte once, so it is the way to resume. A checkpoint that is damaged is skipped, and
     ``on_skip`` told why; one that is whole but not like ``like`` is the caller's error and raises ValueError.
@@ -58,7 +59,6 @@ def load_newest(
     >>> load_newest("/nowhere") is None
     True
     """
-    before = sys.maxsize
     with beating(ranks):
         while True:
             with Meeting(ranks) as meeting:

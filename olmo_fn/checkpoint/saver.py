@@ -72,6 +72,11 @@ class Saver:
         copies = tuple(replace(piece, data=self._buffers[piece.name]) for piece in held.pieces)
         self._running = self._pool.submit(self._save, replace(held, pieces=copies), step, meta)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether a submitted checkpoint is committed, or failed, so that `wait` returns at once."""
+        return self._running is not None and self._running.done()
+
     def wait(self) -> Path | None:
         """The path of the submitted checkpoint when it is committed, or its error; None if there is none."""
         running, self._running = self._running, None

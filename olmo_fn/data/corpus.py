@@ -15,59 +15,30 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-
-from olmo_fn.data.progress import Advance, progress
-from olmo_fn.data.tokenizer import Tokenizer, train_bpe
-from olmo_fn.data.tokens import smallest_dtype
+from olmo_fn.data.tokenize import Tokenize, tokenize
 
 VERSION = 1  # raise it when the same sources would give other tokens
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 HELDOUT = 0.07
 GENERATED = ("encodings/", "pydoc_data/")
-DOCUMENTS_AT_ONCE = 32
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The tokenized corpus in ``folder``.
+class Corpus(NamedTuple):
+    """The corpus in ``folder``: ``part-00000.npy`` to train on, ``heldout.npy``, ``tokenizer.json``, ``meta.json``.
 
-    Bytes are of the text alone; tokens include the end-of-document token of each document.
+    The held-out text, its documents joined without a separator, has ``gzip_bytes`` after ``gzip -9`` and ``xz_bytes`` after
+    ``xz -9``.
     """
 
-    folder: str
-    dtype: str
-    vocab_size: int
-    eos_id: int
-    train_documents: int
-    train_bytes: int
-    train_tokens: int
-    heldout_documents: int
-    heldout_bytes: int
-    heldout_tokens: int
+    folder: Path
     gzip_bytes: int
-    """The held-out text, its documents joined without a separator, after ``gzip -9``."""
     xz_bytes: int
-    """The same after ``xz -9``."""
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Token files to train on."""
-        return (str(Path(self.folder) / "part-00000.npy"),)
-
-    @property
-    def heldout_path(self) -> str:
-        """Token file to evaluate on."""
-        return str(Path(self.folder) / "heldout.npy")
-
-    @property
-    def tokenizer_path(self) -> str:
-        """The tokenizer.json."""
-        return str(Path(self.folder) / "tokenizer.json")
 
 
 def stdlib_corpus(cache_dir: str | Path, vocab_size: int = 4096, show: bool = True) -> Corpus:
@@ -92,20 +63,18 @@ def read_sources(folder: str | Path) -> dict[str, str]:
         for path in (Path(parent, name) for name in names):
             # _sysconfigdata is about the machine that Python was built on.
             if path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):
-                try:
+                with suppress(UnicodeDecodeError):
                     sources[path.relative_to(root).as_posix()] = path.read_bytes().decode("utf-8")
-                except UnicodeDecodeError:
-                    continue
     if not sources:
         raise ValueError(f"this Python has no sources in {str(root)!r} to train on; give token files with --data.paths")
     return dict(sorted(sources.items()))
 
 
-def is_heldout(name: str) -> bool:
+def is_heldout_source(name: str) -> bool:
     """Whether the document of this relative path is held out: the same in every version of Python.
 
-    Generated files are always trained on: the tables of encodings/ are near-copies of each other and would
-    be easy marks, and the manual in pydoc_data/ is one document as large as all others that are held out.
+    Generated files are always trained on: the tables of encodings/ are near-copies of each other and would be easy marks, and
+    the manual in pydoc_data/ is one document as large as all others that are held out.
     """
     share = int.from_bytes(sha256(name.encode()).digest()[:8], "big") / 2**64
     return share < HELDOUT and not name.startswith(GENERATED)
@@ -114,8 +83,8 @@ def is_heldout(name: str) -> bool:
 def tokenize_corpus(sources: Mapping[str, str], folder: Path, vocab_size: int, show: bool = True) -> Corpus:
     """``sources`` tokenized in ``folder``, unless they are there already.
 
-    The folder appears at once and whole: a killed process leaves nothing half-made, and of two at a time
-    the second takes what the first made.
+    The folder appears at once and whole: a killed process leaves nothing half-made, and of two at a time the second takes
+    what the first made.
     """
     meta = folder / "meta.json"
     if not meta.exists():
@@ -123,59 +92,30 @@ def tokenize_corpus(sources: Mapping[str, str], folder: Path, vocab_size: int, s
             folder.parent.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
         except OSError as e:
-            raise ValueError(
-                f"cannot keep the default corpus in {str(folder.parent)!r} ({e.strerror}); name another "
-                f"folder with --data.cache-dir, or token files with --data.paths"
-            ) from None
+            other = "name another folder with --data.cache-dir, or token files with --data.paths"
+            raise ValueError(f"cannot keep the default corpus in {str(folder.parent)!r} ({e.strerror}); {other}") from None
         try:
-            made = _make(sources, work, vocab_size, show)
-            (work / "meta.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-            work.chmod(0o755)
-            os.rename(work, folder)
+            os.rename(_make(sources, work, vocab_size, show), folder)
         except OSError:
             if not meta.exists():  # else another process was first
                 raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    return Corpus(folder=str(folder), **json.loads(meta.read_text(encoding="utf-8")))
+    found = json.loads(meta.read_text(encoding="utf-8"))
+    return Corpus(folder, found["gzip_bytes"], found["xz_bytes"])
 
 
-def _make(sources: Mapping[str, str], work: Path, vocab_size: int, show: bool) -> dict[str, str | int]:
-    train = [text for name, text in sources.items() if not is_heldout(name)]
-    heldout = [text for name, text in sources.items() if is_heldout(name)]
-    size = sum(map(len, sources.values()))
-    learning = sum(map(len, train)) / 2  # learning the BPE takes about half as long as using it
-    with progress("preparing the default corpus", size + learning, show) as advance:
-        advance(0, f"learning a BPE of {vocab_size} from the standard library's sources")
-        tokenizer = train_bpe(train, vocab_size)
-        advance(learning, "tokenizing")
-        dtype = smallest_dtype(tokenizer.vocab_size)
-        train_ids, heldout_ids = (_encode(tokenizer, texts, dtype, advance) for texts in (train, heldout))
-    train_ids.tofile(work / "part-00000.npy")
-    heldout_ids.tofile(work / "heldout.npy")
-    tokenizer.save(work / "tokenizer.json")
-    text = "".join(heldout).encode()
-    corpus = Corpus(
-        folder="",
-        dtype=dtype,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        train_documents=len(train),
-        train_bytes=sum(len(t.encode()) for t in train),
-        train_tokens=len(train_ids),
-        heldout_documents=len(heldout),
-        heldout_bytes=len(text),
-        heldout_tokens=len(heldout_ids),
-        gzip_bytes=len(gzip.compress(text, 9)),
-        xz_bytes=len(lzma.compress(text, preset=9)),
-    )
-    return {key: value for key, value in asdict(corpus).items() if key != "folder"}
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str], dtype: str, advance: Advance) -> np.ndarray:
-    pieces = []
-    for i in range(0, len(texts), DOCUMENTS_AT_ONCE):
-        some = texts[i : i + DOCUMENTS_AT_ONCE]
-        pieces += tokenizer.encode_documents(some)
-        advance(sum(map(len, some)), "tokenizing")
-    return np.concatenate(pieces).astype(np.dtype(dtype).newbyteorder("<"))
+def _make(sources: Mapping[str, str], work: Path, vocab_size: int, show: bool) -> Path:
+    """A folder in ``work`` with the token files of ``sources``."""
+    for name, text in sources.items():
+        path = work / ("heldout" if is_heldout_source(name) else "train") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    heldout = (str(work / "heldout"),) if (work / "heldout").exists() else ()
+    config = Tokenize((str(work / "train"),), str(work / "tokens"), "bpe", vocab_size, heldout=0.0, heldout_inputs=heldout)
+    meta = tokenize(replace(config, workers=1, part_tokens=1 << 62, train_bytes=1 << 62), show)
+    heldout_text = "".join(sources[name] for name in sorted(sources) if is_heldout_source(name)).encode()
+    del meta["command"]  # of folders that go
+    meta |= {"gzip_bytes": len(gzip.compress(heldout_text, 9)), "xz_bytes": len(lzma.compress(heldout_text, preset=9))}
+    (work / "tokens" / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    return work / "tokens"

@@ -5,13 +5,14 @@ They come in chunks that are the same however many processes work on them.
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from olmo_fn.data.tokens import matches
 
 CHUNK_BYTES = 1 << 20
 LINES = (".jsonl", ".jsonl.gz", ".json.gz")
@@ -36,21 +37,11 @@ def expand(inputs: Iterable[str]) -> tuple[str, ...]:
     """
     files: set[str] = set()
     for name in inputs:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            found = [
-                str(p)
-                for p in path.rglob("*")
-                if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
-            ]
-        else:
-            found = [str(path)] if path.is_file() else [f for f in glob.glob(str(path), recursive=True) if Path(f).is_file()]
-        if not found:
-            what = "the folder has no files" if path.is_dir() else "no such file, and no file matches it as a pattern"
+        if not (found := matches(name)):
+            folder = Path(name).expanduser().is_dir()
+            what = "the folder has no files" if folder else "no such file, and no file matches it as a pattern"
             raise ValueError(f"input {name!r}: {what}")
         files.update(found)
-    if not files:
-        raise ValueError("no input; name the files, globs or folders to tokenize")
     return tuple(sorted(files))
 
 
@@ -62,7 +53,9 @@ def chunks(files: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[Chunk]:
         if path.endswith(LINES):
             yield from _line_chunks(path, size)
         elif path.endswith(".parquet"):
-            yield from _row_groups(path)
+            groups, bytes_on_disk = _parquet(path).num_row_groups, Path(path).stat().st_size
+            for i in range(groups):
+                yield Chunk((path,), bytes_on_disk * (i + 1) // groups - bytes_on_disk * i // groups, first=i)
         else:
             texts.append(path)
             total += Path(path).stat().st_size
@@ -74,8 +67,7 @@ def chunks(files: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[Chunk]:
 
 
 def documents(chunk: Chunk, field: str) -> Iterator[str]:
-    """The texts of ``chunk``, in jsonl and parquet those in ``field``. ValueError names the file and the
-    line."""
+    """The texts of ``chunk``, in jsonl and parquet those in ``field``. ValueError names the file and the line."""
     path = chunk.paths[0]
     if chunk.lines:
         for number, line in enumerate(chunk.lines, chunk.first):
@@ -84,8 +76,8 @@ def documents(chunk: Chunk, field: str) -> Iterator[str]:
     elif path.endswith(".parquet"):
         file = _parquet(path)
         if field not in file.schema_arrow.names:
-            there = ", ".join(file.schema_arrow.names)
-            raise ValueError(f"{path!r} has no column {field!r}; there is: {there}; name the column with --text-field")
+            columns = ", ".join(file.schema_arrow.names)
+            raise ValueError(f"{path!r} has no column {field!r}; there is: {columns}; name the column with --text-field")
         column = file.read_row_group(chunk.first, columns=[field]).column(field)
         for number, text in enumerate(column.to_pylist()):
             if not isinstance(text, str):
@@ -103,8 +95,8 @@ def _parse(line: bytes, field: str, where: str) -> str:
         raise ValueError(f"{where} is not JSON: {e}") from None
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where} has no text in {field!r}; there is: {there}; name the field with --text-field")
+        names = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{where} has no text in {field!r}; there is: {names}; name the field with --text-field")
     # JSON can escape half a surrogate pair, which UTF-8 cannot hold.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -113,34 +105,20 @@ def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(
-            f"{where} is not UTF-8 text (byte {e.start}); name only text files, for example 'folder/**/*.txt'"
-        ) from None
+        hint = "name only text files, for example 'folder/**/*.txt'"
+        raise ValueError(f"{where} is not UTF-8 text (byte {e.start}); {hint}") from None
 
 
 def _line_chunks(path: str, size: int) -> Iterator[Chunk]:
     with open(path, "rb") as raw:
         file: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-        lines: list[bytes] = []
-        total = read = 0
-        first = 1
+        first, position = 1, 0
         try:
-            for number, line in enumerate(file, 1):
-                lines.append(line)
-                total += len(line)
-                if total >= size:
-                    yield Chunk((path,), raw.tell() - read, tuple(lines), first)
-                    lines, total, read, first = [], 0, raw.tell(), number + 1
+            while lines := file.readlines(size):  # whole lines of at least so many bytes
+                yield Chunk((path,), raw.tell() - position, tuple(lines), first)
+                first, position = first + len(lines), raw.tell()
         except (OSError, EOFError) as e:
-            raise ValueError(f"cannot read {path!r} after line {first + len(lines) - 1}: {e}") from None
-        if lines:
-            yield Chunk((path,), raw.tell() - read, tuple(lines), first)
-
-
-def _row_groups(path: str) -> Iterator[Chunk]:
-    groups, size = _parquet(path).num_row_groups, Path(path).stat().st_size
-    for group in range(groups):
-        yield Chunk((path,), size * (group + 1) // groups - size * group // groups, first=group)
+            raise ValueError(f"cannot read {path!r} after line {first - 1}: {e}") from None
 
 
 def _parquet(path: str) -> Any:

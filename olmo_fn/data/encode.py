@@ -11,15 +11,15 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 
 from olmo_fn.data.documents import Chunk, documents
-from olmo_fn.data.tokenizer import Tokenizer, load
+from olmo_fn.data.tokenizer import load
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Encoded(NamedTuple):
     """Token ids of some documents, each with its end-of-document token, and the UTF-8 bytes of their text."""
 
     ids: np.ndarray
@@ -28,7 +28,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Job:
+class Encoder:
     """How to encode, in values that another process can be told."""
 
     tokenizer: str
@@ -36,7 +36,24 @@ class Job:
     eos: str
     field: str
     heldout: float
+    """Part of the documents to hold out, from 0 to 1."""
     dtype: str
+
+    def __call__(self, chunk: Chunk) -> tuple[Encoded, Encoded]:
+        """The training and the held-out documents of ``chunk``."""
+        tokenizer = _load(self.tokenizer, self.eos)
+        sides: tuple[list[str], list[str]] = ([], [])
+        for text in documents(chunk, self.field):
+            sides[is_heldout(text, self.heldout)].append(text)
+
+        def encoded(texts: list[str]) -> Encoded:
+            ids = [np.zeros(0, self.dtype), *(ids.astype(self.dtype) for ids in tokenizer.encode_documents(texts))]
+            return Encoded(np.concatenate(ids), len(texts), sum(len(text.encode()) for text in texts))
+
+        return encoded(sides[0]), encoded(sides[1])
+
+
+_load = lru_cache(maxsize=1)(load)
 
 
 def is_heldout(text: str, fraction: float) -> bool:
@@ -48,28 +65,19 @@ def is_heldout(text: str, fraction: float) -> bool:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") < fraction * 2**64
 
 
-def encode(job: Job, chunk: Chunk) -> tuple[Tokens, Tokens]:
-    """The training and the held-out documents of ``chunk``."""
-    sides: tuple[list[str], list[str]] = ([], [])
-    for text in documents(chunk, job.field):
-        sides[is_heldout(text, job.heldout)].append(text)
-    train, heldout = (_tokens(_load(job.tokenizer, job.eos), texts, job.dtype) for texts in sides)
-    return train, heldout
-
-
-def encode_all(job: Job, chunks: Iterable[Chunk], workers: int) -> Iterator[tuple[Chunk, tuple[Tokens, Tokens]]]:
-    """`encode` every chunk in ``workers`` processes; the results come in the order of ``chunks``."""
+def encode_all(work: Iterable[tuple[Encoder, Chunk]], workers: int) -> Iterator[tuple[Chunk, tuple[Encoded, Encoded]]]:
+    """Encode every chunk by its encoder in ``workers`` processes; the results come in the order of ``work``."""
     if workers == 1:
-        yield from ((chunk, encode(job, chunk)) for chunk in chunks)
+        yield from ((chunk, encoder(chunk)) for encoder, chunk in work)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the tokenizer library's threads in mid-air
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_one_thread)
     # Ctrl-C is for the main thread to answer: processes inherit the mask of the thread that starts them, by submitting
     deaf = ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, {signal.SIGINT}))
-    waiting: deque[tuple[Chunk, Future[tuple[Tokens, Tokens]]]] = deque()
+    waiting: deque[tuple[Chunk, Future[tuple[Encoded, Encoded]]]] = deque()
     try:
-        for chunk in chunks:
-            waiting.append((chunk, deaf.submit(pool.submit, encode, job, chunk).result()))
+        for encoder, chunk in work:
+            waiting.append((chunk, deaf.submit(pool.submit, encoder, chunk).result()))
             if len(waiting) >= 3 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -80,15 +88,5 @@ def encode_all(job: Job, chunks: Iterable[Chunk], workers: int) -> Iterator[tupl
         pool.shutdown(cancel_futures=True)
 
 
-def _worker() -> None:
+def _one_thread() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-@lru_cache(maxsize=1)
-def _load(path: str, eos: str) -> Tokenizer:
-    return load(path, eos)
-
-
-def _tokens(tokenizer: Tokenizer, texts: list[str], dtype: str) -> Tokens:
-    ids = [np.zeros(0, dtype), *(ids.astype(dtype) for ids in tokenizer.encode_documents(texts))]
-    return Tokens(np.concatenate(ids), len(texts), sum(len(text.encode()) for text in texts))

@@ -1,4 +1,4 @@
-"""Which training instances make up the batch of a step: a pure function of the step, in OLMo-core's order.
+"""Which training instances make up a batch: a pure function of how many came before it, in OLMo-core's order.
 
 Epoch e = 1, 2, ... visits the instances in the order of ``PCG64(seed + e)``, cut to whole batches. There is
 nothing to save and nothing to restore: a resumed run asks for its next step.
@@ -9,15 +9,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-
-
-def batches_per_epoch(num_instances: int, batch_size: int) -> int:
-    """Whole batches in one pass over the data.
-
-    >>> batches_per_epoch(89, 4)
-    22
-    """
-    return num_instances // batch_size
 
 
 @lru_cache(maxsize=2)
@@ -33,12 +24,19 @@ def permutation(num_instances: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def indices(step: int, batch_size: int, num_instances: int, seed: int) -> np.ndarray:
-    """The instances of the global batch of ``step`` (from 0): (batch_size,) uint32.
+def shuffled(first: int, count: int, num_instances: int, batch_size: int, seed: int) -> np.ndarray:
+    """The ``count`` instances that come after ``first`` others, over all epochs: (count,) uint32.
 
-    >>> indices(0, 4, 89, seed=0).tolist(), indices(22, 4, 89, seed=0).tolist()
-    ([63, 60, 34, 14], [14, 25, 61, 10])
+    An epoch is cut to whole batches of ``batch_size``.
+
+    >>> shuffled(0, 4, 89, 4, seed=0).tolist(), shuffled(86, 4, 89, 4, seed=0).tolist()
+    ([63, 60, 34, 14], [82, 77, 14, 25])
     """
-    epoch, batch = divmod(step, batches_per_epoch(num_instances, batch_size))
-    start = batch * batch_size
-    return permutation(num_instances, seed, epoch + 1)[start : start + batch_size]
+    epoch_size = num_instances // batch_size * batch_size
+    parts, last = [np.zeros(0, np.uint32)], first + count
+    while first < last:
+        epoch, start = divmod(first, epoch_size)
+        stop = min(epoch_size, start + last - first)
+        parts.append(permutation(num_instances, seed, epoch + 1)[start:stop])
+        first += stop - start
+    return np.concatenate(parts)

@@ -8,10 +8,10 @@ up once an epoch, whatever the sizes, and a resumed run asks for its next step.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -64,23 +64,29 @@ class Sizes:
 
     def at(self, step: int) -> Phase:
         """The sizes of ``step`` (from 0)."""
-        return self.phases[self._index(step)]
+        return self.phases[bisect_right(self.phases, step, key=lambda phase: phase.step) - 1]
+
+    def rows_per_window(self, step: int) -> int:
+        """Rows that each window of ``step`` is cut into."""
+        phase = self.at(step)
+        return self._used(phase) // phase.sequence_length
+
+    def rows(self, step: int) -> int:
+        """Rows of the batch of ``step``, over all ranks."""
+        return self.at(step).batch_size * self.rows_per_window(step)
 
     def first_window(self, step: int) -> int:
         """Windows taken by all steps before ``step``."""
-        i = self._index(step)
-        return self._windows[i] + (step - self.phases[i].step) * self.phases[i].batch_size
+        return sum(phase.batch_size * steps for phase, steps in self._steps_before(step))
 
     def tokens_before(self, step: int) -> int:
         """Tokens trained on in all steps before ``step``, masked ones included."""
-        i = self._index(step)
-        return self._tokens[i] + (step - self.phases[i].step) * self._a_step(self.phases[i])
+        return sum(self._a_step(phase) * steps for phase, steps in self._steps_before(step))
 
     def tokens(self, steps: Tensor) -> Tensor:
         """`tokens_before` as a function of a 0-d integer tensor, which compiles: for `schedules.in_tokens`."""
         seen = torch.zeros_like(steps)
-        ends = [phase.step for phase in self.phases[1:]]
-        for phase, end in zip(self.phases, [*ends, None], strict=True):
+        for phase, end in self._ends():
             seen = seen + (steps - phase.step).clamp(min=0, max=None if end is None else end - phase.step) * self._a_step(phase)
         return seen
 
@@ -95,28 +101,20 @@ class Sizes:
             ratio = torch.where(steps > phase.step, factor, ratio)
         return ratio
 
-    def _index(self, step: int) -> int:
-        return bisect_right(self.phases, step, key=lambda phase: phase.step) - 1
-
     def _used(self, phase: Phase) -> int:
         return phase.used or self.window
 
     def _a_step(self, phase: Phase) -> int:
         return phase.batch_size * self._used(phase)
 
-    @cached_property
-    def _windows(self) -> list[int]:
-        """Windows before each phase."""
-        return self._before([phase.batch_size for phase in self.phases])
+    def _ends(self) -> Iterator[tuple[Phase, int | None]]:
+        """Each phase, and the first step after it."""
+        return zip_longest(self.phases, (phase.step for phase in self.phases[1:]))
 
-    @cached_property
-    def _tokens(self) -> list[int]:
-        """Tokens before each phase."""
-        return self._before([self._a_step(phase) for phase in self.phases])
-
-    def _before(self, per_step: Sequence[int]) -> list[int]:
-        steps = [after.step - phase.step for phase, after in zip(self.phases, self.phases[1:], strict=False)]
-        return [0, *accumulate(n * size for n, size in zip(steps, per_step, strict=False))]
+    def _steps_before(self, step: int) -> Iterator[tuple[Phase, int]]:
+        """Each phase that begins before ``step``, and its steps before it."""
+        phases = ((phase, end) for phase, end in self._ends() if phase.step < step)
+        return ((phase, (step if end is None else min(step, end)) - phase.step) for phase, end in phases)
 
 
 def constant_sizes(batch_size: int, sequence_length: int) -> Sizes:
@@ -141,7 +139,7 @@ def batch_phases(batch_sizes: Sequence[int], starts: Sequence[int], window: int,
         return list(zip(starts, batch_sizes, strict=True))
     phases, step, seen = [(0, batch_sizes[0])], 0, 0
     for start, before, size in zip(starts[1:], batch_sizes, batch_sizes[1:], strict=False):
-        more = -(-(start - seen) // (before * window))
+        more = max(0, -(-(start - seen) // (before * window)))  # 0: the size before has no step
         step, seen = step + more, seen + more * before * window
         phases.append((step, size))
     return phases

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from olmo_fn.data.batches import Batch, Batches
-from olmo_fn.data.config import Data, cache_dir
 from olmo_fn.data.corpus import stdlib_corpus
-from olmo_fn.data.heldout import eval_batches
+from olmo_fn.data.instances import Instances
+from olmo_fn.data.instances.documents import MaskedDocuments
+from olmo_fn.data.loader import Loader
+from olmo_fn.data.settings import Data, cache_dir
+from olmo_fn.data.sizes import Sizes
 from olmo_fn.data.tokenizer import Tokenizer, load
-from olmo_fn.data.tokens import SIZES, TokenFile, check_vocab, expand, open_tokens, smallest_dtype, view
-from olmo_fn.data.windows import Windows, open_masks
+from olmo_fn.data.tokens import SIZES, TokenFile, check_vocab, expand, open_masks, open_tokens, smallest_dtype, view
 
 CORPUS_VOCAB = 4096
 HELDOUT_TOKENS = 1 << 22  # the most that a fraction of the data holds out
@@ -26,33 +27,34 @@ HELDOUT_TOKENS = 1 << 22  # the most that a fraction of the data holds out
 class Source:
     """The data of a run."""
 
-    train: Batches
+    train: Loader
     heldout: np.ndarray
     """Tokens to evaluate on, (N,) of an unsigned type; N is 0 when nothing is held out."""
     tokenizer: Tokenizer | None
     eos_id: int | None
     """The end-of-document token, if it is known."""
     heldout_bytes: int | None
-    """UTF-8 bytes of the text behind ``heldout``, without the end-of-document tokens, which a model pays
-    for all the same. None without a tokenizer."""
+    """UTF-8 bytes of the text behind ``heldout``, without the end-of-document tokens, which a model pays for all the same.
+    None without a tokenizer."""
     heldout_compressed: Mapping[str, int] = field(default_factory=dict)
     """Bytes of that text after gzip and xz, for the default corpus."""
 
 
-def open_data(data: Data, model_vocab_size: int, sequence_length: int, batch_size: int, show: bool = True) -> Source:
-    """Open and check the data for batches of ``batch_size`` windows of ``sequence_length``.
+def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True) -> Source:
+    """Open and check the data for batches of ``sizes``.
 
-    Without ``data.paths`` this makes or finds the default corpus, with a progress bar if ``show``.
-    ValueError, one line, for whatever cannot be trained on.
+    Without ``data.paths`` this makes or finds the default corpus, with a progress bar if ``show``. ValueError, one line, for
+    whatever cannot be trained on.
     """
-    _check(data, sequence_length, batch_size)
+    _check(data)
     compressed = {}
     if not data.paths:
         corpus = stdlib_corpus(cache_dir(data), min(CORPUS_VOCAB, model_vocab_size), show)
         if not data.heldout_paths:
-            data = replace(data, heldout_paths=(corpus.heldout_path,))
+            data = replace(data, heldout_paths=(str(corpus.folder / "heldout.npy"),))
             compressed = {"gzip -9": corpus.gzip_bytes, "xz -9": corpus.xz_bytes}
-        data = replace(data, paths=corpus.paths, tokenizer=corpus.tokenizer_path)
+        path, tokenizer_path = (str(corpus.folder / name) for name in ("part-00000.npy", "tokenizer.json"))
+        data = replace(data, paths=(path,), tokenizer=tokenizer_path)
     tokenizer = load(data.tokenizer, data.eos) if data.tokenizer else None
     if tokenizer and tokenizer.vocab_size > model_vocab_size:
         raise ValueError(
@@ -64,40 +66,24 @@ def open_data(data: Data, model_vocab_size: int, sequence_length: int, batch_siz
     both = {Path(f.path).resolve() for f in files} & {Path(f.path).resolve() for f in heldout_files}
     if both:
         raise ValueError(f"{str(min(both))!r} is in --data.paths and in --data.heldout-paths; take it out of one")
-    check_vocab(files + heldout_files, vocab_size)
+    eos_id = _eos_id(data, tokenizer, files, vocab_size)
     masks = open_masks(expand(data.label_mask_paths), files)
-    windows = Windows(files, sequence_length, vocab_size, masks)
-    held = 0 if heldout_files else _num_heldout(len(windows), data.heldout_fraction, sequence_length)
-    train = Batches(windows, batch_size, data.order_seed, len(windows) - held)
-    _check_size(train)
-    heldout = _join(heldout_files) if heldout_files else _last(windows, held)
-    return Source(
-        train=train,
-        heldout=heldout,
-        tokenizer=tokenizer,
-        eos_id=tokenizer.eos_id if tokenizer else _written_beside(Path(files[0].path).parent).get("eos_id"),
-        heldout_bytes=tokenizer.count_bytes(heldout) if tokenizer else None,
-        heldout_compressed=compressed,
-    )
+    check_vocab(files + heldout_files, vocab_size)
+    instances = data.instances.build(files, masks, sizes.window, vocab_size, eos_id)
+    if data.mask_documents and eos_id is not None:
+        instances = MaskedDocuments(instances, eos_id)
+    count = 0
+    if data.heldout_fraction and not heldout_files:  # at least one
+        most = max(1, HELDOUT_TOKENS // sizes.window)
+        count = min(max(1, int(len(instances) * data.heldout_fraction)), most)
+    train = Loader(instances, sizes, data.order_seed, len(instances) - count)
+    _check_size(train, files)
+    heldout = _all(heldout_files) if heldout_files else _last(instances, count, smallest_dtype(vocab_size))
+    num_bytes = tokenizer.count_bytes(heldout) if tokenizer else None
+    return Source(train, heldout, tokenizer, eos_id, num_bytes, compressed)
 
 
-def heldout_batches(
-    source: Source, sequence_length: int, stride: int, batch_size: int, rank: int = 0, world: int = 1
-) -> Iterator[Batch]:
-    """`eval_batches` of the held-out tokens; without a known ``eos_id`` the first is only context."""
-    stream = source.heldout
-    if source.eos_id is None:
-        context, stream = int(stream[0]) if len(stream) else 0, stream[1:]
-    else:
-        context = source.eos_id
-    return eval_batches(stream, sequence_length, stride, batch_size, context, rank, world)
-
-
-def _check(data: Data, sequence_length: int, batch_size: int) -> None:
-    if sequence_length < 2:
-        raise ValueError(f"the sequence length must be at least 2, to have a token to predict, not {sequence_length}")
-    if batch_size < 1:
-        raise ValueError(f"the batch size must be at least 1 instance, not {batch_size}")
+def _check(data: Data) -> None:
     if data.order_seed < 0:
         raise ValueError(f"--data.order-seed must not be negative, it is {data.order_seed}")
     if not 0 <= data.heldout_fraction < 1:
@@ -110,34 +96,41 @@ def _check(data: Data, sequence_length: int, batch_size: int) -> None:
 def _open(patterns: tuple[str, ...], dtype: str, vocab_size: int) -> tuple[TokenFile, ...]:
     """The token files; ``auto`` is what meta.json beside them says, or else OLMo-core's choice."""
     paths = expand(patterns)
-    if dtype != "auto":
-        return tuple(open_tokens(path, dtype) for path in paths)
-    folders = {folder: _written_beside(folder) for folder in {Path(path).parent for path in paths}}
-    default = smallest_dtype(vocab_size)
-    return tuple(open_tokens(path, folders[Path(path).parent].get("dtype", default)) for path in paths)
+    auto = {folder: _beside(folder).get("dtype", smallest_dtype(vocab_size)) for folder in {Path(p).parent for p in paths}}
+    return tuple(open_tokens(path, auto[Path(path).parent] if dtype == "auto" else dtype) for path in paths)
 
 
-def _written_beside(folder: Path) -> dict[str, Any]:
-    """``dtype`` and ``eos_id`` from the meta.json in ``folder``, if it is one of ours."""
+def _beside(folder: Path) -> dict[str, Any]:
+    """The meta.json in ``folder``, if it is one of ours: ``dtype``, ``eos_id`` and more."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     ours = isinstance(meta, dict) and meta.get("dtype") in SIZES and isinstance(meta.get("eos_id"), int)
-    return {"dtype": meta["dtype"], "eos_id": meta["eos_id"]} if ours else {}
+    return meta if ours else {}
 
 
-def _num_heldout(num_windows: int, fraction: float, sequence_length: int) -> int:
-    """Windows to hold out: at least one if any."""
-    if not fraction:
-        return 0
-    most = max(1, HELDOUT_TOKENS // sequence_length)
-    return min(max(1, int(num_windows * fraction)), most)
+def _eos_id(data: Data, tokenizer: Tokenizer | None, files: tuple[TokenFile, ...], vocab_size: int) -> int | None:
+    """The end-of-document token: of the settings, the tokenizer, or as written beside the files; None if nobody knows."""
+    known = tokenizer.eos_id if tokenizer else _beside(Path(files[0].path).parent).get("eos_id")
+    if data.eos_id is None:
+        if known is None and data.mask_documents:
+            raise ValueError(
+                f"--data.mask-documents needs the id of the end-of-document token, and no meta.json of the tokenizing command "
+                f"is beside {files[0].path!r}; give --data.eos-id or --data.tokenizer"
+            )
+        return known
+    if not 0 <= data.eos_id < vocab_size:
+        raise ValueError(f"--data.eos-id is {data.eos_id}; it must be from 0 to below {vocab_size:,}, the vocabulary")
+    if known not in (None, data.eos_id):
+        whose = f"of the tokenizer {data.tokenizer!r}" if tokenizer else f"that is written beside {files[0].path!r}"
+        raise ValueError(f"--data.eos-id is {data.eos_id}, and the end-of-document token {whose} is {known}; leave the id out")
+    return data.eos_id
 
 
-def _check_size(train: Batches) -> None:
-    length, files = train.windows.sequence_length, train.windows.files
-    if len(train.windows) == 0:
+def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:
+    length = train.sizes.window
+    if len(train.instances) == 0:
         longest = max(files, key=lambda f: f.num_tokens)
         raise ValueError(
             f"the sequence length {length:,} is longer than every token file (the longest, {longest.path!r}, "
@@ -147,18 +140,17 @@ def _check_size(train: Batches) -> None:
         raise ValueError(f"{train.num_instances:,} windows are more than the 2^32 that the order can hold")
     if train.steps_per_epoch == 0:
         raise ValueError(
-            f"a batch of {train.batch_size:,} windows is more than the {train.num_instances:,} of {length:,} "
+            f"a batch of {train.sizes.largest:,} windows is more than the {train.num_instances:,} of {length:,} "
             f"tokens in the training data; use a smaller batch, a shorter sequence length, or more data"
         )
 
 
-def _join(files: tuple[TokenFile, ...]) -> np.ndarray:
+def _all(files: tuple[TokenFile, ...]) -> np.ndarray:
     return view(files[0]) if len(files) == 1 else np.concatenate([view(file) for file in files])
 
 
-def _last(windows: Windows, count: int) -> np.ndarray:
-    """The tokens of the last ``count`` windows, in the smallest type."""
-    dtype = smallest_dtype(windows.vocab_size)
-    numbers = range(len(windows) - count, len(windows))
-    pieces = [windows.read(numbers[i : i + 64])[0].astype(dtype).reshape(-1) for i in range(0, count, 64)]
+def _last(instances: Instances, count: int, dtype: str) -> np.ndarray:
+    """The tokens of the last ``count`` instances, a few instances at a time in memory as int64."""
+    numbers = np.arange(len(instances) - count, len(instances))
+    pieces = (instances.read(numbers[i : i + 64])["input_ids"].reshape(-1).astype(dtype) for i in range(0, count, 64))
     return np.concatenate([np.zeros(0, dtype), *pieces])

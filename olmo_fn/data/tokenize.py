@@ -1,7 +1,6 @@
 """``python -m olmo_fn.data.tokenize INPUT... --output DIR``: text to token files.
 
-Writes ``part-00000.npy``, ... and ``heldout.npy`` (headerless token files), ``tokenizer.json`` and, last,
-``meta.json``.
+Writes ``part-00000.npy``, ... and ``heldout.npy`` (headerless token files), ``tokenizer.json`` and, last, ``meta.json``.
 """
 
 from __future__ import annotations
@@ -12,20 +11,20 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 
-from olmo_fn.data.config import Dtype
 from olmo_fn.data.documents import chunks, documents, expand
-from olmo_fn.data.encode import Job, Tokens, encode_all, is_heldout
-from olmo_fn.data.progress import progress
+from olmo_fn.data.encode import Encoder, encode_all, is_heldout
 from olmo_fn.data.tokenizer import Tokenizer, byte_level, load, train_bpe
-from olmo_fn.data.tokens import SIZES, smallest_dtype
+from olmo_fn.data.tokens import SIZES, Dtype, smallest_dtype
+from olmo_fn.progress import progress
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,12 @@ class Tokenize:
     """Tokenize text, jsonl, jsonl.gz and parquet files for training."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Files, globs and folders. A .jsonl, .jsonl.gz, .json.gz or .parquet has a document a line or row, any
-    other file is one document of text."""
+    """Files, globs and folders. A .jsonl, .jsonl.gz, .json.gz or .parquet has a document a line or row, any other file is one
+    document of text."""
     output: str
     """Folder for the token files."""
     tokenizer: str = "bpe"
-    """Path of a tokenizer.json; or byte: each byte a token; or bpe: learn a byte-pair encoding from the
-    inputs."""
+    """Path of a tokenizer.json; or byte: each byte a token; or bpe: learn a byte-pair encoding from the inputs."""
     vocab_size: int = 4096
     """Size of the vocabulary that bpe learns."""
     eos: str = ""
@@ -50,6 +48,8 @@ class Tokenize:
     """Processes; 0: one a processor. The output is the same for any number."""
     heldout: float = 0.01
     """Part of the documents that goes to heldout.npy, chosen by their content."""
+    heldout_inputs: tuple[str, ...] = ()
+    """Files, globs and folders of which all goes to heldout.npy."""
     dtype: Dtype = "auto"
     """Integer type of the token files; auto: the smallest that holds the vocabulary."""
     part_tokens: int = 1 << 28
@@ -60,12 +60,14 @@ class Tokenize:
     """Replace the token files in the output folder."""
 
 
-def tokenize(config: Tokenize) -> dict[str, Any]:
+def tokenize(config: Tokenize, show: bool = True) -> dict[str, Any]:
     """Write the token files of ``config``; what ``meta.json`` holds. ValueError for what cannot be done.
 
     The files move to the output folder when all is done, meta.json last: a folder without it is not complete.
+    ``show`` shows the progress on a terminal.
     """
-    files = expand(config.inputs)
+    command = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    config = replace(config, inputs=expand(config.inputs), heldout_inputs=expand(config.heldout_inputs))
     output = Path(config.output).expanduser()
     _check(config, output)
     try:
@@ -74,17 +76,24 @@ def tokenize(config: Tokenize) -> dict[str, Any]:
     except OSError as e:
         raise ValueError(f"cannot write to --output {config.output!r}: {e.strerror}") from None
     try:
-        tokenizer = _tokenizer(config, files)
+        tokenizer = _tokenizer(config, show)
         tokenizer.save(work / "tokenizer.json")
-        meta = _write(config, files, tokenizer, work)
+        meta = {**_write(config, tokenizer, work, show), "command": command}
         (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        _publish(work, output)
+        for old in (output / "meta.json", *output.glob("part-*.npy"), output / "heldout.npy"):
+            old.unlink(missing_ok=True)
+        for new in sorted(work.iterdir(), key=lambda path: path.name == "meta.json"):
+            new.replace(output / new.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return meta
 
 
 def _check(config: Tokenize, output: Path) -> None:
+    if not config.inputs:
+        raise ValueError("no input; name the files, globs or folders to tokenize")
+    if both := {*config.inputs} & {*config.heldout_inputs}:
+        raise ValueError(f"{min(both)!r} is in the inputs and in --heldout-inputs; take it out of one")
     if not 0 <= config.heldout < 1:
         raise ValueError(f"--heldout is a part of the documents, from 0 to below 1, not {config.heldout}")
     for name in ("part_tokens", "train_bytes"):
@@ -98,12 +107,12 @@ def _check(config: Tokenize, output: Path) -> None:
         raise ValueError(f"--output {config.output!r} is not empty; give another folder, or --overwrite its token files")
 
 
-def _tokenizer(config: Tokenize, files: tuple[str, ...]) -> Tokenizer:
+def _tokenizer(config: Tokenize, show: bool) -> Tokenizer:
     if config.tokenizer == "byte":
         tokenizer = byte_level()
     elif config.tokenizer == "bpe":
-        with progress(f"learning a BPE of {config.vocab_size}", 1) as advance:
-            tokenizer = train_bpe(_sample(config, files), config.vocab_size)
+        with progress(f"learning a BPE of {config.vocab_size}", 1, show) as advance:
+            tokenizer = train_bpe(_sample(config), config.vocab_size)
             advance(1, f"{tokenizer.vocab_size} tokens")
     else:
         tokenizer = load(config.tokenizer, config.eos)
@@ -113,15 +122,14 @@ def _tokenizer(config: Tokenize, files: tuple[str, ...]) -> Tokenizer:
     return tokenizer
 
 
-def _sample(config: Tokenize, files: tuple[str, ...]) -> Iterator[str]:
-    """Training documents of about ``train_bytes``: the start of every file, or files spread evenly over
-    very many."""
+def _sample(config: Tokenize) -> Iterator[str]:
+    """Training documents of about ``train_bytes``: the start of every file, or files spread evenly over very many."""
     left = config.train_bytes
-    share = -(-left // len(files))
-    spread = sorted(range(len(files)), key=lambda i: i * 2654435761 % 2**32)
-    for i in spread:
+    share = -(-left // len(config.inputs))
+    spread = sorted(range(len(config.inputs)), key=lambda i: i * 2654435761 % 2**32)
+    for file in (config.inputs[i] for i in spread):
         taken = 0
-        for text in (t for chunk in chunks([files[i]]) for t in documents(chunk, config.text_field)):
+        for text in (t for chunk in chunks([file]) for t in documents(chunk, config.text_field)):
             if not is_heldout(text, config.heldout):
                 yield text
                 taken += len(text.encode())
@@ -132,71 +140,53 @@ def _sample(config: Tokenize, files: tuple[str, ...]) -> Iterator[str]:
             return
 
 
-def _write(config: Tokenize, files: tuple[str, ...], tokenizer: Tokenizer, work: Path) -> dict[str, Any]:
+def _write(config: Tokenize, tokenizer: Tokenizer, work: Path, show: bool) -> dict[str, Any]:
+    """Write the token files to ``work``; what meta.json says of them."""
     dtype = smallest_dtype(tokenizer.vocab_size) if config.dtype == "auto" else config.dtype
-    job = Job(str(work / "tokenizer.json"), config.eos, config.text_field, config.heldout, dtype)
-    workers = config.workers or os.cpu_count() or 1
-    counts: dict[str, dict[str, int]] = {}
-    part, tokens = 0, 0
-    with progress("tokenizing", sum(Path(f).stat().st_size for f in files)) as advance:
-        for chunk, (train, heldout) in encode_all(job, chunks(files), workers):
-            name = f"part-{part:05}.npy"
-            _append(work / name, train, counts)
-            _append(work / "heldout.npy", heldout, counts)
-            part += name in counts and counts[name]["tokens"] >= config.part_tokens
-            tokens += len(train.ids) + len(heldout.ids)
-            advance(chunk.size, f"{tokens:,} tokens")
-    parts = [name for name in counts if name.startswith("part-")]
+    encoder = Encoder(str(work / "tokenizer.json"), config.eos, config.text_field, config.heldout, dtype)
+    training = ((encoder, chunk) for chunk in chunks(config.inputs))
+    held_out = ((replace(encoder, heldout=1.0), chunk) for chunk in chunks(config.heldout_inputs))
+    nothing = Counter(documents=0, tokens=0, bytes=0)
+    counts: dict[str, Counter[str]] = {}
+    part = 0
+    with progress("tokenizing", sum(Path(f).stat().st_size for f in config.inputs + config.heldout_inputs), show) as advance:
+        for chunk, sides in encode_all(chain(training, held_out), config.workers or os.cpu_count() or 1):
+            for name, side in zip((f"part-{part:05}.npy", "heldout.npy"), sides, strict=True):
+                if side.documents:
+                    with open(work / name, "ab") as file:
+                        side.ids.astype(side.ids.dtype.newbyteorder("<")).tofile(file)
+                    count = counts.setdefault(name, Counter())
+                    count.update(documents=side.documents, tokens=len(side.ids), bytes=side.num_bytes)
+            part += counts.get(f"part-{part:05}.npy", nothing)["tokens"] >= config.part_tokens
+            advance(chunk.size, f"{sum(count['tokens'] for count in counts.values()):,} tokens")
+    parts = [count for name, count in counts.items() if name.startswith("part-")]
     if not parts:
-        raise ValueError(f"no training documents in the {len(files)} input files; add text, or lower --heldout")
+        raise ValueError(f"no training documents in the {len(config.inputs)} input files; add text, or lower --heldout")
     return {
         "dtype": dtype,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
-        "train": {key: sum(counts[name][key] for name in parts) for key in counts[parts[0]]},
-        "heldout": counts.get("heldout.npy", {"documents": 0, "tokens": 0, "bytes": 0}),
+        "train": {key: sum(count[key] for count in parts) for key in nothing},
+        "heldout": counts.get("heldout.npy", nothing),
         "files": dict(sorted(counts.items())),
-        "command": {**asdict(config), "inputs": list(config.inputs)},
     }
-
-
-def _append(path: Path, tokens: Tokens, counts: dict[str, dict[str, int]]) -> None:
-    if not tokens.documents:
-        return
-    with open(path, "ab") as file:
-        tokens.ids.astype(np.dtype(tokens.ids.dtype).newbyteorder("<")).tofile(file)
-    old = counts.get(path.name, {"documents": 0, "tokens": 0, "bytes": 0})
-    new = {"documents": tokens.documents, "tokens": len(tokens.ids), "bytes": tokens.num_bytes}
-    counts[path.name] = {key: old[key] + new[key] for key in old}
-
-
-def _publish(work: Path, output: Path) -> None:
-    (output / "meta.json").unlink(missing_ok=True)
-    for old in [*output.glob("part-*.npy"), output / "heldout.npy"]:
-        old.unlink(missing_ok=True)
-    for new in sorted(work.iterdir(), key=lambda path: path.name == "meta.json"):
-        new.replace(output / new.name)
 
 
 def train_command(config: Tokenize, meta: dict[str, Any]) -> str:
     """The command that trains on the token files."""
-    folder = Path(config.output)
-    flags = {"--data.paths": folder / "part-*.npy", "--data.tokenizer": folder / "tokenizer.json"}
+    flags = {"--data.paths": f"{config.output}/part-*.npy", "--data.tokenizer": f"{config.output}/tokenizer.json"}
     if config.eos:
-        flags["--data.eos"] = Path(config.eos)
+        flags["--data.eos"] = config.eos
     if meta["heldout"]["tokens"]:
-        flags["--data.heldout-paths"] = folder / "heldout.npy"
-    return "python train.py olmo2-tiny " + " ".join(f"{flag} {shlex.quote(str(path))}" for flag, path in flags.items())
+        flags["--data.heldout-paths"] = f"{config.output}/heldout.npy"
+    return "python train.py olmo2-tiny " + " ".join(f"{flag} {shlex.quote(value)}" for flag, value in flags.items())
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
     """The command. 0; 2 after one line about what is wrong with the input; 130 when interrupted."""
     try:
-        config = tyro.cli(
-            Tokenize,
-            prog="python -m olmo_fn.data.tokenize",
-            args=None if arguments is None else list(arguments),
-        )
+        args = None if arguments is None else list(arguments)
+        config = tyro.cli(Tokenize, prog="python -m olmo_fn.data.tokenize", args=args)
         meta = tokenize(config)
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -204,8 +194,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing is written", file=sys.stderr)
         return 130
-    for side in ("train", "heldout"):
-        n = meta[side]
+    for side, n in (("train", meta["train"]), ("heldout", meta["heldout"])):
         print(f"{side}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
     print(train_command(config, meta))
     return 0

@@ -1,7 +1,7 @@
 """Text to token ids and back: single bytes, a byte-pair encoding learned here, or any tokenizer.json.
 
-The first two lose nothing: ``decode(encode(text)) == text``. A special token's name inside a text is text,
-never the special token. The work is done by the ``tokenizers`` library.
+The first two lose nothing: ``decode(encode(text)) == text``. A special token's name inside a text is text, never the special
+token. The work is done by the ``tokenizers`` library.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray | None:
-        """Bytes of text of each id, (vocab_size,) int64, special tokens 0. None if ids are not made of
-        bytes."""
+        """Bytes of text of each id, (vocab_size,) int64, special tokens 0. None if ids are not made of bytes."""
         settings = json.loads(self.backend.to_str())
         decoder = settings["decoder"] or {}
         if not any(d["type"] == "ByteLevel" for d in [decoder, *decoder.get("decoders", ())]):
@@ -114,13 +113,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < 257:
         raise ValueError(f"a byte-level BPE has at least 257 tokens (256 bytes and {EOS}), not {vocab_size}")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([words, as_bytes]), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=_byte_characters(), show_progress=False
     )
@@ -129,8 +124,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(path: str | Path, eos: str = "") -> Tokenizer:
-    """The tokenizer.json at ``path``, its end-of-document token ``eos`` or else the first of `EOS_NAMES`
-    there.
+    """The tokenizer.json at ``path``, its end-of-document token ``eos`` or else the first of `EOS_NAMES` there.
 
     ValueError when the file is missing or not a tokenizer, or has no such token.
     """

@@ -1,18 +1,21 @@
 """Token files: headerless little-endian unsigned integers, memory-mapped, as OLMo-core reads them.
 
-A `TokenFile` is a value (path, type, size, time of change); `view` maps it. Only the most recently used
-maps stay open, so that a mix of 50,000 files does not run out of file descriptors.
+A `TokenFile` is a value (path, type, size, time of change); `view` maps it. Only the most recently used maps stay open, so
+that a mix of 50,000 files does not run out of file descriptors.
 """
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
+
+Dtype: TypeAlias = Literal["auto", "uint8", "uint16", "uint32", "uint64"]
 
 SIZES = {"uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8}
 SCAN_BYTES = 2 << 30  # what `check_vocab` reads at most: a second or two
@@ -38,8 +41,17 @@ def smallest_dtype(vocab_size: int) -> str:
     return next(name for name, size in SIZES.items() if vocab_size <= 256**size)
 
 
+def matches(pattern: str) -> list[str]:
+    """The files that ``pattern`` names, sorted: a file, a glob, or a folder with everything in it that is not hidden."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        return sorted(str(p) for p in inside if p.is_file())
+    return [str(path)] if path.is_file() else sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).is_file())
+
+
 def expand(patterns: Iterable[str]) -> tuple[str, ...]:
-    """Paths of ``patterns``, in order, the matches of each sorted. ValueError for a pattern without a file.
+    """Paths of token files of ``patterns``, in order, the matches of each sorted. ValueError for a pattern without a file.
 
     >>> expand(["/no/such/*.npy"])
     Traceback (most recent call last):
@@ -47,12 +59,11 @@ def expand(patterns: Iterable[str]) -> tuple[str, ...]:
     """
     paths: list[str] = []
     for pattern in patterns:
-        full = str(Path(pattern).expanduser())
-        if Path(full).is_dir():
+        full = Path(pattern).expanduser()
+        if full.is_dir():
             raise ValueError(f"{pattern!r} is a folder; name the token files in it: '{full}/*.npy'")
-        found = [full] if Path(full).exists() else sorted(glob.glob(full, recursive=True))
-        if not found:
-            here = "" if Path(full).is_absolute() else f" (from {Path.cwd()})"
+        if not (found := matches(pattern)):
+            here = "" if full.is_absolute() else f" (from {Path.cwd()})"
             raise ValueError(f"no token file matches {pattern!r}{here}")
         paths += found
     return tuple(paths)
@@ -83,6 +94,19 @@ def open_tokens(path: str, dtype: str) -> TokenFile:
     return TokenFile(path, dtype, stat.st_size // size, stat.st_mtime_ns)
 
 
+def open_masks(paths: Sequence[str], files: Sequence[TokenFile]) -> tuple[TokenFile, ...]:
+    """The label masks ``paths`` of ``files``. ValueError when they do not go together."""
+    if paths and len(paths) != len(files):
+        raise ValueError(f"{len(paths)} label mask files for {len(files)} token files; give one for each, in their order")
+    masks = tuple(open_tokens(path, "bool") for path in paths)
+    for mask, file in zip(masks, files, strict=False):
+        if mask.num_tokens != file.num_tokens:
+            raise ValueError(
+                f"the label mask {mask.path!r} has {mask.num_tokens:,} entries, {file.path!r} has {file.num_tokens:,} tokens"
+            )
+    return masks
+
+
 @lru_cache(maxsize=256)
 def view(file: TokenFile) -> np.ndarray:
     """The file's tokens, read-only and not in memory: (num_tokens,) of its dtype."""
@@ -93,8 +117,7 @@ def view(file: TokenFile) -> np.ndarray:
 def check_vocab(files: Iterable[TokenFile], vocab_size: int, scan_bytes: int = SCAN_BYTES) -> None:
     """ValueError naming file, offset and value of the first token that is not below ``vocab_size``.
 
-    Reads about ``scan_bytes`` at most, the first part of every file; `Windows.read` checks the rest when it
-    is used.
+    Reads about ``scan_bytes`` at most, the first part of every file; `Instances.read` checks the rest when it is used.
     """
     files = [f for f in files if vocab_size < 256 ** SIZES[f.dtype]]
     total = sum(f.num_tokens * SIZES[f.dtype] for f in files)

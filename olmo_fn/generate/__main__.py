@@ -43,7 +43,7 @@ class Generate:
     """Device to run on: auto takes cuda when there is one."""
 
 
-def generate(args: Generate) -> None:
+def run(args: Generate) -> int:
     """Print the text on stdout, and its speed on stderr."""
     args.sampling.check()
     if args.threads < 0:
@@ -71,6 +71,7 @@ def generate(args: Generate) -> None:
     full = model.context is not None and len(prompt.ids) + count >= model.context
     note = f"; stopped at the model's context of {model.context:,} tokens" if full else ""
     print(f"{path}: {count:,} tokens, the first after {first:.2f} s, {rate:.0f} tokens/s{note}", file=sys.stderr)
+    return 0
 
 
 def _threads(params: Tree) -> int:
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets a ? instead of no text at all
     try:
-        generate(args)
+        return run(args)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # whoever read the text has enough of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -96,7 +97,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,17 @@ import numpy as np
 import torch
 
 from olmo_fn import tree
-from olmo_fn.checkpoint import BrokenCheckpoint, load, step_path, steps
+from olmo_fn.checkpoint import steps
 from olmo_fn.core.chain import Batch
 from olmo_fn.core.compile import prepare_cache
-from olmo_fn.core.pipe import grad, pipe
-from olmo_fn.core.step import State, Step
-from olmo_fn.data.config import cache_dir
-from olmo_fn.data.source import Source, open_data
-from olmo_fn.models import transformer
+from olmo_fn.core.step import State
+from olmo_fn.data.settings import cache_dir
 from olmo_fn.research.per_example import per_example_loop
-from olmo_fn.spec import init
-from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.folder import read_config
-from olmo_fn.train.loop import abstract_state
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers import read_metrics
 from olmo_fn.train.recipe import recipe
+from olmo_fn.train.session import Loaded, Session, open_run
 from olmo_fn.tree import Tree
 
 
@@ -73,59 +68,46 @@ class Replay:
     """The state after the step."""
 
 
-def replay(run: str | Path, step: int, say: Callable[[str], Any] = lambda line: None) -> Replay:
+def replay(run: Session | str | Path, step: int, say: Callable[[str], Any] = lambda line: None) -> Replay:
     """Replay ``run`` to ``step`` (from 1) and look at each sequence of its batch, before the step and by itself.
 
     Begins at the newest whole checkpoint of an earlier step, or at the initial weights. ``say`` gets a line for each broken
     checkpoint that is passed over. ValueError when the run has no such step.
     """
-    folder = Path(run)
-    cfg = read_config(folder)
-    recorded = {line["step"]: line for line in read_metrics(folder / "metrics.jsonl")}
+    session = open_run(run)
+    recorded = {line["step"]: line for line in read_metrics(session.folder / "metrics.jsonl")}
     if step not in recorded:
-        there = f"steps {min(recorded)} to {max(recorded)}" if recorded else "no steps"
-        raise ValueError(f"{folder / 'metrics.jsonl'} has no step {step}; it has {there}")
-    device = machine.pick_device(cfg.run.device)
-    dtype = machine.compute_dtype(cfg.recipe.dtype, device)
-    if cfg.run.threads:
-        torch.set_num_threads(cfg.run.threads)
-    if cfg.recipe.compile:
-        prepare_cache(cache_dir(cfg.data) / "compiled")
-    advance = recipe(cfg, dtype)
-    state, checkpoint = state_before(folder, cfg, advance, step, device, say)
+        has = f"steps {min(recorded)} to {max(recorded)}" if recorded else "no steps"
+        raise ValueError(f"{session.folder / 'metrics.jsonl'} has no step {step}; it has {has}")
+    if session.cfg.run.threads:
+        torch.set_num_threads(session.cfg.run.threads)
+    if session.cfg.recipe.compile:
+        prepare_cache(cache_dir(session.cfg.data) / "compiled")
+    state, checkpoint, _ = state_before(session, step, say)
     start = int(state.step)
-    source = open_data(cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, cfg.recipe.batch_size)
     differences: list[str] = []
-    for n in range(start + 1, step + 1):
-        batch = {name: value.to(device) for name, value in source.train(n - 1).items()}
-        if n == step:
+    for n in range(start, step):
+        batch = session.batch(n)
+        if n == step - 1:
+            rows = sequences(session, state, batch)
             params = tree.map(torch.clone, state.params)  # the step may overwrite them
-        state, found = advance(state, batch)
+        state, found = session.step(state, batch)
         metrics = {name: float(value) for name, value in found.items()}
-        differences += compare(n, metrics, recorded.get(n, {}))
-    rows = sequences(cfg, source, params, batch, step, dtype)
-    return Replay(step, start, checkpoint, tuple(differences), metrics, rows, cfg, params, batch, state)
+        differences += compare(n + 1, metrics, recorded.get(n + 1, {}))
+    return Replay(step, start, checkpoint, tuple(differences), metrics, rows, session.cfg, params, batch, state)
 
 
-def state_before(
-    folder: Path, cfg: Config, advance: Step, step: int, device: torch.device, say: Callable[[str], Any]
-) -> tuple[State, Path | None]:
-    """The newest state that is whole and from before ``step``, with its checkpoint."""
-    there = steps(folder / "checkpoints")
-    like = abstract_state(cfg, advance)
-    for n in reversed([n for n in there if n < step]):
-        path = step_path(folder / "checkpoints", n)
-        try:
-            state, _ = load(path, like, device=device)
-            return State(state["step"], state["params"], state["slots"]), path
-        except BrokenCheckpoint as error:
-            say(f"skipping {path}, it is broken: {error}")
-    if cfg.run.start_from:
+def state_before(session: Session, step: int, say: Callable[[str], Any]) -> Loaded:
+    """The newest state that is whole and from before ``step``."""
+    if found := session.newest(session.folder, before=step, on_skip=say):
+        return found
+    if origin := session.cfg.run.start_from:
+        saved = ", ".join(map(str, steps(session.folder / "checkpoints"))) or "none"
         raise ValueError(
-            f"{folder} has no whole checkpoint before step {step} (there are {', '.join(map(str, there)) or 'none'}), "
-            f"and it began from {cfg.run.start_from}, not from initial weights; replay a later step"
+            f"{session.folder} has no whole checkpoint before step {step} (there are {saved}), "
+            f"and it began from {origin}, not from initial weights; replay a later step"
         )
-    return advance.init(init(transformer.specs(cfg.model), cfg.run.seed, device=device)), None
+    return Loaded(session.first_state())
 
 
 def compare(step: int, found: Mapping[str, float], recorded: Mapping[str, Any]) -> list[str]:
@@ -147,22 +129,24 @@ def compare(step: int, found: Mapping[str, float], recorded: Mapping[str, Any]) 
     ]
 
 
-def sequences(cfg: Config, source: Source, params: Tree, batch: Batch, step: int, dtype: torch.dtype) -> tuple[Sequence, ...]:
-    """Each row of the batch by itself, the largest gradient first."""
-    grads = pipe(transformer.loss(cfg.model, z_loss=cfg.recipe.z_loss), grad("tape", cfg.recipe.remat, dtype))
-    each = per_example_loop(grads, params, batch)
-    which, offsets = source.train.windows.locate(source.train.numbers(step - 1).astype(np.int64))
-    ids = batch["input_ids"].cpu().numpy()
+def sequences(session: Session, state: State, batch: Batch) -> tuple[Sequence, ...]:
+    """Each row of the batch by itself, where the step takes its gradient, the largest gradient first.
+
+    Loss and gradient are the recipe's own, with its adapters and frozen parameters, before anything is clipped.
+    """
+    r = replace(session.cfg.recipe, accumulate=1, clip=0.0, clip_value=0.0, noise_scale=0.0)
+    grads = recipe(replace(session.cfg, recipe=r), session.dtype).grads
+    each = per_example_loop(grads, session.step.point(state), batch)
+    ids, loader = batch["input_ids"].cpu().numpy(), session.source.train
     rows = [
         Sequence(
             row,
             float(each.loss[row] / each.tokens[row].clamp(min=1)),
             int(each.tokens[row]),
             float(each.grad_norm[row]),
-            source.train.windows.files[which[row]].path,
-            int(offsets[row]),
+            *loader.origin(int(state.step), row),
             ids[row],
-            source.tokenizer.decode(ids[row]) if source.tokenizer else None,
+            session.source.tokenizer.decode(ids[row]) if session.source.tokenizer else None,
         )
         for row in range(len(ids))
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from olmo_fn.data.config import Data
+from olmo_fn.data.settings import Data
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import Model, divisors
 from olmo_fn.train.check_mesh import check_layout

@@ -20,7 +20,7 @@ class Heldout(NamedTuple):
 
     loss: float
     tokens: int
-    bits_per_byte: float | None
+    bits_per_byte: float | None = None
 
 
 def evaluate(

@@ -1,58 +1,63 @@
-"""The loop of a run: state, batch → state, until the steps are done or somebody says stop."""
+"""The loop of a run: state, batch → state, and an event for what happens, until the steps are done or somebody says stop."""
 
 from __future__ import annotations
 
 import signal
-import time
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from types import FrameType
-from typing import Any
 
 import torch
 
-from olmo_fn import tree
-from olmo_fn.checkpoint import Index, Retention, Saver, load, load_newest
+from olmo_fn.checkpoint import Retention, Saver
 from olmo_fn.core.compile import prepare_cache
-from olmo_fn.core.step import State, Step
-from olmo_fn.data.config import cache_dir
+from olmo_fn.core.step import State
 from olmo_fn.data.prefetch import prefetch
-from olmo_fn.data.resized import Resized
-from olmo_fn.data.source import Source, heldout_batches, open_data
-from olmo_fn.launch.monitor import monitor
-from olmo_fn.launch.process import agree
+from olmo_fn.data.settings import cache_dir
 from olmo_fn.mesh.mesh import describe
-from olmo_fn.models import transformer
-from olmo_fn.models.count import flops_per_token
-from olmo_fn.planner.fit import check_memory
-from olmo_fn.spec import abstract
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
-from olmo_fn.train.evals import Heldout, evaluate
+from olmo_fn.train.evals import Heldout
+from olmo_fn.train.events import Evaluated, Event, Observer, RunInfo, Said, Saved, Started, Stepped, Stopped
 from olmo_fn.train.folder import check_folder, write_config
-from olmo_fn.train.job import Job, join
-from olmo_fn.train.metrics import MetricsFile
-from olmo_fn.train.progress import Progress
-from olmo_fn.train.recipe import first_parameters, model_parameters, parameters, recipe
+from olmo_fn.train.meter import InFlight, Meter, Moment
+from olmo_fn.train.observers import Console, Jsonl, Observe, build_observers, close_observers, fan_out
+from olmo_fn.train.process import join
 from olmo_fn.train.schedule import sizes
+from olmo_fn.train.session import Session, as_tree, open_run
+
+OBSERVER = 1
+"""Code of a stop that an observer asks for; below the numbers of SIGINT and SIGTERM, which win."""
 
 
 @dataclass
 class Stop:
-    """Set by SIGINT or SIGTERM; a second SIGINT interrupts at once."""
+    """Set by SIGINT or SIGTERM, of which a second SIGINT interrupts at once, or by an observer. ``code`` 0: go on."""
 
-    signal: int = 0
+    code: int = 0
+    words: str = ""
+    """What the observer said."""
+
+    @property
+    def reason(self) -> str:
+        """Why the run stops; empty if it does not."""
+        if self.code == OBSERVER:
+            return self.words or "another process asked for it"
+        return signal.Signals(self.code).name if self.code else ""
+
+    def ask(self, words: str | None) -> None:
+        """Stop for this reason, unless it is None or there is one already."""
+        if words is not None and not self.code:
+            self.code, self.words = OBSERVER, words
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
         """Catch the signals inside the block."""
 
         def catch(number: int, frame: FrameType | None) -> None:
-            self.signal = number
+            self.code = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -65,208 +70,131 @@ class Stop:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: its state, where it is, and the number of the signal that stopped it, or 0."""
+    """How a run ended: after which step, with which loss on held-out text, and who or what stopped it before its end."""
 
-    state: State = field(repr=False)
-    source: Source = field(repr=False)
-    folder: Path
+    session: Session = field(repr=False)
+    step: int
     heldout: Heldout | None
     stopped_by: int
-    leads: bool = True
-    """Whether this process is the one that reports."""
+    """Number of the signal, or `OBSERVER`; 0 when the steps are done."""
+    reason: str
+    """The signal's name, or the observer's words."""
+
+    @property
+    def exit_code(self) -> int:
+        """128 + n after signal n, else 0: what an observer asks for is an end like another."""
+        return 128 + self.stopped_by if self.stopped_by > OBSERVER else 0
 
 
-def train(cfg: Config) -> Result:
-    """Train ``cfg`` to its end, going on from the newest whole checkpoint of its folder if there is one.
+def train(run: Config | Session, observers: Sequence[Observer] = (), observe: Observe | None = None) -> Result:
+    """Train to the end, going on from the newest whole checkpoint of the run's folder if there is one.
 
-    Every process of a job calls it; `Result.leads` is true on the one that has something to say.
+    Every process of a job calls it. On the main one the console, ``metrics.jsonl``, those that ``observe`` asks for, and
+    ``observers`` get the events, and are closed at the end; one that answers with a text stops the run.
     """
-    if cfg.run.threads:
-        torch.set_num_threads(cfg.run.threads)
-    with join(cfg) as job, monitor(job.process) as beat:
-        return _train(cfg, job, beat)
-
-
-def _train(cfg: Config, job: Job, beat: Callable[[int], None]) -> Result:
-    device, dtype = job.device, machine.compute_dtype(cfg.recipe.dtype, job.device)
-    step = recipe(cfg, dtype, job.connection)  # a wrong recipe is refused here, before anything is read or written
-    check_memory(cfg, cfg.mesh.on(job.process.size), str(dtype).removeprefix("torch."), machine.total_memory(device))
-    steps = sizes(cfg)
-    opened = partial(open_data, cfg.data, cfg.model.vocab_size, cfg.recipe.sequence_length, steps.largest)
-    source = job.first(lambda: opened(show=job.leads))
-    agree(fingerprint(source), "data", job.process)
-    check_folder(cfg)
-    state, found, new = first_state(cfg, step, job)  # all ranks have looked at the folder when this returns
-    folder = Path(cfg.run.folder)
-    compiled = cache_dir(cfg.data) / "compiled"
-    broken = job.first(lambda: prepare_cache(compiled, sweep=job.process.local_rank == 0))
-    if job.leads:
-        write_config(cfg, folder)
-        if source.tokenizer:
-            source.tokenizer.save(folder / "tokenizer.json")
-    job.wait()
-    start = int(state.step)
-    retention = Retention(keep_last=cfg.run.keep_last or None, keep_every=cfg.run.keep_every or None)
+    if isinstance(run, Config):
+        with join(run) as context:
+            return train(open_run(run, context), observers, observe)
+    if run.cfg.run.threads:
+        torch.set_num_threads(run.cfg.run.threads)
+    stop, heldout, ended = Stop(), None, Stopped(0)
     with ExitStack() as stack:
-        stop = stack.enter_context(Stop().listening())
-        saver = stack.enter_context(Saver(folder / "checkpoints", retention=retention, ranks=job.ranks))
-        lines = stack.enter_context(MetricsFile(folder / "metrics.jsonl", start) if job.leads else nullcontext())
-        progress = stack.enter_context(Progress(cfg.run.steps, start, cfg.run.log_every, quiet=not job.leads))
-        if broken:
-            progress.say(f"dropped {len(broken)} files that a killed compilation left broken")
-        if found:
-            progress.say(f"going on from {found}" + (f", which has no {', '.join(new)}: begun anew" if new else ""))
-        if job.connection:
-            progress.say(f"{job.process.size} processes: {describe(job.connection.mesh)}")
-        meter = Meter(cfg, machine.gemm_rate(device, dtype) * job.process.size, device)
-        batches = prefetch(Resized(source.train, steps), start, cfg.run.steps)
-        stack.callback(batches.close)  # type: ignore[attr-defined]
+        all_observers = list(observers) if run.process.is_main else []
+        stack.callback(lambda: close_observers(all_observers))
+        for event in stack.enter_context(closing(events(run, stop))):
+            if isinstance(event, Started) and run.process.is_main:  # nothing refuses the run from here on
+                info = RunInfo(run.folder, run.folder.name, asdict(run.cfg))
+                asked_for = build_observers(observe or Observe(), info)
+                all_observers[:0] = [Console(run.cfg.run.log_every), Jsonl(run.folder / "metrics.jsonl"), *asked_for]
+            stop.ask(fan_out(all_observers, event))
+            match event:
+                case Stepped(step):
+                    run.process.step_done(step)
+                case Evaluated(name="heldout", values=values):
+                    heldout = Heldout(values["loss"], int(values["tokens"]), values.get("bits_per_byte"))
+                case Stopped():
+                    ended = event
+    return Result(run, ended.step, heldout, stop.code if ended.reason else 0, ended.reason)
+
+
+def events(session: Session, stop: Stop) -> Generator[Event]:
+    """Run the steps that are left. Metrics come out a step late, and before whatever else looks at the state.
+
+    All processes have the same events, but for the time of a `Saved`; a `Stop` of any of them ends all after the same step.
+    """
+    run, context = session.cfg.run, session.process
+    _ = session.source  # what cannot be read is refused before anything is written
+    check_folder(session.cfg)
+    state, checkpoint, new_slots = session.resume()
+    notes = prepare_folder(session)
+    start = n = int(state.step)
+    stopped, queue = 0, deque[InFlight]()  # the code that all processes have agreed on; steps whose metrics are not out
+    with ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        retention = Retention(keep_last=run.keep_last or None, keep_every=run.keep_every or None)
+        saver = stack.enter_context(Saver(session.folder / "checkpoints", retention=retention, ranks=context.ranks))
+        batches = stack.enter_context(closing(prefetch(session.batch, start, run.steps)))
+        yield Started(start, run.steps, checkpoint)
+        if checkpoint:
+            lacks = f", which has no {', '.join(new_slots)}: begun anew" if new_slots else ""
+            yield Said(f"going on from {checkpoint}{lacks}")
+        yield from map(Said, notes)
+        rate = machine.gemm_rate(context.device, session.dtype) * context.process.size
         warm = stack.enter_context(machine.warm_up())
+        meter = Meter(session.cfg.model, sizes(session.cfg), context.device, rate, Moment(context.device))
         for batch in batches:
-            state, metrics = step(state, {name: value.to(device) for name, value in batch.items()})
-            line = meter.read(int(state.step), metrics)
-            if lines:
-                lines.write(line)
-            progress.show(line)
-            done = line["step"]
-            beat(done)
-            if done == start + 1:
+            state, metrics = session.step(state, batch)
+            n += 1
+            queue.append(InFlight(n, metrics, stop.code, context))
+            if n == start + 1:
                 warm()
-            stopped = job.largest(stop.signal)  # a signal reaches the ranks at different steps
-            last = done == cfg.run.steps or stopped != 0
-            if last or (cfg.run.checkpoint_every and done % cfg.run.checkpoint_every == 0):
-                saver.submit(as_tree(state), step=done, meta={"tokens": meter.tokens(done)})
+            save, evaluate = (n == run.steps or (every and n % every == 0) for every in (run.checkpoint_every, run.eval_every))
+            while queue and (len(queue) > 1 or save or evaluate or stopped or (stop.code and not context.connection)):
+                arrived = queue.popleft()
+                values, code = arrived.arrive()
+                stopped = max(stopped, code)
+                yield Stepped(arrived.step, meter.metrics(arrived.step, values, arrived.done))
+            if saver.is_done or save or stopped:
+                yield from saved(saver)
+            if save or stopped:
+                saver.submit(as_tree(state), step=n, meta={"tokens": meter.sizes.tokens_before(n)})
             if stopped:
                 break
-            if not last and cfg.run.eval_every and done % cfg.run.eval_every == 0:
-                with meter.paused():
-                    heldout(cfg, step, state, source, dtype, progress)
-        saver.wait()
-        result = heldout(cfg, step, state, source, dtype, progress) if not job.largest(stop.signal) else None
-    return Result(state, source, folder, result, job.largest(stop.signal), job.leads)
+            if evaluate and n < run.steps:
+                yield from evaluated(session, state)
+                meter.before = Moment(context.device)
+        yield from saved(saver)
+        stop.code = context.all_reduce_max(stopped or stop.code)
+        if not stop.code:
+            yield from evaluated(session, state)
+    yield Stopped(n, stop.reason)
 
 
-def fingerprint(source: Source) -> str:
-    """What two processes with the same data agree on, as text."""
-    first = source.train(0)
-    parts = {name: f"{zlib.crc32(x.numpy().tobytes()):08x}" for name, x in first.items() if x.ndim}
-    return f"{len(source.heldout)} held-out tokens\nfirst batch {parts}"
+def saved(saver: Saver) -> Iterator[Event]:
+    """Wait for the checkpoint that is being written, if one is."""
+    if path := saver.wait():
+        yield Saved(int(path.name.removeprefix("step")), path)
 
 
-def as_tree(state: State) -> tree.Tree:
-    """The state as one tree, as checkpoints hold it."""
-    return {"step": state.step, "params": state.params, "slots": state.slots}
+def evaluated(session: Session, state: State) -> Iterator[Event]:
+    """Evaluate on the held-out tokens, if there are any."""
+    if count := min(len(session.source.heldout), session.cfg.run.eval_tokens):
+        yield Said(f"evaluating on {count:,} held-out tokens")
+    if found := session.evaluate(state):
+        values = {name: value for name, value in found._asdict().items() if value is not None}
+        yield Evaluated(int(state.step), "heldout", values)
 
 
-def first_state(cfg: Config, step: Step, job: Job) -> tuple[State, Path | None, list[str]]:
-    """The state to go on from, the checkpoint it is from, and slots it did not have; or a new one, None, and nothing."""
-    whole = abstract_state(cfg, step)
-    newest = partial(load_newest, device=job.device, ranks=job.ranks, subset=cfg.mesh.pp > 1)
-
-    def like(index: Index) -> tree.Tree:
-        return what_it_has(whole, index)
-
-    found = newest(Path(cfg.run.folder) / "checkpoints", like)
-    anew = cfg.run.start_with == "params" or cfg.lora.rank > 0
-    if found is None and cfg.run.start_from:
-        source = Path(cfg.run.start_from)
-        part = {"params": abstract(transformer.specs(cfg.model))} if anew else like
-        select = ["params.*"] if anew else None
-        if (source / "checkpoints").is_dir():
-            found = newest(source / "checkpoints", part, select=select)
-        elif source.is_dir():
-            found = (source, *load(source, part, select=select, device=job.device, subset=cfg.mesh.pp > 1))
-        if found is None:
-            raise ValueError(f"--run.start-from {str(source)!r}: there is no whole checkpoint")
-        if anew:
-            return step.init({**first_parameters(cfg, step, job.device), **found[1]["params"]}), found[0], []
-    if found is None:
-        return step.init(first_parameters(cfg, step, job.device)), None, []
-    path, loaded, _ = found
-    state = State(loaded["step"], loaded["params"], loaded["slots"])
-    new = [name for name in whole["slots"] if name not in state.slots]
-    return with_new_slots(step, state, new), path, new
-
-
-def what_it_has(whole: tree.Tree, index: Index) -> tree.Tree:
-    """Of a state as it should be, what a checkpoint has. Slots of parameters that are frozen by now are left there."""
-    slots = {name: slot for name, slot in whole["slots"].items() if name in slots_of(index)}
-    params = dict(tree.items(whole["params"]))
-    moving = {path for slot in whole["slots"].values() for path, _ in tree.items(slot) if path in params}
-    frozen = params.keys() - moving if moving else set()
-    left = {name: None for name in index.tensors if name.startswith("slots.") and name.split(".", 2)[-1] in frozen}
-    return tree.combine({**whole, "slots": slots}, tree.unflatten(left)) if left else {**whole, "slots": slots}
-
-
-def slots_of(index: Index) -> set[str]:
-    """The names of the slots in a checkpoint."""
-    return {path.split(".")[1] for path in (*index.tensors, *index.empty) if path.startswith("slots.")}
-
-
-def with_new_slots(step: Step, state: State, new: list[str]) -> State:
-    """The state with what the step's transforms remember and it has not, the slots ``new``, begun anew from its parameters.
-
-    So a transform can be added to a run at any time: `ema` starts at the parameters of that step.
-    """
-    fresh = step.init(state.params).slots if new else {}
-    return state._replace(slots={**state.slots, **{name: fresh[name] for name in new}})
-
-
-def abstract_state(cfg: Config, step: Step) -> tree.Tree:
-    """The state's names, shapes and dtypes on the meta device."""
-    return as_tree(step.init(abstract(parameters(cfg))))
-
-
-class Meter:
-    """Turns a step's metrics into a line of numbers, with the speed since the last one."""
-
-    def __init__(self, cfg: Config, rate: float, device: torch.device) -> None:
-        self.sizes, self.model = sizes(cfg), cfg.model
-        self.rate, self.device = rate, device
-        self.last = time.perf_counter()
-
-    def tokens(self, step: int) -> int:
-        """Tokens seen after ``step`` steps."""
-        return self.sizes.tokens_before(step)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside the block does not count as training time."""
-        start = time.perf_counter()
-        yield
-        self.last += time.perf_counter() - start
-
-    def read(self, step: int, metrics: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """The line of ``metrics.jsonl`` of this step."""
-        values = {name: float(value) for name, value in metrics.items()}
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        speed = (self.tokens(step) - self.tokens(step - 1)) / seconds
-        flops = flops_per_token(self.model, self.sizes.at(step - 1).sequence_length)
-        return {
-            "step": step,
-            **values,
-            "tokens": self.tokens(step),
-            "seconds": round(seconds, 4),
-            "tokens_per_s": round(speed, 1),
-            "mfu": round(speed * flops / self.rate, 4),
-            "peak_mb": round(machine.peak_memory(self.device) / 1e6, 1),
-        }
-
-
-def heldout(cfg: Config, step: Step, state: State, source: Source, dtype: torch.dtype, progress: Progress) -> Heldout | None:
-    """Evaluate on the held-out tokens, at most ``run.eval_tokens`` of them, and say so; None when nothing is held out."""
-    tokens = source.heldout[: cfg.run.eval_tokens]
-    if not len(tokens):
-        return None
-    progress.say(f"evaluating on {len(tokens):,} held-out tokens")
-    T = cfg.recipe.sequence_length
-    rows = max(1, cfg.recipe.batch_size // cfg.recipe.accumulate)
-    batches = heldout_batches(replace(source, heldout=tokens), T, max(1, T // 2), rows)
-    num_bytes = source.tokenizer.count_bytes(tokens) if source.tokenizer else None
-    loss = transformer.loss(cfg.model)
-    params = model_parameters(cfg, state.params)
-    found = evaluate(loss, params, batches, num_bytes, dtype=dtype, execution=step.execution)
-    bits = f", {found.bits_per_byte:.4f} bits per byte" if found.bits_per_byte else ""
-    progress.say(f"held-out after step {int(state.step)}: loss {found.loss:.4f}{bits} ({found.tokens:,} tokens)")
-    return found
+def prepare_folder(session: Session) -> list[str]:
+    """Write the config and the tokenizer into the run's folder, sweep the cache of compiled code; what there is to say."""
+    context, compiled = session.process, cache_dir(session.cfg.data) / "compiled"
+    broken = context.local_main_first(lambda: prepare_cache(compiled, sweep=context.process.local_rank == 0))
+    if context.is_main:
+        write_config(session.cfg, session.folder)
+        if session.source.tokenizer:
+            session.source.tokenizer.save(session.folder / "tokenizer.json")
+    context.barrier()
+    notes = [f"dropped {len(broken)} files that a killed compilation left broken"] if broken else []
+    if context.connection:
+        notes.append(f"{context.process.size} processes: {describe(context.connection.mesh)}")
+    return notes

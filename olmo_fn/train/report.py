@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import signal
+from itertools import pairwise
 from pathlib import Path
 
-from torch.distributed.tensor import DTensor
-
 from olmo_fn import tree
-from olmo_fn.checkpoint import load, step_path
-from olmo_fn.core.step import State
-from olmo_fn.data.source import Source
-from olmo_fn.generate.config import Sampling
-from olmo_fn.generate.text import LanguageModel, generate_text
 from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
-from olmo_fn.planner import tables as plan
 from olmo_fn.train.config import Config
-from olmo_fn.train.evals import Heldout
-from olmo_fn.train.loop import abstract_state
-from olmo_fn.train.metrics import read_metrics
-from olmo_fn.train.recipe import is_trained, model_parameters, parameters, recipe
+from olmo_fn.train.loop import OBSERVER, Result
+from olmo_fn.train.observers import read_metrics
+from olmo_fn.train.recipe import is_trained, parameters, recipe
 from olmo_fn.train.schedule import sizes
 from olmo_fn.train.serialize import to_yaml
+from olmo_fn.train.session import abstract_state
 
 
 def dry_run(cfg: Config) -> str:
-    """The resolved config, parameters, FLOPs, and the plan by rank (`olmo_fn.planner`), without allocating anything."""
-    recipe(cfg)  # a wrong one is refused here too
-    r, total = cfg.recipe, num_params(cfg.model)
-    tokens, all_tokens = r.batch_size * r.sequence_length, sizes(cfg).tokens_before(cfg.run.steps)
-    flops = flops_per_token(cfg.model, r.sequence_length)
-    own = tree.flatten(parameters(cfg))
-    trained = sum(spec.size for path, spec in own.items() if is_trained(cfg, path))
-    slots = abstract_state(cfg, recipe(cfg))["slots"]
+    """The resolved config, parameters, FLOPs and memory of the state, without allocating anything."""
+    step = recipe(cfg)  # a wrong one is refused here too
+    r, total, specs = cfg.recipe, num_params(cfg.model), tree.flatten(parameters(cfg))
+    trained = sum(spec.size for path, spec in specs.items() if is_trained(cfg, path))
+    slots = abstract_state(step, parameters(cfg))["slots"]
     kept = {name: sum(x.nbytes for _, x in tree.items(slot)) for name, slot in slots.items()}
-    parts = {"parameters": 4 * sum(spec.size for spec in own.values()), "gradients": 4 * trained}
+    parts = {"parameters": 4 * sum(spec.size for spec in specs.values()), "gradients": 4 * trained}
     parts |= {name: size for name, size in kept.items() if size > 1e6}
-    shapes = transformer.specs(cfg.model)
-    largest = max((spec.size, path) for path, spec in tree.items(shapes))
+    largest = max((spec.size, path) for path, spec in tree.items(transformer.specs(cfg.model)))
+    all_tokens, flops = sizes(cfg).tokens_before(cfg.run.steps), flops_per_token(cfg.model, r.sequence_length)
     return "\n".join(
         (
             to_yaml(cfg).rstrip(),
@@ -47,16 +36,24 @@ def dry_run(cfg: Config) -> str:
             f"  not embedding   {num_non_embedding_params(cfg.model):>20,}",
             f"  largest         {largest[0]:>20,}  {largest[1]}",
             *([f"  trained         {trained:>20,}"] if trained != total else []),
-            f"tokens a step     {tokens:>20,}  in {cfg.run.steps:,} steps: {all_tokens:,}",
+            f"tokens a step     {r.batch_size * r.sequence_length:>20,}  in {cfg.run.steps:,} steps: {all_tokens:,}",
             f"FLOPs a token     {flops:>20,.0f}  forward and backward, causal pairs only",
-            f"FLOPs of the run  {flops * all_tokens:>20.3e}",
+            f"FLOPs of the run  {run_flops(cfg):>20.3e}",
             f"memory of state   {gib(sum(parts.values())):>20}  "
             + ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
             + "; by rank, with activations:",
             "",
-            plan.report(cfg),
         )
     )
+
+
+def run_flops(cfg: Config) -> float:
+    """Forward and backward of all steps, each at its own sequence length."""
+    found = sizes(cfg)
+    ends = [min(phase.step, cfg.run.steps) for phase in found.phases] + [cfg.run.steps]
+    tokens = [found.tokens_before(end) - found.tokens_before(start) for start, end in pairwise(ends)]
+    each = [flops_per_token(cfg.model, phase.sequence_length) for phase in found.phases]
+    return sum(n * flops for n, flops in zip(tokens, each, strict=True))
 
 
 def gib(size: float) -> str:
@@ -68,8 +65,9 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def comparison(source: Source, found: Heldout | None) -> str:
+def comparison(result: Result) -> str:
     """The model's bits per byte beside those of gzip and xz on the same text; empty unless all of it was evaluated."""
+    source, found = result.session.source, result.heldout
     if found is None or found.bits_per_byte is None or found.tokens != len(source.heldout):
         return ""
     if not source.heldout_bytes or not source.heldout_compressed:
@@ -80,8 +78,9 @@ def comparison(source: Source, found: Heldout | None) -> str:
     return f"bits per byte of the held-out text ({source.heldout_bytes:,} bytes):\n{lines}"
 
 
-def next_commands(cfg: Config, folder: Path) -> str:
+def next_commands(result: Result) -> str:
     """What a user may type after a run."""
+    cfg, folder = result.session.cfg, result.session.folder
     test = f"loss over lr:  python -m olmo_fn.plot range-test {folder}\n" if cfg.schedule.name == "range-test" else ""
     return test + (
         f"sample more:   python -m olmo_fn.generate {folder} 'def ' --temperature 0.7\n"
@@ -123,25 +122,12 @@ def plot_loss(folder: Path) -> Path | None:
     return path
 
 
-def sample(cfg: Config, state: State, source: Source, tokens: int = 160) -> str:
-    """A sample of text that goes on from ``run.sample``; empty without a tokenizer or a prompt."""
-    if not cfg.run.sample or source.tokenizer is None:
-        return ""
-    params = state.params
-    if any(isinstance(p, DTensor) for _, p in tree.items(params)):  # the checkpoint of the last step has them whole
-        path = step_path(Path(cfg.run.folder) / "checkpoints", int(state.step))
-        params = load(path, select=["params.*"])[0]["params"]
-    model = LanguageModel(cfg.model, model_parameters(cfg, params), source.tokenizer, cfg.recipe.sequence_length)
-    text = generate_text(model, cfg.run.sample, Sampling(max_tokens=tokens))
-    return f"sample:\n{cfg.run.sample}{text}\n"
-
-
-def stopped(signal_number: int, cfg: Config, step: int) -> str:
-    """What to say when a signal ended a run."""
-    name = signal.Signals(signal_number).name
+def stopped(result: Result) -> str:
+    """What to say when a signal or an observer ended a run."""
+    run, by = result.session.cfg.run, ":" if result.stopped_by == OBSERVER else " by"
     return (
-        f"stopped by {name} after step {step} of {cfg.run.steps}; the state is saved. To go on:\n"
-        f"  python train.py {cfg.run.folder}/config.yaml"
+        f"stopped{by} {result.reason} after step {result.step} of {run.steps}; the state is saved. To go on:\n"
+        f"  python train.py {run.folder}/config.yaml"
     )
 
 

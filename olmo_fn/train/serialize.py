@@ -100,6 +100,7 @@ def _build_dataclass(cls: Any, value: Any, name: str) -> Any:
         if field.name not in value and field.default is MISSING and field.default_factory is MISSING:
             kind = _describe(hints[field.name])
             raise ValueError(f"{prefix}{field.name} is missing, and has no default; it must be {kind}")
+    hints |= {field.name: field.default_factory for field in fields(cls) if hints[field.name] is Any}
     return cls(**{key: _build(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
 
 

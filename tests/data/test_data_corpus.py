@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olmo_fn.data.corpus import Corpus, is_heldout, read_sources, tokenize_corpus
+from olmo_fn.data.corpus import Corpus, is_heldout_source, read_sources, tokenize_corpus
 from olmo_fn.data.tokenizer import load
 
 FILES = ["heldout.npy", "meta.json", "part-00000.npy", "tokenizer.json"]
@@ -24,7 +24,7 @@ def sources():
     """Some of the standard library, with documents on both sides."""
     found = dict(read_sources(STDLIB / "json"))
     found |= {f"email/{name}": text for name, text in read_sources(STDLIB / "email").items()}
-    return found
+    return dict(sorted(found.items()))
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +33,18 @@ def corpus(sources, tmp_path_factory):
 
 
 def test_the_tokens_are_the_text(sources, corpus):
-    tokenizer = load(corpus.tokenizer_path)
-    assert (tokenizer.vocab_size, tokenizer.eos_id) == (corpus.vocab_size, corpus.eos_id) == (400, 0)
-    held = [text for name, text in sources.items() if is_heldout(name)]
-    train = [text for name, text in sources.items() if not is_heldout(name)]
+    tokenizer = load(corpus.folder / "tokenizer.json")
+    meta = json.loads((corpus.folder / "meta.json").read_text())
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (meta["vocab_size"], meta["eos_id"]) == (400, 0)
+    held = [text for name, text in sources.items() if is_heldout_source(name)]
+    train = [text for name, text in sources.items() if not is_heldout_source(name)]
     assert held
-    for texts, path, documents, size, count in (
-        (train, corpus.paths[0], corpus.train_documents, corpus.train_bytes, corpus.train_tokens),
-        (held, corpus.heldout_path, corpus.heldout_documents, corpus.heldout_bytes, corpus.heldout_tokens),
-    ):
-        ids = np.fromfile(path, corpus.dtype)
-        assert len(ids) == count
-        assert (ids == corpus.eos_id).sum() == documents == len(texts)
+    for texts, name, counts in ((train, "part-00000.npy", meta["train"]), (held, "heldout.npy", meta["heldout"])):
+        ids = np.fromfile(corpus.folder / name, meta["dtype"])
+        assert len(ids) == counts["tokens"]
+        assert (ids == meta["eos_id"]).sum() == counts["documents"] == len(texts)
         assert tokenizer.decode(ids) == "".join(texts)
-        assert tokenizer.count_bytes(ids) == size == len("".join(texts).encode())
+        assert tokenizer.count_bytes(ids) == counts["bytes"] == len("".join(texts).encode())
     text = "".join(held).encode()
     assert corpus.gzip_bytes == len(gzip.compress(text, 9))
     assert corpus.xz_bytes == len(lzma.compress(text, preset=9))
@@ -54,11 +52,10 @@ def test_the_tokens_are_the_text(sources, corpus):
 
 def test_the_bpe_never_sees_held_out_text(sources, tmp_path):
     """Text on the held-out side does not change the tokenizer."""
-    other = {n: ("zyx " * 5000 if is_heldout(n) else t) for n, t in sources.items()}
+    other = {n: ("zyx " * 5000 if is_heldout_source(n) else t) for n, t in sources.items()}
     a, b = (tokenize_corpus(s, tmp_path / k, 400, False) for k, s in (("a", sources), ("b", other)))
-    assert Path(a.tokenizer_path).read_bytes() == Path(b.tokenizer_path).read_bytes()
-    assert Path(a.paths[0]).read_bytes() == Path(b.paths[0]).read_bytes()
-    assert Path(a.heldout_path).read_bytes() != Path(b.heldout_path).read_bytes()
+    for name in ("tokenizer.json", "part-00000.npy", "heldout.npy"):
+        assert ((a.folder / name).read_bytes() == (b.folder / name).read_bytes()) == (name != "heldout.npy")
 
 
 def test_sources_are_text_without_tests(tmp_path):
@@ -82,7 +79,7 @@ def test_sources_are_text_without_tests(tmp_path):
 def test_the_split_of_this_python():
     """About 5 % of the standard library's text is held out, no generated file among it."""
     sources = read_sources(STDLIB)
-    held = {name: len(text.encode()) for name, text in sources.items() if is_heldout(name)}
+    held = {name: len(text.encode()) for name, text in sources.items() if is_heldout_source(name)}
     assert 300_000 < sum(held.values()) < 800_000
     assert max(held.values()) < sum(held.values()) / 4
     assert not [name for name in held if name.startswith(("encodings/", "pydoc_data/"))]
@@ -91,7 +88,7 @@ def test_the_split_of_this_python():
 
 def test_cached(sources, corpus):
     start = time.perf_counter()
-    again = tokenize_corpus({}, Path(corpus.folder), 400)
+    again = tokenize_corpus({}, corpus.folder, 400)
     assert again == corpus
     assert isinstance(again, Corpus)
     assert time.perf_counter() - start < 0.1
@@ -148,4 +145,4 @@ def test_killed_while_it_is_made(tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "corpus").exists()
     made = tokenize_corpus(read_sources(STDLIB / "email"), tmp_path / "corpus", 2000, show=False)
-    assert made.train_tokens > 0
+    assert (made.folder / "part-00000.npy").stat().st_size > 0

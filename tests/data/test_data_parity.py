@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olmo_fn.data.batches import Batches, labels_of, share
-from olmo_fn.data.shuffle import batches_per_epoch, indices, permutation
-from olmo_fn.data.tokens import open_tokens
-from olmo_fn.data.windows import Windows, open_masks
+from olmo_fn.data.instances.fixed import Windows
+from olmo_fn.data.loader import Loader, labels_of
+from olmo_fn.data.shuffle import permutation
+from olmo_fn.data.sizes import constant_sizes
+from olmo_fn.data.tokens import open_masks, open_tokens
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "data"
 
@@ -36,12 +37,11 @@ def test_instances(folder, case):
     masks = open_masks([str(folder / m) for m in case["settings"].get("label_mask_paths", ())], files)
     windows = Windows(files, case["settings"]["sequence_length"], 256, masks)
     assert len(windows) == case["num_instances"]
-    ids, mask = windows.read(range(len(windows)))
-    assert ids.tolist() == [i["input_ids"] for i in case["instances"]]
+    arrays = windows.read(np.arange(len(windows)))
+    assert arrays["input_ids"].tolist() == [i["input_ids"] for i in case["instances"]]
+    assert arrays.keys() == {"input_ids", *(("label_mask",) if masks else ())}
     if masks:
-        assert mask.astype(int).tolist() == [i["label_mask"] for i in case["instances"]]
-    else:
-        assert mask is None
+        assert arrays["label_mask"].astype(int).tolist() == [i["label_mask"] for i in case["instances"]]
 
 
 @pytest.mark.parametrize("key", ["plain", "label_mask", "attention_mask", "instance_mask", "all"])
@@ -66,16 +66,25 @@ def shuffled_orders():
     ]
 
 
+class NoInstances:
+    """Order does not depend on what is in the instances."""
+
+
+def in_order(size, num_instances, seed):
+    return Loader(NoInstances(), constant_sizes(size, 4), seed, num_instances)
+
+
 @pytest.mark.parametrize("case", range(len(shuffled_orders())))
 def test_order(case):
     case = shuffled_orders()[case]
     size, world = case["global_batch_size"] // case["sequence_length"], case["dp_world_size"]
-    per_epoch = batches_per_epoch(case["dataset_size"], size)
+    loader = in_order(size, case["dataset_size"], case["seed"])
+    per_epoch = loader.steps_per_epoch
     assert per_epoch == case["total_batches"]
     first = (case["epoch"] - 1) * per_epoch
     for rank, expected in enumerate(case["index_per_rank"]):
         ours = [
-            indices(step, size, case["dataset_size"], case["seed"])[share(size, rank, world)].tolist()
+            loader.numbers(step)[rank::world].tolist()  # OLMo-core's ranks take every world-th
             for step in range(first, first + per_epoch)
         ]
         assert ours == expected
@@ -86,11 +95,12 @@ def test_resume_into_another_batch_size_and_world(case):
     """OLMo-core's resumed loader goes on in the same epoch order; ours is asked for that step."""
     case = read("loader.json")["resume"][case]
     size, world = case["global_batch_size_after"] // case["sequence_length"], case["dp_world_size_after"]
-    per_epoch = batches_per_epoch(89, size)
+    loader = in_order(size, 89, case["seed"])
+    per_epoch = loader.steps_per_epoch
     first = (case["epoch"] - 1) * per_epoch
     for rank, expected in enumerate(case["after_per_rank"]):
         steps = range(first + case["resumed_batches_processed"], first + per_epoch)
-        ours = [indices(step, size, 89, case["seed"])[share(size, rank, world)].tolist() for step in steps]
+        ours = [loader.numbers(step)[rank::world].tolist() for step in steps]
         assert ours == expected
 
 
@@ -108,12 +118,12 @@ def test_batches_put_it_together(folder):
     names = ["part-a", "part-b", "part-c"]
     files = tuple(open_tokens(str(folder / f"{n}.npy"), "uint16") for n in names)
     masks = open_masks([str(folder / f"{n}.mask.npy") for n in names], files)
-    data = Batches(Windows(files, 4, 256, masks), batch_size=8, seed=0, num_instances=89)
+    data = Loader(Windows(files, 4, 256, masks), constant_sizes(8, 4), seed=0, num_instances=89)
     order = next(c for c in shuffled_orders() if (c["dp_world_size"], c["epoch"], c["seed"]) == (2, 1, 0))
     stored = read("files.json")
     rows = [[name, i] for name in names for i in range(len(stored["tokens"][f"{name}.npy"]) // 4)]
     for rank in range(2):
-        batch = data(0, rank, 2)
+        batch = {name: x[rank::2] for name, x in data(0).items()}
         for row, index in enumerate(order["index_per_rank"][rank][0]):
             name, i = rows[index]
             ids = stored["tokens"][f"{name}.npy"][4 * i : 4 * i + 4]

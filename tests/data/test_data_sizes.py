@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from olmo_fn.data.batches import Batches
-from olmo_fn.data.resized import Resized
+from olmo_fn.data.instances.fixed import Windows
+from olmo_fn.data.loader import Loader
+from olmo_fn.data.shuffle import permutation
 from olmo_fn.data.sizes import Phase, Sizes, batch_phases, constant_sizes, length_phases, together
 from olmo_fn.data.tokens import open_tokens
-from olmo_fn.data.windows import Windows
 from olmo_fn.optim.schedules import constant, in_tokens, scale
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -34,8 +34,8 @@ def some_sizes(draw, lengths=(2, 4, 8)):
 
 
 def check_every_token_once(windows, sizes, seed):
-    data = Resized(Batches(windows, sizes.largest, seed, 89), sizes)
-    whole = data.batches.steps_per_epoch * sizes.largest
+    data, constant = Loader(windows, sizes, seed, 89), Loader(windows, constant_sizes(sizes.largest, T), seed, 89)
+    whole = data.steps_per_epoch * sizes.largest
     seen, step = [], 0
     while len(seen) < 2 * whole:
         batch, phase = data(step), sizes.at(step)
@@ -44,7 +44,7 @@ def check_every_token_once(windows, sizes, seed):
         assert sizes.tokens_before(step) == len(seen) * T
         seen += batch["input_ids"].reshape(-1, T).tolist()
         step += 1
-    order = [row for s in range(2 * data.batches.steps_per_epoch) for row in data.batches(s)["input_ids"].tolist()]
+    order = [row for s in range(2 * constant.steps_per_epoch) for row in constant(s)["input_ids"].tolist()]
     assert seen[: 2 * whole] == order
     assert len({row[0] for row in seen[:whole]}) == whole
 
@@ -73,13 +73,23 @@ def test_a_mutant_is_caught(windows):
 
 @QUICK
 @given(st.integers(1, 9), st.integers(0, 99), st.integers(0, 99))
-def test_constant_sizes_change_nothing(windows, batch_size, seed, step):
-    """And ranks take the same rows."""
-    batches = Batches(windows, batch_size, seed, 89)
-    resized = Resized(batches, constant_sizes(batch_size, T))
-    for rank, world in ((0, 1), (batch_size - 1, batch_size)):
-        a, b = batches(step, rank, world), resized(step, rank, world)
-        assert all(torch.equal(a[name], b[name]) for name in a)
+def test_constant_sizes_are_whole_batches_of_each_epoch(windows, batch_size, seed, step):
+    """An epoch's order cut to whole batches, one a step, each row from where `origin` says."""
+    data = Loader(windows, constant_sizes(batch_size, T), seed, 89)
+    epoch, batch = divmod(step, 89 // batch_size)
+    numbers = permutation(89, seed, epoch + 1)[batch * batch_size : (batch + 1) * batch_size]
+    assert data.numbers(step).tolist() == numbers.tolist()
+    assert data(step)["input_ids"][:, 0].tolist() == [8 * n for n in numbers]
+    assert [data.origin(step, row).offset for row in range(batch_size)] == [8 * n for n in numbers]
+
+
+@QUICK
+@given(some_sizes(), st.integers(0, 60))
+def test_the_origin_of_a_row_is_where_it_begins(windows, sizes, step):
+    data = Loader(windows, sizes, 3, 89)
+    ids = data(step)["input_ids"]
+    assert len(ids) == sizes.rows(step)
+    assert [data.origin(step, row) for row in range(len(ids))] == [(windows.files[0].path, n) for n in ids[:, 0].tolist()]
 
 
 @QUICK
@@ -135,8 +145,8 @@ def test_lengths_follow_the_line(shortest, steps, window, truncate):
 def test_truncate_takes_the_beginning(windows):
     """Half of each window, and the count says so."""
     sizes = Sizes(T, (Phase(0, 3, 4, used=4), Phase(5, 3, 8)))
-    data = Resized(Batches(windows, 3, 0, 89), sizes)
-    assert torch.equal(data(2)["input_ids"], data.batches(2)["input_ids"][:, :4])
+    data, whole = Loader(windows, sizes, 0, 89), Loader(windows, constant_sizes(3, T), 0, 89)
+    assert torch.equal(data(2)["input_ids"], whole(2)["input_ids"][:, :4])
     assert (sizes.tokens_before(5), sizes.tokens_before(6)) == (60, 84)
     assert (data(2)["labels"][:, -1] == -100).all()
 

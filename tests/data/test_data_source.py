@@ -9,11 +9,15 @@ import pytest
 import torch
 
 import olmo_fn.data.source as source_module
-from olmo_fn.data.config import Data, cache_dir
 from olmo_fn.data.corpus import tokenize_corpus
-from olmo_fn.data.source import heldout_batches, open_data
+from olmo_fn.data.heldout import heldout_batches
+from olmo_fn.data.settings import Data, cache_dir
+from olmo_fn.data.sizes import constant_sizes
+from olmo_fn.data.source import open_data
 from olmo_fn.data.tokenize import Tokenize, tokenize
 from olmo_fn.data.tokenizer import byte_level
+
+SIZES = constant_sizes(4, 10)
 
 
 def write(path, values, dtype="<u2"):
@@ -28,7 +32,7 @@ def files(tmp_path):
 
 
 def test_the_last_windows_are_held_out(files, tmp_path):
-    source = open_data(Data((str(tmp_path / "*.npy"),), heldout_fraction=0.2), 3000, 10, 4)
+    source = open_data(Data((str(tmp_path / "*.npy"),), heldout_fraction=0.2), 3000, SIZES)
     assert source.heldout.tolist() == [*range(2020, 2050)]
     seen = {int(t) for step in range(source.train.steps_per_epoch) for t in source.train(step)["input_ids"][:, 0]}
     assert seen == {*range(1000, 1100, 10), 2000, 2010}
@@ -37,22 +41,22 @@ def test_the_last_windows_are_held_out(files, tmp_path):
 
 
 def test_nothing_is_held_out_at_0(files):
-    source = open_data(Data(tuple(files), heldout_fraction=0.0), 3000, 10, 4)
+    source = open_data(Data(tuple(files), heldout_fraction=0.0), 3000, SIZES)
     assert (source.train.num_instances, len(source.heldout)) == (15, 0)
-    assert list(heldout_batches(source, 10, 5, 2)) == []
+    assert list(heldout_batches(source.heldout, 10, 5, 2, source.eos_id)) == []
 
 
 def test_a_small_fraction_still_holds_out_a_window_and_a_large_one_is_capped(files, monkeypatch):
-    assert len(open_data(Data(tuple(files), heldout_fraction=1e-9), 3000, 10, 4).heldout) == 10
+    assert len(open_data(Data(tuple(files), heldout_fraction=1e-9), 3000, SIZES).heldout) == 10
     monkeypatch.setattr(source_module, "HELDOUT_TOKENS", 25)
-    assert len(open_data(Data(tuple(files), heldout_fraction=0.5), 3000, 10, 4).heldout) == 20
+    assert len(open_data(Data(tuple(files), heldout_fraction=0.5), 3000, SIZES).heldout) == 20
 
 
 def test_heldout_files(files):
-    source = open_data(Data((files[0],), heldout_paths=(files[1],)), 3000, 10, 4)
+    source = open_data(Data((files[0],), heldout_paths=(files[1],)), 3000, SIZES)
     assert source.train.num_instances == 10
     assert source.heldout.tolist() == [*range(2000, 2057)]
-    labels = torch.cat([b["labels"].reshape(-1) for b in heldout_batches(source, 10, 5, 2)])
+    labels = torch.cat([b["labels"].reshape(-1) for b in heldout_batches(source.heldout, 10, 5, 2, source.eos_id)])
     assert sorted(labels[labels >= 0].tolist()) == [*range(2001, 2057)]  # no known context for the first
 
 
@@ -70,20 +74,20 @@ def test_what_the_command_wrote(tokenized):
     out, meta = tokenized
     data = Data((f"{out}/part-*.npy",), (f"{out}/heldout.npy",), tokenizer=f"{out}/tokenizer.json")
     for size in (257, 70_000):
-        source = open_data(data, size, 16, 4)
+        source = open_data(data, size, constant_sizes(4, 16))
         assert source.heldout_bytes == meta["heldout"]["bytes"]
         assert len(source.heldout) == meta["heldout"]["tokens"]
         assert source.eos_id == 256
-    labels = torch.cat([b["labels"].reshape(-1) for b in heldout_batches(source, 16, 4, 3)])
+    labels = torch.cat([b["labels"].reshape(-1) for b in heldout_batches(source.heldout, 16, 4, 3, source.eos_id)])
     assert (labels >= 0).sum() == meta["heldout"]["tokens"]  # the first token and every end of a document too
-    without = open_data(Data((f"{out}/part-*.npy",)), 70_000, 16, 4)
-    assert (without.train.windows.files[0].dtype, without.eos_id) == ("uint16", 256)
+    without = open_data(Data((f"{out}/part-*.npy",)), 70_000, constant_sizes(4, 16))
+    assert (without.train.instances.files[0].dtype, without.eos_id) == ("uint16", 256)
 
 
 def test_another_meta_json_is_left_alone(files, tmp_path):
     for other in ("[1]", "{}", "{", '{"dtype": "float32", "eos_id": 0}', '{"dtype": "uint8"}'):
         (tmp_path / "meta.json").write_text(other)
-        assert open_data(Data((files[0],)), 3000, 10, 4).train.windows.files[0].dtype == "uint16"
+        assert open_data(Data((files[0],)), 3000, SIZES).train.instances.files[0].dtype == "uint16"
 
 
 def test_mistakes(files, tokenized, tmp_path):
@@ -118,14 +122,12 @@ def test_mistakes(files, tokenized, tmp_path):
             (3000, 10, 4),
             "--data.heldout-fraction must be from 0 to below 1",
         ),
-        (Data((one,)), (3000, 1, 4), "the sequence length must be at least 2"),
-        (Data((one,)), (3000, 10, 0), "the batch size must be at least 1"),
         (Data(tokenizer=tokenizer), (3000, 10, 4), "--data.tokenizer needs --data.paths"),
         (Data(cache_dir=one), (300, 10, 4), f"cannot keep the default corpus in '{one}' ("),
         (Data(cache_dir=str(tmp_path)), (200, 10, 4), "a byte-level BPE has at least 257 tokens"),
     ]:
         with pytest.raises(ValueError, match=r".") as e:
-            open_data(data, vocab, length, batch)
+            open_data(data, vocab, constant_sizes(batch, length))
         assert message in str(e.value)
         assert "\n" not in str(e.value)
 
@@ -140,13 +142,13 @@ def test_the_default_corpus(tmp_path, monkeypatch):
         return tokenize_corpus(sources, folder / "small", vocab_size, show)
 
     monkeypatch.setattr(source_module, "stdlib_corpus", small)
-    source = open_data(Data(cache_dir=str(tmp_path)), 300, 16, 4, show=False)
+    source = open_data(Data(cache_dir=str(tmp_path)), 300, constant_sizes(4, 16), show=False)
     assert asked == [(tmp_path, 300, False)]
     meta = json.loads((tmp_path / "small" / "meta.json").read_text())
     assert source.heldout_compressed == {"gzip -9": meta["gzip_bytes"], "xz -9": meta["xz_bytes"]}
-    assert (source.heldout_bytes, len(source.heldout)) == (meta["heldout_bytes"], meta["heldout_tokens"])
-    assert source.train.windows.files[0].num_tokens == meta["train_tokens"]
-    open_data(Data(cache_dir=str(tmp_path)), 100_352, 16, 4, show=False)
+    assert (source.heldout_bytes, len(source.heldout)) == (meta["heldout"]["bytes"], meta["heldout"]["tokens"])
+    assert source.train.instances.files[0].num_tokens == meta["train"]["tokens"]
+    open_data(Data(cache_dir=str(tmp_path)), 100_352, constant_sizes(4, 16), show=False)
     assert asked[1][1] == 4096
 
 
@@ -160,7 +162,7 @@ def test_cache_dir(monkeypatch, tmp_path):
 
 
 def test_settings_and_command_import_no_torch():
-    script = "import olmo_fn.data.config, olmo_fn.data.tokenize, sys; sys.exit('torch' in sys.modules)"
+    script = "import olmo_fn.data.settings, olmo_fn.data.tokenize, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
@@ -168,5 +170,6 @@ def test_bytes_of_text_cut_inside_a_character(tmp_path):
     """A held-out fraction may begin inside a document, even inside a character: bytes are still exact."""
     byte_level().save(tmp_path / "tokenizer.json")
     path = write(tmp_path / "t.npy", list("é".encode() * 50))
-    source = open_data(Data((path,), tokenizer=str(tmp_path / "tokenizer.json"), heldout_fraction=0.2), 257, 5, 2)
+    data = Data((path,), tokenizer=str(tmp_path / "tokenizer.json"), heldout_fraction=0.2)
+    source = open_data(data, 257, constant_sizes(2, 5))
     assert source.heldout_bytes == len(source.heldout) == 20

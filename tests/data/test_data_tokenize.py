@@ -121,7 +121,7 @@ def test_the_command_end_to_end_and_any_number_of_workers(inputs, tmp_path):
             f"python train.py olmo2-tiny --data.paths '{out}/part-*.npy' "
             f"--data.tokenizer {out}/tokenizer.json --data.heldout-paths {out}/heldout.npy"
         )
-        assert "tokenizing: 100%" in done.stderr
+        assert not done.stderr  # it is no terminal
         outputs.append({p.name: p.read_bytes() for p in out.iterdir() if p.name != "meta.json"})
     assert outputs[0] == outputs[1]
     assert {"part-00000.npy", "part-00001.npy", "heldout.npy", "tokenizer.json"} <= set(outputs[0])

@@ -6,8 +6,8 @@ import resource
 import numpy as np
 import pytest
 
-from olmo_fn.data.tokens import check_vocab, expand, open_tokens, smallest_dtype, view
-from olmo_fn.data.windows import Windows, open_masks
+from olmo_fn.data.instances.fixed import Windows
+from olmo_fn.data.tokens import check_vocab, expand, open_masks, open_tokens, smallest_dtype, view
 
 
 def write(path, values, dtype="<u2"):
@@ -91,15 +91,15 @@ def test_what_the_scan_leaves_out_is_found_on_reading(tmp_path):
     file = open_tokens(write(tmp_path / "t.npy", values), "uint16")
     check_vocab([file], 50, scan_bytes=1000)
     windows = Windows((file,), 10, 50)
-    assert windows.read([89])[0].max() == 0
+    assert windows.read(np.array([89]))["input_ids"].max() == 0
     with pytest.raises(ValueError, match=r"token 50 at offset 900 of '.*t\.npy'"):
-        windows.read([3, 90])
+        windows.read(np.array([3, 90]))
 
 
 def test_a_uint64_that_no_int64_holds_is_refused(tmp_path):
     file = open_tokens(write(tmp_path / "t.npy", [0, 2**64 - 1], "uint64"), "uint64")
     with pytest.raises(ValueError, match="token 18446744073709551615 at offset 1 "):
-        Windows((file,), 2, 50).read([0])
+        Windows((file,), 2, 50).read(np.array([0]))
 
 
 def test_label_masks_must_match(tmp_path):
@@ -120,7 +120,7 @@ def test_more_files_than_file_descriptors(tmp_path):
     used = len(os.listdir("/dev/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 300, limits[1]))
     try:
-        ids, _ = Windows(files, 2, 700).read(range(700))
+        ids = Windows(files, 2, 700).read(np.arange(700))["input_ids"]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert ids[:, 0].tolist() == list(range(700))

@@ -3,6 +3,7 @@
 3 init, 4 accumulation, 5 invisible transforms, 6 resuming, 8 data order, 9 engines, 10 pipe.
 """
 
+import itertools
 import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,11 +22,12 @@ from olmo_fn.core.compile import compile
 from olmo_fn.core.gradients import Gradients, Grads, Signals
 from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.core.step import State
-from olmo_fn.data.batches import Batches, share
+from olmo_fn.data.instances.fixed import Windows
+from olmo_fn.data.loader import Loader
 from olmo_fn.data.prefetch import prefetch
-from olmo_fn.data.shuffle import batches_per_epoch, indices, permutation
+from olmo_fn.data.shuffle import permutation, shuffled
+from olmo_fn.data.sizes import Phase, Sizes, constant_sizes
 from olmo_fn.data.tokens import open_tokens
-from olmo_fn.data.windows import Windows
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense, modified
 from olmo_fn.optim import adamw, sgd
@@ -523,10 +525,15 @@ def test_law_10_skip():
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 300), st.integers(0, 2**40))
 
 
+def indices(step, batch_size, num_instances, seed):
+    """The instances of a step, in batches of a constant size."""
+    return shuffled(step * batch_size, batch_size, num_instances, batch_size, seed)
+
+
 def law_order(order, batch_size, num_instances, seed):
     """``order`` visits no instance twice in an epoch, leaves out less than a batch, differs between epochs,
     and depends on nothing but its arguments."""
-    per_epoch = batches_per_epoch(num_instances, batch_size)
+    per_epoch = num_instances // batch_size
     steps = range(2 * per_epoch)
     forward = [order(step, batch_size, num_instances, seed).tolist() for step in steps]
     for epoch in range(2):
@@ -547,14 +554,27 @@ def test_law_8_bijection_and_resume(case):
 
 
 @settings(deadline=None)
-@given(sizes, st.integers(1, 6), st.integers(0, 10**6))
-def test_law_8_data_parallel(case, world, step):
-    """The ranks of any world share out the same global batch."""
-    batch_size, num_instances, seed = case[0] * world, case[1] + case[0] * world, case[2]
-    batch = indices(step, batch_size, num_instances, seed)
-    parts = [batch[share(batch_size, rank, world)] for rank in range(world)]
-    assert len({len(part) for part in parts}) == 1
-    assert np.array_equal(np.stack(parts, 1).reshape(-1), batch)
+@given(st.sampled_from([0, 19, 20, 39, 40, 60]), st.integers(1, 8))
+def test_law_8_data_parallel(data, step, world):
+    """The ranks of any world read together the same batch, each its own rows and no instance that it has no row of."""
+
+    class Noted(Windows):
+        def read(self, numbers):
+            asked.append(numbers.tolist())
+            return super().read(numbers)
+
+    asked = []
+    phases = (Phase(0, 8, 8), Phase(20, 6, 4), Phase(40, 5, 2, used=6))
+    noted = Noted(data.instances.files, data.instances.sequence_length, data.instances.vocab_size)
+    loader = replace(data, instances=noted, sizes=Sizes(8, phases))
+    whole, rows = loader(step), loader.sizes.rows(step)
+    (instances,), asked[:] = asked[:], []
+    bounds = [rows * rank // world for rank in range(world + 1)]
+    parts = [loader(step, slice(*pair)) for pair in itertools.pairwise(bounds)]
+    for name in whole:
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
+    for numbers, pair in zip(asked, itertools.pairwise(bounds), strict=True):
+        assert numbers == list(dict.fromkeys(instances[row * len(instances) // rows] for row in range(*pair)))
 
 
 @settings(deadline=None)
@@ -570,7 +590,8 @@ def test_law_8_read_ahead_and_resume_point(data, batch_size, start, depth):
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("law") / "tokens.npy"
     np.arange(1000, dtype=np.uint16).tofile(path)
-    return Batches(Windows((open_tokens(str(path), "uint16"),), 8, 1000), batch_size=7, seed=3, num_instances=120)
+    windows = Windows((open_tokens(str(path), "uint16"),), 8, 1000)
+    return Loader(windows, constant_sizes(7, 8), seed=3, num_instances=120)
 
 
 class Stateful:
@@ -584,7 +605,7 @@ class Stateful:
 
 
 def without_epoch(step, batch_size, num_instances, seed):
-    start = step % batches_per_epoch(num_instances, batch_size) * batch_size
+    start = step % (num_instances // batch_size) * batch_size
     return permutation(num_instances, seed, 1)[start : start + batch_size]
 
 

@@ -19,18 +19,19 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import load, steps
 from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import grad, pipe
-from olmo_fn.data.config import Data
-from olmo_fn.data.shuffle import indices
+from olmo_fn.data.settings import Data
+from olmo_fn.data.shuffle import shuffled
 from olmo_fn.data.tokenizer import byte_level
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
 from olmo_fn.replay.__main__ import main
 from olmo_fn.replay.replay import largest_spike, replay
 from olmo_fn.research import outliers
-from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
+from olmo_fn.train.config import Config, Growth, Lora, Optim, Recipe, Run, Schedule
 from olmo_fn.train.folder import write_config
 from olmo_fn.train.loop import train
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers import read_metrics
+from olmo_fn.transforms.lora import lora_loss
 
 ROOT = Path(__file__).parents[2]
 ROWS, LENGTH, STEPS, SPIKE, ROW = 4, 64, 60, 47, 2  # the garbage is row ROW of step SPIKE
@@ -44,7 +45,7 @@ def run(tmp_path_factory):
     text = Path(textwrap.__file__).read_text() * 4
     ids = np.array(byte_level().encode(text), np.uint16)[: STEPS * ROWS * LENGTH]
     assert len(ids) == STEPS * ROWS * LENGTH
-    window = int(indices(SPIKE - 1, ROWS, STEPS * ROWS, SEED)[ROW])
+    window = int(shuffled((SPIKE - 1) * ROWS, ROWS, STEPS * ROWS, ROWS, SEED)[ROW])
     garbage = bytes(random.Random(0).choices(b"~^`\\|@#$%&", k=LENGTH))
     ids[window * LENGTH : (window + 1) * LENGTH] = list(garbage)
     ids.tofile(folder / "tokens.npy")
@@ -66,6 +67,35 @@ def run(tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()):
         train(cfg)
     return folder / "run", window, garbage.decode()
+
+
+def again(run, tmp_path, **changes):
+    """The same run, shorter and of another config: its folder, and what metrics.jsonl says."""
+    cfg = replay(run[0], 1).cfg
+    recipe = replace(cfg.recipe, accumulate=1, ema=0.0, **changes.pop("recipe", {}))
+    where = replace(cfg.run, folder=str(tmp_path / "again"), steps=12, checkpoint_every=10)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(replace(cfg, recipe=recipe, run=where, **changes))
+    return tmp_path / "again", {line["step"]: line for line in read_metrics(tmp_path / "again" / "metrics.jsonl")}
+
+
+def each_row(found, loss, trained=("*",)):
+    """Loss a token, and gradient norm for the trained leaves, of each row of a replayed step, by torch.func."""
+    tokens = (found.batch["labels"] != IGNORE).sum()
+    params, frozen = tree.partition(found.params, trained)
+
+    def mean(params, row):
+        return loss(tree.combine(params, frozen) if frozen else params, row)[0] / tokens
+
+    rows = [{name: value[i : i + 1] for name, value in found.batch.items()} for i in range(len(found.batch["labels"]))]
+    found = [torch.func.grad_and_value(mean)(params, row) for row in rows]
+    counts = [(row["labels"] != IGNORE).sum() for row in rows]
+    losses = [float(value * tokens / count) for (_, value), count in zip(found, counts, strict=True)]
+    return losses, [float(sum(g.square().sum() for _, g in tree.items(grads)) ** 0.5) for grads, _ in found]
+
+
+def mean_loss(found):
+    return sum(s.loss * s.tokens for s in found.sequences) / sum(s.tokens for s in found.sequences)
 
 
 def copy(run, tmp_path):
@@ -134,7 +164,7 @@ def test_a_changed_bit_of_the_data_is_seen(run, tmp_path):
     folder = copy(run, tmp_path)
     cfg = replay(folder, 1).cfg
     ids = np.fromfile(cfg.data.paths[0], np.uint16)
-    changed = int(indices(43 - 1, ROWS, STEPS * ROWS, SEED)[0])
+    changed = int(shuffled((43 - 1) * ROWS, ROWS, STEPS * ROWS, ROWS, SEED)[0])
     ids[changed * LENGTH + 10] ^= 1
     ids.tofile(tmp_path / "changed.npy")
     write_config(replace(cfg, data=replace(cfg.data, paths=(str(tmp_path / "changed.npy"),))), folder)
@@ -219,3 +249,67 @@ def test_a_compiled_run_is_replayed_bit_for_bit(run, tmp_path):
         train(replace(cfg, recipe=recipe, run=where))
     found = replay(tmp_path / "run", 8)
     assert (found.start, found.differences) == (6, ())
+
+
+# --- what replay once got wrong: each of these printed other numbers than the run's ------------------------------------
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_a_growing_run(run, tmp_path, truncate):
+    """Batch and length are those of the step; the rows are pieces of windows, named by their own offsets."""
+    growth = Growth((2,), until=(4,), min_length=16, length_multiple=16, length_steps=8, truncate=truncate)
+    folder, lines = again(run, tmp_path, growth=growth)
+    tokens = np.fromfile(replay(run[0], 1).cfg.data.paths[0], np.uint16)
+    shapes = {}
+    for step in (1, 6, 12):
+        found = replay(folder, step)
+        assert found.differences == ()
+        assert found.metrics["loss"] == lines[step]["loss"]
+        assert mean_loss(found) == pytest.approx(lines[step]["loss"], rel=1e-5)
+        for s in found.sequences:
+            assert np.array_equal(tokens[s.offset : s.offset + len(s.ids)], s.ids)
+        shapes[step] = tuple(found.batch["input_ids"].shape)
+    assert shapes == {1: (2, 16) if truncate else (8, 16), 6: (4, 32) if truncate else (8, 32), 12: (4, 64)}
+
+
+@pytest.mark.parametrize("step", [11, 5])
+def test_adapters(run, tmp_path, step):
+    """From a checkpoint and from the initial weights: losses of the adapted model, gradients of the adapters alone."""
+    folder, lines = again(run, tmp_path, lora=Lora(4, alpha=16.0))
+    found = replay(folder, step)
+    assert found.differences == ()
+    assert (found.start, found.checkpoint) == ((10, folder / "checkpoints" / "step10") if step > 10 else (0, None))
+    loss = lora_loss(transformer.loss(found.cfg.model, z_loss=found.cfg.recipe.z_loss), 16.0)
+    losses, norms = each_row(found, loss, ["lora.*"])
+    rows = sorted(found.sequences, key=lambda s: s.row)
+    assert [s.loss for s in rows] == pytest.approx(losses, rel=1e-5)
+    assert [s.grad_norm for s in rows] == pytest.approx(norms, rel=1e-4)
+    assert mean_loss(found) == pytest.approx(lines[step]["loss"], rel=1e-5)
+
+
+def test_frozen_parameters_pull_at_nothing(run, tmp_path):
+    folder, _ = again(run, tmp_path, recipe={"freeze": ("embed", "head*")})
+    found = replay(folder, 3)
+    loss = transformer.loss(found.cfg.model, z_loss=found.cfg.recipe.z_loss)
+    trained = [path for path, _ in tree.items(found.params) if not path.startswith(("embed", "head"))]
+    rows = sorted(found.sequences, key=lambda s: s.row)
+    assert [s.grad_norm for s in rows] == pytest.approx(each_row(found, loss, trained)[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("step", [2, 11])
+def test_normalized_weights(run, tmp_path, step):
+    """From the initial weights too, which are normalized."""
+    folder, lines = again(run, tmp_path, recipe={"normalize": True})
+    found = replay(folder, step)
+    assert found.differences == ()
+    assert found.metrics["grad_norm"] == lines[step]["grad_norm"]
+
+
+def test_schedule_free(run, tmp_path):
+    """The rows are taken where the step takes its gradient, between its two sequences of weights."""
+    folder, lines = again(run, tmp_path, optim=Optim("schedule-free", lr=3e-2))
+    found = replay(folder, 12)
+    assert found.differences == ()
+    assert mean_loss(found) == pytest.approx(lines[12]["loss"], rel=1e-5)
+    losses, _ = each_row(found, transformer.loss(found.cfg.model, z_loss=found.cfg.recipe.z_loss))
+    assert np.mean(losses) != pytest.approx(lines[12]["loss"], rel=1e-3), "at the parameters it is another loss"

@@ -1,6 +1,5 @@
 """Whole runs: killed and gone on with, stopped, resumed, refused; and what they leave in their folder."""
 
-import json
 import os
 import random
 import re
@@ -19,10 +18,9 @@ from programs import ROOT, context, python
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, newest_whole, steps
 from olmo_fn.core.compile import has_compiler, prepare_cache
-from olmo_fn.data.config import Data
-from olmo_fn.models.config import dense
+from olmo_fn.data.settings import Data
 from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers import read_metrics
 
 SAME = ("step", "loss", "ce", "z", "grad_norm", "lr", "skipped", "tokens")
 
@@ -226,7 +224,7 @@ def test_a_run_from_the_command_line(tmp_path, tokens):
     assert f"python train.py {folder}/config.yaml" in first.stdout
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "loss.png"} <= names
-    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    line = read_metrics(folder / "metrics.jsonl")[-1]
     assert {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "peak_mb"} <= line.keys()
     again = cli(folder / "config.yaml", "--run.folder", tmp_path / "again")
     assert again.returncode == 0, again.stderr

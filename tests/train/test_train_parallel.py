@@ -15,7 +15,7 @@ from programs import ROOT, python
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, newest_whole, steps
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers import read_metrics
 
 FLAGS = shlex.split("""
 --model.d-model 16 --model.n-layers 2 --model.n-heads 2 --model.hidden-size 24 --model.vocab-size 64

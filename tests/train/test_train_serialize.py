@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from olmo_fn.data.instances.fixed import FixedLength
+from olmo_fn.data.settings import Data
 from olmo_fn.models.config import OLMO2, OLMO3, Model
 from olmo_fn.train.config import Config, Run
 from olmo_fn.train.serialize import from_yaml, to_yaml
@@ -17,6 +19,8 @@ from olmo_fn.train.serialize import from_yaml, to_yaml
 MODEL = "model: {d_model: 8, n_layers: 1, n_heads: 1, hidden_size: 4}\n"
 
 st.register_type_strategy(float, st.floats(allow_nan=False))
+kinds = {"instances": st.builds(FixedLength)}  # a field that holds one of several kinds
+st.register_type_strategy(Data, st.builds(Data, **{field.name: kinds.get(field.name, ...) for field in fields(Data)}))
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from olmo_fn import tree
 from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import accumulate, clip, grad, pipe, skip_spikes
-from olmo_fn.data.batches import labels_of
+from olmo_fn.data.loader import labels_of
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
 from olmo_fn.nn.rope import rope_table

@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import json
 import math
 import sys
 from contextlib import redirect_stdout
@@ -21,7 +20,7 @@ from olmo_fn.checkpoint import load, save, step_path
 from olmo_fn.generate.load import load_model
 from olmo_fn.models.config import dense
 from olmo_fn.train.config import Config, Growth, Lora, Recipe, Run, Schedule
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers import read_metrics
 from olmo_fn.train.recipe import parameters
 from olmo_fn.train.schedule import named, schedule, sizes
 from olmo_fn.transforms.lora import merge_lora
@@ -281,7 +280,7 @@ def test_range_test_from_the_command_line(base, tmp_path):
     run = tmp_path / "range"
     more = "--run.steps 20 --schedule.name range-test --schedule.lowest 1e-5 --recipe.skip-sigma 0"
     assert f"python -m olmo_fn.plot range-test {run}" in train(*flags, more, "--optim.lr", 1, "--run.folder", run)
-    rates = [json.loads(line)["lr"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in read_metrics(run / "metrics.jsonl")]
     assert rates == pytest.approx([1e-5 * 1e5 ** (i / 20) for i in range(1, 21)])
     assert plot.main(["range-test", str(run)]) == 0
     assert (run / "range-test.png").exists()

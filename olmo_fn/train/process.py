@@ -1,16 +1,17 @@
-"""This process among those that train together, as a value: who it is, its mesh, and what only the first of them does."""
+"""This process among those that train together, as a value: its rank, its device, and its place in the mesh."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from olmo_fn.checkpoint import Ranks
+from olmo_fn.launch.monitor import monitor
 from olmo_fn.launch.process import Process, agree, code_hash, init_process_group_from_env
 from olmo_fn.mesh.connect import Connection, connect
 from olmo_fn.train import machine
@@ -21,35 +22,38 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Job:
-    """``connection`` is None for a process alone."""
+class ProcessContext:
+    """Who this process is, what it computes on, and how it reaches the others: ``connection`` is None for one alone."""
 
-    process: Process
-    connection: Connection | None
     device: torch.device
-    ranks: Ranks
+    process: Process = field(default_factory=Process)
+    connection: Connection | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    """The same ranks, as checkpoints know them."""
+    step_done: Callable[[int], None] = lambda step: None
+    """Tells the others that a step is done."""
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the process that prints, and writes what is written once."""
+    def is_main(self) -> bool:
+        """Whether this is the process that reports, and writes what is written once."""
         return self.process.rank == 0
 
-    def first(self, make: Callable[[], T]) -> T:
+    def local_main_first(self, make: Callable[[], T]) -> T:
         """``make()``, by the first process of each machine before the others: it may fill a cache."""
         if self.process.local_rank == 0:
             made = make()
-            self.wait()
+            self.barrier()
             return made
-        self.wait()
+        self.barrier()
         return make()
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
         if self.connection is not None:
             dist.barrier()
 
-    def largest(self, value: int) -> int:
-        """The largest of the processes' values, on all of them."""
+    def all_reduce_max(self, value: int) -> int:
+        """The largest of the processes' values, on all of them. Waits for them."""
         if self.connection is None:
             return value
         tensor = torch.tensor(value, device=self.device)
@@ -58,25 +62,28 @@ class Job:
 
 
 @contextmanager
-def join(cfg: Config) -> Iterator[Job]:
+def join(cfg: Config) -> Iterator[ProcessContext]:
     """Take part in the job that the environment describes; a process alone is one as well.
 
-    ValueError if the processes do not fill the mesh, or run another program or config than the first.
+    If another process fails inside the block, this one ends, and says why. ValueError if the processes do not fill the mesh,
+    or run another program or config than the first.
     """
     device = machine.pick_device(cfg.run.device)
     process = init_process_group_from_env(device.type)
     try:
         cfg.check_processes(process.size)
-        mesh = cfg.mesh.on(process.size)
         if process.size == 1:
-            yield Job(process, None, device, Ranks())
+            with monitor(process) as step_done:
+                yield ProcessContext(device, process, step_done=step_done)
             return
         if device.type == "cuda":
             device = torch.device("cuda", process.local_rank)
         agree(code_hash(), "program", process)
         agree(to_yaml(replace(cfg, run=replace(cfg.run, threads=0))), "config", process)
         ranks = Ranks(process.rank, process.size, dist.PrefixStore("checkpoint", process.store))
-        yield Job(process, connect(mesh, device.type), device, ranks)
+        connection = connect(cfg.mesh.on(process.size), device.type)
+        with monitor(process) as step_done:
+            yield ProcessContext(device, process, connection, ranks, step_done)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

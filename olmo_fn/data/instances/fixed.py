@@ -1,0 +1,84 @@
+"""Training instances as OLMo-core's fixed-sequence-length dataset defines them.
+
+Each file is cut on its own into windows of ``sequence_length`` tokens without overlap; its tail is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from olmo_fn.data.instances import Instances, Origin
+from olmo_fn.data.tokens import TokenFile, view, vocab_error
+
+
+@dataclass(frozen=True)
+class FixedLength:
+    """Windows of the sequence length, cut from each token file without overlap."""
+
+    name: tyro.conf.Suppress[Literal["fixed"]] = "fixed"
+    """This kind of dataset."""
+
+    def build(
+        self,
+        files: tuple[TokenFile, ...],
+        masks: tuple[TokenFile, ...],
+        sequence_length: int,
+        vocab_size: int,
+        eos_id: int | None,
+    ) -> Instances:
+        """The windows of ``files``; ``masks``: none, or a label mask for each file. Needs no end-of-document token."""
+        return Windows(files, sequence_length, vocab_size, masks)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of ``files``, numbered in file order. ``masks``: none, or a label mask for each file."""
+
+    files: tuple[TokenFile, ...]
+    sequence_length: int
+    vocab_size: int
+    masks: tuple[TokenFile, ...] = ()
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """For each file, one past the number of its last window: (files,) int64."""
+        return np.cumsum([f.num_tokens // self.sequence_length for f in self.files], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """The file of window ``number``, as its index in ``files``, and the offset of its first token there."""
+        file = int(np.searchsorted(self.ends, number, side="right"))
+        before = int(self.ends[file - 1]) if file else 0
+        return file, self.sequence_length * (number - before)
+
+    def origin(self, number: int) -> Origin:
+        """The file of window ``number``, and the offset of its first token there."""
+        file, start = self.locate(number)
+        return Origin(self.files[file].path, start)
+
+    def read(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """``input_ids`` (B, T) int64 of the windows ``numbers`` (B,), and ``label_mask`` (B, T) bool if there are masks.
+
+        ValueError naming file, offset and value for a token that is not in the vocabulary.
+        """
+        t = self.sequence_length
+        ids = np.empty((len(numbers), t), dtype=np.int64)
+        mask = np.empty((len(numbers), t), dtype=np.bool_)
+        where = [self.locate(int(number)) for number in numbers]
+        for row, (file, start) in enumerate(where):
+            ids[row] = view(self.files[file])[start : start + t]
+            if self.masks:
+                mask[row] = view(self.masks[file])[start : start + t]
+        # A uint64 beyond int64 is negative here.
+        if ids.size and (ids.max() >= self.vocab_size or ids.min() < 0):
+            row, column = np.argwhere((ids >= self.vocab_size) | (ids < 0))[0].tolist()
+            file, start = where[row]
+            raise vocab_error(self.files[file], start + column, self.vocab_size)
+        return {"input_ids": ids, "label_mask": mask} if self.masks else {"input_ids": ids}

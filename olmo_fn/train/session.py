@@ -1,0 +1,255 @@
+"""A run, opened: its step, its batches, its states, its model. Whatever reads a run opens it here, and so sees the same."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+
+from olmo_fn import tree
+from olmo_fn.checkpoint import Index, load, load_newest, step_path, steps
+from olmo_fn.core.chain import Batch
+from olmo_fn.core.step import State, Step
+from olmo_fn.data.heldout import heldout_batches
+from olmo_fn.data.source import Source, open_data
+from olmo_fn.data.tokenizer import Tokenizer
+from olmo_fn.data.tokenizer import load as load_tokenizer
+from olmo_fn.launch.process import agree
+from olmo_fn.models import transformer
+from olmo_fn.spec import abstract
+from olmo_fn.train import machine
+from olmo_fn.train.config import Config
+from olmo_fn.train.evals import Heldout, evaluate
+from olmo_fn.train.folder import read_config
+from olmo_fn.train.process import ProcessContext
+from olmo_fn.train.recipe import first_parameters, parameters, recipe
+from olmo_fn.train.schedule import sizes
+from olmo_fn.transforms.lora import merge_lora
+from olmo_fn.tree import Tree
+
+Weights: TypeAlias = Literal["params", "ema", "merge"]
+
+
+def open_run(run: Session | Config | str | Path, process: ProcessContext | None = None) -> Session:
+    """Open a run by its config or its folder. Nothing but the config is read yet; ValueError if no step can be made of it.
+
+    ``process``: this process among those that train; a process alone, on the run's own device, when not given.
+    """
+    if isinstance(run, Session):
+        return run
+    cfg, folder = (run, Path(run.run.folder)) if isinstance(run, Config) else (read_config(Path(run)), Path(run))
+    process = process or ProcessContext(machine.pick_device(cfg.run.device))
+    dtype = machine.compute_dtype(cfg.recipe.dtype, process.device)
+    return Session(cfg, folder, process, dtype, parameters(cfg), recipe(cfg, dtype, process.connection))
+
+
+class Loaded(NamedTuple):
+    """A state; the checkpoint that it is from, or None; the slots that were begun anew because that has none."""
+
+    state: State
+    checkpoint: Path | None = None
+    new_slots: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open run. ``dtype`` is that of the computation; ``specs`` are of all parameters, adapters included."""
+
+    cfg: Config
+    folder: Path
+    process: ProcessContext
+    dtype: torch.dtype
+    specs: Tree = field(repr=False)
+    step: Step = field(repr=False)
+
+    @cached_property
+    def source(self) -> Source:
+        """The data, opened when first asked for, by all processes together; ValueError for what cannot be trained on."""
+        cfg, show = self.cfg, self.process.is_main
+        source = self.process.local_main_first(lambda: open_data(cfg.data, cfg.model.vocab_size, sizes(cfg), show))
+        agree(fingerprint(source), "data", self.process.process)
+        return source
+
+    def batch(self, step: int) -> Batch:
+        """The batch of the step that follows ``step`` others, on this process's device."""
+        return {name: value.to(self.process.device) for name, value in self.source.train(step).items()}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own copy of it, or else the one that its config names. ValueError without any that fits the model."""
+        own, data = self.folder / "tokenizer.json", self.cfg.data
+        path = own if own.is_file() else data.tokenizer
+        if not path:
+            raise ValueError(f"{self.folder} holds no tokenizer.json; put the one there that its data was tokenized with")
+        tokenizer = load_tokenizer(path, data.eos)
+        if tokenizer.vocab_size > self.cfg.model.vocab_size:
+            raise ValueError(
+                f"{path} has {tokenizer.vocab_size:,} ids and the model {self.cfg.model.vocab_size:,}; "
+                f"put the tokenizer.json into {self.folder} that its data was tokenized with"
+            )
+        return tokenizer
+
+    def first_state(self) -> State:
+        """The state with the initial weights."""
+        return self.step.init(first_parameters(self.cfg, self.step, self.process.device))
+
+    def resume(self) -> Loaded:
+        """What the run goes on from: its newest whole checkpoint, or that of ``run.start_from``, or the initial weights.
+
+        All processes call it together, and have looked at the folder when it returns.
+        """
+        run = self.cfg.run
+        found = self.newest(self.folder)
+        if found is None and run.start_from:
+            params_only = run.start_with == "params" or self.cfg.lora.rank > 0
+            found = self._params_of(Path(run.start_from)) if params_only else self.newest(Path(run.start_from))
+            if found is None:
+                raise ValueError(f"--run.start-from {run.start_from!r}: there is no whole checkpoint")
+        return found or Loaded(self.first_state())
+
+    def newest(self, where: Path, **options: Any) -> Loaded | None:
+        """The newest whole checkpoint in the run folder ``where``, or where that is one; ``options`` as `load_newest` has."""
+        expected = abstract_state(self.step, self.specs)
+        found = self._load(where, lambda index: stored_part(expected, index), **options)
+        if found is None:
+            return None
+        state, new = with_new_slots(self.step, found[1], expected["slots"])
+        return Loaded(state, found[0], new)
+
+    def _params_of(self, where: Path) -> Loaded | None:
+        """A new state with the model's parameters of another run; adapters are new."""
+        like = {"params": abstract(transformer.specs(self.cfg.model))}
+        found = self._load(where, like, select=["params.*"])
+        if found is None:
+            return None
+        params = {**first_parameters(self.cfg, self.step, self.process.device), **found[1]["params"]}
+        return Loaded(self.step.init(params), found[0])
+
+    def _load(self, where: Path, like: Tree | Callable[[Index], Tree], **options: Any) -> tuple[Path, Tree] | None:
+        """Of the checkpoint ``where``, or the newest whole one of that run; ``options`` as `load_newest` has."""
+        options = {"device": self.process.device, "subset": self.cfg.mesh.pp > 1, **options}  # a pipeline's stage asks for less
+        if (where / "index.json").is_file():
+            for_a_search = ("before", "on_skip")
+            return where, load(where, like, **{name: x for name, x in options.items() if name not in for_a_search})[0]
+        found = load_newest(where / "checkpoints", like, ranks=self.process.ranks, **options)
+        return found and found[:2]
+
+    def model_parameters(self, state: State, weights: Weights = "params") -> Tree:
+        """The parameters of an ordinary model, out of a state: these or their averages, with adapters merged into them."""
+        return self._model(as_tree(state), tree.flatten(state.params), weights, "the state")  # of a pipeline a rank has a stage
+
+    def read_model(self, where: Path, weights: Weights = "params", **options: Any) -> tuple[Tree, Path] | None:
+        """`model_parameters` of a checkpoint, or of the newest whole one of a run, and its path. Reads only what it needs."""
+        setting = {"ema": "ema", "merge": "merge_last"}.get(weights)
+        if setting and not getattr(self.cfg.recipe, setting):
+            flag = f"--recipe.{setting.replace('_', '-')}"
+            raise ValueError(f"{where} kept no {weights} of its weights ({flag} was 0); use --weights params")
+        leaves = tree.flatten(abstract(self.specs))
+
+        def like(index: Index) -> Tree:
+            places = weight_places(weights, leaves, index.tensors, where)
+            return tree.unflatten((place, leaves[path]) for path, place in places.items())
+
+        found = self._load(where, like, subset=True, **options)
+        return found and (self._model(found[1], leaves, weights, where), found[0])
+
+    def evaluate(self, state: State, weights: Weights = "params") -> Heldout | None:
+        """The model's loss on the held-out tokens, at most ``run.eval_tokens`` of them; None when nothing is held out."""
+        source, r = self.source, self.cfg.recipe
+        tokens = source.heldout[: self.cfg.run.eval_tokens]
+        if not len(tokens):
+            return None
+        stride, rows = max(1, r.sequence_length // 2), max(1, r.batch_size // r.accumulate)
+        batches = heldout_batches(tokens, r.sequence_length, stride, rows, source.eos_id, self.cfg.data.mask_documents)
+        there = ({name: value.to(self.process.device) for name, value in batch.items()} for batch in batches)
+        num_bytes = source.tokenizer.count_bytes(tokens) if source.tokenizer else None
+        loss, params = transformer.loss(self.cfg.model), self.model_parameters(state, weights)
+        return evaluate(loss, params, there, num_bytes, dtype=self.dtype, execution=self.step.execution)
+
+    def merged(self, params: Tree) -> Tree:
+        """The parameters with adapters, if the run trains any, merged into the model's."""
+        return merge_lora(params, self.cfg.lora.alpha) if self.cfg.lora.rank else params
+
+    def _model(self, state: Tree, paths: Iterable[str], weights: Weights, holder: object) -> Tree:
+        values = tree.flatten(state)
+        places = weight_places(weights, paths, values, holder)
+        return self.merged(tree.unflatten((path, values[place]) for path, place in places.items()))
+
+
+def find_run(where: Path, step: int | None = None) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint where ``where`` or ``step`` names one; ValueError if it is not there."""
+    inside = where.resolve()
+    if (inside / "index.json").is_file() and (inside.parent.parent / "config.yaml").is_file():
+        if step is not None:
+            raise ValueError(f"{where} is one checkpoint already; leave out --step, or give the run's folder")
+        return inside.parent.parent, inside
+    if not (inside / "config.yaml").is_file():
+        what = "is no run, it holds no config.yaml" if where.is_dir() else "is not there"
+        runs = sorted(str(path.parent) for path in where.parent.glob("*/config.yaml"))
+        hint = f"; there are {', '.join(runs[:8])}" if runs else ""
+        raise ValueError(f"{where} {what}; give the folder of a run, or one of its checkpoints{hint}")
+    if step is None:
+        return inside, None
+    if step not in (saved := steps(inside / "checkpoints")):
+        raise ValueError(f"{where} has no checkpoint of step {step}; it has {', '.join(map(str, saved)) or 'none'}")
+    return inside, step_path(inside / "checkpoints", step)
+
+
+def weight_places(weights: str, paths: Iterable[str], names: Collection[str], holder: object) -> dict[str, str]:
+    """Where in a state with the leaves ``names`` the ``weights`` of each parameter are: a slot has those that are trained.
+
+    ValueError that names the ``holder`` of the state when it has none at all.
+
+    >>> weight_places("ema", ["embed", "w"], ["params.embed", "params.w", "slots.ema.w"], "runs/a")
+    {'embed': 'params.embed', 'w': 'slots.ema.w'}
+    """
+    places = {path: slot if (slot := f"slots.{weights}.{path}") in names else f"params.{path}" for path in paths}
+    if weights != "params" and not any(place.startswith("slots.") for place in places.values()):
+        raise ValueError(f"{holder} holds no {weights} of its weights; use --weights params")
+    return places
+
+
+def as_tree(state: State) -> Tree:
+    """The state as one tree, as checkpoints hold it."""
+    return {"step": state.step, "params": state.params, "slots": state.slots}
+
+
+def abstract_state(step: Step, specs: Tree) -> Tree:
+    """A state's names, shapes and dtypes, on the meta device."""
+    return as_tree(step.init(abstract(specs)))
+
+
+def stored_part(expected: Tree, index: Index) -> Tree:
+    """What a checkpoint has of the ``expected`` state: slots that it lacks are left out, for `with_new_slots` to begin.
+
+    Slots of parameters that are frozen by now may be in it, and are not read.
+    """
+    stored = {path.split(".")[1] for path in (*index.tensors, *index.empty) if path.startswith("slots.")}
+    slots = {name: slot for name, slot in expected["slots"].items() if name in stored}
+    params = tree.flatten(expected["params"]).keys()
+    trained = params & {path for slot in expected["slots"].values() for path, _ in tree.items(slot)}
+    frozen = params - trained if trained else set()
+    unread = {path: None for path in index.tensors if path.startswith("slots.") and path.split(".", 2)[-1] in frozen}
+    state = {**expected, "slots": slots}
+    return tree.combine(state, tree.unflatten(unread)) if unread else state
+
+
+def with_new_slots(step: Step, loaded: Tree, slots: Collection[str]) -> tuple[State, tuple[str, ...]]:
+    """The loaded state, in which those of ``slots`` that it lacks are begun from its parameters, and their names.
+
+    So a transform can be added to a run at any time: `ema` starts at the parameters of that step.
+    """
+    new = tuple(name for name in slots if name not in loaded["slots"])
+    fresh = step.init(loaded["params"]).slots if new else {}
+    return State(loaded["step"], loaded["params"], {**loaded["slots"], **{name: fresh[name] for name in new}}), new
+
+
+def fingerprint(source: Source) -> str:
+    """What two processes with the same data agree on, as text."""
+    parts = {name: f"{zlib.crc32(x.numpy().tobytes()):08x}" for name, x in source.train(0).items() if x.ndim}
+    return f"{len(source.heldout)} held-out tokens\nfirst batch {parts}"
