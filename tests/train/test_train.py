@@ -19,6 +19,7 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import load, newest_whole, steps
 from olmo_fn.core.compile import has_compiler, prepare_cache
 from olmo_fn.data.settings import Data
+from olmo_fn.models.config import dense
 from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
 from olmo_fn.train.observers import read_metrics
 
