@@ -58,13 +58,13 @@ def place(leaf: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...] | No
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=leaf.shape, stride=leaf.contiguous().stride())
 
 
-def together(size: int, job: Callable[[Ranks], T], patience: float = 10.0) -> list[T | Exception]:
+def together(size: int, job: Callable[[Ranks], T], timeout: float = 60.0) -> list[T | Exception]:
     """``job`` on ``size`` ranks, each a thread; what it returns or raises."""
     store = HashStore()
 
     def run(rank: int) -> T | Exception:
         try:
-            return job(Ranks(rank, size, store, patience))
+            return job(Ranks(rank, size, store, timeout))
         except Exception as error:
             return error
 

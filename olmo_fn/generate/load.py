@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -50,13 +51,14 @@ def load_model(
     places = {path: f"slots.{weights}.{path}" if path in averaged else f"params.{path}" for path in own}
     like = tree.unflatten((places[path], leaf) for path, leaf in own.items())
     select = ["params.*"] if weights == "params" else list(places.values())
+    read = partial(load, like=like, select=select, device=device)
     if path is not None:
-        state, _ = load(path, like, select=select, device=device)
+        state, _ = read(path)
     else:
-        found = load_newest(folder / "checkpoints", like, select=select, device=device, on_skip=say)
+        found = load_newest(folder / "checkpoints", read, on_skip=say)
         if found is None:
             raise ValueError(f"{run} holds no whole checkpoint; one is written every --run.checkpoint-every steps")
-        path, state, _ = found
+        path, (state, _) = found
     params = model_parameters(cfg, tree.unflatten((path, tree.at(state, place)) for path, place in places.items()))
     params = tree.map(lambda leaf: leaf.to(dtype), params)
     return LanguageModel(cfg.model, params, _tokenizer(folder, cfg), cfg.recipe.sequence_length), path

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from olmo_fn import tree
 from olmo_fn.mesh.axis import CPMethod, chunk
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.spec import Spec
+from olmo_fn.spec import Box, Spec
 from olmo_fn.tree import Tree
 
 TENSOR = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
@@ -42,17 +42,17 @@ class Placed(NamedTuple):
     fsdp: int | None
     tp: int | None
 
-    def box(self, fsdp: tuple[int, int], tp: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def box(self, fsdp: tuple[int, int], tp: tuple[int, int]) -> Box:
         """Offset and shape of the part at ``(index, size)`` of the two axes. Chunks are ceil-sized, the last smaller.
 
         >>> Placed((5, 4), 0, 1).box(fsdp=(1, 2), tp=(0, 2))
-        ((3, 0), (2, 2))
+        Box(offset=(3, 0), shape=(2, 2))
         """
         offset, shape = [0] * len(self.shape), list(self.shape)
         for dim, (index, size) in ((self.fsdp, fsdp), (self.tp, tp)):
             if dim is not None:
                 offset[dim], shape[dim] = chunk(self.shape[dim], index, size)
-        return tuple(offset), tuple(shape)
+        return Box(tuple(offset), tuple(shape))
 
 
 def plan(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:

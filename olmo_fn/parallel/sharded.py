@@ -28,7 +28,7 @@ from olmo_fn.mesh.mesh import flag
 from olmo_fn.mesh.placement import DEFAULT, Placed, Rules, plan
 from olmo_fn.parallel import buckets as bucket
 from olmo_fn.parallel.owners import collect, deal
-from olmo_fn.spec import init_leaf
+from olmo_fn.spec import Box, init_leaf
 from olmo_fn.tree import Tree
 
 _c10d = torch.ops._c10d_functional
@@ -169,7 +169,7 @@ class Sharded(Single):
             whole = whole.narrow(dim, start, length)
         return whole.clone(memory_format=torch.contiguous_format)  # not a view, which would keep the whole
 
-    def box(self, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def box(self, path: str) -> Box:
         """Offset and shape of this rank's part."""
         fsdp, tp = self.axes.fsdp, self.axes.tp
         return self.placed[path].box((fsdp.index, fsdp.size), (tp.index, tp.size))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from olmo_fn import tree
-from olmo_fn.checkpoint import Index, Retention, Saver, load, load_newest
+from olmo_fn.checkpoint import Index, Retention, Saver, load, load_newest, read_index
 from olmo_fn.core.compile import prepare_cache
 from olmo_fn.core.step import State, Step
 from olmo_fn.data.config import cache_dir
@@ -161,41 +161,46 @@ def as_tree(state: State) -> tree.Tree:
 def first_state(cfg: Config, step: Step, job: Job) -> tuple[State, Path | None, list[str]]:
     """The state to go on from, the checkpoint it is from, and slots it did not have; or a new one, None, and nothing."""
     whole = abstract_state(cfg, step)
-    newest = partial(load_newest, device=job.device, ranks=job.ranks, subset=cfg.mesh.pp > 1)
 
-    def like(index: Index) -> tree.Tree:
-        return what_it_has(whole, index)
+    def read(path: Path) -> tree.Tree:
+        like, select = what_it_has(whole, read_index(path), part=cfg.mesh.pp > 1)
+        return load(path, like, select=select, device=job.device)[0]
 
-    found = newest(Path(cfg.run.folder) / "checkpoints", like)
+    def read_params(path: Path) -> tree.Tree:
+        return load(path, {"params": abstract(transformer.specs(cfg.model))}, select=["params.*"], device=job.device)[0]
+
+    found = load_newest(Path(cfg.run.folder) / "checkpoints", read, ranks=job.ranks)
     anew = cfg.run.start_with == "params" or cfg.lora.rank > 0
     if found is None and cfg.run.start_from:
         source = Path(cfg.run.start_from)
-        part = {"params": abstract(transformer.specs(cfg.model))} if anew else like
-        select = ["params.*"] if anew else None
         if (source / "checkpoints").is_dir():
-            found = newest(source / "checkpoints", part, select=select)
+            found = load_newest(source / "checkpoints", read_params if anew else read, ranks=job.ranks)
         elif source.is_dir():
-            found = (source, *load(source, part, select=select, device=job.device, subset=cfg.mesh.pp > 1))
+            found = source, (read_params if anew else read)(source)
         if found is None:
             raise ValueError(f"--run.start-from {str(source)!r}: there is no whole checkpoint")
         if anew:
             return step.init({**first_parameters(cfg, step, job.device), **found[1]["params"]}), found[0], []
     if found is None:
         return step.init(first_parameters(cfg, step, job.device)), None, []
-    path, loaded, _ = found
+    path, loaded = found
     state = State(loaded["step"], loaded["params"], loaded["slots"])
     new = [name for name in whole["slots"] if name not in state.slots]
     return with_new_slots(step, state, new), path, new
 
 
-def what_it_has(whole: tree.Tree, index: Index) -> tree.Tree:
-    """Of a state as it should be, what a checkpoint has. Slots of parameters that are frozen by now are left there."""
-    slots = {name: slot for name, slot in whole["slots"].items() if name in slots_of(index)}
+def what_it_has(whole: tree.Tree, index: Index, part: bool = False) -> tuple[tree.Tree, list[str]]:
+    """Of a state as it should be, what a checkpoint has; and the paths to load, those of ``whole`` only where that is a part.
+
+    Slots of parameters that are frozen by now are not loaded.
+    """
+    like = {**whole, "slots": {name: slot for name, slot in whole["slots"].items() if name in slots_of(index)}}
     params = dict(tree.items(whole["params"]))
     moving = {path for slot in whole["slots"].values() for path, _ in tree.items(slot) if path in params}
     frozen = params.keys() - moving if moving else set()
-    left = {name: None for name in index.tensors if name.startswith("slots.") and name.split(".", 2)[-1] in frozen}
-    return tree.combine({**whole, "slots": slots}, tree.unflatten(left)) if left else {**whole, "slots": slots}
+    left = {name for name in index.tensors if name.startswith("slots.") and name.split(".", 2)[-1] in frozen}
+    names = tree.flatten(like) if part else index.tensors
+    return like, [*(name for name in names if name not in left), *index.empty]
 
 
 def slots_of(index: Index) -> set[str]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from olmo_fn.checkpoint import SaveFailed, load, newest_whole, save, steps, sweep, verify
-from olmo_fn.checkpoint.folder import hidden, writing
+from olmo_fn.checkpoint.commit import hidden, locked
 
 # For each line it reads, this process forks a child that saves without end and kills it -9 after that many
 # seconds; it answers with the last value that the child said was committed.
@@ -122,7 +122,7 @@ def test_sweeping_leaves_alone_what_a_live_process_writes(tmp_path: Path) -> Non
     partial = hidden(tmp_path, "partial", 3)
     mine = tmp_path / ".partial-notes"
     mine.mkdir()
-    with writing(tmp_path):
+    with locked(tmp_path):
         partial.mkdir()
         sweep(tmp_path)
         assert partial.exists()
@@ -133,20 +133,20 @@ def test_sweeping_leaves_alone_what_a_live_process_writes(tmp_path: Path) -> Non
 
 def test_a_second_writer_waits_and_then_says_why(tmp_path: Path) -> None:
     expected = pytest.raises(TimeoutError, match="another process has been saving there")
-    with writing(tmp_path), expected, writing(tmp_path, patience=0.1):
+    with locked(tmp_path), expected, locked(tmp_path, patience=0.1):
         pass
-    with writing(tmp_path, patience=0.0):
+    with locked(tmp_path, patience=0.0):
         pass
 
 
 def test_a_child_forked_while_saving_does_not_keep_the_lock(tmp_path: Path) -> None:
-    with writing(tmp_path):
+    with locked(tmp_path):
         child = os.fork()
         if child == 0:
             time.sleep(60)
             os._exit(0)
     try:
-        with writing(tmp_path, patience=0.0):
+        with locked(tmp_path, patience=0.0):
             pass
     finally:
         os.kill(child, signal.SIGKILL)

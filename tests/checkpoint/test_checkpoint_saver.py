@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.checkpoint import Retention, SaveFailed, Saver, load, retire, save, steps, to_delete, verify
-from olmo_fn.checkpoint.folder import hidden, writing
+from olmo_fn.checkpoint.commit import hidden, locked
 
 step_sets = st.sets(st.integers(0, 500), max_size=12)
 rules = st.builds(Retention, st.none() | st.integers(1, 6), st.none() | st.integers(1, 100))
@@ -90,7 +90,7 @@ def test_the_second_save_allocates_no_second_copy(tmp_path: Path) -> None:
 
 
 def test_submit_does_not_wait_for_the_disk(tmp_path: Path) -> None:
-    with Saver(tmp_path) as saver, writing(tmp_path):
+    with Saver(tmp_path) as saver, locked(tmp_path):
         saver.submit({"w": torch.ones(3)}, step=1)
         time.sleep(0.05)
         assert steps(tmp_path) == [], "the writer is held up, yet submit has returned"
