@@ -14,9 +14,9 @@ import torch
 
 from olmo_fn.checkpoint.commit import delete, locked, step_path, steps, sweep
 from olmo_fn.checkpoint.ranks import SINGLE_PROCESS, Ranks
-from olmo_fn.checkpoint.writing import failures_named, save_planned
 from olmo_fn.checkpoint.shards import Held, LocalState, Plan, assign, local_state
 from olmo_fn.checkpoint.stored import verify
+from olmo_fn.checkpoint.writing import failures_named, save_planned
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def retire(folder: str | Path, retention: Retention, *, protected: int) -> list[
         intact = [step for step in steps(folder) if not verify(step_path(folder, step), deep=False)]
         deleted = to_delete(intact, retention, protected=[protected])
         for step in deleted:
-            delete(step_path(folder, step), step)
+            delete(step_path(folder, step))
     return deleted
 
 
@@ -92,13 +92,11 @@ class Saver:
         folder: str | Path,
         *,
         retention: Retention | None = None,
-        replace: bool = False,
         threads: int | None = None,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         self.folder = Path(folder)
         self.retention = retention or Retention()
-        self.replace = replace
         self.threads = threads
         self.ranks = ranks.connection()
         self._plan: tuple[Held, Plan] | None = None
@@ -113,7 +111,7 @@ class Saver:
         state = local_state(tree, step, meta, self.ranks)
         self.wait()
         if self._plan is None or self._plan[0] != state.held():
-            with failures_named(self.folder, step):
+            with failures_named(step_path(self.folder, step)):
                 _, plan = self.ranks.exchange(f"the plan of step {step}", lambda: state, assign, LocalState.held)
             self._plan = state.held(), plan
         plan = self._plan[1]
@@ -143,7 +141,7 @@ class Saver:
 
     def _save(self, state: LocalState, plan: Plan) -> Path:
         try:
-            path = save_planned(state, plan, self.folder, self.ranks, replace=self.replace, threads=self.threads)
+            path = save_planned(state, plan, self.folder, self.ranks, threads=self.threads)
             if self.ranks.rank == 0:
                 retire(self.folder, self.retention, protected=state.step)
             return path

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from olmo_fn.spec import Box
 
@@ -76,24 +77,16 @@ def tiles(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
     >>> tiles([Box((0,), (2,)), Box((2,), (2,))], (4,)), tiles([Box((0,), (2,)), Box((1,), (2,))], (4,))
     (True, False)
     """
-    if any(not len(box.offset) == len(box.shape) == len(shape) for box in boxes):
+    if not boxes or any(not len(box.offset) == len(box.shape) == len(shape) for box in boxes):
         return False
-    if any(i < 0 or n < 0 or i + n > size for box in boxes for i, n, size in zip(*box, shape, strict=True)):
-        return False
-    volume = sum(math.prod(box.shape) for box in boxes)
-    return bool(boxes) and volume == math.prod(shape) and (volume == 0 or not _any_overlap(boxes))
-
-
-def _any_overlap(boxes: Sequence[Box], dim: int = 0) -> bool:
-    # Cuts at all borders along `dim` and looks into each slice: quick for the grids that meshes make.
-    if len(boxes) < 2:
-        return False
-    if dim == len(boxes[0].shape):
-        return True
-    cuts = sorted({cut for box in boxes for cut in (box.offset[dim], box.offset[dim] + box.shape[dim])})
-    number = {cut: i for i, cut in enumerate(cuts)}
-    slices: dict[int, list[Box]] = defaultdict(list)
+    # All borders together cut the tensor into cells: for the grids that meshes make, these are the boxes themselves.
+    cuts = []
+    for size, *sides in zip(shape, *(box.slices for box in boxes), strict=True):
+        cuts.append(sorted({0, size, *(side.start for side in sides), *(side.stop for side in sides)}))
+        if cuts[-1][0] < 0 or cuts[-1][-1] > size:
+            return False
+    cells = [{position: i for i, position in enumerate(cut)} for cut in cuts]
+    count = np.zeros([len(cut) - 1 for cut in cuts], dtype=np.int64)
     for box in boxes:
-        for i in range(number[box.offset[dim]], number[box.offset[dim] + box.shape[dim]]):
-            slices[i].append(box)
-    return any(_any_overlap(inside, dim + 1) for inside in slices.values())
+        count[tuple(slice(cell[side.start], cell[side.stop]) for cell, side in zip(cells, box.slices, strict=True))] += 1
+    return bool((count == 1).all())

@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from olmo_fn.checkpoint.stored import verify
@@ -46,78 +45,89 @@ def step_path(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step{step}"
 
 
-def hidden(folder: Path, kind: str, step: int) -> Path:
-    """A fresh name in ``folder`` that no reader takes for a checkpoint."""
-    return folder / f".{kind}-step{step}-{uuid.uuid4().hex[:12]}"
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A checkpoint that is being written: its hidden folder, its final name, and where an older one of that name goes."""
-
-    path: Path
-    final: Path
-    aside: Path
-
-    def commit(self, index: bytes) -> None:
-        """Make the draft the checkpoint of its step, with ``index`` as its ``index.json``; all of it is durable then."""
-        write_durably(self.path / "index.json", index)
-        sync_folder(self.path)
-        if self.final.exists():
-            self.final.rename(self.aside)
-        self.path.rename(self.final)
-        sync_folder(self.final.parent)
-        if self.aside.name.startswith(".") and self.aside.exists():
-            shutil.rmtree(self.aside)
+def hidden(path: Path, kind: str) -> Path:
+    """A fresh name beside the checkpoint ``path`` that no reader takes for a checkpoint."""
+    return path.with_name(f".{kind}-{path.name}-{uuid.uuid4().hex[:12]}")
 
 
 @contextmanager
-def drafting(folder: Path, step: int, nbytes: int, replace: bool) -> Iterator[Draft]:
-    """A draft of the checkpoint of ``step``, removed at the end unless committed; ``folder`` is locked meanwhile.
+def drafting(path: Path, nbytes: int, replace: bool) -> Iterator[Path]:
+    """A hidden folder to write the checkpoint ``path`` into, removed at the end unless committed; the writer's lock is held.
 
-    ValueError if there is an intact checkpoint of that step and not ``replace``; a broken one will be kept under another
-    name. OSError if less than ``nbytes`` are free.
+    ValueError if ``path`` is an intact checkpoint and not ``replace``; a broken one is kept under another name. OSError if
+    less than ``nbytes`` are free.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final = step_path(folder, step)
-    with locked(folder):
-        path, aside = hidden(folder, "partial", step), hidden(folder, "replaced", step)
-        if final.exists() and verify(final):
-            aside = final.with_name(f"{final.name}.broken-{aside.name[-12:]}")
-            log.warning("%s is broken and another one takes its place; it is kept as %s", final, aside)
-        elif final.exists() and not replace:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        broken = path.exists() and verify(path)
+        if path.exists() and not broken and not replace:
             raise ValueError(
-                f"{final} is there already, and whole; pass replace=True to put this state in its place, "
+                f"{path} is there already, and whole; pass replace=True to put this state in its place, "
                 "or save into another folder"
             )
-        if shutil.disk_usage(folder).free < nbytes:
+        if shutil.disk_usage(path.parent).free < nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if broken:
+            aside = path.rename(path.with_name(f"{path.name}.broken-{uuid.uuid4().hex[:12]}"))
+            log.warning("%s is broken and another one takes its place; it is kept as %s", path, aside)
+        draft = hidden(path, "partial")
         try:
-            path.mkdir()
-            yield Draft(path, final, aside)
+            draft.mkdir()
+            yield draft
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def commit(draft: Path, path: Path, index: bytes) -> None:
+    """Make ``draft``, with ``index`` as its ``index.json``, the checkpoint ``path``; all of it is durable then."""
+    with open(draft / "index.json", "xb") as file:
+        file.write(index)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(draft)
+    replaced = path.rename(hidden(path, "replaced")) if path.exists() else None
+    draft.rename(path)
+    sync_folder(path.parent)
+    if replaced:
+        shutil.rmtree(replaced)
+
+
+def delete(path: Path) -> None:
+    """Delete the checkpoint ``path``: it stops being one by a rename, before its first file goes."""
+    deleted = path.rename(hidden(path, "deleted"))
+    sync_folder(path.parent)
+    shutil.rmtree(deleted)
 
 
 @contextmanager
 def locked(folder: Path, patience: float = 60.0) -> Iterator[None]:
     """Hold ``folder`` as its only writer, and sweep it; the kernel lets go when the process dies, however it dies.
 
-    Waits up to ``patience`` seconds for another writer, then raises TimeoutError. Filesystems without locks are not swept.
+    Waits up to ``patience`` seconds for another writer, then raises TimeoutError. On a filesystem without locks it neither
+    waits nor sweeps.
     """
+    deadline = time.monotonic() + patience
     fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
     try:
-        if _lock(fd, time.monotonic() + patience):
-            _sweep(folder)
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _sweep(folder)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(
+                        f"{folder}: another process has been saving there for {patience:.0f} s; "
+                        "two runs must not share a folder: give one of them another"
+                    ) from None
+                time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                break
         yield
-    except BlockingIOError:
-        raise TimeoutError(
-            f"{folder}: another process has been saving there for {patience:.0f} s; "
-            "two runs must not share a folder: give one of them another"
-        ) from None
     finally:
-        # Closing is not enough: a child forked meanwhile would hold on to the lock.
-        with suppress(OSError):
+        with suppress(OSError):  # closing is not enough: a child forked meanwhile would hold on to the lock
             fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
@@ -129,14 +139,6 @@ def sweep(folder: str | Path) -> None:
             pass
 
 
-def delete(path: Path, step: int) -> None:
-    """Delete the checkpoint at ``path``: it stops being one by a rename, before its first file goes."""
-    trash = hidden(path.parent, "deleted", step)
-    path.rename(trash)
-    sync_folder(path.parent)
-    shutil.rmtree(trash)
-
-
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` durable."""
     fd = os.open(folder, os.O_RDONLY)
@@ -144,30 +146,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and fsync it."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _lock(fd: int, deadline: float) -> bool:
-    """True with the lock, False where the filesystem has none; BlockingIOError if another holds it until the deadline."""
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                return False
-            raise
-        time.sleep(0.05)
 
 
 def _sweep(folder: Path) -> None:

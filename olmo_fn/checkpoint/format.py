@@ -10,40 +10,27 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from zlib_ng.zlib_ng import crc32 as _crc32  # zlib's numbers five times faster, 20 GB/s
 
 from olmo_fn import __version__
 from olmo_fn.checkpoint.boxes import tiles
 from olmo_fn.spec import Box
 
-try:  # the same numbers five times faster (20 GB/s), where it is installed
-    from zlib_ng.zlib_ng import crc32 as _crc32
-except ImportError:
-    from zlib import crc32 as _crc32
-
 FORMAT = 1
 # Small, as who needs some bytes of a chunk reads all of it, to check them; its checksum takes 12 bytes of index.
 CHUNK_BYTES = 1 << 20
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Header: TypeAlias = dict[str, tuple[str, tuple[int, ...], int, int]]
+"""``{key: (dtype, shape, start, stop)}`` of a safetensors file; the bytes count from the beginning of the file."""
 _FIRST_LINE = re.compile(rb'\{"format": "olmo_fn (\d+)", "crc32": "([0-9a-f]{8})",\n')
 
 
@@ -95,14 +82,9 @@ class Index:
 
     def dumps(self) -> bytes:
         """The bytes of ``index.json``: plain JSON, a tensor a line, its CRC-32 in the first line."""
-        entries = {
-            "step": json.dumps(self.step),
-            "chunk_bytes": json.dumps(self.chunk_bytes),
-            "meta": json.dumps(self.meta, allow_nan=False),
-            "empty": json.dumps(self.empty),
-            "files": _lines({name: asdict(file) for name, file in self.files.items()}),
-            "tensors": _lines({name: _tensor_json(tensor) for name, tensor in self.tensors.items()}),
-        }
+        entries = {name: json.dumps(getattr(self, name), allow_nan=False) for name in ("step", "chunk_bytes", "meta", "empty")}
+        entries["files"] = _lines({name: asdict(file) for name, file in self.files.items()})
+        entries["tensors"] = _lines({name: _tensor_json(tensor) for name, tensor in self.tensors.items()})
         rest = ",\n".join(f'"{key}": {value}' for key, value in entries.items()).encode() + b"\n}\n"
         return _first_line(crc32(_first_line("0" * 8) + rest)) + rest
 
@@ -120,10 +102,7 @@ class Index:
                 f"{where}: written in format {version}, this olmo_fn reads format {FORMAT} (it is version {__version__}); "
                 f"load it with {'a newer' if version > FORMAT else 'an older'} olmo_fn"
             )
-        try:
-            index = _index(json.loads(data))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise BrokenCheckpoint(f"{where}: not an index of format {FORMAT} ({error!r})") from error
+        index = _index(json.loads(data))
         index.check_tiles(where)
         return index
 
@@ -135,11 +114,7 @@ class Index:
 
 
 def crc32(data: bytes | memoryview) -> str:
-    """CRC-32 of ``data`` as eight hex digits.
-
-    >>> crc32(b"olmo")
-    '0e92632e'
-    """
+    """CRC-32 of ``data`` as eight hex digits."""
     return f"{_crc32(data):08x}"
 
 
@@ -175,8 +150,8 @@ def dump_header(parts: Iterable[tuple[str, str, tuple[int, ...], int]]) -> tuple
     return header, [len(header) + start for start in starts], len(header) + end
 
 
-def parse_header(header: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """``{key: (dtype, shape, start, stop)}`` of a header; the bytes count from the beginning of the file."""
+def parse_header(header: bytes) -> Header:
+    """The parts of a safetensors file, from its header with the length prefix."""
     return {
         key: (entry["dtype"], tuple(entry["shape"]), *(len(header) + offset for offset in entry["data_offsets"]))
         for key, entry in json.loads(header[8:]).items()

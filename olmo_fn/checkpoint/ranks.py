@@ -15,16 +15,16 @@ T = TypeVar("T")
 A = TypeVar("A")
 
 
-class Message(NamedTuple):
-    """What a rank says in an exchange: which one it is, what it tells, and why it failed if it did."""
-
-    label: str
-    told: Any
-    failure: str = ""
-
-
 class RankLost(RuntimeError):
     """Another rank failed or does not answer, or the store does not; the message names it."""
+
+
+class Message(NamedTuple):
+    """What a rank says in an exchange: which one it is in, what it tells, and why it failed if it did."""
+
+    label: str
+    told: Any = None
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Ranks:
     ) -> tuple[T, Any]:
         """Do ``work`` on every rank and ``combine`` on rank 0; what this rank's work returned, and what ``combine`` did.
 
-        ``combine`` gets ``tell(work())`` of all ranks, in their order; it and ``tell`` return what pickle can send. All ranks
-        make the same exchanges in the same order, which rank 0 sees by the ``label``. If one of them raises, all do: that
-        rank its own error, the others `RankLost` with the text of it.
+        ``combine`` gets ``tell(work())`` of all ranks, in their order; both return what pickle can send. All ranks make the
+        same exchanges in the same order; rank 0 compares the labels. If one rank raises, all do: that one its own error, the
+        others `RankLost` with the text of it.
 
-        >>> SINGLE_PROCESS.exchange("sizes", lambda: "abc", sum, tell=len)
+        >>> Ranks().exchange("sizes", lambda: "abc", sum, tell=len)
         ('abc', 3)
         """
         if self.size == 1:
@@ -87,9 +87,22 @@ class Ranks:
             except Exception:
                 self._gather(number)  # the others may still be at work, on files that rank 0 takes away when it fails
                 raise
-            result = combine(self._told([Message(label, tell(own)), *self._gather(number)]))
+            result = combine(_told([Message(label, tell(own)), *self._gather(number)]))
             self._send(key, Message(label, result))
         return own, result
+
+    def broadcast(self, label: str, work: Callable[[], T]) -> T:
+        """What ``work`` returns on rank 0, on all; an `exchange` in which the others tell nothing."""
+        result: T = self.exchange(label, lambda: None, lambda _: work(), tell=lambda _: None)[1]
+        return result
+
+    def _gather(self, number: int) -> list[Message]:
+        """The messages of the ranks other than 0. When they are here, all have read the answer to the exchange before."""
+        keys = {rank: f"checkpoint/{number}/{rank}" for rank in range(1, self.size)}
+        messages = [self._receive(key, rank, self.timeout) for rank, key in keys.items()]
+        for key in (*keys.values(), f"checkpoint/{number - 1}"):
+            self._ask("delete_key", key)
+        return messages
 
     @contextmanager
     def _sending_failures(self, key: str, label: str) -> Iterator[None]:
@@ -100,50 +113,39 @@ class Ranks:
             reason = (cause.strerror if isinstance(cause, OSError) else "") or str(cause) or type(cause).__name__
             failure = str(error) if isinstance(error, RankLost) else f"rank {self.rank}: {reason}"
             with suppress(RankLost):
-                self._send(key, Message(label, None, failure))
+                self._send(key, Message(label, failure=failure))
             raise
 
-    def _told(self, messages: list[Message]) -> list[Any]:
-        """What all ranks told; raises if one failed, and if they are not at the same place."""
-        for message in messages:
-            if message.failure:
-                raise RankLost(message.failure)
-        first: dict[str, int] = {}
-        for rank, message in enumerate(messages):
-            first.setdefault(message.label, rank)
-        if len(first) > 1:
-            labels = ", ".join(f"rank {rank} at {label}" for label, rank in first.items())
-            raise ValueError(f"the ranks do not do the same: {labels}; all must save the same ones in the same order")
-        return [message.told for message in messages]
-
-    def _gather(self, number: int) -> list[Message]:
-        """The messages of the ranks other than 0. When they are here, all have read the answer to the exchange before."""
-        keys = {rank: f"checkpoint/{number}/{rank}" for rank in range(1, self.size)}
-        messages = [self._receive(key, rank, self.timeout) for rank, key in keys.items()]
-        for key in (*keys.values(), f"checkpoint/{number - 1}"):
-            self._ask("delete_key", key)
-        return messages
+    def _send(self, key: str, message: Message) -> None:
+        self._ask("set", key, pickle.dumps(message))
 
     def _receive(self, key: str, rank: int, timeout: float) -> Message:
         end, pause = time.monotonic() + timeout, 0.001
-        while not self._ask("check", [key]):
+        while not self._ask("check", [key]):  # the store's own waiting prints warnings, and cannot be interrupted
             if time.monotonic() > end:
                 raise RankLost(f"rank {rank} did not answer within {timeout:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
-        return Message(*pickle.loads(self._ask("get", key)))
-
-    def _send(self, key: str, message: Message) -> None:
-        self._ask("set", key, pickle.dumps(tuple(message)))
+        message: Message = pickle.loads(self._ask("get", key))
+        return message
 
     def _ask(self, method: str, *args: Any) -> Any:
         try:
             return getattr(self.store, method)(*args)
         except RuntimeError as error:
-            what = str(error).partition("\n")[0]
-            raise RankLost(
-                f"the store does not answer, so the rank that hosts it (usually rank 0) has ended: {what}"
-            ) from error
+            why = str(error).partition("\n")[0]
+            raise RankLost(f"the store does not answer, so the rank that hosts it (usually rank 0) has ended: {why}") from error
 
 
 SINGLE_PROCESS = Ranks()
+
+
+def _told(messages: list[Message]) -> list[Any]:
+    """What all ranks told; raises if one failed, and if they are not in the same exchange."""
+    if failure := next((message.failure for message in messages if message.failure), ""):
+        raise RankLost(failure)
+    labels = [message.label for message in messages]
+    if len(set(labels)) > 1:
+        different = ", ".join(f"rank {labels.index(label)} at {label}" for label in dict.fromkeys(labels))
+        raise ValueError(f"the ranks do not do the same: {different}; all must save the same ones in the same order")
+    return [message.told for message in messages]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -61,16 +60,14 @@ def load(
     ({'params': {'w': tensor([1., 1.])}}, {})
     """
     index = read_index(path)
-    leaves = (
-        dict(leaves_of(like)) if like is not None else {**dict.fromkeys(index.tensors), **{path: {} for path in index.empty}}
-    )
+    stored: dict[str, Any] = {**dict.fromkeys(index.tensors), **{path: {} for path in index.empty}}
+    leaves = dict(leaves_of(like)) if like is not None else stored
     if select is not None:
-        chosen = _chooser(path, [select] if isinstance(select, str) else select, [*dict.fromkeys([*index.tensors, *leaves])])
-        leaves = {name: leaf for name, leaf in leaves.items() if chosen(name)}
+        chosen = _chooser(path, [select] if isinstance(select, str) else select, stored | leaves)
+        stored, leaves = ({name: leaf for name, leaf in x.items() if chosen(name)} for x in (stored, leaves))
     wanted = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Mapping)}
     if like is not None:
-        stored = index.tensors if select is None else filter(chosen, index.tensors)
-        _check_like(path, index, wanted, [name for name in stored if name not in wanted])
+        _check_like(path, index, wanted, [name for name in stored if name in index.tensors and name not in wanted])
     for name, local in _read_tensors(Path(path), index, wanted, threads or default_threads()):
         leaves[name] = _as_like(local, wanted[name], device)
     return unflatten(leaves), index.meta
@@ -93,10 +90,6 @@ def load_newest(
     >>> load_newest("/nowhere", load) is None
     True
     """
-    before = sys.maxsize
-
-    def newest(_: object) -> int:
-        return max((step for step in steps(folder) if step < before), default=-1)
 
     def attempt() -> tuple[T | None, str]:
         try:
@@ -104,16 +97,13 @@ def load_newest(
         except BrokenCheckpoint as error:
             return None, str(error)
 
-    while True:
-        _, before = ranks.exchange(f"the load from {folder}", lambda: None, newest, tell=lambda _: None)
-        if before < 0:
-            return None
-        path = step_path(folder, before)
-        first = lambda problems: next(filter(None, problems), "")  # noqa: E731
-        (found, _), problem = ranks.exchange(f"the load of {path}", attempt, first, tell=itemgetter(1))
-        if found is not None and not problem:
-            return path, found
-        on_skip(f"skipping {path}, it is broken: {problem}")
+    for step in reversed(ranks.broadcast("the load", lambda: steps(folder))):
+        path = step_path(folder, step)
+        (result, _), problems = ranks.exchange(f"the load of step {step}", attempt, list, tell=itemgetter(1))
+        if not any(problems):
+            return path, cast(T, result)
+        on_skip(f"skipping {path}, it is broken: {next(filter(None, problems))}")
+    return None
 
 
 def newest_whole(folder: str | Path, *, on_skip: Callable[[str], None] = log.warning) -> Path | None:
@@ -142,7 +132,7 @@ def _read_tensors(
         return name, out
 
     with ExitStack() as stack:
-        files = stack.enter_context(OpenFiles(path, index))
+        files = OpenFiles(path, index, stack)
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         stack.callback(pool.shutdown, cancel_futures=True)
         for name, leaf in wanted.items():
@@ -156,7 +146,7 @@ def _read_tensors(
                 for read in _reads(files.part(name, part), part.box, shared, out, box)
             )
             ahead.append((name, out, [pool.submit(read) for read in reads]))
-            while len(ahead) > 1 and sum(len(reads) for *_, reads in ahead) > JOBS_AHEAD:
+            while len(ahead) > 1 and sum(len(futures) for *_, futures in ahead) > JOBS_AHEAD:
                 yield next_one()
         while ahead:
             yield next_one()
@@ -191,7 +181,7 @@ def _as_like(local: torch.Tensor, leaf: torch.Tensor | None, device: torch.devic
     )
 
 
-def _chooser(path: str | Path, select: Collection[str], names: Collection[str]) -> Callable[[str], bool]:
+def _chooser(path: str | Path, select: Collection[str], names: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether ``select`` names a path; ValueError for a pattern that matches none of ``names``."""
     patterns = [pattern for pattern in select if pattern not in names]
     for pattern in patterns:
@@ -201,18 +191,15 @@ def _chooser(path: str | Path, select: Collection[str], names: Collection[str]) 
     return lambda name: name in exact or matches(name, patterns)
 
 
-def _check_like(path: str | Path, index: Index, wanted: Mapping[str, torch.Tensor], extra: list[str]) -> None:
+def _check_like(path: str | Path, index: Index, wanted: Mapping[str, Any], extra: list[str]) -> None:
     differences = []
     if missing := [name for name in wanted if name not in index.tensors]:
         differences.append(f"asked for but not there: {some(missing)}")
     if extra:
         differences.append(f"there but not asked for: {some(extra)}")
-    for name, tensor in index.tensors.items():
-        if name in wanted:
-            stored = f"{tensor.dtype} {list(tensor.shape)}"
-            asked = f"{DTYPE_NAMES[wanted[name].dtype]} {list(wanted[name].shape)}"
-            if stored != asked:
-                differences.append(f"{name} is {stored}, asked for {asked}")
+    stored = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in index.tensors.items() if name in wanted}
+    asked = {name: f"{DTYPE_NAMES[leaf.dtype]} {list(leaf.shape)}" for name, leaf in wanted.items()}
+    differences += [f"{name} is {x}, asked for {asked[name]}" for name, x in stored.items() if x != asked[name]]
     if differences:
         more = [f"… ({len(differences)} differences in all)"] if len(differences) > 8 else []
         raise ValueError(

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from olmo_fn.checkpoint.format import (
-    DTYPES,
-    BrokenCheckpoint,
-    Index,
-    StoredFile,
-    StoredPart,
-    crc32,
-    parse_header,
-    part_key,
-)
+from olmo_fn.checkpoint.format import BrokenCheckpoint, Header, Index, StoredPart, crc32, parse_header, part_key
 
 # What one call of a thread reads: many chunks, as a call costs 50 µs.
 JOB_BYTES = 16 << 20
@@ -40,7 +30,7 @@ def read_index(path: str | Path) -> Index:
         raise BrokenCheckpoint(f"{file}: missing, so {path} is not a whole checkpoint") from None
 
 
-def verify(path: str | Path, *, deep: bool = True, threads: int | None = None) -> list[str]:
+def verify(path: str | Path, *, deep: bool = True) -> list[str]:
     """What is wrong with the checkpoint at ``path``, a line for each problem; an empty list if it is intact.
 
     ``deep`` reads every byte; without it only the index, and the files' presence, lengths and headers are looked at.
@@ -48,10 +38,6 @@ def verify(path: str | Path, *, deep: bool = True, threads: int | None = None) -
     >>> verify("/nowhere/step5")
     ['/nowhere/step5/index.json: missing, so /nowhere/step5 is not a whole checkpoint']
     """
-    try:
-        index = read_index(path)
-    except BrokenCheckpoint as error:
-        return [str(error)]
     problems: set[str] = set()
 
     def attempt(call: Callable[..., T], *args: Any) -> T | None:
@@ -61,56 +47,51 @@ def verify(path: str | Path, *, deep: bool = True, threads: int | None = None) -
             problems.add(str(error))
             return None
 
-    with OpenFiles(Path(path), index) as files, ThreadPoolExecutor(threads or default_threads()) as pool:
-        for name in index.files:
-            attempt(files.open, name)
-        parts = [attempt(files.part, name, part) for name, tensor in index.tensors.items() for part in tensor.parts]
-        reads = [partial(part.read, *span) for part in parts if part and deep for span in part.spans(0, part.size)]
-        list(pool.map(attempt, reads))
+    if index := attempt(read_index, path):
+        with ExitStack() as stack, ThreadPoolExecutor(default_threads()) as pool:
+            files = OpenFiles(Path(path), index, stack)
+            for name in index.files:
+                attempt(files.open, name)
+            parts = [attempt(files.part, name, part) for name, tensor in index.tensors.items() for part in tensor.parts]
+            reads = [partial(part.read, *span) for part in parts if part and deep for span in part.spans(0, part.size)]
+            list(pool.map(attempt, reads))
     return sorted(problems)
 
 
 class OpenFiles:
-    """The files of a checkpoint, opened and checked when first needed; closed at the end of the context."""
+    """The files of a checkpoint, opened and checked when first needed, closed by ``stack``."""
 
-    def __init__(self, path: Path, index: Index) -> None:
-        self.path, self.index = path, index
-        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
+    def __init__(self, path: Path, index: Index, stack: ExitStack) -> None:
+        self.path, self.index, self.stack = path, index, stack
+        self._opened: dict[str, tuple[int, Header]] = {}
 
-    def __enter__(self) -> OpenFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for fd, _header in self._headers.values():
-            os.close(fd)
-
-    def open(self, name: str) -> tuple[int, dict[str, Any]]:
+    def open(self, name: str) -> tuple[int, Header]:
         """Descriptor and header of a file; `BrokenCheckpoint` unless length and header are as the index says."""
-        if name not in self._headers:
-            if name not in self.index.files:
-                raise BrokenCheckpoint(f"{self.path / 'index.json'}: says nothing about the file {name}")
+        if name not in self._opened:
+            path, file = self.path / name, self.index.files[name]
             try:
-                fd = os.open(self.path / name, os.O_RDONLY)
+                fd = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
-                raise BrokenCheckpoint(f"{self.path / name}: missing") from None
-            try:
-                self._headers[name] = fd, _read_header(fd, self.path / name, self.index.files[name])
-            except BaseException:
-                os.close(fd)
-                raise
-        return self._headers[name]
+                raise BrokenCheckpoint(f"{path}: missing") from None
+            self.stack.callback(os.close, fd)
+            with _unreadable_is_broken(f"{path}:"):
+                header = os.pread(fd, file.header_bytes, 0)
+            intact = crc32(header) == file.header_crc32
+            if (size := os.fstat(fd).st_size) != file.bytes:
+                lost = [key for key, (*_, stop) in parse_header(header).items() if stop > size] if intact else []
+                what = "truncated" if size < file.bytes else "too long"
+                more = f"; lost: {some(lost, 3)}" if lost else ""
+                raise BrokenCheckpoint(f"{path}: {what}, {size:,} bytes of {file.bytes:,}{more}")
+            if not intact:
+                raise BrokenCheckpoint(f"{path}: the header does not match its checksum")
+            self._opened[name] = fd, parse_header(header)
+        return self._opened[name]
 
     def part(self, name: str, part: StoredPart) -> PartBytes:
         """The bytes of a part of the tensor ``name``."""
         fd, header = self.open(part.file)
-        tensor, chunk = self.index.tensors[name], self.index.chunk_bytes
-        dtype, shape, start, stop = header.get(part_key(name, tensor.shape, part.box), ("", (), 0, 0))
-        where = f"{self.path / part.file}: {name}"
-        size = math.prod(part.box.shape) * DTYPES[tensor.dtype].itemsize
-        stored = (dtype, shape, stop - start, len(part.crc32))
-        if stored != (tensor.dtype, part.box.shape, size, max(1, -(-size // chunk))):
-            raise BrokenCheckpoint(f"{where} is not in this file as the index says")
-        return PartBytes(where, fd, start, size, chunk, part.crc32)
+        _, _, start, stop = header[part_key(name, self.index.tensors[name].shape, part.box)]
+        return PartBytes(f"{self.path / part.file}: {name}", fd, start, stop - start, self.index.chunk_bytes, part.crc32)
 
 
 @dataclass(frozen=True)
@@ -146,10 +127,10 @@ class PartBytes:
                 out[lo - start : hi - start] = chunk[lo - first : hi - first]
 
     def _read_chunk(self, i: int, out: memoryview) -> None:
-        done, start = 0, self.start + i * self.chunk
+        done = 0
         while done < len(out):
             with _unreadable_is_broken(self.where):
-                n = os.preadv(self.fd, [out[done:]], start + done)
+                n = os.preadv(self.fd, [out[done:]], self.start + i * self.chunk + done)
             if n == 0:
                 raise BrokenCheckpoint(f"{self.where} is cut off")
             done += n
@@ -159,23 +140,13 @@ class PartBytes:
 
 def default_threads() -> int:
     """Threads that read or write: as many as this process may use cores, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _read_header(fd: int, path: Path, file: StoredFile) -> dict[str, Any]:
-    with _unreadable_is_broken(f"{path}:"):
-        header = os.pread(fd, file.header_bytes, 0)
-    intact = crc32(header) == file.header_crc32
-    if (size := os.fstat(fd).st_size) != file.bytes:
-        lost = [name for name, (*_, stop) in parse_header(header).items() if stop > size] if intact else []
-        more = f"; lost: {some(lost, 3)}" if lost else ""
-        raise BrokenCheckpoint(
-            f"{path}: {'truncated' if size < file.bytes else 'too long'}, {size:,} bytes of {file.bytes:,}{more}"
-        )
-    if not intact:
-        raise BrokenCheckpoint(f"{path}: the header does not match its checksum")
-    return parse_header(header)
+def some(names: Iterable[str], limit: int = 6) -> str:
+    """The first of the names, and how many there are if that is not all."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
 
 
 @contextmanager
@@ -187,8 +158,3 @@ def _unreadable_is_broken(where: str) -> Iterator[None]:
         if error.errno != errno.EIO:
             raise
         raise BrokenCheckpoint(f"{where} cannot be read from the disk (input/output error)") from error
-
-
-def some(names: Iterable[str], limit: int = 6) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from olmo_fn.checkpoint.commit import drafting, step_path, sync_folder
+from olmo_fn.checkpoint.commit import commit, drafting, step_path, sync_folder
 from olmo_fn.checkpoint.format import (
     CHUNK_BYTES,
     DTYPE_NAMES,
@@ -72,7 +72,7 @@ def save(
     ...     save({"params": {"w": torch.ones(2, 3)}}, folder, step=5, meta={"tokens": 80}).name
     'step5'
     """
-    with failures_named(folder, step):
+    with failures_named(step_path(folder, step)):
         state, plan = ranks.exchange(f"step {step}", lambda: local_state(tree, step, meta, ranks), assign, LocalState.held)
     return save_planned(state, plan, folder, ranks, replace=replace, file_bytes=file_bytes, threads=threads)
 
@@ -88,22 +88,24 @@ def save_planned(
     threads: int | None = None,
 ) -> Path:
     """`save` of a state whose writers are agreed on; of its shards only those are looked at that this rank writes."""
-    folder, label = Path(folder), f"step {state.step}"
+    path, label = step_path(folder, state.step), f"step {state.step}"
     shards = plan.written_by(ranks.rank, state.shards)
     prefix = "state" if ranks.size == 1 else f"state-rank{ranks.rank:05d}"
-    with failures_named(folder, state.step, plan.nbytes), ExitStack() as stack:
-        start = lambda _: stack.enter_context(drafting(folder, state.step, plan.nbytes, replace))  # noqa: E731
-        _, draft = ranks.exchange(label, lambda: None, start, tell=lambda _: None)
-        write = lambda: write_files(folder / draft.path.name, prefix, shards, file_bytes, threads or default_threads())  # noqa: E731
-        commit = lambda parts: draft.commit(merge(plan, parts, state, str(draft.path)).dumps())  # noqa: E731
-        ranks.exchange(label, write, commit, tell=lambda part: part)
-    return step_path(folder, state.step)
+    with failures_named(path, plan.nbytes), ExitStack() as stack:
+        draft = path.with_name(ranks.broadcast(label, lambda: stack.enter_context(drafting(path, plan.nbytes, replace)).name))
+        ranks.exchange(
+            label,
+            work=lambda: write_files(draft, prefix, shards, file_bytes, threads or default_threads()),
+            combine=lambda parts: commit(draft, path, merge(plan, parts, state, str(draft)).dumps()),
+            tell=lambda part: part,
+        )
+    return path
 
 
 @contextmanager
-def failures_named(folder: str | Path, step: int, nbytes: int = 0) -> Iterator[None]:
+def failures_named(path: Path, nbytes: int = 0) -> Iterator[None]:
     """Turn what another rank's failure, boxes that do not fit together, and the disk raise into `SaveFailed`."""
-    what = f"could not save step {step} into {folder}"
+    what = f"could not save {path.name.replace('step', 'step ')} into {path.parent}"
     try:
         yield
     except (RankLost, BrokenCheckpoint) as error:
@@ -111,11 +113,10 @@ def failures_named(folder: str | Path, step: int, nbytes: int = 0) -> Iterator[N
     except TimeoutError:
         raise
     except OSError as error:
-        free = shutil.disk_usage(folder).free if os.path.exists(folder) else 0
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise SaveFailed(
-            f"{what}: {error.strerror or error}; "
-            f"the checkpoint needs {nbytes:,} bytes, {free:,} are free there. Nothing of it is left behind and "
-            "older checkpoints are untouched; free some space, or save into another folder"
+            f"{what}: {error.strerror or error}; the checkpoint needs {nbytes:,} bytes, {free:,} are free there. Nothing of it "
+            "is left behind and older checkpoints are untouched; free some space, or save into another folder"
         ) from error
 
 
@@ -138,67 +139,62 @@ def merge(plan: Plan, parts: Sequence[Part], state: LocalState, where: str) -> I
     return index
 
 
-def write_files(folder: Path, prefix: str, shards: Mapping[str, LocalShard], file_bytes: int, threads: int) -> Part:
+def write_files(draft: Path, prefix: str, shards: Mapping[str, LocalShard], file_bytes: int, threads: int) -> Part:
     """Write the shards into files of their own, durably; what the index says of them."""
     share = -(-sum(shard.data.nbytes for shard in shards.values()) // threads)
     groups = list(_groups(shards, min(file_bytes, max(_WORTH_A_FILE, share))))
-    names = [f"{prefix}-{i:05d}.safetensors" for i in range(len(groups))]
-    tensors: dict[str, StoredTensor] = {}
-    files: dict[str, StoredFile] = {}
+    paths = [draft / f"{prefix}-{i:05d}.safetensors" for i in range(len(groups))]
     with ThreadPoolExecutor(threads) as pool:
-        written = pool.map(write_file, (folder / name for name in names), groups)
-        for file, group, (files[file], checksums) in zip(names, groups, written, strict=True):
-            for (name, shard), crc in zip(group.items(), checksums, strict=True):
-                tensors[name] = StoredTensor(DTYPE_NAMES[shard.data.dtype], shard.shape, (StoredPart(file, shard.box, crc),))
-    sync_folder(folder)
+        written = list(pool.map(write_file, paths, groups))
+    files = {path.name: file for path, (file, _) in zip(paths, written, strict=True)}
+    tensors = {name: tensor for _, stored in written for name, tensor in stored.items()}
+    sync_folder(draft)
     return tensors, files
 
 
-def write_file(path: Path, shards: Mapping[str, LocalShard]) -> tuple[StoredFile, list[tuple[str, ...]]]:
-    """Write a new safetensors file straight from the tensors' memory and fsync it; each shard's chunk checksums."""
+def write_file(path: Path, shards: Mapping[str, LocalShard]) -> tuple[StoredFile, dict[str, StoredTensor]]:
+    """Write a new safetensors file straight from the tensors' memory and fsync it; what the index says of it."""
+    # Large items first: every tensor is then aligned to its item size, for readers that map the file.
+    shards = dict(sorted(shards.items(), key=lambda item: -item[1].data.element_size()))
     header, starts, size = dump_header(
         (part_key(name, shard.shape, shard.box), DTYPE_NAMES[shard.data.dtype], shard.box.shape, shard.data.nbytes)
         for name, shard in shards.items()
     )
-    checksums: list[tuple[str, ...]] = []
+    tensors = {}
     unsynced = 0
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         _write(fd, memoryview(header), 0)
-        for shard, start in zip(shards.values(), starts, strict=True):
-            data, sums = host_bytes(shard.data), []
+        for (name, shard), start in zip(shards.items(), starts, strict=True):
+            data, checksums = host_bytes(shard.data), []
             for first in range(0, max(len(data), 1), CHUNK_BYTES):
                 chunk = data[first : first + CHUNK_BYTES]
-                sums.append(crc32(chunk))
+                checksums.append(crc32(chunk))
                 _write(fd, chunk, start + first)
                 unsynced += len(chunk)
                 if unsynced >= _SYNC_BYTES:
                     getattr(os, "fdatasync", os.fsync)(fd)
                     unsynced = 0
-            checksums.append(tuple(sums))
+            part = StoredPart(path.name, shard.box, tuple(checksums))
+            tensors[name] = StoredTensor(DTYPE_NAMES[shard.data.dtype], shard.shape, (part,))
         os.fsync(fd)
     finally:
         os.close(fd)
-    return StoredFile(size, len(header), crc32(header)), checksums
+    return StoredFile(size, len(header), crc32(header)), tensors
 
 
 def _groups(shards: Mapping[str, LocalShard], limit: int) -> Iterator[dict[str, LocalShard]]:
-    """The shards by file: in order, a new file after each ``limit`` bytes."""
+    """The shards of each file: in order, a new file after each ``limit`` bytes."""
     group: dict[str, LocalShard] = {}
     size = 0
     for name, shard in shards.items():
         if group and size + shard.data.nbytes > limit:
-            yield _large_items_first(group)
+            yield group
             group, size = {}, 0
         group[name] = shard
         size += shard.data.nbytes
     if group:
-        yield _large_items_first(group)
-
-
-def _large_items_first(group: dict[str, LocalShard]) -> dict[str, LocalShard]:
-    # Every tensor is then aligned to its item size, for readers that map the file.
-    return dict(sorted(group.items(), key=lambda item: -item[1].data.element_size()))
+        yield group
 
 
 def _write(fd: int, data: memoryview, start: int) -> None:

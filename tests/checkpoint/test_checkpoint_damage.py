@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,8 @@ def state(seed: int = 0) -> Tree:
 
 def owner(path: Path, file: str, at: int) -> str | None:
     """The tensor that the byte belongs to, by the header; None for a byte of the header."""
-    with OpenFiles(path, read_index(path)) as files:
-        _, header = files.open(file)
+    with ExitStack() as stack:
+        _, header = OpenFiles(path, read_index(path), stack).open(file)
         return next((name for name, (_, _, start, stop) in header.items() if start <= at < stop), None)
 
 
@@ -125,8 +126,8 @@ def test_what_the_disk_cannot_read_is_named(tmp_path: Path) -> None:
 def flip_in(path: Path, name: str) -> None:
     index = read_index(path)
     file = path / index.tensors[name].parts[0].file
-    with OpenFiles(path, index) as files:
-        start = files.open(file.name)[1][name][2]
+    with ExitStack() as stack:
+        start = OpenFiles(path, index, stack).open(file.name)[1][name][2]
     data = bytearray(file.read_bytes())
     data[start] ^= 1
     file.write_bytes(data)

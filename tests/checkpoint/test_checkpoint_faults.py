@@ -111,7 +111,7 @@ def test_killed_while_replacing_one_of_the_two_is_there(tmp_path: Path) -> None:
 
 def test_killed_between_the_renames_of_a_replacement(tmp_path: Path) -> None:
     path = save({"w": torch.ones(3)}, tmp_path, step=7)
-    path.rename(hidden(tmp_path, "replaced", 7))
+    path.rename(hidden(path, "replaced"))
     assert steps(tmp_path) == []
     sweep(tmp_path)
     assert steps(tmp_path) == [7]
@@ -119,7 +119,7 @@ def test_killed_between_the_renames_of_a_replacement(tmp_path: Path) -> None:
 
 
 def test_sweeping_leaves_alone_what_a_live_process_writes(tmp_path: Path) -> None:
-    partial = hidden(tmp_path, "partial", 3)
+    partial = hidden(tmp_path / "step3", "partial")
     mine = tmp_path / ".partial-notes"
     mine.mkdir()
     with locked(tmp_path):

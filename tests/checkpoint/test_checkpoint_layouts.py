@@ -135,7 +135,9 @@ def test_mutants_of_law_7_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr("olmo_fn.checkpoint.writing.assign", wrong)
     elif name == "wrong place":
-        monkeypatch.setattr("olmo_fn.checkpoint.reading.covering", lambda part, box: covering(part, Box(box.offset, box.shape[::-1])))
+        monkeypatch.setattr(
+            "olmo_fn.checkpoint.reading.covering", lambda part, box: covering(part, Box(box.offset, box.shape[::-1]))
+        )
     else:
         monkeypatch.setattr("olmo_fn.checkpoint.reading.strides", lambda shape: (max(1, math.prod(shape[1:]) - 1), 1))
     before = name in ("shifted offset", "box missing", "box written twice")

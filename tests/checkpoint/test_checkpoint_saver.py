@@ -143,8 +143,8 @@ def test_a_tree_that_cannot_be_stored_is_refused_at_once(tmp_path: Path) -> None
 
 
 def test_a_new_saver_sweeps_up_after_a_dead_one(tmp_path: Path) -> None:
-    for what in ("partial", "deleted"):
-        left = hidden(tmp_path, what, 3)
+    for kind in ("partial", "deleted"):
+        left = hidden(tmp_path / "step3", kind)
         left.mkdir()
         (left / "state-00000.safetensors").write_bytes(b"half")
     with Saver(tmp_path):
