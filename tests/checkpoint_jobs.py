@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ def big(step: int) -> Tree:
     return {"step": torch.tensor(step), "w": torch.full((4, n), float(step)), "v": torch.full((n,), step + 0.5)}
 
 
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond ``size``: writing fails halfway, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def save_forever(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str], None]) -> None:
     """Checkpoint after checkpoint, in the background, until a rank is lost."""
     with Saver(folder, retention=Retention(keep_last=2), threads=1, ranks=ranks) as saver:
@@ -41,9 +53,8 @@ def save_forever(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str],
 
 def save_on_a_small_disk(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str], None]) -> None:
     """One checkpoint, during which rank 1 cannot write more than 100 kB into a file, as if its disk were full."""
-    if ranks.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    save(layout.state(big(2), ranks.rank), folder, step=2, threads=1, ranks=ranks)
+    with file_size_limit(100_000) if ranks.rank == 1 else nullcontext():
+        save(layout.state(big(2), ranks.rank), folder, step=2, threads=1, ranks=ranks)
 
 
 def save_without_the_last(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str], None]) -> None:

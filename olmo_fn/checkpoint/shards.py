@@ -25,8 +25,8 @@ class LocalShard(NamedTuple):
     box: Box
 
 
-Held: TypeAlias = tuple[dict[str, tuple[int, tuple[int, ...], Box]], tuple[str, ...]]
-"""What a rank tells of its `LocalState`: bytes of an element, whole shape and box of each tensor; empty branches."""
+Held: TypeAlias = tuple[dict[str, tuple[Box, int, int]], tuple[str, ...]]
+"""What a rank tells of its `LocalState`: of each tensor the box, its bytes and those of the whole; branches without leaves."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class LocalState:
     meta: dict[str, Any]
 
     def held(self) -> Held:
-        """The names and boxes of the shards, without their data."""
-        return {name: (s.data.element_size(), s.shape, s.box) for name, s in self.shards.items()}, self.empty
+        """What the ranks need to know to agree on a `Plan`."""
+        return {
+            name: (x.box, x.data.nbytes, x.data.itemsize * math.prod(x.shape)) for name, x in self.shards.items()
+        }, self.empty
 
 
 @dataclass(frozen=True)
@@ -111,24 +113,19 @@ def assign(held: Sequence[Held]) -> Plan:
     Greedy: the largest box first, to the holder with the fewest bytes so far. DTensors and plain tensors are alike: a plain
     tensor is a box that every rank holds. Of an empty tensor one rank writes its box.
 
-    >>> boxes = {"a": (4, (2,), Box((0,), (2,))), "b": (4, (2,), Box((0,), (2,)))}
-    >>> assign([(boxes, ()), (boxes, ())]).writers
+    >>> shards = {"a": (Box((0,), (2,)), 8, 8), "b": (Box((0,), (2,)), 8, 8)}
+    >>> assign([(shards, ()), (shards, ())]).writers
     {'a': [0], 'b': [1]}
     """
-    holders: dict[tuple[str, Box | None], list[int]] = {}
+    holders: dict[tuple[int, str, Box | None], list[int]] = {}
     sizes: dict[str, int] = {}
-    for rank, (boxes, _) in enumerate(held):
-        for name, (itemsize, shape, box) in boxes.items():
-            sizes[name] = itemsize * math.prod(shape)
-            if math.prod(box.shape):
-                holders.setdefault((name, box), []).append(rank)
-            elif not sizes[name]:
-                holders.setdefault((name, None), []).append(rank)
-    itemsizes = {name: itemsize for boxes, _ in held for name, (itemsize, _, _) in boxes.items()}
-    weighed = [(itemsizes[name] * math.prod(box.shape) if box else 0, name, ranks) for (name, box), ranks in holders.items()]
+    for rank, (shards, _) in enumerate(held):
+        for name, (box, nbytes, sizes[name]) in shards.items():
+            if nbytes or not sizes[name]:
+                holders.setdefault((nbytes, name, box if nbytes else None), []).append(rank)
     writers: dict[str, list[int]] = {name: [] for name in sizes}
     written = [0] * len(held)
-    for nbytes, name, ranks in sorted(weighed, key=lambda entry: -entry[0]):
+    for (nbytes, name, _), ranks in sorted(holders.items(), key=lambda item: -item[0][0]):
         writer = min(ranks, key=written.__getitem__)
         written[writer] += nbytes
         writers[name].append(writer)

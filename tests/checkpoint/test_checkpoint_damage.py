@@ -118,9 +118,9 @@ def test_what_the_disk_cannot_read_is_named(tmp_path: Path) -> None:
         (path / file).unlink()
         (path / file).symlink_to("/proc/self/mem")
         assert verify(path) == [f"{path / file}: cannot be read from the disk (input/output error)"]
-    with open("/proc/self/mem", "rb") as memory:
-        with pytest.raises(BrokenCheckpoint, match=r"file: w cannot be read from the disk \(input/output error\)"):
-            PartBytes("file: w", memory.fileno(), 0, 10, 1 << 20, ("",)).read(0, 10)
+    expected = pytest.raises(BrokenCheckpoint, match=r"file: w cannot be read from the disk \(input/output error\)")
+    with open("/proc/self/mem", "rb") as memory, expected:
+        PartBytes("file: w", memory.fileno(), 0, 10, 1 << 20, ("",)).read(0, 10)
 
 
 def flip_in(path: Path, name: str) -> None:

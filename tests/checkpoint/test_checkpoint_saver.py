@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_jobs import file_size_limit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,14 +98,10 @@ def test_submit_does_not_wait_for_the_disk(tmp_path: Path) -> None:
 
 
 def fail_once(saver: Saver, step: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    try:
+    with file_size_limit(1 << 20):
         saver.submit({"w": torch.ones(1 << 20)}, step=step)
         assert saver._running is not None
         assert isinstance(saver._running.exception(), SaveFailed)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_error_of_the_background_is_logged_and_raised_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from olmo_fn import tree
-from olmo_fn.checkpoint import load, save
+from olmo_fn.checkpoint import load, read_index, save
 from olmo_fn.core.chain import Grads
 from olmo_fn.core.pipe import Transform, _execute, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.core.step import State
@@ -265,7 +265,8 @@ def through_a_checkpoint(step, state):
     with tempfile.TemporaryDirectory() as folder:
         path = save({"step": state.step, "params": state.params, "slots": state.slots}, folder, step=int(state.step))
         whole = step.init(abstract(SPECS, DOUBLE))._asdict()
-        found, _ = load(path, lambda index: what_it_has(whole, index))
+        like, select = what_it_has(whole, read_index(path))
+        found, _ = load(path, like, select=select)
     state = State(found["step"], found["params"], found["slots"])
     new = [name for name in whole["slots"] if name not in state.slots]
     return with_new_slots(step, state, new), new
