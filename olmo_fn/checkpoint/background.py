@@ -16,7 +16,7 @@ from olmo_fn.checkpoint.commit import delete, locked, step_path, steps, sweep
 from olmo_fn.checkpoint.ranks import SINGLE_PROCESS, Ranks
 from olmo_fn.checkpoint.shards import Held, LocalState, Plan, assign, local_state
 from olmo_fn.checkpoint.stored import verify
-from olmo_fn.checkpoint.writing import failures_named, save_planned
+from olmo_fn.checkpoint.writing import FILE_BYTES, failures_named, save_planned
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ class Retention:
                 raise ValueError(f"{name}={value}: must be 1 or more; leave it out (None) to do without this rule")
 
 
+KEEP_ALL = Retention()
+
+
 def to_delete(steps: Collection[int], retention: Retention, protected: Collection[int] = ()) -> list[int]:
     """The steps that ``retention`` does not keep, oldest first; never the newest and never one in ``protected``.
 
@@ -45,7 +48,7 @@ def to_delete(steps: Collection[int], retention: Retention, protected: Collectio
     >>> to_delete([100, 200, 300], Retention())
     []
     """
-    if retention == Retention() or not steps:
+    if retention == KEEP_ALL or not steps:
         return []
     ordered = sorted(steps)
     kept = {*ordered[-(retention.keep_last or 1) :], *protected}
@@ -60,7 +63,7 @@ def retire(folder: str | Path, retention: Retention, *, protected: int) -> list[
     Only what looks intact (index, lengths, headers) counts and is deleted: a broken checkpoint neither takes the place of an
     intact one among the last k, nor is it removed.
     """
-    if retention == Retention():
+    if retention == KEEP_ALL:
         return []
     with locked(Path(folder)):
         intact = [step for step in steps(folder) if not verify(step_path(folder, step), deep=False)]
@@ -88,15 +91,10 @@ class Saver:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        retention: Retention | None = None,
-        threads: int | None = None,
-        ranks: Ranks = SINGLE_PROCESS,
+        self, folder: str | Path, *, retention: Retention = KEEP_ALL, threads: int | None = None, ranks: Ranks = SINGLE_PROCESS
     ) -> None:
         self.folder = Path(folder)
-        self.retention = retention or Retention()
+        self.retention = retention
         self.threads = threads
         self.ranks = ranks.connection()
         self._plan: tuple[Held, Plan] | None = None
@@ -141,7 +139,9 @@ class Saver:
 
     def _save(self, state: LocalState, plan: Plan) -> Path:
         try:
-            path = save_planned(state, plan, self.folder, self.ranks, threads=self.threads)
+            path = save_planned(
+                state, plan, self.folder, self.ranks, replace=False, file_bytes=FILE_BYTES, threads=self.threads
+            )
             if self.ranks.rank == 0:
                 retire(self.folder, self.retention, protected=state.step)
             return path

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from olmo_fn.spec import Box
 
 
@@ -77,16 +75,22 @@ def tiles(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
     >>> tiles([Box((0,), (2,)), Box((2,), (2,))], (4,)), tiles([Box((0,), (2,)), Box((1,), (2,))], (4,))
     (True, False)
     """
-    if not boxes or any(not len(box.offset) == len(box.shape) == len(shape) for box in boxes):
+    if any(not len(box.offset) == len(box.shape) == len(shape) for box in boxes):
         return False
-    # All borders together cut the tensor into cells: for the grids that meshes make, these are the boxes themselves.
-    cuts = []
-    for size, *sides in zip(shape, *(box.slices for box in boxes), strict=True):
-        cuts.append(sorted({0, size, *(side.start for side in sides), *(side.stop for side in sides)}))
-        if cuts[-1][0] < 0 or cuts[-1][-1] > size:
-            return False
-    cells = [{position: i for i, position in enumerate(cut)} for cut in cuts]
-    count = np.zeros([len(cut) - 1 for cut in cuts], dtype=np.int64)
+    if any(i < 0 or n < 0 or i + n > size for box in boxes for i, n, size in zip(*box, shape, strict=True)):
+        return False
+    volume = sum(math.prod(box.shape) for box in boxes)
+    return bool(boxes) and volume == math.prod(shape) and (volume == 0 or not _any_overlap(boxes))
+
+
+def _any_overlap(boxes: Sequence[Box], dim: int = 0) -> bool:
+    # Cuts at all borders along `dim` and looks into each slice: quick for the grids that meshes make.
+    if len(boxes) < 2 or dim == len(boxes[0].shape):
+        return len(boxes) > 1
+    cuts = sorted({cut for offset, shape in boxes for cut in (offset[dim], offset[dim] + shape[dim])})
+    number = {cut: i for i, cut in enumerate(cuts)}
+    slices: list[list[Box]] = [[] for _ in cuts]
     for box in boxes:
-        count[tuple(slice(cell[side.start], cell[side.stop]) for cell, side in zip(cells, box.slices, strict=True))] += 1
-    return bool((count == 1).all())
+        for i in range(number[box.offset[dim]], number[box.offset[dim] + box.shape[dim]]):
+            slices[i].append(box)
+    return any(_any_overlap(inside, dim + 1) for inside in slices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -117,7 +118,7 @@ class Ranks:
             raise
 
     def _send(self, key: str, message: Message) -> None:
-        self._ask("set", key, pickle.dumps(message))
+        self._ask("set", key, zlib.compress(pickle.dumps(message), 1))
 
     def _receive(self, key: str, rank: int, timeout: float) -> Message:
         end, pause = time.monotonic() + timeout, 0.001
@@ -126,7 +127,7 @@ class Ranks:
                 raise RankLost(f"rank {rank} did not answer within {timeout:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
-        message: Message = pickle.loads(self._ask("get", key))
+        message: Message = pickle.loads(zlib.decompress(self._ask("get", key)))
         return message
 
     def _ask(self, method: str, *args: Any) -> Any:

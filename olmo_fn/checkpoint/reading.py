@@ -108,15 +108,11 @@ def load_newest(
 
 def newest_whole(folder: str | Path, *, on_skip: Callable[[str], None] = log.warning) -> Path | None:
     """The newest checkpoint in ``folder`` in which `verify` finds nothing; None if there is none. As `load_newest`."""
-
-    def check(path: Path) -> bool:
-        if problems := verify(path):
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise BrokenCheckpoint(problems[0] + more)
-        return True
-
-    newest = load_newest(folder, check, on_skip=on_skip)
-    return newest[0] if newest else None
+    for path in (step_path(folder, step) for step in reversed(steps(folder))):
+        if not (problems := verify(path)):
+            return path
+        on_skip(f"skipping {path}, it is broken: {problems[0]}")
+    return None
 
 
 def _read_tensors(

@@ -64,7 +64,13 @@ def local_state(tree: Mapping[str, Any], step: int, meta: Mapping[str, Any] | No
         raise ValueError(f"step={step!r}: must be an int, 0 or more")
     leaves = dict(leaves_of(tree))
     empty = tuple(path for path, leaf in leaves.items() if isinstance(leaf, Mapping))
-    shards = {path: _local_shard(path, leaf, ranks) for path, leaf in leaves.items() if not isinstance(leaf, Mapping)}
+    shards = {}
+    for path, leaf in leaves.items():
+        try:
+            if not isinstance(leaf, Mapping):
+                shards[path] = _local_shard(leaf, ranks)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from None
     return LocalState(step, shards, empty, _checked_meta(meta or {}))
 
 
@@ -96,11 +102,11 @@ def local_box(leaf: torch.Tensor) -> Box:
     if not isinstance(leaf, DTensor):
         return Box.whole(leaf.shape)
     if (coordinate := leaf.device_mesh.get_coordinate()) is None:
-        raise ValueError(f"a DTensor on the mesh {leaf.device_mesh}, which this rank is not in")
+        raise ValueError(f"is a DTensor on the mesh {leaf.device_mesh}, which this rank is not in")
     offset, shape = [0] * leaf.ndim, list(leaf.shape)
     for placement, index, size in zip(leaf.placements, coordinate, leaf.device_mesh.shape, strict=True):
         if type(placement) not in (Replicate, Shard):
-            raise ValueError(f"placed as {placement}; a checkpoint holds Replicate and Shard: redistribute it first")
+            raise ValueError(f"is placed as {placement}; a checkpoint holds Replicate and Shard: redistribute it first")
         if isinstance(placement, Shard):
             start, shape[placement.dim] = chunk(shape[placement.dim], index, size)
             offset[placement.dim] += start
@@ -135,7 +141,7 @@ def assign(held: Sequence[Held]) -> Plan:
     return Plan(writers, empty, sum(sizes.values()))
 
 
-def _local_shard(path: str, leaf: Any, ranks: Ranks) -> LocalShard:
+def _local_shard(leaf: Any, ranks: Ranks) -> LocalShard:
     data: Any = leaf
     if isinstance(leaf, DTensor):
         mesh, coordinate = leaf.device_mesh.mesh, leaf.device_mesh.get_coordinate()
@@ -143,24 +149,20 @@ def _local_shard(path: str, leaf: Any, ranks: Ranks) -> LocalShard:
         if mesh_rank != ranks.rank or int(mesh.max()) >= ranks.size:
             which = "not in it" if mesh_rank is None else f"its rank {mesh_rank}"
             raise ValueError(
-                f"{path} is a DTensor on the ranks {mesh.flatten().tolist()}, this process is {which}, and saves as "
+                f"is a DTensor on the ranks {mesh.flatten().tolist()}, this process is {which}, and saves as "
                 f"rank {ranks.rank} of {ranks.size}; pass ranks=Ranks(rank, world size, store)"
             )
         data = cast(DTensor, leaf.detach()).to_local()
     plain = type(data) in (torch.Tensor, torch.nn.Parameter)
     if not plain or data.layout != torch.strided or data.is_meta:
         kind = f"Tensor ({data.layout}, {data.device})" if plain else type(data).__name__
-        raise ValueError(f"{path} is a {kind}; a checkpoint holds dense tensors, other values go into meta")
+        raise ValueError(f"is a {kind}; a checkpoint holds dense tensors, other values go into meta")
     if data.dtype not in DTYPE_NAMES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
-        raise ValueError(f"{path} is {data.dtype}; a checkpoint holds {known}")
-    shape = tuple(leaf.shape)
-    try:
-        box = local_box(leaf)
-    except ValueError as error:
-        raise ValueError(f"{path} is {error}") from None
+        raise ValueError(f"is {data.dtype}; a checkpoint holds {known}")
+    shape, box = tuple(leaf.shape), local_box(leaf)
     if tuple(data.shape) != box.shape:
-        raise ValueError(f"{path} holds {list(data.shape)} here, its placements say {list(box.shape)} of {list(shape)}")
+        raise ValueError(f"holds {list(data.shape)} here, its placements say {list(box.shape)} of {list(shape)}")
     return LocalShard(data, shape, box)
 
 

@@ -78,14 +78,7 @@ def save(
 
 
 def save_planned(
-    state: LocalState,
-    plan: Plan,
-    folder: str | Path,
-    ranks: Ranks,
-    *,
-    replace: bool = False,
-    file_bytes: int = FILE_BYTES,
-    threads: int | None = None,
+    state: LocalState, plan: Plan, folder: str | Path, ranks: Ranks, *, replace: bool, file_bytes: int, threads: int | None
 ) -> Path:
     """`save` of a state whose writers are agreed on; of its shards only those are looked at that this rank writes."""
     path, label = step_path(folder, state.step), f"step {state.step}"
