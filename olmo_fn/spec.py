@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,27 @@ from olmo_fn.tree import Tree
 
 TRUNCATION = 3.0  # OLMo-core cuts its normals at three standard deviations
 BLOCK = 1 << 22  # numbers that are drawn at once
-Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape of a part
+
+
+class Box(NamedTuple):
+    """A part of a tensor: where it begins in each dim, and its shape.
+
+    >>> Box((1, 0), (2, 3)).slices
+    (slice(1, 3, None), slice(0, 3, None))
+    """
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def whole(shape: Sequence[int]) -> Box:
+        """The box of all of a tensor."""
+        return Box((0,) * len(shape), tuple(shape))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The index that takes this part out of the tensor."""
+        return tuple(slice(start, start + length) for start, length in zip(*self, strict=True))
 
 
 class Init(NamedTuple):
@@ -74,14 +95,15 @@ def init(specs: Tree, seed: int, dtype: torch.dtype = torch.float32, device: tor
 
 
 def init_leaf(spec: Spec, seed: int, path: str, box: Box | None = None) -> Tensor:
-    """One fp32 leaf, or only the part of it that starts at ``box[0]`` and has the shape ``box[1]``, which equals the same
-    part of the whole leaf; memory beyond the result is bounded.
+    """One fp32 leaf, or only the part of it in ``box``, which equals the same part of the whole leaf; memory beyond the
+    result is bounded.
     """
-    offset, shape = box or ((0,) * len(spec.shape), spec.shape)
+    box = box or Box.whole(spec.shape)
+    offset, shape = box
     if spec.init.kind in ("ones", "zeros"):
         return torch.full(shape, 1.0 if spec.init.kind == "ones" else 0.0)
     row = math.prod(spec.shape[1:])
-    columns = tuple(slice(start, start + length) for start, length in zip(offset[1:], shape[1:], strict=True))
+    columns = box.slices[1:]
     out, many = torch.empty(shape), max(1, BLOCK // row)
     tail = 0.5 * math.erfc(TRUNCATION / math.sqrt(2)) if spec.init.kind == "trunc_normal" else 0.0
     for first in range(0, shape[0] if out.numel() else 0, many):

@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,10 @@ import torch
 from sharding import Layout
 from torch.distributed import TCPStore
 
-from olmo_fn.checkpoint import Ranks, Retention, SaveFailed, Saver, save, steps, writing
-from olmo_fn.checkpoint.tensorfile import write_file
+from olmo_fn.checkpoint import Ranks, Retention, SaveFailed, Saver, save, steps
 from olmo_fn.tree import Tree
 
-PATIENCE = 2.0
+TIMEOUT = 4.0
 Outcome = tuple[str, float]  # what a rank said last, and the seconds from the kill or the start until then
 
 
@@ -29,9 +29,21 @@ def big(step: int) -> Tree:
     return {"step": torch.tensor(step), "w": torch.full((4, n), float(step)), "v": torch.full((n,), step + 0.5)}
 
 
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond ``size``: writing fails halfway, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def save_forever(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str], None]) -> None:
     """Checkpoint after checkpoint, in the background, until a rank is lost."""
     with Saver(folder, retention=Retention(keep_last=2), threads=1, ranks=ranks) as saver:
+        layout.state(big(0), ranks.rank)  # what is imported when first used is here when the kill comes
         say("ready")
         for step in range(max(steps(folder), default=0) + 1, 10**6):
             saver.submit(layout.state(big(step), ranks.rank), step=step, meta={"step": step})
@@ -40,22 +52,9 @@ def save_forever(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str],
 
 
 def save_on_a_small_disk(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str], None]) -> None:
-    """One checkpoint, during which rank 1 cannot write more than 100 kB into a file, as if its disk were full.
-
-    Rank 2 is late: it begins to write when the folder is gone that it writes into.
-    """
-    if ranks.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    if ranks.rank == 2:
-        writing.write_file = late_write_file
-    save(layout.state(big(2), ranks.rank), folder, step=2, threads=1, ranks=ranks)
-
-
-def late_write_file(path: Path, *args: Any) -> Any:
-    """`write_file`, when the folder is gone."""
-    while path.parent.exists():
-        time.sleep(0.01)
-    return write_file(path, *args)
+    """One checkpoint, during which rank 1 cannot write more than 100 kB into a file, as if its disk were full."""
+    with file_size_limit(100_000) if ranks.rank == 1 else nullcontext():
+        save(layout.state(big(2), ranks.rank), folder, step=2, threads=1, ranks=ranks)
 
 
 def save_without_the_last(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str], None]) -> None:
@@ -64,11 +63,11 @@ def save_without_the_last(ranks: Ranks, layout: Layout, folder: str, say: Callab
         save(layout.state(big(2), ranks.rank), folder, step=2, threads=1, ranks=ranks)
 
 
-def _run(job: Any, rank: int, port: int, host: bool, layout: Layout, folder: str, patience: float, pipe: Connection) -> None:
+def _run(job: Any, rank: int, port: int, host: bool, layout: Layout, folder: str, timeout: float, pipe: Connection) -> None:
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, is_master=host and rank == 0, wait_for_workers=False)
     try:
-        job(Ranks(rank, layout.size, store, patience), layout, folder, pipe.send)
+        job(Ranks(rank, layout.size, store, timeout), layout, folder, pipe.send)
         pipe.send("ended")
     except SaveFailed as error:
         pipe.send(f"SaveFailed: {error}")
@@ -83,7 +82,7 @@ def run(
     kill: int | None = None,
     after: float = 0.0,
     host: bool = False,
-    patience: float = PATIENCE,
+    timeout: float = TIMEOUT,
 ) -> list[Outcome]:
     """The last words of each rank, and when they came.
 
@@ -97,7 +96,7 @@ def run(
     pipes, processes = [], []
     for rank in range(layout.size):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(job, rank, port, host, layout, str(folder), patience, theirs), daemon=True)
+        process = context.Process(target=_run, args=(job, rank, port, host, layout, str(folder), timeout, theirs), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)

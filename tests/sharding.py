@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from olmo_fn import tree as trees
-from olmo_fn.checkpoint import Ranks
+from olmo_fn.checkpoint import Ranks, load
 from olmo_fn.tree import Tree
 
 T = TypeVar("T")
@@ -58,18 +59,41 @@ def place(leaf: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...] | No
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=leaf.shape, stride=leaf.contiguous().stride())
 
 
-def together(size: int, job: Callable[[Ranks], T], patience: float = 10.0) -> list[T | Exception]:
+def together(size: int, job: Callable[[Ranks], T], timeout: float = 60.0) -> list[T | Exception]:
     """``job`` on ``size`` ranks, each a thread; what it returns or raises."""
     store = HashStore()
 
     def run(rank: int) -> T | Exception:
         try:
-            return job(Ranks(rank, size, store, patience))
+            return job(Ranks(rank, size, store, timeout))
         except Exception as error:
             return error
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(run, range(size)))
+
+
+def load_in(layout: Layout, whole: Tree, path: Path) -> None:
+    """Load ``path`` as each rank of ``layout`` would, and compare with what it should hold."""
+    for rank in range(layout.size):
+        like = layout.state(whole, rank, meta=True)
+        back, _ = load(path, like, select=[*trees.flatten(like)], threads=1)
+        expected = trees.flatten(layout.state(whole, rank))
+        assert trees.flatten(back).keys() == expected.keys()
+        for name, leaf in trees.items(back):
+            assert type(leaf) is type(expected[name])
+            if isinstance(leaf, DTensor):
+                assert (leaf.shape, leaf.placements) == (expected[name].shape, expected[name].placements)
+                assert leaf.device_mesh == expected[name].device_mesh
+                assert_bitwise(leaf.to_local(), expected[name].to_local())
+            else:
+                assert_bitwise(leaf, expected[name])
+
+
+def assert_bitwise(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    a, b = (x.detach().resolve_neg().reshape(-1).clone(memory_format=torch.contiguous_format) for x in (a, b))
+    assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @st.composite

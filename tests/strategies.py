@@ -13,6 +13,7 @@ from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.models.config import Model, dense
 from olmo_fn.parallel.pipeline.stages import Pipeline
+from olmo_fn.spec import Box
 
 
 @st.composite
@@ -54,14 +55,14 @@ def batches(draw: st.DrawFn, vocab_size: int, rows: int = 4) -> Batch:
 
 @st.composite
 def boxes(draw, shape):
-    """A part of a tensor: offset and shape, empty ones included."""
+    """A part of a tensor, empty ones included."""
     bounds = [sorted((draw(st.integers(0, n)), draw(st.integers(0, n)))) for n in shape]
-    return tuple(a for a, _ in bounds), tuple(b - a for a, b in bounds)
+    return Box(tuple(a for a, _ in bounds), tuple(b - a for a, b in bounds))
 
 
 def part_of(tensor, box):
     """That part of a tensor."""
-    return tensor[tuple(slice(start, start + n) for start, n in zip(*box, strict=True))]
+    return tensor[box.slices]
 
 
 class Case(NamedTuple):

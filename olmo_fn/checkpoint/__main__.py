@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -26,14 +27,10 @@ def checkpoints(where: Path) -> list[Path]:
 
 def row(path: Path, problems: list[str]) -> tuple[str, str, str, str]:
     """One line of the table: name, size, number of tensors, whole or broken."""
-    try:
+    size, tensors = "?", "?"
+    with suppress(BrokenCheckpoint):
         index = read_index(path)
-        size, tensors = (
-            f"{sum(file.bytes for file in index.files.values()) / 1e6:,.1f}",
-            str(len(index.tensors)),
-        )
-    except BrokenCheckpoint:
-        size, tensors = "?", "?"
+        size, tensors = f"{sum(file.bytes for file in index.files.values()) / 1e6:,.1f}", str(len(index.tensors))
     return path.name, size, tensors, "[red]broken[/]" if problems else "[green]whole[/]"
 
 

@@ -1,30 +1,40 @@
-"""The processes that save and load together: they speak through a store, and notice when one of them dies."""
+"""The processes that save and load together, and how they speak: all tell rank 0 something, and it answers all."""
 
 from __future__ import annotations
 
-import threading
+import pickle
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from torch.distributed import HashStore, Store
+from torch.distributed import Store
 
-_WORDS = ("hello", "go", "done", "verdict", "outcome")
-# Rank 0 looks for lost ranks, the others for a verdict, this often; the beats come ten times in `Ranks.patience`.
-_LOOK_SECONDS = 0.2
+T = TypeVar("T")
+A = TypeVar("A")
+
+
+class RankLost(RuntimeError):
+    """Another rank failed or does not answer, or the store does not; the message names it."""
+
+
+class Message(NamedTuple):
+    """What a rank says in an exchange: which one it is in, what it tells, and why it failed if it did."""
+
+    label: str
+    told: Any = None
+    failure: str = ""
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that save and load together; the default is one process alone.
 
-    ``store`` is any ``torch.distributed.Store`` that all of them see, such as a TCPStore; it must be new for
-    each start of the job (``PrefixStore(str(restart), store)`` makes it so). No process group is used, so
-    training may communicate meanwhile. A rank that gives no sign of life for ``patience`` seconds is taken
-    for dead, as is one that does not come to a save within six times as long.
+    ``store`` is any ``torch.distributed.Store`` that all of them see, such as a TCPStore; it must be new for each start of
+    the job (``PrefixStore(str(restart), store)`` makes it so). No process group is used, so that training may communicate
+    meanwhile. A rank that does not answer for ``timeout`` seconds, when all others have, ends the save or load on all.
 
     >>> Ranks(2, 2)
     Traceback (most recent call last):
@@ -34,7 +44,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     store: Store | None = None
-    patience: float = 10.0
+    timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -43,150 +53,100 @@ class Ranks:
             raise ValueError(f"{self.size} ranks need a store that all see: give a torch.distributed.TCPStore")
 
     def connection(self) -> Ranks:
-        """The same with a connection to the store of its own, which no other thread's waiting blocks."""
-        if self.store is None:
-            return replace(self, store=HashStore())
-        _ask(self.store, "check", ["checkpoint"])  # else connecting would wait for minutes for a dead host
-        return replace(self, store=self.store.clone())  # type: ignore[attr-defined]
+        """The same ranks with a connection to the store of their own, which no other thread's waiting blocks."""
+        return replace(self, store=self.store.clone()) if self.store else self  # type: ignore[attr-defined]
 
+    def exchange(
+        self, label: str, work: Callable[[], T], combine: Callable[[list[A]], Any], tell: Callable[[T], A]
+    ) -> tuple[T, Any]:
+        """Do ``work`` on every rank and ``combine`` on rank 0; what this rank's work returned, and what ``combine`` did.
 
-ALONE = Ranks()
+        ``combine`` gets ``tell(work())`` of all ranks, in their order; both return what pickle can send. All ranks make the
+        same exchanges in the same order; rank 0 compares the labels. If one rank raises, all do: that one its own error, the
+        others `RankLost` with the text of it.
 
+        >>> Ranks().exchange("sizes", lambda: "abc", sum, tell=len)
+        ('abc', 3)
+        """
+        if self.size == 1:
+            own = work()
+            return own, combine([tell(own)])
+        number = self._ask("add", f"checkpoint/exchanges/{self.rank}", 1)
+        key = f"checkpoint/{number}"
+        if self.rank != 0:
+            with self._sending_failures(f"{key}/{self.rank}", label):
+                own = work()
+                self._send(f"{key}/{self.rank}", Message(label, tell(own)))
+            # Rank 0 waits for all, and then says which did not answer: give it the time to.
+            answer = self._receive(key, 0, 2 * self.timeout)
+            if answer.failure:
+                raise RankLost(answer.failure)
+            return own, answer.told
+        with self._sending_failures(key, label):
+            try:
+                own = work()
+            except Exception:
+                self._gather(number)  # the others may still be at work, on files that rank 0 takes away when it fails
+                raise
+            result = combine(_told([Message(label, tell(own)), *self._gather(number)]))
+            self._send(key, Message(label, result))
+        return own, result
 
-class RankLost(RuntimeError):
-    """A rank failed or died, or the store did; the message names it."""
+    def broadcast(self, label: str, work: Callable[[], T]) -> T:
+        """What ``work`` returns on rank 0, on all; an `exchange` in which the others tell nothing."""
+        result: T = self.exchange(label, lambda: None, lambda _: work(), tell=lambda _: None)[1]
+        return result
 
+    def _gather(self, number: int) -> list[Message]:
+        """The messages of the ranks other than 0. When they are here, all have read the answer to the exchange before."""
+        keys = {rank: f"checkpoint/{number}/{rank}" for rank in range(1, self.size)}
+        messages = [self._receive(key, rank, self.timeout) for rank, key in keys.items()]
+        for key in (*keys.values(), f"checkpoint/{number - 1}"):
+            self._ask("delete_key", key)
+        return messages
 
-@contextmanager
-def beating(ranks: Ranks) -> Iterator[None]:
-    """Tell the others all the while that this rank is alive."""
-    if ranks.size == 1:
-        yield
-        return
-    stop, store = threading.Event(), ranks.connection().store
-    assert store is not None
-
-    def beat() -> None:
-        with suppress(RuntimeError):
-            store.add(f"checkpoint/beat/{ranks.rank}", 1)
-            while not stop.wait(ranks.patience / 10):
-                store.add(f"checkpoint/beat/{ranks.rank}", 1)
-
-    thread = threading.Thread(target=beat, name="checkpoint-beat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(ranks.patience)
-
-
-class Meeting:
-    """One save or load that all ranks take part in; the n-th of one rank meets the n-th of every other.
-
-    As a context: whoever leaves it with an error makes all the others' calls raise `RankLost` with that error.
-    Rank 0 watches all ranks, the others watch rank 0.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks if ranks.store else ranks.connection()
-        self.seen = {rank: (0, time.monotonic()) for rank in (range(ranks.size) if ranks.rank == 0 else (0,))}
-        self.looked = 0.0
-        self.began = time.monotonic()
-
-    def __enter__(self) -> Meeting:
-        self.number = self._ask("add", f"checkpoint/meetings/{self.ranks.rank}", 1)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is not None:
+    @contextmanager
+    def _sending_failures(self, key: str, label: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            cause = error.__cause__ or error
+            reason = (cause.strerror if isinstance(cause, OSError) else "") or str(cause) or type(cause).__name__
+            failure = str(error) if isinstance(error, RankLost) else f"rank {self.rank}: {reason}"
             with suppress(RankLost):
-                text = str(error) if isinstance(error, RankLost) else f"rank {self.ranks.rank}: {_reason(error)}"
-                if not self._decide(f"failed {text}") and self.ranks.rank == 0:
-                    self._set("outcome", f"failed {text}".encode())
+                self._send(key, Message(label, failure=failure))
+            raise
 
-    def gather(self, word: str, data: bytes = b"") -> list[bytes]:
-        """What all ranks give, by rank, on rank 0; nothing on the others, which do not wait."""
-        self._set(f"{word}/{self.ranks.rank}", data)
-        if self.ranks.rank != 0:
-            return []
-        answers = [self._wait(f"{word}/{rank}", rank) for rank in range(self.ranks.size)]
-        if word == "hello":
-            self._forget(self.number - 1)
-        return answers
+    def _send(self, key: str, message: Message) -> None:
+        self._ask("set", key, zlib.compress(pickle.dumps(message), 1))
 
-    def broadcast(self, word: str, data: bytes = b"") -> bytes:
-        """What rank 0 gives, on all ranks."""
-        if self.ranks.rank == 0:
-            self._set(word, data)
-            return data
-        return self._wait(word, 0)
-
-    def conclude(self) -> None:
-        """Raise `RankLost` if a rank has failed; after this none can make the meeting fail but rank 0, which calls it."""
-        if not self._decide("concluded"):
-            self.look_now()
-
-    def look(self) -> None:
-        """`look_now`, but not so soon after the last time: cheap to call often."""
-        if time.monotonic() - self.looked >= _LOOK_SECONDS:
-            self.look_now()
-
-    def look_now(self) -> None:
-        """Raise `RankLost` if the meeting has failed or a rank gives no sign of life."""
-        if self.ranks.size == 1:
-            return
-        self.looked = now = time.monotonic()
-        for word in ("verdict", "outcome"):
-            if self._there(word) and (text := self._ask("get", self._key(word)).decode()).startswith("failed "):
-                raise RankLost(text.removeprefix("failed "))
-        for rank, (count, since) in self.seen.items():
-            beats = self._ask("add", f"checkpoint/beat/{rank}", 0)
-            if beats != count:
-                self.seen[rank] = (beats, time.monotonic())
-            elif beats and rank != self.ranks.rank and now - since > self.ranks.patience:
-                raise RankLost(f"rank {rank} gave no sign of life for {self.ranks.patience:.0f} s")
-
-    def _decide(self, verdict: str) -> bool:
-        return bool(self._ask("compare_set", self._key("verdict"), "", verdict) == verdict.encode())
-
-    def _wait(self, word: str, rank: int) -> bytes:
-        pause = 0.002
-        while not self._there(word):
-            self.look()
-            late = time.monotonic() - self.began > 6 * self.ranks.patience
-            if late and not self._there(f"hello/{rank}"):
-                raise RankLost(f"rank {rank} did not come within {6 * self.ranks.patience:.0f} s")
+    def _receive(self, key: str, rank: int, timeout: float) -> Message:
+        end, pause = time.monotonic() + timeout, 0.001
+        while not self._ask("check", [key]):  # the store's own waiting prints warnings, and cannot be interrupted
+            if time.monotonic() > end:
+                raise RankLost(f"rank {rank} did not answer within {timeout:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
-        return bytes(self._ask("get", self._key(word)))
-
-    def _there(self, word: str) -> bool:
-        return bool(self._ask("check", [self._key(word)]))
-
-    def _set(self, word: str, data: bytes) -> None:
-        self._ask("set", self._key(word), data)
-
-    def _key(self, word: str, number: int | None = None) -> str:
-        return f"checkpoint/{self.number if number is None else number}/{word}"
-
-    def _forget(self, number: int) -> None:
-        for word in _WORDS:
-            for key in (word, *(f"{word}/{rank}" for rank in range(self.ranks.size) if word in ("hello", "done"))):
-                self._ask("delete_key", self._key(key, number))
+        message: Message = pickle.loads(zlib.decompress(self._ask("get", key)))
+        return message
 
     def _ask(self, method: str, *args: Any) -> Any:
-        return _ask(self.ranks.store, method, *args)
+        try:
+            return getattr(self.store, method)(*args)
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            raise RankLost(f"the store does not answer, so the rank that hosts it (usually rank 0) has ended: {why}") from error
 
 
-def _ask(store: Store | None, method: str, *args: Any) -> Any:
-    try:
-        return getattr(store, method)(*args)
-    except RuntimeError as error:
-        what = str(error).partition("\n")[0]
-        raise RankLost(f"the store does not answer, so the rank that hosts it (usually rank 0) has ended: {what}") from error
+SINGLE_PROCESS = Ranks()
 
 
-def _reason(error: BaseException) -> str:
-    error = error.__cause__ or error
-    return (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
+def _told(messages: list[Message]) -> list[Any]:
+    """What all ranks told; raises if one failed, and if they are not in the same exchange."""
+    if failure := next((message.failure for message in messages if message.failure), ""):
+        raise RankLost(failure)
+    labels = [message.label for message in messages]
+    if len(set(labels)) > 1:
+        different = ", ".join(f"rank {labels.index(label)} at {label}" for label in dict.fromkeys(labels))
+        raise ValueError(f"the ranks do not do the same: {different}; all must save the same ones in the same order")
+    return [message.told for message in messages]

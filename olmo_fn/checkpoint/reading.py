@@ -2,51 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from olmo_fn.checkpoint.index import Index
-from olmo_fn.checkpoint.leaves import put_together, take_apart
-from olmo_fn.checkpoint.pool import default_threads, in_order
-from olmo_fn.checkpoint.shards import box_of
-from olmo_fn.checkpoint.spans import Span, overlap, strides
-from olmo_fn.checkpoint.stored import Files, read_index, read_part
-from olmo_fn.checkpoint.tensorfile import DTYPE_NAMES, DTYPES
-from olmo_fn.tree import Tree, matches
+from olmo_fn.checkpoint.boxes import bands, contiguous, covering, overlap, strides
+from olmo_fn.checkpoint.commit import step_path, steps
+from olmo_fn.checkpoint.format import DTYPE_NAMES, DTYPES, BrokenCheckpoint, Index, host_bytes
+from olmo_fn.checkpoint.ranks import SINGLE_PROCESS, Ranks
+from olmo_fn.checkpoint.shards import leaves_of, local_box
+from olmo_fn.checkpoint.stored import JOB_BYTES, OpenFiles, PartBytes, default_threads, read_index, some, verify
+from olmo_fn.spec import Box
+from olmo_fn.tree import Tree, matches, unflatten
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+# Reads that are under way at once, or waiting for a thread.
+JOBS_AHEAD = 16
 
 
 def load(
     path: str | Path,
-    like: Mapping[str, Any] | Callable[[Index], Mapping[str, Any]] | None = None,
+    like: Mapping[str, Any] | None = None,
     *,
     select: Collection[str] | None = None,
-    subset: bool = False,
     device: torch.device | str = "cpu",
     threads: int | None = None,
 ) -> tuple[Tree, dict[str, Any]]:
     """The tree and the ``meta`` of the checkpoint at ``path``, bitwise as they were saved, in whatever layout.
 
-    ``like`` is a tree of tensors (on the meta device, perhaps) that says what is expected: names, shapes and
-    dtypes must agree, the result has its order, and goes to its devices; ``device`` is for all the others. It
-    may be a function of the checkpoint's index.
-    Of a DTensor in ``like`` the result has mesh and placements, and only this rank's shard is read. With
-    ``subset``, ``like`` may leave tensors out, as that of a pipeline stage does. ``select`` are patterns of
-    the paths to load, such as ``["params.*"]``; of ``like``, too, only these count. A leaf of ``like`` that is
-    None may be there, and is left out of the result.
+    ``like`` is a tree of tensors (on the meta device, perhaps) that says what is expected: names, shapes and dtypes must
+    agree, and the result has its order and its devices; ``device`` is for all other tensors. Of a DTensor in ``like`` the
+    result has mesh and placements, and only this rank's shard is read. ``select`` are paths or patterns of paths, such as
+    ``["params.*"]``: only these are loaded, and of ``like``, too, only these count.
 
-    Every byte that is used is checked: of each stored box the chunks (1 MiB) are read that hold a byte asked
-    for, whole. Shards of the first dim therefore cost what they hold; a shard of columns, whose rows are
-    closer together than that, costs the rows of the stored box that it crosses.
+    Every byte that is used is checked: of each stored box the chunks (1 MiB) are read that hold a byte asked for, whole.
+    Shards of the first dim therefore cost what they hold; a shard of columns, whose rows are closer together than that, costs
+    the rows of the stored box that it crosses.
 
-    Raises `BrokenCheckpoint` (a ValueError) that names file and tensor if a byte is not as it was written,
-    and ValueError that says all the differences if the checkpoint is whole but not like ``like``.
+    Raises `BrokenCheckpoint` (a ValueError) that names file and tensor if a byte is not as it was written, and ValueError
+    that lists the differences if the checkpoint is intact but not like ``like``.
 
     >>> import tempfile
     >>> from olmo_fn.checkpoint import save
@@ -55,43 +59,116 @@ def load(
     ...     load(path, select=["params.*"])
     ({'params': {'w': tensor([1., 1.])}}, {})
     """
-    path = Path(path)
     index = read_index(path)
-    like = like(index) if callable(like) else like
-    select = [select] if isinstance(select, str) else select
-    wanted = take_apart(like) if like is not None else None
-    names = list(index.tensors)
-    empty = index.empty if wanted is None else wanted.empty
+    stored: dict[str, Any] = {**dict.fromkeys(index.tensors), **{path: {} for path in index.empty}}
+    leaves = dict(leaves_of(like)) if like is not None else stored
     if select is not None:
-        names, empty = _select(path, names, select), ()
-    if wanted is not None:
-        counts = {name: leaf for name, leaf in wanted.by_path.items() if select is None or matches(name, select)}
-        expected = {name: leaf for name, leaf in counts.items() if leaf is not None}
-        _check_like(path, index, [] if subset else [n for n in names if counts.get(n, n) is not None], expected)
-        names = list(expected)
-    leaves = {name: wanted.by_path[name] if wanted is not None else None for name in names}
-    loaded: dict[str, torch.Tensor] = {}
+        chosen = _chooser(path, [select] if isinstance(select, str) else select, stored | leaves)
+        stored, leaves = ({name: leaf for name, leaf in x.items() if chosen(name)} for x in (stored, leaves))
+    wanted = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Mapping)}
+    if like is not None:
+        _check_like(path, index, wanted, [name for name in stored if name in index.tensors and name not in wanted])
+    for name, local in _read_tensors(Path(path), index, wanted, threads or default_threads()):
+        leaves[name] = _as_like(local, wanted[name], device)
+    return unflatten(leaves), index.meta
 
-    def finish(name: str, out: torch.Tensor) -> None:
-        loaded[name] = _as_like(out, leaves[name], device)
 
-    def jobs(files: Files) -> Iterator[Callable[[], Callable[[], None] | None]]:
-        for name, leaf in leaves.items():
-            entry = index.tensors[name]
-            want = Span((0,) * len(entry.shape), entry.shape) if leaf is None else box_of(leaf)
-            out = torch.empty(want.shape, dtype=DTYPES[entry.dtype])
-            for box in entry.boxes:
-                if part := overlap(box.span, want):
-                    yield from read_part(files.bytes(name, box), box.span, part, out, want)
-            # Results come in order: when this one does, all the tensor's bytes are in place.
-            yield partial(partial, finish, name, out)
+def load_newest(
+    folder: str | Path,
+    read: Callable[[Path], T],
+    *,
+    on_skip: Callable[[str], None] = log.warning,
+    ranks: Ranks = SINGLE_PROCESS,
+    before: int | None = None,
+) -> tuple[Path, T] | None:
+    """Path of the newest intact checkpoint in ``folder`` and what ``read`` gives for it; None if there is none.
 
-    with ExitStack() as stack, ThreadPoolExecutor(threads or default_threads()) as pool:
-        results = stack.enter_context(closing(in_order(pool, jobs(Files(path, index, stack)))))
-        for done in results:
-            if done is not None:
-                done()
-    return put_together(loaded, empty), index.meta
+    With ``before``, of those of a step below it.
+
+    ``read`` is `load`, perhaps with some of its arguments (``lambda path: load(path, like)``). A checkpoint in which it finds
+    damage is skipped, and ``on_skip`` gets a line that says why; any other error of ``read`` is raised. Each byte is read
+    once, so this is the way to resume. With ``ranks``, all of them call this and get the same checkpoint: the newest in which
+    none of them finds damage. If one of them fails, the others raise `RankLost`, which names it.
+
+    >>> load_newest("/nowhere", load) is None
+    True
+    """
+
+    def attempt() -> tuple[T | None, str]:
+        try:
+            return read(path), ""
+        except BrokenCheckpoint as error:
+            return None, str(error)
+
+    for step in reversed(ranks.broadcast("the load", lambda: [n for n in steps(folder) if before is None or n < before])):
+        path = step_path(folder, step)
+        (result, _), problems = ranks.exchange(f"the load of step {step}", attempt, list, tell=itemgetter(1))
+        if not any(problems):
+            return path, cast(T, result)
+        on_skip(f"skipping {path}, it is broken: {next(filter(None, problems))}")
+    return None
+
+
+def newest_whole(folder: str | Path, *, on_skip: Callable[[str], None] = log.warning) -> Path | None:
+    """The newest checkpoint in ``folder`` in which `verify` finds nothing; None if there is none. As `load_newest`."""
+    for path in (step_path(folder, step) for step in reversed(steps(folder))):
+        if not (problems := verify(path)):
+            return path
+        on_skip(f"skipping {path}, it is broken: {problems[0]}")
+    return None
+
+
+def _read_tensors(
+    path: Path, index: Index, wanted: Mapping[str, torch.Tensor | None], threads: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's part of each tensor, one after another, while threads read those that come next."""
+    ahead: deque[tuple[str, torch.Tensor, list[Future[None]]]] = deque()
+
+    def next_one() -> tuple[str, torch.Tensor]:
+        name, out, reads = ahead.popleft()
+        for read in reads:
+            read.result()
+        return name, out
+
+    with ExitStack() as stack:
+        files = OpenFiles(path, index, stack)
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for name, leaf in wanted.items():
+            tensor = index.tensors[name]
+            box = Box.whole(tensor.shape) if leaf is None else local_box(leaf)
+            out = torch.empty(box.shape, dtype=DTYPES[tensor.dtype])
+            reads = (
+                read
+                for part in tensor.parts
+                if (shared := overlap(part.box, box))
+                for read in _reads(files.part(name, part), part.box, shared, out, box)
+            )
+            ahead.append((name, out, [pool.submit(read) for read in reads]))
+            while len(ahead) > 1 and sum(len(futures) for *_, futures in ahead) > JOBS_AHEAD:
+                yield next_one()
+        while ahead:
+            yield next_one()
+
+
+def _reads(stored: PartBytes, box: Box, part: Box, out: torch.Tensor, out_box: Box) -> Iterator[Callable[[], None]]:
+    """Calls that read ``part`` of the stored ``box`` to its place in ``out``, which holds ``out_box`` of the tensor."""
+    item = out.element_size()
+    for band in bands(part, box, JOB_BYTES // item, max(1, 2 * stored.chunk // item)):
+        start, stop = (item * i for i in covering(band, box))
+        if contiguous(band, box) and contiguous(band, out_box):
+            data = host_bytes(out)[item * covering(band, out_box)[0] :]
+            for first, last in stored.spans(start, stop):
+                yield partial(stored.read, first, last, data[first - start : last - start])
+        else:
+            yield partial(_read_strided, stored, start, stop, box, band, out, out_box)
+
+
+def _read_strided(stored: PartBytes, start: int, stop: int, box: Box, band: Box, out: torch.Tensor, out_box: Box) -> None:
+    rows = torch.empty((stop - start) // out.element_size(), dtype=out.dtype)
+    stored.read(start, stop, host_bytes(rows))
+    place = Box(tuple(i - j for i, j in zip(band.offset, out_box.offset, strict=True)), band.shape)
+    out[place.slices] = rows.as_strided(band.shape, strides(box.shape))
 
 
 def _as_like(local: torch.Tensor, leaf: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
@@ -99,42 +176,32 @@ def _as_like(local: torch.Tensor, leaf: torch.Tensor | None, device: torch.devic
     if not isinstance(leaf, DTensor):
         return local
     return DTensor.from_local(
-        local, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=strides(tuple(leaf.shape))
+        local, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=strides(leaf.shape)
     )
 
 
-def _select(path: Path, names: list[str], patterns: Collection[str]) -> list[str]:
+def _chooser(path: str | Path, select: Collection[str], names: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether ``select`` names a path; ValueError for a pattern that matches none of ``names``."""
+    patterns = [pattern for pattern in select if pattern not in names]
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
-            raise ValueError(f"{path}: select pattern {pattern!r} matches nothing; there are {_some(names)}")
-    return [name for name in names if matches(name, patterns)]
+            raise ValueError(f"{path}: select pattern {pattern!r} matches nothing; there are {some(names)}")
+    exact = set(select)
+    return lambda name: name in exact or matches(name, patterns)
 
 
-def _check_like(path: Path, index: Index, names: list[str], expected: Mapping[str, Any]) -> None:
+def _check_like(path: str | Path, index: Index, wanted: Mapping[str, Any], extra: list[str]) -> None:
     differences = []
-    if missing := [name for name in expected if name not in index.tensors]:
-        differences.append(f"asked for but not there: {_some(missing)}")
-    if extra := [name for name in names if name not in expected]:
-        differences.append(f"there but not asked for: {_some(extra)}")
-    for name, entry in index.tensors.items():
-        if name in expected:
-            leaf = expected[name]
-            there, asked = (entry.dtype, entry.shape), (DTYPE_NAMES[leaf.dtype], tuple(leaf.shape))
-            if there != asked:
-                differences.append(f"{name} is {_spell(*there)}, asked for {_spell(*asked)}")
+    if missing := [name for name in wanted if name not in index.tensors]:
+        differences.append(f"asked for but not there: {some(missing)}")
+    if extra:
+        differences.append(f"there but not asked for: {some(extra)}")
+    stored = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in index.tensors.items() if name in wanted}
+    asked = {name: f"{DTYPE_NAMES[leaf.dtype]} {list(leaf.shape)}" for name, leaf in wanted.items()}
+    differences += [f"{name} is {x}, asked for {asked[name]}" for name, x in stored.items() if x != asked[name]]
     if differences:
         more = [f"… ({len(differences)} differences in all)"] if len(differences) > 8 else []
-        shown = "\n  ".join(differences[:8] + more)
         raise ValueError(
-            f"{path} does not hold the state asked for:\n  {shown}\n"
+            f"{path} does not hold the state asked for:\n  " + "\n  ".join(differences[:8] + more) + "\n"
             'use the config it was saved with, or load a part of it, such as select=["params.*"]'
         )
-
-
-def _spell(dtype: str, shape: tuple[int, ...]) -> str:
-    return f"{dtype} {list(shape)}"
-
-
-def _some(names: Iterable[str], most: int = 6) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")

@@ -1,107 +1,180 @@
-"""Which part of a tensor a rank holds, and which rank writes it: placements in, boxes out, no communication."""
+"""Which part of each tensor a rank holds, and the plan of which rank writes what."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from olmo_fn.checkpoint.spans import Span
+from olmo_fn.checkpoint.format import DTYPE_NAMES
+from olmo_fn.checkpoint.ranks import Ranks
+from olmo_fn.mesh.axis import chunk
+from olmo_fn.spec import Box
+
+
+class LocalShard(NamedTuple):
+    """The part of one tensor that this rank holds: its data, the whole tensor's shape, and the box of it that the data is."""
+
+    data: torch.Tensor
+    shape: tuple[int, ...]
+    box: Box
+
+
+Held: TypeAlias = tuple[dict[str, tuple[Box, int, int]], tuple[str, ...]]
+"""What a rank tells of its `LocalState`: of each tensor the box, its bytes and those of the whole; branches without leaves."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How one tensor lies on a mesh: ``ranks`` has the mesh's shape, ``dims`` the tensor dim that each of its dims shards."""
+class LocalState:
+    """What one rank brings to a checkpoint: its shards by path, the paths of branches without leaves, and the caller's JSON."""
 
-    shape: tuple[int, ...]
-    itemsize: int
-    ranks: NDArray[np.int64]
-    dims: tuple[int | None, ...]
+    step: int
+    shards: dict[str, LocalShard]
+    empty: tuple[str, ...]
+    meta: dict[str, Any]
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
+    def held(self) -> Held:
+        """What the ranks need to know to agree on a `Plan`."""
+        return {
+            name: (x.box, x.data.nbytes, x.data.itemsize * math.prod(x.shape)) for name, x in self.shards.items()
+        }, self.empty
 
 
-def box_of(leaf: torch.Tensor) -> Span:
+@dataclass(frozen=True)
+class Plan:
+    """The ranks that write each tensor, in the tensors' order; branches without leaves; the bytes of all tensors."""
+
+    writers: dict[str, list[int]]
+    empty: tuple[str, ...]
+    nbytes: int
+
+    def written_by(self, rank: int, shards: Mapping[str, LocalShard]) -> dict[str, LocalShard]:
+        """Those of the rank's ``shards`` that it writes."""
+        return {name: shard for name, shard in shards.items() if rank in self.writers[name]}
+
+
+def local_state(tree: Mapping[str, Any], step: int, meta: Mapping[str, Any] | None, ranks: Ranks) -> LocalState:
+    """This rank's part of ``tree``; ValueError that names the first thing that a checkpoint cannot hold."""
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step={step!r}: must be an int, 0 or more")
+    leaves = dict(leaves_of(tree))
+    empty = tuple(path for path, leaf in leaves.items() if isinstance(leaf, Mapping))
+    shards = {}
+    for path, leaf in leaves.items():
+        try:
+            if not isinstance(leaf, Mapping):
+                shards[path] = _local_shard(leaf, ranks)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from None
+    return LocalState(step, shards, empty, _checked_meta(meta or {}))
+
+
+def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """As `olmo_fn.tree.items`, but with a branch without leaves as a leaf; ValueError for a key that makes paths ambiguous.
+
+    >>> dict(leaves_of({"a": {"x": 1}, "b": {}}))
+    {'a.x': 1, 'b': {}}
+    """
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if not isinstance(key, str) or not key or "." in key or path == "__metadata__":
+            where = f"in {prefix[:-1]}" if prefix else "at the root"
+            raise ValueError(f"key {key!r} {where} of the tree: must be a str, not empty, without dots")
+        if isinstance(value, Mapping) and value:
+            yield from leaves_of(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def local_box(leaf: torch.Tensor) -> Box:
     """The box of ``leaf`` that this rank holds: all of a plain tensor, of a DTensor what its placements say.
 
-    As DTensor has it: chunks are rounded up, so the last ones are smaller or empty. ValueError for a
-    placement that is neither Replicate nor Shard, and for a mesh that this rank is no part of.
+    ValueError for a placement that is neither Replicate nor Shard, and for a mesh that this rank is no part of.
 
-    >>> box_of(torch.ones(2, 3))
-    Span(offset=(0, 0), shape=(2, 3))
+    >>> local_box(torch.ones(2, 3))
+    Box(offset=(0, 0), shape=(2, 3))
     """
-    shape = tuple(leaf.shape)
     if not isinstance(leaf, DTensor):
-        return Span((0,) * len(shape), shape)
-    mesh = leaf.device_mesh
-    if (coordinate := mesh.get_coordinate()) is None:
-        raise ValueError(f"this rank is not in the mesh {mesh} of its own DTensor")
-    offset, size = span_at(shape, tuple(mesh.shape), shard_dims(leaf), coordinate)
-    return Span(tuple(map(int, offset)), tuple(map(int, size)))
-
-
-def span_at(
-    shape: Sequence[int], degrees: Sequence[int], dims: Sequence[int | None], coordinate: Iterable[Any]
-) -> tuple[list[Any], list[Any]]:
-    """Offset and shape of the box at ``coordinate`` of a mesh; for arrays of coordinates, arrays of them.
-
-    >>> offset, size = span_at((5, 2), (2, 4), (None, 0), (np.array(1), np.arange(4)))
-    >>> offset[0].tolist(), size[0].tolist()
-    ([0, 2, 4, 5], [2, 2, 1, 0])
-    """
-    offset: list[Any] = [0] * len(shape)
-    size: list[Any] = list(shape)
-    for degree, dim, at in zip(degrees, dims, coordinate, strict=True):
-        if dim is not None:
-            chunk = -(-size[dim] // degree)
-            start = np.minimum(at * chunk, size[dim])
-            offset[dim] = offset[dim] + start
-            size[dim] = np.minimum(size[dim] - start, chunk)
-    return offset, size
-
-
-def shard_dims(leaf: DTensor) -> tuple[int | None, ...]:
-    """The dim that each mesh dim shards, None where it replicates; ValueError for any other placement."""
-    for placement in leaf.placements:
+        return Box.whole(leaf.shape)
+    if (coordinate := leaf.device_mesh.get_coordinate()) is None:
+        raise ValueError(f"is a DTensor on the mesh {leaf.device_mesh}, which this rank is not in")
+    offset, shape = [0] * leaf.ndim, list(leaf.shape)
+    for placement, index, size in zip(leaf.placements, coordinate, leaf.device_mesh.shape, strict=True):
         if type(placement) not in (Replicate, Shard):
-            raise ValueError(f"placed as {placement}; a checkpoint holds Replicate and Shard: redistribute it first")
-    return tuple(p.dim % leaf.ndim if isinstance(p, Shard) else None for p in leaf.placements)
+            raise ValueError(f"is placed as {placement}; a checkpoint holds Replicate and Shard: redistribute it first")
+        if isinstance(placement, Shard):
+            start, shape[placement.dim] = chunk(shape[placement.dim], index, size)
+            offset[placement.dim] += start
+    return Box(tuple(offset), tuple(shape))
 
 
-def layout_of(leaf: DTensor) -> Layout:
-    """The layout of a DTensor, the same on all ranks of its mesh."""
-    return Layout(tuple(leaf.shape), leaf.dtype.itemsize, leaf.device_mesh.mesh.numpy(), shard_dims(leaf))
+def assign(held: Sequence[Held]) -> Plan:
+    """The plan from what all ranks hold: of every distinct box that is not empty, one of the ranks that hold it is the writer.
 
+    Greedy: the largest box first, to the holder with the fewest bytes so far. DTensors and plain tensors are alike: a plain
+    tensor is a box that every rank holds. Of an empty tensor one rank writes its box.
 
-def writers(layouts: Mapping[str, Layout]) -> dict[str, NDArray[np.int64]]:
-    """The ranks that write each tensor: for every distinct box that is not empty, one of those that hold it.
-
-    Greedy: the largest tensor first, of each box the holder with the fewest bytes so far. All ranks of a mesh
-    get the same answer from the same layouts. Of an empty tensor one rank writes the whole.
-
-    >>> replicated = Layout((4,), 4, np.arange(2), (None,))
-    >>> {name: ranks.tolist() for name, ranks in writers({"a": replicated, "b": replicated}).items()}
+    >>> shards = {"a": (Box((0,), (2,)), 8, 8), "b": (Box((0,), (2,)), 8, 8)}
+    >>> assign([(shards, ()), (shards, ())]).writers
     {'a': [0], 'b': [1]}
     """
-    written = np.zeros(1 + max((int(layout.ranks.max()) for layout in layouts.values()), default=0), dtype=np.int64)
-    result = {}
-    for name, layout in sorted(layouts.items(), key=lambda item: -item[1].nbytes):
-        degrees = layout.ranks.shape
-        _, size = span_at(layout.shape, degrees, layout.dims, np.indices(degrees))
-        nbytes = np.broadcast_to(np.asarray(math.prod(size) * layout.itemsize), degrees)
-        order = sorted(range(len(degrees)), key=lambda i: layout.dims[i] is None)
-        boxes = math.prod(n for n, dim in zip(degrees, layout.dims, strict=True) if dim is not None)
-        holders = layout.ranks.transpose(order).reshape(boxes, -1)
-        weight = nbytes.transpose(order).reshape(boxes, -1)[:, 0]
-        writer = holders[np.arange(boxes), written[holders].argmin(axis=1)]
-        written[writer] += weight
-        result[name] = writer[weight > 0] if layout.nbytes else writer[:1]
-    return result
+    holders: dict[tuple[int, str, Box | None], list[int]] = {}
+    sizes: dict[str, int] = {}
+    for rank, (shards, _) in enumerate(held):
+        for name, (box, nbytes, sizes[name]) in shards.items():
+            if nbytes or not sizes[name]:
+                holders.setdefault((nbytes, name, box if nbytes else None), []).append(rank)
+    writers: dict[str, list[int]] = {name: [] for name in sizes}
+    written = [0] * len(held)
+    for (nbytes, name, _), ranks in sorted(holders.items(), key=lambda item: -item[0][0]):
+        writer = min(ranks, key=written.__getitem__)
+        written[writer] += nbytes
+        writers[name].append(writer)
+    # A branch that is empty on one pipeline stage may have leaves on another.
+    branches = {name[:i] for name in sizes for i, letter in enumerate(name) if letter == "."}
+    empty = tuple(dict.fromkeys(path for _, paths in held for path in paths if path not in branches))
+    return Plan(writers, empty, sum(sizes.values()))
+
+
+def _local_shard(leaf: Any, ranks: Ranks) -> LocalShard:
+    data: Any = leaf
+    if isinstance(leaf, DTensor):
+        mesh, coordinate = leaf.device_mesh.mesh, leaf.device_mesh.get_coordinate()
+        mesh_rank = None if coordinate is None else int(mesh[tuple(coordinate)])
+        if mesh_rank != ranks.rank or int(mesh.max()) >= ranks.size:
+            which = "not in it" if mesh_rank is None else f"its rank {mesh_rank}"
+            raise ValueError(
+                f"is a DTensor on the ranks {mesh.flatten().tolist()}, this process is {which}, and saves as "
+                f"rank {ranks.rank} of {ranks.size}; pass ranks=Ranks(rank, world size, store)"
+            )
+        data = cast(DTensor, leaf.detach()).to_local()
+    plain = type(data) in (torch.Tensor, torch.nn.Parameter)
+    if not plain or data.layout != torch.strided or data.is_meta:
+        kind = f"Tensor ({data.layout}, {data.device})" if plain else type(data).__name__
+        raise ValueError(f"is a {kind}; a checkpoint holds dense tensors, other values go into meta")
+    if data.dtype not in DTYPE_NAMES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
+        raise ValueError(f"is {data.dtype}; a checkpoint holds {known}")
+    shape, box = tuple(leaf.shape), local_box(leaf)
+    if tuple(data.shape) != box.shape:
+        raise ValueError(f"holds {list(data.shape)} here, its placements say {list(box.shape)} of {list(shape)}")
+    return LocalShard(data, shape, box)
+
+
+def _checked_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``meta``; ValueError if JSON would not give it back as it is."""
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(dict(meta), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"meta is not JSON: {error}; use str, int, finite float, bool, None, list, dict") from None
+    for name, value in meta.items():
+        if name not in copy or copy[name] != value:
+            raise ValueError(
+                f"meta[{name!r}] is {value!r}, JSON gives back {copy.get(str(name))!r}; use lists for tuples and str for keys"
+            )
+    return copy

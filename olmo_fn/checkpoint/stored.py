@@ -1,122 +1,160 @@
-"""A stored checkpoint opened for reading: its index, and where in its files the bytes of each tensor are."""
+"""A stored checkpoint opened for reading: its index, the checked bytes of its parts, and what is wrong with them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from olmo_fn.checkpoint.format import BrokenCheckpoint, Header, Index, StoredPart, crc32, parse_header, part_key
 
-from olmo_fn.checkpoint.index import Box, BrokenCheckpoint, Index
-from olmo_fn.checkpoint.spans import Span, bands, contiguous, covering, strides
-from olmo_fn.checkpoint.tensorfile import DTYPES, JOB_BYTES, host_bytes, key, open_file, read_chunk, unreadable_is_broken
+# What one call of a thread reads: many chunks, as a call costs 50 µs.
+JOB_BYTES = 16 << 20
+T = TypeVar("T")
 
 
 def read_index(path: str | Path) -> Index:
-    """The index of the checkpoint at ``path``; raises `BrokenCheckpoint` if there is none that is whole."""
+    """The index of the checkpoint at ``path``; `BrokenCheckpoint` if there is none that is intact."""
     file = Path(path) / "index.json"
     try:
-        with unreadable_is_broken(file):
+        with _unreadable_is_broken(f"{file}:"):
             return Index.loads(file.read_bytes(), str(file))
     except (FileNotFoundError, NotADirectoryError):
         raise BrokenCheckpoint(f"{file}: missing, so {path} is not a whole checkpoint") from None
 
 
-@dataclass(frozen=True)
-class Bytes:
-    """The bytes of one box: where they are in a file, and what each chunk of them should sum to."""
+def verify(path: str | Path, *, deep: bool = True) -> list[str]:
+    """What is wrong with the checkpoint at ``path``, a line for each problem; an empty list if it is intact.
 
-    where: str
-    fd: int
-    at: int
-    size: int
-    chunk: int
-    crc32: tuple[str, ...]
+    ``deep`` reads every byte; without it only the index, and the files' presence, lengths and headers are looked at.
 
-    def jobs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """``start`` to ``stop`` in parts for one call of `read` each, cut between chunks; one part if empty."""
-        step = max(1, JOB_BYTES // self.chunk) * self.chunk
-        cuts = [start, *range((start // step + 1) * step, stop, step), stop]
-        return pairwise(cuts)
+    >>> verify("/nowhere/step5")
+    ['/nowhere/step5/index.json: missing, so /nowhere/step5 is not a whole checkpoint']
+    """
+    problems: set[str] = set()
 
-    def read(self, start: int, stop: int, into: memoryview | None = None) -> str:
-        """Read and check the chunks that ``start`` to ``stop`` lie in; what is wrong with them, or "".
+    def attempt(call: Callable[..., T], *args: Any) -> T | None:
+        try:
+            return call(*args)
+        except BrokenCheckpoint as error:
+            problems.add(str(error))
+            return None
 
-        ``into`` gets the bytes asked for and no others: of a chunk that is needed in part the rest is read to
-        check it, and dropped.
-        """
-        for i in range(start // self.chunk, max(-(-stop // self.chunk), start // self.chunk + 1)):
-            first, last = i * self.chunk, min((i + 1) * self.chunk, self.size)
-            lo, hi = max(first, start), min(last, stop)
-            whole = into is not None and (lo, hi) == (first, last)
-            data = into[lo - start : hi - start] if into is not None and whole else None
-            if data is None and into is not None:
-                data = memoryview(bytearray(last - first))
-            if wrong := read_chunk(self.fd, self.at + first, last - first, self.crc32[i], data):
-                return f"{self.where} {wrong}"
-            if into is not None and data is not None and not whole:
-                into[lo - start : hi - start] = data[lo - first : hi - first]
-        return ""
+    if index := attempt(read_index, path):
+        with ExitStack() as stack, ThreadPoolExecutor(default_threads()) as pool:
+            files = OpenFiles(Path(path), index, stack)
+            for name in index.files:
+                attempt(files.open, name)
+            parts = [attempt(files.part, name, part) for name, tensor in index.tensors.items() for part in tensor.parts]
+            reads = [partial(part.read, *span) for part in parts if part and deep for span in part.spans(0, part.size)]
+            list(pool.map(attempt, reads))
+    return sorted(problems)
 
 
-class Files:
+class OpenFiles:
     """The files of a checkpoint, opened and checked when first needed, closed by ``stack``."""
 
     def __init__(self, path: Path, index: Index, stack: ExitStack) -> None:
         self.path, self.index, self.stack = path, index, stack
-        self.opened: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._opened: dict[str, tuple[int, Header]] = {}
 
-    def open(self, name: str) -> tuple[int, dict[str, Any]]:
-        """Its descriptor and header; `BrokenCheckpoint` unless length and header are as the index says."""
-        if name not in self.opened:
-            if name not in self.index.files:
-                raise BrokenCheckpoint(f"{self.path / 'index.json'}: says nothing about the file {name}")
-            self.opened[name] = self.stack.enter_context(open_file(self.path / name, self.index.files[name]))
-        return self.opened[name]
+    def open(self, name: str) -> tuple[int, Header]:
+        """Descriptor and header of a file; `BrokenCheckpoint` unless length and header are as the index says."""
+        if name not in self._opened:
+            path, file = self.path / name, self.index.files[name]
+            try:
+                fd = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                raise BrokenCheckpoint(f"{path}: missing") from None
+            self.stack.callback(os.close, fd)
+            with _unreadable_is_broken(f"{path}:"):
+                header = os.pread(fd, file.header_bytes, 0)
+            intact = crc32(header) == file.header_crc32
+            if (size := os.fstat(fd).st_size) != file.bytes:
+                lost = [key for key, (*_, stop) in parse_header(header).items() if stop > size] if intact else []
+                what = "truncated" if size < file.bytes else "too long"
+                more = f"; lost: {some(lost, 3)}" if lost else ""
+                raise BrokenCheckpoint(f"{path}: {what}, {size:,} bytes of {file.bytes:,}{more}")
+            if not intact:
+                raise BrokenCheckpoint(f"{path}: the header does not match its checksum")
+            self._opened[name] = fd, parse_header(header)
+        return self._opened[name]
 
-    def bytes(self, name: str, box: Box) -> Bytes:
-        """Where the bytes of one box of the tensor ``name`` are."""
-        fd, header = self.open(box.file)
-        entry = self.index.tensors[name]
-        stored_as = key(name, entry.shape, box.offset, box.shape)
-        dtype, shape, start, stop = header.get(stored_as, (None, None, 0, 0))
-        where = f"{self.path / box.file}: {name}"
-        size, chunk = math.prod(box.shape) * DTYPES[entry.dtype].itemsize, self.index.chunk_bytes
-        count = max(1, -(-size // chunk))
-        if (dtype, shape, stop - start, count) != (entry.dtype, box.shape, size, len(box.crc32)):
-            raise BrokenCheckpoint(f"{where} is not in this file as the index says")
-        return Bytes(where, fd, start, size, chunk, box.crc32)
-
-
-def read_part(stored: Bytes, box: Span, part: Span, out: torch.Tensor, want: Span) -> Iterator[Callable[[], None]]:
-    """Jobs that read ``part`` of the stored ``box`` to its place in ``out``, which holds the box ``want``.
-
-    They raise `BrokenCheckpoint` if a chunk is not as it was written.
-    """
-    item = out.element_size()
-    for band in bands(part, box, JOB_BYTES // item, max(1, 2 * stored.chunk // item)):
-        start, stop = (item * at for at in covering(band, box))
-        if contiguous(band, box) and contiguous(band, want):
-            into = host_bytes(out)[item * covering(band, want)[0] :]
-            for a, b in stored.jobs(start, stop):
-                yield partial(_read, stored, a, b, into[a - start : b - start])
-        else:
-            yield partial(_read_strided, stored, start, stop, box, band, out, want)
+    def part(self, name: str, part: StoredPart) -> PartBytes:
+        """The bytes of a part of the tensor ``name``."""
+        fd, header = self.open(part.file)
+        _, _, start, stop = header[part_key(name, self.index.tensors[name].shape, part.box)]
+        return PartBytes(f"{self.path / part.file}: {name}", fd, start, stop - start, self.index.chunk_bytes, part.crc32)
 
 
-def _read(stored: Bytes, start: int, stop: int, into: memoryview) -> None:
-    if problem := stored.read(start, stop, into):
-        raise BrokenCheckpoint(problem)
+@dataclass(frozen=True)
+class PartBytes:
+    """The bytes of one stored part: where they are in an open file, and the CRC-32 of each chunk of them."""
+
+    where: str
+    fd: int
+    start: int
+    size: int
+    chunk: int
+    crc32: tuple[str, ...]
+
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """``start`` to ``stop`` in spans for one call of `read` each, cut between chunks; one span if empty."""
+        step = max(1, JOB_BYTES // self.chunk) * self.chunk
+        return pairwise([start, *range((start // step + 1) * step, stop, step), stop])
+
+    def read(self, start: int, stop: int, out: memoryview | None = None) -> None:
+        """Read and check the chunks that ``start`` to ``stop`` lie in; `BrokenCheckpoint` if they are not as written.
+
+        ``out`` gets the bytes asked for: of a chunk that is needed in part the rest is read to check it, and dropped.
+        """
+        for i in range(start // self.chunk, max(-(-stop // self.chunk), start // self.chunk + 1)):
+            first, last = i * self.chunk, min((i + 1) * self.chunk, self.size)
+            lo, hi = max(first, start), min(last, stop)
+            if out is not None and (lo, hi) == (first, last):
+                self._read_chunk(i, out[lo - start : hi - start])
+                continue
+            chunk = memoryview(bytearray(last - first))
+            self._read_chunk(i, chunk)
+            if out is not None:
+                out[lo - start : hi - start] = chunk[lo - first : hi - first]
+
+    def _read_chunk(self, i: int, out: memoryview) -> None:
+        done = 0
+        while done < len(out):
+            with _unreadable_is_broken(self.where):
+                n = os.preadv(self.fd, [out[done:]], self.start + i * self.chunk + done)
+            if n == 0:
+                raise BrokenCheckpoint(f"{self.where} is cut off")
+            done += n
+        if crc32(out) != self.crc32[i]:
+            raise BrokenCheckpoint(f"{self.where} does not match its checksum")
 
 
-def _read_strided(stored: Bytes, start: int, stop: int, box: Span, band: Span, out: torch.Tensor, want: Span) -> None:
-    rows = torch.empty((stop - start) // out.element_size(), dtype=out.dtype)
-    _read(stored, start, stop, host_bytes(rows))
-    place = tuple(slice(i - j, i - j + n) for i, j, n in zip(band.offset, want.offset, band.shape, strict=True))
-    out[place] = rows.as_strided(band.shape, strides(box.shape))
+def default_threads() -> int:
+    """Threads that read or write: as many as this process may use cores, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def some(names: Iterable[str], limit: int = 6) -> str:
+    """The first of the names, and how many there are if that is not all."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
+
+
+@contextmanager
+def _unreadable_is_broken(where: str) -> Iterator[None]:
+    """Turn the disk's input/output error, and no other (it might be passing), into `BrokenCheckpoint`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise BrokenCheckpoint(f"{where} cannot be read from the disk (input/output error)") from error

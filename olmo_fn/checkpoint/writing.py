@@ -1,31 +1,38 @@
-"""Save a tree: written beside, made durable, then committed by one rename."""
+"""Save a tree: the ranks agree who writes what, write it beside, and rank 0 commits it by one rename."""
 
 from __future__ import annotations
 
-import errno
-import functools
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from olmo_fn.checkpoint.folder import hidden, step_path, sync_folder, writing
-from olmo_fn.checkpoint.holding import Holding, Plan, hold, merge
-from olmo_fn.checkpoint.index import Box, BrokenCheckpoint, Entry, File, Index
-from olmo_fn.checkpoint.leaves import check_meta
-from olmo_fn.checkpoint.pool import default_threads, in_order
-from olmo_fn.checkpoint.ranks import ALONE, Meeting, RankLost, Ranks, beating
-from olmo_fn.checkpoint.tensorfile import DTYPE_NAMES, Piece, write_file
-from olmo_fn.checkpoint.verifying import verify
-
-log = logging.getLogger(__name__)
+from olmo_fn.checkpoint.commit import commit, drafting, step_path, sync_folder
+from olmo_fn.checkpoint.format import (
+    CHUNK_BYTES,
+    DTYPE_NAMES,
+    BrokenCheckpoint,
+    Index,
+    StoredFile,
+    StoredPart,
+    StoredTensor,
+    crc32,
+    dump_header,
+    host_bytes,
+    part_key,
+)
+from olmo_fn.checkpoint.ranks import SINGLE_PROCESS, RankLost, Ranks
+from olmo_fn.checkpoint.shards import LocalShard, LocalState, Plan, assign, local_state
+from olmo_fn.checkpoint.stored import default_threads
 
 FILE_BYTES = 4 << 30
-_SHARE_BYTES = 256 << 20
+# A file is written by one thread, as the kernel lets no two write into one at a time: a file for each, if worth it.
+_WORTH_A_FILE = 256 << 20
+# The disk begins while later chunks are still being copied, not only at the end.
+_SYNC_BYTES = 128 << 20
 
 
 class SaveFailed(OSError):
@@ -41,205 +48,149 @@ def save(
     replace: bool = False,
     file_bytes: int = FILE_BYTES,
     threads: int | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Path:
     """Save ``tree`` as ``folder/step{step}`` and return that path; on return, the checkpoint is durable.
 
-    ``tree`` is a nested dict of tensors of any shape, stride and device; ``meta`` is JSON of the caller's.
-    Tensors are written from their own memory, without a copy if contiguous on the CPU. A new safetensors file
-    begins after each ``file_bytes``, and for each of ``threads`` if there is enough to write. Until the last
-    rename there is only a hidden folder, so a kill at any instant leaves the older checkpoints whole and this
-    one absent. A *broken* checkpoint of the same step is moved aside, to ``step{step}.broken-*``; a whole one
-    is replaced only if ``replace``.
+    ``tree`` is a nested dict of tensors of any shape, stride and device; ``meta`` is JSON of the caller's. Tensors are written
+    from their own memory, without a copy if contiguous on the CPU. A new safetensors file begins after each ``file_bytes``,
+    and for each of ``threads`` if there is enough to write. Until the last rename there is only a hidden folder, so a kill at
+    any instant leaves the older checkpoints intact and this one absent. A *broken* checkpoint of the same step is moved
+    aside, to ``step{step}.broken-*``; an intact one is replaced only if ``replace``.
 
-    With ``ranks``, all of them call this with the same ``step``, in the same order, and each writes its part
-    into the same folder, so that must be on a filesystem they share. Leaves may be DTensors, of which every
-    distinct box is written once, by one rank; a plain tensor is the same on all ranks that hold it; a rank
-    may hold only some of the tensors (a pipeline stage). ``meta`` is rank 0's. Rank 0 commits when the boxes
-    of all fill every tensor exactly once; if a rank fails or dies, the others raise `SaveFailed` that names it.
+    With ``ranks``, all of them call this with the same ``step``, in the same order, and each writes its part into the same
+    folder, so that must be on a filesystem they share. Leaves may be DTensors; of a tensor that several ranks hold every
+    distinct box is written once, by one of them; a rank may hold only some of the tensors (a pipeline stage). ``meta`` is
+    rank 0's. Rank 0 commits when the boxes of all fill every tensor exactly once; if a rank fails, the others raise
+    `SaveFailed` that names it.
 
-    Raises ValueError for a tree or ``meta`` that cannot be stored and for a step that is there already,
-    TimeoutError if another process keeps saving into ``folder``, and `SaveFailed` (an OSError) if the disk is
-    full or fails.
+    Raises ValueError for a tree or ``meta`` that cannot be stored and for a step that is there already, TimeoutError if another
+    process keeps saving into ``folder``, and `SaveFailed` (an OSError) if the disk is full or fails.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save({"params": {"w": torch.ones(2, 3)}}, folder, step=5, meta={"tokens": 80}).name
     'step5'
     """
-    with failures_named(folder, step), beating(ranks), Meeting(ranks) as meeting:
-        held, meta = hold(tree, ranks), check_meta(meta)
-        return save_held(held, folder, step, meta, meeting, replace=replace, file_bytes=file_bytes, threads=threads)
+    with failures_named(step_path(folder, step)):
+        state, plan = ranks.exchange(f"step {step}", lambda: local_state(tree, step, meta, ranks), assign, LocalState.held)
+    return save_planned(state, plan, folder, ranks, replace=replace, file_bytes=file_bytes, threads=threads)
+
+
+def save_planned(
+    state: LocalState, plan: Plan, folder: str | Path, ranks: Ranks, *, replace: bool, file_bytes: int, threads: int | None
+) -> Path:
+    """`save` of a state whose writers are agreed on; of its shards only those are looked at that this rank writes."""
+    path, label = step_path(folder, state.step), f"step {state.step}"
+    shards = plan.written_by(ranks.rank, state.shards)
+    prefix = "state" if ranks.size == 1 else f"state-rank{ranks.rank:05d}"
+    with failures_named(path, plan.nbytes), ExitStack() as stack:
+        draft = path.with_name(ranks.broadcast(label, lambda: stack.enter_context(drafting(path, plan.nbytes, replace)).name))
+        ranks.exchange(
+            label,
+            work=lambda: write_files(draft, prefix, shards, file_bytes, threads or default_threads()),
+            combine=lambda parts: commit(draft, path, merge(plan, parts, state, str(draft)).dumps()),
+            tell=lambda part: part,
+        )
+    return path
 
 
 @contextmanager
-def failures_named(folder: str | Path, step: int) -> Iterator[None]:
-    """Turn into `SaveFailed` what is raised when another rank fails, or when the boxes do not fit together."""
+def failures_named(path: Path, nbytes: int = 0) -> Iterator[None]:
+    """Turn what another rank's failure, boxes that do not fit together, and the disk raise into `SaveFailed`."""
+    what = f"could not save {path.name.replace('step', 'step ')} into {path.parent}"
     try:
         yield
     except (RankLost, BrokenCheckpoint) as error:
-        raise SaveFailed(
-            f"could not save step {step} into {folder}: {error}. It is not committed, and older checkpoints are untouched"
-        ) from error
-
-
-def save_held(
-    held: Holding,
-    folder: str | Path,
-    step: int,
-    meta: dict[str, Any],
-    meeting: Meeting,
-    *,
-    replace: bool = False,
-    file_bytes: int = FILE_BYTES,
-    threads: int | None = None,
-) -> Path:
-    """`save` of a holding, in a meeting of all ranks."""
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"step={step!r}: must be an int, 0 or more")
-    folder, final = Path(folder), step_path(folder, step)
-    need = sum(nbytes for _, nbytes in held.names.values())
-    told = meeting.gather("hello", held.dumps(step))
-
-    def write(partial: Path, plan: Plan) -> Index:
-        mine = plan.written_by(meeting.ranks.rank)
-        pieces = [piece for piece in held.pieces if piece.name in mine]
-        prefix = "state" if meeting.ranks.size == 1 else f"state-rank{meeting.ranks.rank:05d}"
-        return _write_files(partial, prefix, pieces, step, file_bytes, threads, meeting.look)
-
-    try:
-        if meeting.ranks.rank != 0:
-            name, plan = Plan.loads(meeting.broadcast("go"))
-            part = write(folder / name, plan)
-            _write_durably(_part(folder / name, meeting.ranks.rank), part.dumps())
-            sync_folder(folder / name)
-            meeting.gather("done")
-            meeting.broadcast("outcome")
-            return final
-        plan = Plan.of(told)
-        need = sum(plan.tensors.values())
-        folder.mkdir(parents=True, exist_ok=True)
-        with writing(folder):
-            was_whole = final.exists() and not verify(final)
-            if was_whole and not replace:
-                raise ValueError(
-                    f"{final} is there already, and whole; pass replace=True to put this state in its place, "
-                    "or save into another folder"
-                )
-            if shutil.disk_usage(folder).free < need:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            partial = hidden(folder, "partial", step)
-            try:
-                partial.mkdir()
-                meeting.broadcast("go", plan.dumps(partial.name))
-                parts = [write(partial, plan)]
-                meeting.gather("done")
-                parts += [_take_part(partial, rank) for rank in range(1, meeting.ranks.size)]
-                index = merge(plan, parts, step, meta, str(partial))
-                _write_durably(partial / "index.json", index.dumps())
-                sync_folder(partial)
-                meeting.conclude()
-                _commit(partial, final, step, was_whole)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-        meeting.broadcast("outcome")
+        raise SaveFailed(f"{what}: {error}. Older checkpoints are untouched") from error
     except TimeoutError:
         raise
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            meeting.look_now()  # rank 0 takes the folder away when any rank fails: what that one said counts
-        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise SaveFailed(
-            f"could not save step {step} into {folder}: {error.strerror or error}; "
-            f"the checkpoint needs {need:,} bytes, {free:,} are free there. Nothing of it is left behind and "
-            "older checkpoints are untouched; free some space, or save into another folder"
+            f"{what}: {error.strerror or error}; the checkpoint needs {nbytes:,} bytes, {free:,} are free there. Nothing of it "
+            "is left behind and older checkpoints are untouched; free some space, or save into another folder"
         ) from error
-    return final
 
 
-def _write_files(
-    partial: Path,
-    prefix: str,
-    pieces: Sequence[Piece],
-    step: int,
-    file_bytes: int,
-    threads: int | None,
-    look: Callable[[], None],
-) -> Index:
-    """Write the pieces into files of their own; the part of the index that describes them."""
-    files: dict[str, File] = {}
-    tensors: dict[str, Entry] = {}
-    errors: list[BaseException] = []
+Part = tuple[dict[str, StoredTensor], dict[str, StoredFile]]
 
-    def write(name: str, group: list[Piece]) -> tuple[File, list[tuple[str, ...]]]:
-        try:
-            return write_file(partial / name, group, look_around)
-        except BaseException as error:
-            errors.append(error)
-            raise
 
-    def look_around() -> None:
-        if errors:
-            raise errors[0]
-        look()
+def merge(plan: Plan, parts: Sequence[Part], state: LocalState, where: str) -> Index:
+    """The index of what all ranks wrote; `BrokenCheckpoint` if the boxes do not make up every tensor exactly once."""
+    tensors = {}
+    for name in plan.writers:
+        stored = [tensors_of_rank[name] for tensors_of_rank, _ in parts if name in tensors_of_rank]
+        kinds = sorted({f"{tensor.dtype} {list(tensor.shape)}" for tensor in stored})
+        if len(kinds) != 1:
+            raise BrokenCheckpoint(f"{where}: {name} is {' and '.join(kinds) or 'written by no rank'}")
+        boxes = sorted((part for tensor in stored for part in tensor.parts), key=lambda part: part.box)
+        tensors[name] = StoredTensor(stored[0].dtype, stored[0].shape, tuple(boxes))
+    files = {name: file for _, files_of_rank in parts for name, file in files_of_rank.items()}
+    index = Index(state.step, tensors, files, plan.empty, state.meta)
+    index.check_tiles(where)
+    return index
 
-    threads = threads or default_threads()
-    # A file is written by one thread, as the kernel lets no two write into one at a time: a file for each, if worth it.
-    share = max(_SHARE_BYTES, -(-sum(piece.data.nbytes for piece in pieces) // threads))
-    groups = {f"{prefix}-{i:05d}.safetensors": group for i, group in enumerate(_groups(pieces, min(file_bytes, share)))}
+
+def write_files(draft: Path, prefix: str, shards: Mapping[str, LocalShard], file_bytes: int, threads: int) -> Part:
+    """Write the shards into files of their own, durably; what the index says of them."""
+    share = -(-sum(shard.data.nbytes for shard in shards.values()) // threads)
+    groups = list(_groups(shards, min(file_bytes, max(_WORTH_A_FILE, share))))
+    paths = [draft / f"{prefix}-{i:05d}.safetensors" for i in range(len(groups))]
     with ThreadPoolExecutor(threads) as pool:
-        jobs = (functools.partial(write, name, group) for name, group in groups.items())
-        with closing(in_order(pool, jobs)) as results:
-            for (name, group), (files[name], checksums) in zip(groups.items(), results, strict=True):
-                for piece, crc in zip(group, checksums, strict=True):
-                    box = Box(name, piece.offset, tuple(piece.data.shape), crc)
-                    tensors[piece.name] = Entry(DTYPE_NAMES[piece.data.dtype], piece.shape, (box,))
-    return Index(step=step, tensors={piece.name: tensors[piece.name] for piece in pieces}, files=files)
+        written = list(pool.map(write_file, paths, groups))
+    files = {path.name: file for path, (file, _) in zip(paths, written, strict=True)}
+    tensors = {name: tensor for _, stored in written for name, tensor in stored.items()}
+    sync_folder(draft)
+    return tensors, files
 
 
-def _part(partial: Path, rank: int) -> Path:
-    return partial / f"part-{rank:05d}.json"
+def write_file(path: Path, shards: Mapping[str, LocalShard]) -> tuple[StoredFile, dict[str, StoredTensor]]:
+    """Write a new safetensors file straight from the tensors' memory and fsync it; what the index says of it."""
+    # Large items first: every tensor is then aligned to its item size, for readers that map the file.
+    shards = dict(sorted(shards.items(), key=lambda item: -item[1].data.element_size()))
+    header, starts, size = dump_header(
+        (part_key(name, shard.shape, shard.box), DTYPE_NAMES[shard.data.dtype], shard.box.shape, shard.data.nbytes)
+        for name, shard in shards.items()
+    )
+    tensors = {}
+    unsynced = 0
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        _write(fd, memoryview(header), 0)
+        for (name, shard), start in zip(shards.items(), starts, strict=True):
+            data, checksums = host_bytes(shard.data), []
+            for first in range(0, max(len(data), 1), CHUNK_BYTES):
+                chunk = data[first : first + CHUNK_BYTES]
+                checksums.append(crc32(chunk))
+                _write(fd, chunk, start + first)
+                unsynced += len(chunk)
+                if unsynced >= _SYNC_BYTES:
+                    getattr(os, "fdatasync", os.fsync)(fd)
+                    unsynced = 0
+            part = StoredPart(path.name, shard.box, tuple(checksums))
+            tensors[name] = StoredTensor(DTYPE_NAMES[shard.data.dtype], shard.shape, (part,))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return StoredFile(size, len(header), crc32(header)), tensors
 
 
-def _take_part(partial: Path, rank: int) -> Index:
-    path = _part(partial, rank)
-    part = Index.loads_part(path.read_bytes(), str(path))
-    path.unlink()
-    return part
-
-
-def _groups(pieces: Sequence[Piece], file_bytes: int) -> Iterator[list[Piece]]:
-    group: list[Piece] = []
+def _groups(shards: Mapping[str, LocalShard], limit: int) -> Iterator[dict[str, LocalShard]]:
+    """The shards of each file: in order, a new file after each ``limit`` bytes."""
+    group: dict[str, LocalShard] = {}
     size = 0
-    for piece in [*pieces, None]:
-        if group and (piece is None or size + piece.data.nbytes > file_bytes):
-            # Large items first: every tensor is then aligned to its item size, for readers that map the file.
-            yield sorted(group, key=lambda piece: -piece.data.element_size())
-            group, size = [], 0
-        if piece is not None:
-            group.append(piece)
-            size += piece.data.nbytes
+    for name, shard in shards.items():
+        if group and size + shard.data.nbytes > limit:
+            yield group
+            group, size = {}, 0
+        group[name] = shard
+        size += shard.data.nbytes
+    if group:
+        yield group
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _commit(partial: Path, final: Path, step: int, was_whole: bool) -> None:
-    old = None
-    if final.exists():
-        aside = hidden(final.parent, "replaced", step)
-        if was_whole:
-            old = aside
-        else:
-            aside = final.with_name(f"{final.name}.broken-{aside.name[-12:]}")
-            log.warning("%s is broken and another one takes its place; it is kept as %s", final, aside)
-        final.rename(aside)
-    partial.rename(final)
-    sync_folder(final.parent)
-    if old is not None:
-        shutil.rmtree(old)
+def _write(fd: int, data: memoryview, start: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], start + done)

@@ -82,12 +82,12 @@ class Placed(NamedTuple):
         """Offset and shape of the part at ``(index, size)`` of each axis. Chunks are ceil-sized, the last smaller.
 
         >>> Placed((5, 4), (("fsdp", 0), ("tp", 1))).box({"fsdp": (1, 2), "tp": (0, 2)})
-        ((3, 0), (2, 2))
+        Box(offset=(3, 0), shape=(2, 2))
         """
         offset, shape = [0] * len(self.shape), list(self.shape)
         for axis, dim in self.dims:
             offset[dim], shape[dim] = chunk(self.shape[dim], *where[axis])
-        return tuple(offset), tuple(shape)
+        return Box(tuple(offset), tuple(shape))
 
     def copies(self, mesh: Mesh) -> int:
         """How many ranks of a pipeline stage have the same part."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 
 from olmo_fn import tree
-from olmo_fn.checkpoint import Index, load, load_newest, step_path, steps
+from olmo_fn.checkpoint import Index, load, load_newest, read_index, step_path, steps
 from olmo_fn.core.chain import Batch
 from olmo_fn.core.step import State, Step
 from olmo_fn.data.heldout import heldout_batches
@@ -115,7 +115,14 @@ class Session:
     def newest(self, where: Path, **options: Any) -> Loaded | None:
         """The newest whole checkpoint in the run folder ``where``, or where that is one; ``options`` as `load_newest` has."""
         expected = abstract_state(self.step, self.specs)
-        found = self._load(where, lambda index: stored_part(expected, index), **options)
+
+        def read(path: Path) -> Tree:
+            like, select = stored_part(
+                expected, read_index(path), whole=self.cfg.mesh.pp == 1
+            )  # a pipeline's stage asks for less
+            return load(path, like, select=select, device=self.process.device)[0]
+
+        found = self._find(where, read, **options)
         if found is None:
             return None
         state, new = with_new_slots(self.step, found[1], expected["slots"])
@@ -124,20 +131,17 @@ class Session:
     def _params_of(self, where: Path) -> Loaded | None:
         """A new state with the model's parameters of another run; adapters are new."""
         like = {"params": abstract(transformer.specs(self.cfg.model))}
-        found = self._load(where, like, select=["params.*"])
+        found = self._find(where, lambda path: load(path, like, select=["params.*"], device=self.process.device)[0])
         if found is None:
             return None
         params = {**first_parameters(self.cfg, self.step, self.process.device), **found[1]["params"]}
         return Loaded(self.step.init(params), found[0])
 
-    def _load(self, where: Path, like: Tree | Callable[[Index], Tree], **options: Any) -> tuple[Path, Tree] | None:
-        """Of the checkpoint ``where``, or the newest whole one of that run; ``options`` as `load_newest` has."""
-        options = {"device": self.process.device, "subset": self.cfg.mesh.pp > 1, **options}  # a pipeline's stage asks for less
+    def _find(self, where: Path, read: Callable[[Path], Tree], **options: Any) -> tuple[Path, Tree] | None:
+        """``read`` of the checkpoint ``where``, or of the newest whole one of that run; ``options`` as `load_newest` has."""
         if (where / "index.json").is_file():
-            for_a_search = ("before", "on_skip")
-            return where, load(where, like, **{name: x for name, x in options.items() if name not in for_a_search})[0]
-        found = load_newest(where / "checkpoints", like, ranks=self.process.ranks, **options)
-        return found and found[:2]
+            return where, read(where)
+        return load_newest(where / "checkpoints", read, ranks=self.process.ranks, **options)
 
     def model_parameters(self, state: State, weights: Weights = "params") -> Tree:
         """The parameters of an ordinary model, out of a state: these or their averages, with adapters merged into them."""
@@ -151,11 +155,12 @@ class Session:
             raise ValueError(f"{where} kept no {weights} of its weights ({flag} was 0); use --weights params")
         leaves = tree.flatten(abstract(self.specs))
 
-        def like(index: Index) -> Tree:
-            places = weight_places(weights, leaves, index.tensors, where)
-            return tree.unflatten((place, leaves[path]) for path, place in places.items())
+        def read(path: Path) -> Tree:
+            places = weight_places(weights, leaves, read_index(path).tensors, where)
+            like = tree.unflatten((place, leaves[path]) for path, place in places.items())
+            return load(path, like, select=list(places.values()), device=self.process.device)[0]
 
-        found = self._load(where, like, subset=True, **options)
+        found = self._find(where, read, **options)
         return found and (self._model(found[1], leaves, weights, where), found[0])
 
     def evaluate(self, state: State, weights: Weights = "params") -> Heldout | None:
@@ -224,19 +229,20 @@ def abstract_state(step: Step, specs: Tree) -> Tree:
     return as_tree(step.init(abstract(specs)))
 
 
-def stored_part(expected: Tree, index: Index) -> Tree:
-    """What a checkpoint has of the ``expected`` state: slots that it lacks are left out, for `with_new_slots` to begin.
+def stored_part(expected: Tree, index: Index, whole: bool = True) -> tuple[Tree, list[str]]:
+    """What a checkpoint has of the ``expected`` state, and the paths to read: all of it (``whole``), or just those expected.
 
-    Slots of parameters that are frozen by now may be in it, and are not read.
+    Slots that it lacks are left out, for `with_new_slots` to begin. Slots of parameters that are frozen by now may be in it,
+    and are not read.
     """
     stored = {path.split(".")[1] for path in (*index.tensors, *index.empty) if path.startswith("slots.")}
-    slots = {name: slot for name, slot in expected["slots"].items() if name in stored}
+    like = {**expected, "slots": {name: slot for name, slot in expected["slots"].items() if name in stored}}
     params = tree.flatten(expected["params"]).keys()
     trained = params & {path for slot in expected["slots"].values() for path, _ in tree.items(slot)}
     frozen = params - trained if trained else set()
-    unread = {path: None for path in index.tensors if path.startswith("slots.") and path.split(".", 2)[-1] in frozen}
-    state = {**expected, "slots": slots}
-    return tree.combine(state, tree.unflatten(unread)) if unread else state
+    unread = {path for path in index.tensors if path.startswith("slots.") and path.split(".", 2)[-1] in frozen}
+    names = index.tensors if whole else tree.flatten(like)
+    return like, [*(name for name in names if name not in unread), *index.empty]
 
 
 def with_new_slots(step: Step, loaded: Tree, slots: Collection[str]) -> tuple[State, tuple[str, ...]]:

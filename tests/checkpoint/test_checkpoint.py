@@ -13,27 +13,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from sharding import assert_bitwise
 from torch import Tensor
 
 from olmo_fn import tree as trees
 from olmo_fn.checkpoint import BrokenCheckpoint, Index, load, read_index, save, steps, verify
-from olmo_fn.checkpoint.index import Box, Entry, crc32
-from olmo_fn.checkpoint.tensorfile import CHUNK_BYTES, DTYPES
+from olmo_fn.checkpoint.format import CHUNK_BYTES, DTYPES, StoredPart, StoredTensor, crc32
+from olmo_fn.spec import Box
 from olmo_fn.tree import Tree
-
-
-def bits(tensor: Tensor) -> bytes:
-    return bytes(tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy())
 
 
 def assert_same(a: Tree, b: Tree) -> None:
     assert a.keys() == b.keys()
     for name, x in a.items():
-        y = b[name]
         if isinstance(x, dict):
-            assert_same(x, y)
+            assert_same(x, b[name])
         else:
-            assert (x.dtype, x.shape, bits(x)) == (y.dtype, y.shape, bits(y)), name
+            assert_bitwise(x, b[name])
 
 
 @st.composite
@@ -89,7 +85,7 @@ def test_the_files_are_plain_safetensors(tmp_path: Path) -> None:
 def test_a_tensor_of_several_chunks_comes_back_bitwise(tmp_path: Path) -> None:
     big = torch.arange(CHUNK_BYTES // 4 * 5 // 2, dtype=torch.int32).view(torch.float32)
     path = save({"big": big, "small": torch.ones(3)}, tmp_path, step=1)
-    assert len(read_index(path).tensors["big"].boxes[0].crc32) == 3
+    assert len(read_index(path).tensors["big"].parts[0].crc32) == 3
     assert_same(load(path)[0], {"big": big, "small": torch.ones(3)})
 
 
@@ -133,7 +129,7 @@ def test_select_loads_only_what_matches(tmp_path: Path) -> None:
 
 def test_damage_outside_the_selection_does_not_matter(tmp_path: Path) -> None:
     path = save(state(), tmp_path, step=5, file_bytes=1)
-    broken = path / read_index(path).tensors["slots.m.a"].boxes[0].file
+    broken = path / read_index(path).tensors["slots.m.a"].parts[0].file
     broken.unlink()
     assert_same(load(path, select=["params.*"])[0], {"params": state()["params"]})
     with pytest.raises(BrokenCheckpoint, match=f"{broken.name}: missing"):
@@ -213,8 +209,8 @@ def test_a_broken_one_of_the_same_step_is_moved_aside_and_kept(tmp_path: Path) -
 
 
 def test_boxes_that_leave_a_gap_are_refused() -> None:
-    boxes = (Box("f", (0, 0), (1, 4), ("0" * 8,)), Box("f", (2, 0), (1, 4), ("0" * 8,)))
-    index = Index(step=1, tensors={"w": Entry("F32", (3, 4), boxes)}, files={})
+    parts = tuple(StoredPart("f", Box((row, 0), (1, 4)), ("0" * 8,)) for row in (0, 2))
+    index = Index(step=1, tensors={"w": StoredTensor("F32", (3, 4), parts)}, files={})
     with pytest.raises(BrokenCheckpoint, match="the boxes of w do not tile its shape"):
         Index.loads(index.dumps(), "index.json")
 
@@ -225,5 +221,8 @@ def test_an_index_of_another_format_says_so(tmp_path: Path) -> None:
     head, tail = head.replace(b"olmo_fn 1", b"olmo_fn 2"), tail[8:]
     checksum = crc32(head + b'", "crc32": "' + b"0" * 8 + tail).encode()
     (path / "index.json").write_bytes(head + b'", "crc32": "' + checksum + tail)
-    with pytest.raises(BrokenCheckpoint, match="written in format 2, this olmo_fn reads format 1"):
+    with pytest.raises(
+        BrokenCheckpoint,
+        match=r"written in format 2, this olmo_fn reads format 1 \(it is version .*\); load it with a newer olmo_fn",
+    ):
         load(path)

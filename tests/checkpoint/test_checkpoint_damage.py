@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from olmo_fn.checkpoint import (
     verify,
 )
 from olmo_fn.checkpoint.__main__ import main
-from olmo_fn.checkpoint.tensorfile import open_file, read_chunk
+from olmo_fn.checkpoint.stored import OpenFiles, PartBytes
 from olmo_fn.tree import Tree
 
 
@@ -40,7 +41,8 @@ def state(seed: int = 0) -> Tree:
 
 def owner(path: Path, file: str, at: int) -> str | None:
     """The tensor that the byte belongs to, by the header; None for a byte of the header."""
-    with open_file(path / file, read_index(path).files[file]) as (_, header):
+    with ExitStack() as stack:
+        _, header = OpenFiles(path, read_index(path), stack).open(file)
         return next((name for name, (_, _, start, stop) in header.items() if start <= at < stop), None)
 
 
@@ -116,15 +118,16 @@ def test_what_the_disk_cannot_read_is_named(tmp_path: Path) -> None:
         (path / file).unlink()
         (path / file).symlink_to("/proc/self/mem")
         assert verify(path) == [f"{path / file}: cannot be read from the disk (input/output error)"]
-    with open("/proc/self/mem", "rb") as memory:
-        assert read_chunk(memory.fileno(), 0, 10, "") == "cannot be read from the disk (input/output error)"
+    expected = pytest.raises(BrokenCheckpoint, match=r"file: w cannot be read from the disk \(input/output error\)")
+    with open("/proc/self/mem", "rb") as memory, expected:
+        PartBytes("file: w", memory.fileno(), 0, 10, 1 << 20, ("",)).read(0, 10)
 
 
 def flip_in(path: Path, name: str) -> None:
     index = read_index(path)
-    file = path / index.tensors[name].boxes[0].file
-    with open_file(file, index.files[file.name]) as (_, header):
-        start = header[name][2]
+    file = path / index.tensors[name].parts[0].file
+    with ExitStack() as stack:
+        start = OpenFiles(path, index, stack).open(file.name)[1][name][2]
     data = bytearray(file.read_bytes())
     data[start] ^= 1
     file.write_bytes(data)
@@ -149,9 +152,9 @@ def test_the_newest_whole_one_is_used_instead(tmp_path: Path) -> None:
     assert newest_whole(tmp_path, on_skip=skipped.append) == tmp_path / "step200"
     assert skipped == expected
     skipped.clear()
-    found = load_newest(tmp_path, like=state(), on_skip=skipped.append)
+    found = load_newest(tmp_path, lambda path: load(path, like=state()), on_skip=skipped.append)
     assert found is not None
-    path, tree, meta = found
+    path, (tree, meta) = found
     assert (path, int(tree["step"]), meta, skipped) == (tmp_path / "step200", 200, {}, expected)
 
 
@@ -160,7 +163,7 @@ def test_skipping_is_never_silent(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     flip_in(tmp_path / "step1", "step")
     with caplog.at_level(logging.WARNING):
         assert newest_whole(tmp_path) is None
-        assert load_newest(tmp_path) is None
+        assert load_newest(tmp_path, load) is None
     assert caplog.text.count("step does not match its checksum") == 2
 
 
@@ -168,7 +171,7 @@ def test_a_whole_checkpoint_of_another_model_is_not_skipped(tmp_path: Path) -> N
     save(state(), tmp_path, step=1)
     save({"step": torch.tensor(2)}, tmp_path, step=2)
     with pytest.raises(ValueError, match=r"step2 does not hold the state asked for:\n  asked for but not there"):
-        load_newest(tmp_path, like=state())
+        load_newest(tmp_path, lambda path: load(path, like=state()))
 
 
 def test_the_command_lists_and_finds_broken_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -15,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_jobs import file_size_limit
 
 from olmo_fn.checkpoint import SaveFailed, load, newest_whole, save, steps, sweep, verify
-from olmo_fn.checkpoint.folder import hidden, writing
+from olmo_fn.checkpoint.commit import hidden, locked
 
 # For each line it reads, this process forks a child that saves without end and kills it -9 after that many
 # seconds; it answers with the last value that the child said was committed.
@@ -111,7 +111,7 @@ def test_killed_while_replacing_one_of_the_two_is_there(tmp_path: Path) -> None:
 
 def test_killed_between_the_renames_of_a_replacement(tmp_path: Path) -> None:
     path = save({"w": torch.ones(3)}, tmp_path, step=7)
-    path.rename(hidden(tmp_path, "replaced", 7))
+    path.rename(hidden(path, "replaced"))
     assert steps(tmp_path) == []
     sweep(tmp_path)
     assert steps(tmp_path) == [7]
@@ -119,10 +119,10 @@ def test_killed_between_the_renames_of_a_replacement(tmp_path: Path) -> None:
 
 
 def test_sweeping_leaves_alone_what_a_live_process_writes(tmp_path: Path) -> None:
-    partial = hidden(tmp_path, "partial", 3)
+    partial = hidden(tmp_path / "step3", "partial")
     mine = tmp_path / ".partial-notes"
     mine.mkdir()
-    with writing(tmp_path):
+    with locked(tmp_path):
         partial.mkdir()
         sweep(tmp_path)
         assert partial.exists()
@@ -133,35 +133,24 @@ def test_sweeping_leaves_alone_what_a_live_process_writes(tmp_path: Path) -> Non
 
 def test_a_second_writer_waits_and_then_says_why(tmp_path: Path) -> None:
     expected = pytest.raises(TimeoutError, match="another process has been saving there")
-    with writing(tmp_path), expected, writing(tmp_path, patience=0.1):
+    with locked(tmp_path), expected, locked(tmp_path, patience=0.1):
         pass
-    with writing(tmp_path, patience=0.0):
+    with locked(tmp_path, patience=0.0):
         pass
 
 
 def test_a_child_forked_while_saving_does_not_keep_the_lock(tmp_path: Path) -> None:
-    with writing(tmp_path):
+    with locked(tmp_path):
         child = os.fork()
         if child == 0:
             time.sleep(60)
             os._exit(0)
     try:
-        with writing(tmp_path, patience=0.0):
+        with locked(tmp_path, patience=0.0):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Files of this process cannot grow beyond ``size``: writing fails halfway, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def names(folder: Path) -> list[str]:

@@ -7,13 +7,15 @@ import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sharding import Layout, layouts, place, together, wholes
+from sharding import Layout, assert_bitwise, layouts, load_in, place, together, wholes
+from torch.distributed import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -25,29 +27,23 @@ from olmo_fn.checkpoint import (
     Retention,
     SaveFailed,
     Saver,
-    box_of,
-    holding,
     load,
     load_newest,
+    local_box,
     read_index,
     save,
-    shards,
     steps,
-    stored,
     verify,
 )
 from olmo_fn.checkpoint.__main__ import main
-from olmo_fn.checkpoint.shards import layout_of, writers
-from olmo_fn.checkpoint.spans import Span, bands, contiguous, covering, overlap, tiles
+from olmo_fn.checkpoint.boxes import bands, contiguous, covering, overlap, tiles
+from olmo_fn.checkpoint.shards import Held, Plan, assign, local_state
+from olmo_fn.checkpoint.stored import PartBytes
+from olmo_fn.spec import Box
 from olmo_fn.tree import Tree
 
 # Where every file is synced, a disk shared with others makes a hundred small checkpoints a matter of minutes.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
-
-
-def assert_bitwise(a: torch.Tensor, b: torch.Tensor) -> None:
-    assert (a.dtype, a.shape) == (b.dtype, b.shape)
-    assert torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
 
 
 def save_in(layout: Layout, whole: Tree, folder: str | Path, step: int = 1) -> Path:
@@ -60,23 +56,6 @@ def save_in(layout: Layout, whole: Tree, folder: str | Path, step: int = 1) -> P
             raise result
     assert len(set(results)) == 1
     return results[0]
-
-
-def load_in(layout: Layout, whole: Tree, path: Path) -> None:
-    """Load ``path`` as each rank of ``layout`` would, and compare with what it should hold."""
-    for rank in range(layout.size):
-        like = layout.state(whole, rank, meta=True)
-        back, _ = load(path, like, subset=True, threads=1)
-        expected = trees.flatten(layout.state(whole, rank))
-        assert trees.flatten(back).keys() == expected.keys()
-        for name, leaf in trees.items(back):
-            assert type(leaf) is type(expected[name])
-            if isinstance(leaf, DTensor):
-                assert (leaf.shape, leaf.placements) == (expected[name].shape, expected[name].placements)
-                assert leaf.device_mesh == expected[name].device_mesh
-                assert_bitwise(leaf.to_local(), expected[name].to_local())
-            else:
-                assert_bitwise(leaf, expected[name])
 
 
 def law_7(whole: Tree, a: Layout, b: Layout) -> None:
@@ -106,11 +85,11 @@ WHOLE: Tree = {"w": W, "v": torch.arange(5.0)}
 
 def test_each_box_is_written_by_one_rank_into_its_own_file(tmp_path: Path) -> None:
     index = read_index(save_in(GRID, WHOLE, tmp_path))
-    assert sorted((box.offset, box.shape) for box in index.tensors["w"].boxes) == [
+    assert sorted(part.box for part in index.tensors["w"].parts) == [
         ((0, 0), (3, 6)), ((0, 6), (3, 5)), ((3, 0), (3, 6)), ((3, 6), (3, 5)), ((6, 0), (1, 6)), ((6, 6), (1, 5)),
     ]  # fmt: skip
-    assert sorted((box.offset, box.shape) for box in index.tensors["v"].boxes) == [((0,), (2,)), ((2,), (2,)), ((4,), (1,))]
-    assert Counter(box.file for box in index.tensors["w"].boxes) == {
+    assert sorted(part.box for part in index.tensors["v"].parts) == [((0,), (2,)), ((2,), (2,)), ((4,), (1,))]
+    assert Counter(part.file for part in index.tensors["w"].parts) == {
         f"state-rank{r:05d}-00000.safetensors": 1 for r in range(6)
     }
 
@@ -120,19 +99,25 @@ def test_mutants_of_law_7_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
     """Each breaks one thing; the law, or the check before the commit, must see it."""
     if name == "shifted offset":
 
-        def shifted(leaf: torch.Tensor, box: object = box_of) -> Span:
-            offset, shape = box_of(leaf)
-            return Span((max(0, offset[0] - 1), *offset[1:]), shape)
+        def shifted(leaf: torch.Tensor) -> Box:
+            offset, shape = local_box(leaf)
+            return Box((max(0, offset[0] - 1), *offset[1:]), shape)
 
-        monkeypatch.setattr(holding, "box_of", shifted)
-    elif name == "box missing":
-        monkeypatch.setattr(holding, "writers", lambda of: {name: ranks[ranks != 3] for name, ranks in writers(of).items()})
-    elif name == "box written twice":
-        monkeypatch.setattr(holding, "writers", lambda of: {name: np.arange(6) for name in of})
+        monkeypatch.setattr("olmo_fn.checkpoint.shards.local_box", shifted)
+    elif name in ("box missing", "box written twice"):
+
+        def wrong(held: list[Held]) -> Plan:
+            plan = assign(held)
+            twice = name == "box written twice"
+            return replace(plan, writers={path: list(range(6)) if twice else ranks[1:] for path, ranks in plan.writers.items()})
+
+        monkeypatch.setattr("olmo_fn.checkpoint.writing.assign", wrong)
     elif name == "wrong place":
-        monkeypatch.setattr(stored, "covering", lambda part, box: covering(part, Span(box.offset, box.shape[::-1])))
+        monkeypatch.setattr(
+            "olmo_fn.checkpoint.reading.covering", lambda part, box: covering(part, Box(box.offset, box.shape[::-1]))
+        )
     else:
-        monkeypatch.setattr(stored, "strides", lambda shape: (max(1, math.prod(shape[1:]) - 1), 1))
+        monkeypatch.setattr("olmo_fn.checkpoint.reading.strides", lambda shape: (max(1, math.prod(shape[1:]) - 1), 1))
     before = name in ("shifted offset", "box missing", "box written twice")
     with pytest.raises(SaveFailed if before else (AssertionError, ValueError, RuntimeError)) as error:
         law_7(WHOLE, GRID, ROWS)
@@ -143,57 +128,59 @@ def test_mutants_of_law_7_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
 
 @given(data=st.data())
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_box_of_is_the_box_that_torch_says(data: st.DataObject) -> None:
+def test_local_box_is_the_box_that_torch_says(data: st.DataObject) -> None:
     whole = data.draw(wholes())
     layout = data.draw(layouts(whole))
     for rank in range(layout.size):
         for leaf in trees.flatten(layout.state(whole, rank)).values():
-            box = box_of(leaf)
+            box = local_box(leaf)
             if isinstance(leaf, DTensor):
                 shape, offset = compute_local_shape_and_global_offset(leaf.shape, leaf.device_mesh, leaf.placements)
                 assert (box.shape, box.offset if math.prod(shape) else offset) == (tuple(shape), tuple(offset))
             else:
-                assert box == Span((0,) * leaf.ndim, tuple(leaf.shape))
+                assert box == Box((0,) * leaf.ndim, tuple(leaf.shape))
 
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_all_boxes_have_one_writer_among_their_holders(data: st.DataObject) -> None:
+def test_every_box_has_one_writer_among_its_holders(data: st.DataObject) -> None:
     whole = data.draw(wholes())
-    layout = replace(data.draw(layouts(whole)), stages=1)
-    states = [trees.flatten(layout.state({**whole}, rank)) for rank in range(math.prod(layout.mesh)) if layout.held_by]
-    for name in trees.flatten(whole):
-        leaves = [state[name] for state in states if name in state]
-        if not leaves or not isinstance(leaves[0], DTensor):
-            continue
-        by = writers({name: layout_of(leaves[0])})[name].tolist()
-        boxes = [box_of(leaf) for leaf in leaves]
-        assert len(set(by)) == len(by)
-        if leaves[0].numel():
-            assert sorted(boxes[rank] for rank in by) == sorted({box for box in boxes if math.prod(box.shape)})
-        else:
-            assert len(by) == 1
+    layout = data.draw(layouts(whole))
+    held = [
+        local_state(layout.state(whole, rank), 1, None, Ranks(rank, layout.size, HashStore())).held()
+        for rank in range(layout.size)
+    ]
+    plan = assign(held)
+    assert list(plan.writers) == list(dict.fromkeys(name for boxes, _ in held for name in boxes))
+    assert plan.nbytes == sum(leaf.nbytes for _, leaf in trees.items(whole))
+    for name, ranks in plan.writers.items():
+        assert len(set(ranks)) == len(ranks)
+        boxes = {tensors[name][0] for tensors, _ in held if name in tensors and tensors[name][1]}
+        written = [held[rank][0][name][0] for rank in ranks]
+        assert sorted(written) == sorted(boxes) if boxes else len(written) == 1
 
 
 def test_bytes_are_spread_over_the_holders() -> None:
+    """Eight ranks, two by four: every second tensor is sharded over four, the others are plain and on all."""
     sizes = [400, 400, 300, 200, 200, 100, 50, 50, 10, 10]
-    mesh = np.arange(8).reshape(2, 4)
-    placed = {f"w{i}": shards.Layout((n * 4,), 4, mesh, (None, 0 if i % 2 else None)) for i, n in enumerate(sizes)}
+    held: list[Held] = []
+    for rank in range(8):
+        boxes = {f"w{i}": Box((n * (rank % 4),), (n,)) if i % 2 else Box((0,), (4 * n,)) for i, n in enumerate(sizes)}
+        held.append(({name: (box, box.shape[0], 4 * n) for (name, box), n in zip(boxes.items(), sizes, strict=True)}, ()))
     written = Counter[int]()
-    for name, by in writers(placed).items():
-        layout = placed[name]
-        for rank in by.tolist():
-            written[rank] += layout.nbytes // (4 if layout.dims[1] is not None else 1)
-    assert sum(written.values()) == sum(layout.nbytes for layout in placed.values())
-    assert max(written.values()) <= max(layout.nbytes for layout in placed.values() if layout.dims[1] is None)
+    for name, ranks in assign(held).writers.items():
+        for rank in ranks:
+            written[rank] += held[rank][0][name][1]
+    assert sum(written.values()) == 4 * sum(sizes)
+    assert max(written.values()) <= 4 * max(sizes), "no more than the largest tensor that only one rank may write"
 
 
-spans_2d = st.tuples(st.tuples(*[st.integers(0, 4)] * 3), st.tuples(*[st.integers(1, 5)] * 3)).map(lambda pair: Span(*pair))
+spans_2d = st.tuples(st.tuples(*[st.integers(0, 4)] * 3), st.tuples(*[st.integers(1, 5)] * 3)).map(lambda pair: Box(*pair))
 
 
 @given(box=spans_2d, want=spans_2d, most=st.integers(1, 40), sparse=st.integers(1, 40))
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_bands_are_the_part_and_their_bytes_lie_where_they_are_said_to(box: Span, want: Span, most: int, sparse: int) -> None:
+def test_bands_are_the_part_and_their_bytes_lie_where_they_are_said_to(box: Box, want: Box, most: int, sparse: int) -> None:
     whole = np.arange(math.prod(box.shape)).reshape(box.shape)
     part = overlap(box, want)
     common = {tuple(i) for i in np.argwhere(np.ones(box.shape)) + box.offset} & {
@@ -203,7 +190,7 @@ def test_bands_are_the_part_and_their_bytes_lie_where_they_are_said_to(box: Span
         assert not common
         return
     assert {tuple(i) for i in np.argwhere(np.ones(part.shape)) + part.offset} == common
-    assert tiles([Span(tuple(np.subtract(b.offset, part.offset)), b.shape) for b in bands(part, box, most, sparse)], part.shape)
+    assert tiles([Box(tuple(np.subtract(b.offset, part.offset)), b.shape) for b in bands(part, box, most, sparse)], part.shape)
     for band in bands(part, box, most, sparse):
         cut = tuple(slice(i - j, i - j + n) for i, j, n in zip(band.offset, box.offset, band.shape, strict=True))
         start, stop = covering(band, box)
@@ -221,7 +208,7 @@ def test_tiles_is_counting(data: st.DataObject, shape: tuple[int, int]) -> None:
         size = tuple(data.draw(st.integers(0, n - i)) for i, n in zip(offset, shape, strict=True))
         if data.draw(st.booleans()) and (rest := np.argwhere(count == 0)).size:
             offset, size = tuple(rest[0].tolist()), (1, 1)
-        boxes.append(Span(offset, size))
+        boxes.append(Box(offset, size))
         count[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]] += 1
     assert tiles(boxes, shape) == bool((count == 1).all())
 
@@ -229,13 +216,13 @@ def test_tiles_is_counting(data: st.DataObject, shape: tuple[int, int]) -> None:
 def test_a_rank_reads_only_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {"w": torch.arange(4096 * 1024.0).reshape(4096, 1024)}  # 16 MiB in chunks of 1 MiB
     path = save(whole, tmp_path, step=1)
-    read = []
+    read: list[int] = []
 
-    def counting(fd: int, start: int, size: int, *rest: object, original: object = stored.read_chunk) -> str:
-        read.append(size)
-        return original(fd, start, size, *rest)  # type: ignore[operator]
+    def counting(self: PartBytes, i: int, out: memoryview, original: Any = PartBytes._read_chunk) -> None:
+        read.append(len(out))
+        original(self, i, out)
 
-    monkeypatch.setattr(stored, "read_chunk", counting)
+    monkeypatch.setattr(PartBytes, "_read_chunk", counting)
     layout = Layout(1, (8,), {"w": (Shard(0),)}, {"w": frozenset({0})})
     for rank in (0, 5):
         read.clear()
@@ -250,7 +237,7 @@ def test_the_listing_and_the_checksums_work_on_shards(tmp_path: Path, capsys: py
     path = save_in(GRID, WHOLE, tmp_path)
     assert main([str(tmp_path)]) == 0
     assert "step1" in capsys.readouterr().out
-    file = path / read_index(path).tensors["w"].boxes[0].file
+    file = path / read_index(path).tensors["w"].parts[0].file
     good = file.read_bytes()
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     assert verify(path) == [f"{file}: w does not match its checksum"]
@@ -269,17 +256,18 @@ def test_the_ranks_agree_on_the_checkpoint_to_go_on_from(tmp_path: Path) -> None
     def resume(ranks: Ranks) -> object:
         skipped: list[str] = []
         like = ROWS.state(WHOLE, ranks.rank, meta=True)
-        found = load_newest(tmp_path, like, ranks=ranks, on_skip=skipped.append)
+        found = load_newest(tmp_path, lambda path: load(path, like)[0], ranks=ranks, on_skip=skipped.append)
         assert found is not None
         assert_bitwise(found[1]["w"].to_local(), ROWS.state(WHOLE, ranks.rank)["w"].to_local())
         return found[0].name, len(skipped), "does not match its checksum" in skipped[0]
 
     assert together(4, resume) == [("step1", 1, True)] * 4
-    assert together(4, lambda ranks: load_newest("/nowhere", ranks=ranks)) == [None] * 4
+    assert together(4, lambda ranks: load_newest("/nowhere", load, ranks=ranks)) == [None] * 4
 
     def differ(ranks: Ranks) -> object:
         like = ROWS.state(WHOLE, ranks.rank, meta=True)
-        return load_newest(tmp_path, {"v": like["v"]} if ranks.rank == 2 else like, ranks=ranks)
+        asked = {"v": like["v"]} if ranks.rank == 2 else like
+        return load_newest(tmp_path, lambda path: load(path, asked), ranks=ranks)
 
     errors = together(4, differ)
     assert [type(error) for error in errors] == [RankLost, RankLost, ValueError, RankLost]

@@ -18,8 +18,8 @@ from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.testing.pool import Pool
 
-# Patience and the time in which starved processes (nice 19, load 10) get that far: 7 s seen. The store's own timeout is 300 s.
-SOON = 20.0
+# Twice the timeout and the time in which starved processes (nice 19, load 10) get that far. The store's own timeout is 300 s.
+SOON = 30.0
 ALL = frozenset({0})
 HSDP = Layout(
     1, (2, 2), {"step": None, "w": (Replicate(), Shard(1)), "v": (Replicate(), Replicate())}, dict.fromkeys(big(0), ALL)
@@ -51,7 +51,7 @@ def test_a_rank_killed_during_a_save_leaves_the_previous_one_whole(tmp_path: Pat
         for rank, (word, seconds) in enumerate(words):
             if rank != victim:
                 assert re.match(
-                    rf"SaveFailed: could not save step \d+ into .*: .*rank {victim} gave no sign of life for 2 s", word
+                    rf"SaveFailed: could not save step \d+ into .*: .*rank {victim} did not answer within [48] s", word
                 )
                 assert seconds < SOON
         newest = newest_whole(tmp_path, on_skip=pytest.fail)
@@ -85,11 +85,11 @@ def test_a_full_disk_on_one_rank_ends_the_save_on_all(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
-    words = run(save_without_the_last, HSDP, tmp_path, patience=0.5)
+    words = run(save_without_the_last, HSDP, tmp_path, timeout=1.0)
     assert words[3][0] == "ended"
     for word, seconds in words[:3]:
         assert re.match(
-            r"SaveFailed: could not save step 2 into .*: rank 3 did not come within 3 s\. It is not committed", word
+            r"SaveFailed: could not save step 2 into .*: rank 3 did not answer within 1 s\. Older checkpoints", word
         )
         assert seconds < SOON
     assert steps(tmp_path) == []

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_jobs import file_size_limit
 from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.checkpoint import Retention, SaveFailed, Saver, load, retire, save, steps, to_delete, verify
-from olmo_fn.checkpoint.folder import hidden, writing
+from olmo_fn.checkpoint.commit import hidden, locked
 
 step_sets = st.sets(st.integers(0, 500), max_size=12)
 rules = st.builds(Retention, st.none() | st.integers(1, 6), st.none() | st.integers(1, 100))
@@ -90,7 +90,7 @@ def test_the_second_save_allocates_no_second_copy(tmp_path: Path) -> None:
 
 
 def test_submit_does_not_wait_for_the_disk(tmp_path: Path) -> None:
-    with Saver(tmp_path) as saver, writing(tmp_path):
+    with Saver(tmp_path) as saver, locked(tmp_path):
         saver.submit({"w": torch.ones(3)}, step=1)
         time.sleep(0.05)
         assert steps(tmp_path) == [], "the writer is held up, yet submit has returned"
@@ -98,14 +98,10 @@ def test_submit_does_not_wait_for_the_disk(tmp_path: Path) -> None:
 
 
 def fail_once(saver: Saver, step: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    try:
+    with file_size_limit(1 << 20):
         saver.submit({"w": torch.ones(1 << 20)}, step=step)
         assert saver._running is not None
         assert isinstance(saver._running.exception(), SaveFailed)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_error_of_the_background_is_logged_and_raised_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,8 +139,8 @@ def test_a_tree_that_cannot_be_stored_is_refused_at_once(tmp_path: Path) -> None
 
 
 def test_a_new_saver_sweeps_up_after_a_dead_one(tmp_path: Path) -> None:
-    for what in ("partial", "deleted"):
-        left = hidden(tmp_path, what, 3)
+    for kind in ("partial", "deleted"):
+        left = hidden(tmp_path / "step3", kind)
         left.mkdir()
         (left / "state-00000.safetensors").write_bytes(b"half")
     with Saver(tmp_path):

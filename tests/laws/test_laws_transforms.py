@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from olmo_fn import tree
-from olmo_fn.checkpoint import load, save
+from olmo_fn.checkpoint import load, read_index, save
 from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.mesh.mesh import Mesh
@@ -264,7 +264,8 @@ def through_a_checkpoint(step, state):
     with tempfile.TemporaryDirectory() as folder:
         path = save({"step": state.step, "params": state.params, "slots": state.slots}, folder, step=int(state.step))
         whole = step.init(abstract(SPECS, DOUBLE))._asdict()
-        found, _ = load(path, lambda index: stored_part(whole, index))
+        like, select = stored_part(whole, read_index(path))
+        found, _ = load(path, like, select=select)
     return with_new_slots(step, found, whole["slots"])
 
 

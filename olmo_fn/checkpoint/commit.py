@@ -1,0 +1,161 @@
+"""The folder of checkpoints: names, the writer's lock, the commit by rename, and what a killed writer left behind.
+
+Everything that is not a finished checkpoint begins with a dot: ``.partial-*`` is being written, ``.deleted-*`` is being
+deleted, ``.replaced-*`` makes way for a new one of the same step. Renames are the only step between these and ``step{N}``,
+so at any instant a ``step{N}`` is either complete or absent.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from olmo_fn.checkpoint.stored import verify
+
+log = logging.getLogger(__name__)
+_STEP = re.compile(r"step(0|[1-9]\d*)")
+_HIDDEN = re.compile(r"\.(partial|deleted|replaced)-(step\d+)-[0-9a-f]{12}")
+
+
+def steps(folder: str | Path) -> list[int]:
+    """The steps with a checkpoint in ``folder``, oldest first, broken ones too; none if there is no such folder.
+
+    >>> steps("/nowhere")
+    []
+    """
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
+
+
+def step_path(folder: str | Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies.
+
+    >>> step_path("runs/a/checkpoints", 200).as_posix()
+    'runs/a/checkpoints/step200'
+    """
+    return Path(folder) / f"step{step}"
+
+
+def hidden(path: Path, kind: str) -> Path:
+    """A fresh name beside the checkpoint ``path`` that no reader takes for a checkpoint."""
+    return path.with_name(f".{kind}-{path.name}-{uuid.uuid4().hex[:12]}")
+
+
+@contextmanager
+def drafting(path: Path, nbytes: int, replace: bool) -> Iterator[Path]:
+    """A hidden folder to write the checkpoint ``path`` into, removed at the end unless committed; the writer's lock is held.
+
+    ValueError if ``path`` is an intact checkpoint and not ``replace``; a broken one is kept under another name. OSError if
+    less than ``nbytes`` are free.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        broken = path.exists() and verify(path)
+        if path.exists() and not broken and not replace:
+            raise ValueError(
+                f"{path} is there already, and whole; pass replace=True to put this state in its place, "
+                "or save into another folder"
+            )
+        if shutil.disk_usage(path.parent).free < nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if broken:
+            aside = path.rename(path.with_name(f"{path.name}.broken-{uuid.uuid4().hex[:12]}"))
+            log.warning("%s is broken and another one takes its place; it is kept as %s", path, aside)
+        draft = hidden(path, "partial")
+        try:
+            draft.mkdir()
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def commit(draft: Path, path: Path, index: bytes) -> None:
+    """Make ``draft``, with ``index`` as its ``index.json``, the checkpoint ``path``; all of it is durable then."""
+    with open(draft / "index.json", "xb") as file:
+        file.write(index)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(draft)
+    replaced = path.rename(hidden(path, "replaced")) if path.exists() else None
+    draft.rename(path)
+    sync_folder(path.parent)
+    if replaced:
+        shutil.rmtree(replaced)
+
+
+def delete(path: Path) -> None:
+    """Delete the checkpoint ``path``: it stops being one by a rename, before its first file goes."""
+    deleted = path.rename(hidden(path, "deleted"))
+    sync_folder(path.parent)
+    shutil.rmtree(deleted)
+
+
+@contextmanager
+def locked(folder: Path, patience: float = 60.0) -> Iterator[None]:
+    """Hold ``folder`` as its only writer, and sweep it; the kernel lets go when the process dies, however it dies.
+
+    Waits up to ``patience`` seconds for another writer, then raises TimeoutError. On a filesystem without locks it neither
+    waits nor sweeps.
+    """
+    deadline = time.monotonic() + patience
+    fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _sweep(folder)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(
+                        f"{folder}: another process has been saving there for {patience:.0f} s; "
+                        "two runs must not share a folder: give one of them another"
+                    ) from None
+                time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                break
+        yield
+    finally:
+        with suppress(OSError):  # closing is not enough: a child forked meanwhile would hold on to the lock
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what a killed writer left in ``folder``; does nothing while another process saves there."""
+    if os.path.isdir(folder):
+        with suppress(TimeoutError), locked(Path(folder), patience=0.0):
+            pass
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sweep(folder: Path) -> None:
+    for path in list(folder.iterdir()):
+        match = _HIDDEN.fullmatch(path.name)
+        if match is None:
+            continue
+        if match[1] == "replaced" and not (folder / match[2]).exists():
+            # Killed between the two renames of a replacement: the old checkpoint is the one of its step.
+            path.rename(folder / match[2])
+            sync_folder(folder)
+        else:
+            shutil.rmtree(path)
