@@ -58,7 +58,9 @@ def measure(args: argparse.Namespace) -> None:
     from olmo_fn.mesh.placement import Rules
     from olmo_fn.models import transformer
     from olmo_fn.models.config import Model
-    from olmo_fn.optim import adamw, muon, partition
+    from olmo_fn.optim.adamw import adamw
+    from olmo_fn.optim.muon import muon
+    from olmo_fn.optim.partition import partition
     from olmo_fn.parallel.shard import shard
     from olmo_fn.spec import init
     from olmo_fn.train.machine import warm_up

@@ -74,7 +74,7 @@ class Transform(NamedTuple):
 def pipe(loss: LossFunction, *transforms: Transform) -> Any:
     """Apply the transforms to the loss one after the other; a wrong order is refused here, before anything runs.
 
-    >>> from olmo_fn.optim import sgd
+    >>> from olmo_fn.optim.sgd import sgd
     >>> def loss(params, batch):
     ...     return ((params["w"] - batch["labels"]) ** 2).sum(), {}
     >>> step = pipe(loss, grad(engine="func"), clip(1.0), sgd(lr=0.25))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import isqrt
-from typing import Literal
+from typing import Annotated, Literal
+
+from olmo_fn.fields import SIGNED
 
 InitMethod = Literal["normal", "llama", "llama_depth", "normalized", "fan_in"]
 
@@ -31,7 +33,7 @@ class Model:
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
     """Added to the mean square in every norm."""
-    window_pattern: tuple[int, ...] = ()
+    window_pattern: Annotated[tuple[int, ...], SIGNED] = ()
     """Sliding windows of the layers, repeated over the depth: tokens that a position sees, itself included; -1 sees all."""
     first_layer_full: bool = False
     """Give the first layer full attention and start the pattern at the second."""

@@ -49,7 +49,8 @@ def partition(groups: Mapping[str | tuple[str, ...], Transform], parameters: Tre
 
     >>> from olmo_fn.models import transformer
     >>> from olmo_fn.models.config import Model
-    >>> from olmo_fn.optim import adamw, muon
+    >>> from olmo_fn.optim.adamw import adamw
+    >>> from olmo_fn.optim.muon import muon
     >>> specs = transformer.specs(Model(8, 1, 2, 16))
     >>> partition({"matrix": muon(1e-3), "embed": adamw(1e-2), "default": adamw(1e-3)}, specs).name
     'partition(matrix: muon(...), embed: adamw(...), default: adamw(...))'

@@ -88,7 +88,7 @@ def remedies(job: Job) -> Iterator[tuple[str, Job]]:
     tries: list[tuple[str, Job]] = []
     if c.keep_gathered and mesh.pp == 1:
         tries.append(("--mesh.no-keep-gathered", changed(job, keep_gathered=False)))
-    if job.cfg.optim.moments == "float32":
+    if getattr(job.cfg.optim, "moments", None) == "float32":
         tries.append(("--optim.moments bfloat16", changed(job, moments="bfloat16")))
     if mesh.pp > 1:
         times = 2 * job.microbatches

@@ -149,7 +149,7 @@ def compare(step: int, found: Mapping[str, float], recorded: Mapping[str, Any]) 
 
 def sequences(cfg: Config, source: Source, params: Tree, batch: Batch, step: int, dtype: torch.dtype) -> tuple[Sequence, ...]:
     """Each row of the batch by itself, the largest gradient first."""
-    grads = pipe(transformer.loss(cfg.model, z_loss=cfg.recipe.z_loss), grad("tape", cfg.recipe.remat, dtype))
+    grads = pipe(cfg.loss.build(cfg.model), grad("tape", cfg.recipe.remat, dtype))
     each = per_example_loop(grads, params, batch)
     which, offsets = source.train.windows.locate(source.train.numbers(step - 1).astype(np.int64))
     ids = batch["input_ids"].cpu().numpy()

@@ -39,7 +39,7 @@ def hypergradient(
     ``params``, the weights to start from. Keeps the activations of all k steps. The step needs ``grad(engine="func")`` and
     ``differentiable()``.
 
-    >>> from olmo_fn.optim import sgd
+    >>> from olmo_fn.optim.sgd import sgd
     >>> from olmo_fn.research.lr_scale import lr_scale
     >>> from olmo_fn.core.pipe import differentiable, grad, pipe
     >>> def loss(params, batch):

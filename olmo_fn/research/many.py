@@ -93,7 +93,7 @@ def train_many(
     Returns the K last states, and the metrics of all steps, each (steps, K). Equal to K runs one after the other but for
     the rounding of batched matrix products.
 
-    >>> from olmo_fn.optim import sgd
+    >>> from olmo_fn.optim.sgd import sgd
     >>> from olmo_fn.core.pipe import grad, pipe
     >>> def loss(params, batch):
     ...     return ((params["w"] - batch["labels"]) ** 2).sum(), {}

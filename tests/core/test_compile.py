@@ -15,7 +15,7 @@ from torch._dynamo import convert_frame
 from olmo_fn.core.pipe import clip, grad, pipe
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
-from olmo_fn.optim import adamw
+from olmo_fn.optim.adamw import adamw
 from olmo_fn.spec import init
 
 

@@ -22,7 +22,7 @@ from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import DEFAULT, Rules
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
-from olmo_fn.optim import adamw
+from olmo_fn.optim.adamw import adamw
 from olmo_fn.optim.base import Rule, optimizer
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.shard import ONE_BY_ONE

@@ -27,7 +27,8 @@ from olmo_fn.data.tokens import open_tokens
 from olmo_fn.data.windows import Windows
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
-from olmo_fn.optim import adamw, sgd
+from olmo_fn.optim.adamw import adamw
+from olmo_fn.optim.sgd import sgd
 from olmo_fn.spec import Init, Spec, init, init_leaf
 
 DOUBLE = torch.float64

@@ -15,7 +15,10 @@ from olmo_fn.core.chain import Grads
 from olmo_fn.core.pipe import Transform, _execute, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.core.step import State
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.optim import Rule, adamw, muon, optimizer, partition
+from olmo_fn.optim.adamw import adamw
+from olmo_fn.optim.base import Rule, optimizer
+from olmo_fn.optim.muon import muon
+from olmo_fn.optim.partition import partition
 from olmo_fn.parallel.shard import shard
 from olmo_fn.research import centralize, lr_scale
 from olmo_fn.spec import Init, Spec, abstract, count, init

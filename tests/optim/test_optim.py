@@ -15,9 +15,10 @@ from olmo_fn import tree
 from olmo_fn.core.chain import Grads
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import clip, donate, ema, grad, pipe, skip_spikes
-from olmo_fn.optim import Decay, adamw, sgd
-from olmo_fn.optim.base import Rule
+from olmo_fn.optim.adamw import adamw
+from olmo_fn.optim.base import Decay, Rule
 from olmo_fn.optim.base import optimizer as from_rule
+from olmo_fn.optim.sgd import sgd
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 

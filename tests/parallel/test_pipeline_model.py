@@ -12,7 +12,7 @@ from olmo_fn.core.pipe import accumulate, clip, ema, grad, pipe, skip_spikes
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
-from olmo_fn.optim import adamw
+from olmo_fn.optim.adamw import adamw
 from olmo_fn.parallel.pipeline import sweep
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.shard import shard

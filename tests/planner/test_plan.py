@@ -13,6 +13,7 @@ from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
 from olmo_fn.models.count import flops_per_sequence
+from olmo_fn.optim.settings import OptimizerSettings
 from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.clock import clock
 from olmo_fn.planner.estimate import profile_of
@@ -20,7 +21,7 @@ from olmo_fn.planner.job import Job, check
 from olmo_fn.planner.memory import peak_memory
 from olmo_fn.planner.profile import kinds, profile
 from olmo_fn.planner.traffic import shared_groups, traffic
-from olmo_fn.train.config import Config, Lora, Optim, Recipe, Run
+from olmo_fn.train.config import CHOICES, Config, Lora, Recipe, Run
 
 CONTROL = 100  # bytes of scalars that come and go
 
@@ -29,7 +30,9 @@ def job_of(mesh=Mesh(), options=None, optim=None, lora=Lora(), **recipe):  # noq
     fields = {"d_model": 64, "n_layers": 5, "n_heads": 4, "n_kv_heads": 2, "hidden_size": 161, "vocab_size": 501}
     fields |= {name: recipe.pop(name) for name in list(recipe) if name in Model.__dataclass_fields__}
     given = {"batch_size": 8, "sequence_length": 128, "compile": False, "dtype": "float32"} | recipe
-    parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": Optim(**(optim or {})), "lora": lora}
+    fields_of_optim = {"name": "adamw", **(optim or {})}
+    optim = CHOICES[OptimizerSettings][fields_of_optim["name"]](**fields_of_optim)
+    parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": optim, "lora": lora}
     return check(Job(Config(Model(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh))
 
 

@@ -15,7 +15,9 @@ from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
-from olmo_fn.optim import adamw, sgd, warmup_cosine
+from olmo_fn.optim.adamw import adamw
+from olmo_fn.optim.schedules import warmup_cosine
+from olmo_fn.optim.sgd import sgd
 from olmo_fn.research import (
     centralize,
     check_commutes,

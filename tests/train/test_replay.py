@@ -22,12 +22,13 @@ from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.data.config import Data
 from olmo_fn.data.shuffle import indices
 from olmo_fn.data.tokenizer import byte_level
-from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
+from olmo_fn.optim.schedule_settings import Constant
+from olmo_fn.optim.settings import AdamW
 from olmo_fn.replay.__main__ import main
 from olmo_fn.replay.replay import largest_spike, replay
 from olmo_fn.research import outliers
-from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
+from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.folder import write_config
 from olmo_fn.train.loop import train
 from olmo_fn.train.metrics import read_metrics
@@ -58,8 +59,8 @@ def run(tmp_path_factory):
             tokenizer=str(folder / "tokenizer.json"),
             cache_dir=str(folder / "cache"),
         ),
-        optim=Optim(lr=3e-2),
-        schedule=Schedule("constant", warmup=5),
+        optim=AdamW(lr=3e-2),
+        schedule=Constant(warmup=5),
         recipe=Recipe(ROWS, LENGTH, compile=False, accumulate=2, ema=0.9, dtype="float32", skip_sigma=0),
         run=Run(folder=str(folder / "run"), steps=STEPS, checkpoint_every=20, threads=1, sample=""),
     )
@@ -101,7 +102,7 @@ def test_the_replayed_state_is_the_checkpoint(run):
 def test_the_step_without_the_culprit(run):
     """What one asks next: the same step with that row masked."""
     found = replay(run[0], SPIKE)
-    grads = pipe(transformer.loss(found.cfg.model, z_loss=found.cfg.recipe.z_loss), grad())
+    grads = pipe(found.cfg.loss.build(found.cfg.model), grad())
     labels = found.batch["labels"].clone()
     labels[ROW] = IGNORE
     _, without = grads(found.params, {**found.batch, "labels": labels})

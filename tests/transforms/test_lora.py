@@ -13,7 +13,7 @@ from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, pipe
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model
-from olmo_fn.optim import adamw
+from olmo_fn.optim.adamw import adamw
 from olmo_fn.spec import Init, Spec, abstract, init
 from olmo_fn.transforms import freeze, merge, train_only
 from olmo_fn.transforms.lora import lora, lora_loss, lora_specs, merge_lora

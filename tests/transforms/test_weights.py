@@ -20,10 +20,11 @@ from olmo_fn import plot, tree
 from olmo_fn.checkpoint import load, save, step_path
 from olmo_fn.generate.load import load_model
 from olmo_fn.models.config import Model
-from olmo_fn.train.config import Config, Growth, Lora, Recipe, Run, Schedule
+from olmo_fn.optim.schedule_settings import Constant, Cosine
+from olmo_fn.train.config import Config, Growth, Lora, Recipe, Run
 from olmo_fn.train.metrics import read_metrics
 from olmo_fn.train.recipe import parameters
-from olmo_fn.train.schedule import named, schedule, sizes
+from olmo_fn.train.schedule import schedule, sizes
 from olmo_fn.transforms.lora import merge_lora
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +159,7 @@ def test_units_of_a_growing_run():
     cfg = config(
         growth=growth,
         recipe=Recipe(batch_size=8, sequence_length=16),
-        schedule=Schedule("constant", warmup=640, units="tokens"),
+        schedule=Constant(warmup=640, units="tokens"),
         run=Run(steps=100),
     )
     assert [phase[:2] for phase in sizes(cfg).phases] == [(0, 2), (20, 4), (40, 8)]
@@ -168,7 +169,7 @@ def test_units_of_a_growing_run():
 
 
 def test_anneal_leaves_any_schedule():
-    plain, early = (named(Schedule("cosine", warmup=10, anneal_at=at, decay=20, final=0.0), 1.0, 100) for at in (0, 50))
+    plain, early = (Cosine(warmup=10, anneal_at=at, decay=20, final=0.0).build(1.0, 100) for at in (0, 50))
     assert early(torch.tensor(50)) == plain(torch.tensor(50))
     assert early(torch.tensor(70)) == 0
 

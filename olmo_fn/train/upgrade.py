@@ -1,0 +1,37 @@
+"""Config files of version 0.1, which had one flat record for all optimizers and one for all schedules. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from olmo_fn.optim.schedule_settings import SCHEDULES
+from olmo_fn.optim.settings import OPTIMIZERS
+
+OF_ALL_OPTIMIZERS = {"betas", "momentum", "nesterov", "rank", "adamw_lr"}  # each run of version 0.1 wrote all of them
+
+
+def upgrade(value: Any) -> Any:
+    """What a config.yaml of version 0.1 holds, as of this version; anything else as it is.
+
+    >>> old = {"optim": {"name": "lion", "lr": 1e-4, **dict.fromkeys(OF_ALL_OPTIMIZERS)}, "recipe": {"z_loss": 0.0}}
+    >>> new = upgrade({**old, "schedule": {"name": "cosine", "final": 0.1, "exponent": -0.51}})
+    >>> new["optim"], new["schedule"], new["loss"]
+    ({'name': 'lion', 'lr': 0.0001}, {'name': 'cosine', 'final': 0.1}, {'z_loss': 0.0})
+    """
+    try:
+        if not value["optim"].keys() >= OF_ALL_OPTIMIZERS:
+            return value
+        recipe = dict(value["recipe"])
+        loss = {"z_loss": recipe.pop("z_loss")}
+        optim, schedule = _of_one(value["optim"], OPTIMIZERS), _of_one(value["schedule"], SCHEDULES)
+    except (TypeError, KeyError, AttributeError):  # not what a run wrote; it is refused by the name of the field
+        return value
+    return {**value, "optim": optim, "recipe": recipe, "schedule": schedule, "loss": loss}
+
+
+def _of_one(record: dict[str, Any], classes: tuple[Any, ...]) -> dict[str, Any]:
+    """The fields of the class that the record names, but those without a value."""
+    cls = next((cls for cls in classes if cls.name == record["name"]), None)
+    names = {field.name for field in fields(cls)} if cls else record.keys()
+    return {key: value for key, value in record.items() if key in names and value is not None}
