@@ -1,4 +1,4 @@
-"""Pictures: ``python -m olmo_fn.plot schedule cosine wsd --lr 4e-4 --warmup 2000 --total 100000 -o lr.png``.
+"""Pictures: ``olmo-fn plot schedule cosine wsd --lr 4e-4 --warmup 2000 --total 100000 -o lr.png``.
 
 ``schedule`` draws learning rates: of schedules by name, of presets, of runs. ``range-test`` draws the loss of a learning-rate
 range test over the rate, and says where it falls fastest.
@@ -7,7 +7,6 @@ range test over the rate, and says where it falls fastest.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, make_dataclass
 from itertools import cycle, pairwise
@@ -182,30 +181,17 @@ def save(figure: Any, output: Path) -> None:
         raise ValueError(f"cannot write {str(output)!r}: {str(error).splitlines()[0]}") from None
 
 
-def main(arguments: list[str]) -> int:
-    """0, or 2 for wrong input."""
-    commands: dict[str, Any] = {"schedule": PlotSchedule, "range-test": PlotRangeTest}
-    try:
-        args = tyro.extras.subcommand_cli_from_dict(
-            commands, args=arguments, prog="python -m olmo_fn.plot", description=__doc__
-        )
-        if isinstance(args, PlotSchedule):
-            from configs import CONFIGS
-
-            plot_schedules(curves(args, CONFIGS), args.output, args.log)
-            print(args.output)
-        else:
-            from olmo_fn.train.metrics import read_metrics
-
-            found = range_test(read_metrics(args.run / "metrics.jsonl"), args.smooth)
-            output = args.output or args.run / "range-test.png"
-            plot_range_test(found, output)
-            print(f"the loss falls fastest at {found.steepest:.2e} and is lowest at {found.lowest:.2e}: {output}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def draw_schedules(args: Any, schedules: Mapping[str, Any], presets: Mapping[str, Config]) -> Path:
+    """The command ``plot schedule``: the picture's path."""
+    plot_schedules(curves(args, schedules, presets), args.output, args.log)
+    return args.output
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def draw_range_test(args: PlotRangeTest) -> str:
+    """The command ``plot range-test``: what it found, and the picture's path."""
+    from olmo_fn.train.metrics import read_metrics
+
+    found = range_test(read_metrics(args.run / "metrics.jsonl"), args.smooth)
+    output = args.output or args.run / "range-test.png"
+    plot_range_test(found, output)
+    return f"the loss falls fastest at {found.steepest:.2e} and is lowest at {found.lowest:.2e}: {output}"

@@ -1,4 +1,4 @@
-"""``python -m olmo_fn.data.tokenize INPUT... --output DIR``: text to token files.
+"""``olmo-fn tokenize INPUT... --output DIR``: text to token files.
 
 Writes ``part-00000.npy``, ... and ``heldout.npy`` (headerless token files), ``tokenizer.json`` and, last,
 ``meta.json``.
@@ -10,9 +10,8 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -189,27 +188,11 @@ def train_command(config: Tokenize, meta: dict[str, Any]) -> str:
     return "python train.py olmo2-tiny " + " ".join(f"{flag} {shlex.quote(str(path))}" for flag, path in flags.items())
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    """The command. 0; 2 after one line about what is wrong with the input; 130 when interrupted."""
-    try:
-        config = tyro.cli(
-            Tokenize,
-            prog="python -m olmo_fn.data.tokenize",
-            args=None if arguments is None else list(arguments),
-        )
-        meta = tokenize(config)
-    except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing is written", file=sys.stderr)
-        return 130
+def run(config: Tokenize) -> int:
+    """The command: write the token files, and say what they hold and how to train on them."""
+    meta = tokenize(config)
     for side in ("train", "heldout"):
         n = meta[side]
         print(f"{side}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
     print(train_command(config, meta))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -39,7 +39,7 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
             raise ValueError(f"{words}. This fits: --recipe.accumulate {fits.cfg.recipe.accumulate}{flags}")
     raise ValueError(
         f"{words}. Even --recipe.accumulate {tries[-1].cfg.recipe.accumulate}{flags} needs {least / GIB:,.1f}: take a smaller "
-        "model, or more processes, for which python -m olmo_fn.planner finds the best layouts"
+        "model, or more processes, for which olmo-fn plan finds the best layouts"
     )
 
 

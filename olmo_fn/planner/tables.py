@@ -110,7 +110,7 @@ def verdict(found: Estimate) -> str:
     tried, words = first_remedy(found)
     rows = [(other, f"{one.largest.total / GIB:.1f} GiB", "fits" if one.fits else "does not fit") for other, one in tried]
     gpus = max(8, 8 * found.job.mesh.size)
-    end = f"try {words}" if words else f"no single flag is enough; search: python -m olmo_fn.planner PRESET --gpus {gpus}"
+    end = f"try {words}" if words else f"no single flag is enough; search: olmo-fn plan PRESET --gpus {gpus}"
     return "\n".join([f"does not fit: {sizes}", *([columns(rows)] if rows else []), end])
 
 

@@ -36,35 +36,34 @@ def named(*classes: Any) -> dict[str, type]:
     return {cls.name: cls for cls in classes}
 
 
-def with_files(choices: Choices, use: Sequence[str], folder: Path = Path()) -> tuple[Choices, dict[str, Any]]:
+def with_files(choices: Choices, use: Sequence[str]) -> tuple[Choices, dict[str, Any]]:
     """``choices`` and those of a user's files or modules, and the presets of these, which they call ``CONFIGS``.
 
-    A file that is not there is looked for by its name in ``folder``, that of a config.yaml which names it. ValueError for what
-    is not found, and for a name that is taken.
+    ValueError for a file that is not there, a name that is taken, and a setting without a default.
     """
     found = {base: dict(classes) for base, classes in choices.items()}
     presets: dict[str, Any] = {}
     for name in use:
-        module = load(name, folder)
+        module = load(name)
         own: list[Any] = [cls for cls in vars(module).values() if isinstance(cls, type) and is_dataclass(cls)]
         for base, cls in ((base, cls) for base in found for cls in own if issubclass(cls, base) and cls.name):
             if found[base].setdefault(cls.name, cls) is not cls:
                 taken = f"{cls.__name__} has the name {cls.name!r}, which is taken"
-                raise ValueError(f"--use {name}: {taken}; choose another than {', '.join(found[base])}")
+                raise ValueError(f"--use {name}: {taken}; choose another than {', '.join(choices[base])}")
             if missing := [field.name for field in fields(cls) if field.default is field.default_factory is MISSING]:
                 raise ValueError(f"--use {name}: {missing[0]} of {cls.__name__} has no default; every setting has one")
         presets |= getattr(module, "CONFIGS", {})
     return found, presets
 
 
-def load(name: str, folder: Path = Path()) -> ModuleType:
+def load(name: str) -> ModuleType:
     """The module in the file ``name``, which ends in .py, or the one of that dotted name. A file is run once a process."""
     if not name.endswith(".py"):
         try:
             return import_module(name)
         except ModuleNotFoundError as error:
             raise ValueError(f"--use {name}: {error}; give a file that ends in .py, or a module that Python finds") from None
-    path = locate(name, folder)
+    (path,) = locate([name])
     key = f"olmo_fn_use:{path}"
     if key not in sys.modules:
         spec = spec_from_file_location(key, path)
@@ -79,12 +78,19 @@ def load(name: str, folder: Path = Path()) -> ModuleType:
     return sys.modules[key]
 
 
-def locate(name: str, folder: Path) -> Path:
-    """The user's file ``name``, or else the file of that name in ``folder``."""
-    for path in (Path(name).expanduser(), folder / Path(name).name):
-        if path.is_file():
-            return path.resolve()
-    raise ValueError(f"--use {name}: there is no such file" + (f", nor one in {folder}" if folder != Path() else ""))
+def locate(use: Sequence[str], folder: Path | None = None) -> tuple[str, ...]:
+    """A user's files by their absolute paths, and modules by their names.
+
+    A file that is not there is looked for in ``folder``, by its name: a run may have moved, with its files, to another machine.
+    """
+    found = []
+    for name in use:
+        paths = [Path(name).expanduser(), *([folder / Path(name).name] if folder else [])]
+        path = next((path.resolve() for path in paths if path.is_file()), None)
+        if name.endswith(".py") and path is None:
+            raise ValueError(f"--use {name}: there is no such file" + (f", nor {paths[1]}" if folder else ""))
+        found.append(str(path) if name.endswith(".py") else name)
+    return tuple(found)
 
 
 def choose(config: C, arguments: Sequence[str], choices: Choices) -> tuple[C, list[str]]:

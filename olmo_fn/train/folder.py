@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from olmo_fn.fields import values
-from olmo_fn.train.choices import with_files
+from olmo_fn.train.choices import locate, with_files
 from olmo_fn.train.config import CHOICES, Config
 from olmo_fn.train.serialize import files_of, parse, structure, to_yaml
 from olmo_fn.train.upgrade import upgrade
@@ -21,8 +22,9 @@ def read_config(run: Path) -> Config:
         raise ValueError(f"{str(run)!r} is no run folder: there is no config.yaml in it")
     try:
         value = upgrade(parse(path.read_text()))
-        choices, _ = with_files(CHOICES, files_of(value), path.parent)
-        return structure(value, Config, choices)
+        use = locate(files_of(value), path.parent)
+        config = structure(value, Config, with_files(CHOICES, use)[0])
+        return replace(config, use=use)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -82,10 +82,10 @@ def comparison(source: Source, found: Heldout | None) -> str:
 
 def next_commands(cfg: Config, folder: Path) -> str:
     """What a user may type after a run."""
-    test = f"loss over lr:  python -m olmo_fn.plot range-test {folder}\n" if cfg.schedule.name == "range-test" else ""
+    test = f"loss over lr:  olmo-fn plot range-test {folder}\n" if cfg.schedule.name == "range-test" else ""
     return test + (
-        f"sample more:   python -m olmo_fn.generate {folder} 'def ' --temperature 0.7\n"
-        f"checkpoints:   python -m olmo_fn.checkpoint {folder}\n"
+        f"sample more:   olmo-fn generate {folder} 'def ' --temperature 0.7\n"
+        f"checkpoints:   olmo-fn checkpoint {folder}\n"
         f"train again:   python train.py {folder}/config.yaml --optim.lr {cfg.optim.lr / 2:g} --run.folder {folder}-2"
     )
 

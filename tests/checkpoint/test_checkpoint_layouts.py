@@ -36,10 +36,16 @@ from olmo_fn.checkpoint import (
     stored,
     verify,
 )
-from olmo_fn.checkpoint.__main__ import main
 from olmo_fn.checkpoint.shards import layout_of, writers
 from olmo_fn.checkpoint.spans import Span, bands, contiguous, covering, overlap, tiles
+from olmo_fn.cli import main as cli
 from olmo_fn.tree import Tree
+
+
+def main(words):
+    """``olmo-fn checkpoint``."""
+    return cli.main(["checkpoint", *map(str, words)])
+
 
 # Where every file is synced, a disk shared with others makes a hundred small checkpoints a matter of minutes.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -11,10 +11,10 @@ import pytest
 
 import train
 from configs import CONFIGS
+from olmo_fn.cli import main as cli
 from olmo_fn.models.config import Model
 from olmo_fn.models.count import num_params
 from olmo_fn.planner import tables
-from olmo_fn.planner.__main__ import main as plan_main
 from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.estimate import estimate, first_remedy
 from olmo_fn.planner.job import Job, flags, job
@@ -47,7 +47,7 @@ def test_what_does_not_fit_names_the_flag_that_helps(capsys):
 
 def test_hopeless_and_impossible(capsys):
     assert train.main(shlex.split("olmo2-7b --dry-run")) == 0  # 512 sequences at once on one device
-    assert "no single flag is enough; search: python -m olmo_fn.planner" in capsys.readouterr().out
+    assert "no single flag is enough; search: olmo-fn plan" in capsys.readouterr().out
     assert train.main(shlex.split("olmo2-7b --dry-run --mesh.tp 3")) == 2
     assert "--mesh.tp 3 does not divide" in capsys.readouterr().err
     assert train.main(shlex.split("olmo2-7b --dry-run --gpus 12 --mesh.tp 8")) == 2
@@ -101,14 +101,16 @@ def test_the_flags_of_a_layout_are_the_layout():
 def test_search_on_the_command_line(tmp_path, capsys):
     picture = tmp_path / "plan.png"
     small = ["--batch-size", "16", "--sequence-length", "128"]
-    assert plan_main(["olmo2-14m", "--gpus", "2", "--gpu", "a100", "--best", "2", "--picture", str(picture), *small]) == 0
+    assert (
+        cli.main(["plan", "olmo2-14m", "--gpus", "2", "--gpu", "a100", "--best", "2", "--picture", str(picture), *small]) == 0
+    )
     printed = capsys.readouterr().out
     assert "2 x A100" in printed
     assert "--mesh.dp-" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert plan_main(["olmo2-14", "--gpus", "8"]) == 2
+    assert cli.main(["plan", "olmo2-14", "--gpus", "8"]) == 2
     assert "neither a preset nor a config.yaml" in capsys.readouterr().err
-    assert plan_main(["olmo2-32b", "--gpus", "1", "--gpu", "a100"]) == 2
+    assert cli.main(["plan", "olmo2-32b", "--gpus", "1", "--gpu", "a100"]) == 2
     assert "no layout of 1 x A100" in capsys.readouterr().err
 
 

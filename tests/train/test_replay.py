@@ -17,6 +17,7 @@ import torch
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, steps
+from olmo_fn.cli import main as cli
 from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.data.config import Data
@@ -25,13 +26,18 @@ from olmo_fn.data.tokenizer import byte_level
 from olmo_fn.models.config import Model
 from olmo_fn.optim.schedule_settings import Constant
 from olmo_fn.optim.settings import AdamW
-from olmo_fn.replay.__main__ import main
 from olmo_fn.replay.replay import largest_spike, replay
 from olmo_fn.research import outliers
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.folder import write_config
 from olmo_fn.train.loop import train
 from olmo_fn.train.metrics import read_metrics
+
+
+def main(words):
+    """``olmo-fn replay``."""
+    return cli.main(["replay", *map(str, words)])
+
 
 ROOT = Path(__file__).parents[2]
 ROWS, LENGTH, STEPS, SPIKE, ROW = 4, 64, 60, 47, 2  # the garbage is row ROW of step SPIKE
@@ -204,7 +210,7 @@ def test_a_loss_that_is_not_finite_is_the_spike(run, tmp_path):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from olmo_fn.replay.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from olmo_fn.cli.main import main\ntry: main(['replay', '--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stderr

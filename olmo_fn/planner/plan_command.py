@@ -1,21 +1,24 @@
-"""The best layouts of a number of accelerators: ``python -m olmo_fn.planner olmo2-32b --gpus 1024 --gpu h100``."""
+"""The best layouts of a number of accelerators: ``olmo-fn plan olmo2-32b --gpus 1024 --gpu h100``."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from olmo_fn.train.config import Config
+
 
 @dataclass(frozen=True)
-class Arguments:
+class Plan:
     """Search the layouts of a run on a number of accelerators, and print the best with the flags to type."""
 
     preset: tyro.conf.Positional[str]
-    """A preset of configs.py, or the config.yaml of a run."""
+    """A preset, or the config.yaml of a run."""
     gpus: int
     """How many accelerators there are."""
     gpu: Literal["a100", "h100", "h200", "b200", "mi300x"] = "h100"
@@ -30,33 +33,21 @@ class Arguments:
     """Draw the memory of the layouts here, a PNG; needs the extra plot."""
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command line; returns the exit code: 2 for wrong input."""
-    args = tyro.cli(Arguments, args=arguments, prog="python -m olmo_fn.planner")
-    try:
-        print(run(args))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def run(args: Arguments) -> str:
+def run(args: Plan, presets: Mapping[str, Config]) -> str:
     """The table, and where the picture is."""
-    from configs import CONFIGS
     from olmo_fn.planner import tables
     from olmo_fn.planner.search import search
 
     if args.gpus < 1:
         raise ValueError(f"--gpus {args.gpus}: at least 1 is needed")
-    if args.preset in CONFIGS:
-        cfg = CONFIGS[args.preset]
+    if args.preset in presets:
+        cfg = presets[args.preset]
     elif Path(args.preset).exists():
         from olmo_fn.train.folder import read_config
 
         cfg = read_config(Path(args.preset))
     else:
-        raise ValueError(f"{args.preset!r} is neither a preset nor a config.yaml; there are {', '.join(CONFIGS)}")
+        raise ValueError(f"{args.preset!r} is neither a preset nor a config.yaml; there are {', '.join(presets)}")
     r = cfg.recipe
     r = replace(r, batch_size=args.batch_size or r.batch_size, sequence_length=args.sequence_length or r.sequence_length)
     cfg = replace(cfg, gpu=args.gpu, gpus=args.gpus, recipe=replace(r, accumulate=1))
@@ -74,7 +65,3 @@ def _progress(words: str, part: float) -> None:
     if sys.stderr.isatty():
         bar = f"[{'#' * round(30 * part):<30}] {words}" if part < 1 else ""
         print(f"\r\033[K{bar}", end="", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,8 @@
-"""``python -m olmo_fn.planner.pipeline_main 1f1b --ranks 4 --microbatches 8``: a pipeline schedule, drawn and counted."""
+"""``olmo-fn pipeline 1f1b --ranks 4 --microbatches 8``: a pipeline schedule, drawn and counted."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -34,31 +32,13 @@ class Show:
     """How long things take."""
 
 
-def show(args: Show) -> None:
-    """Print the schedule, and write the picture if one is asked for."""
+def run(args: Show) -> str:
+    """The schedule and its summary; writes the picture if one is asked for."""
     chunks = args.chunks if args.chunks is not None else 2 if args.kind == "interleaved" else 1
     timeline = simulate(schedule(args.kind, args.ranks, args.microbatches, chunks), args.costs)
-    print(text(timeline, shutil.get_terminal_size((120, 24)).columns))
-    print()
-    print(summary(timeline))
-    if args.output is not None:
-        per_rank = f", {chunks} chunks a rank" if chunks > 1 else ""
-        draw(timeline, args.output, f"{args.kind}: {args.ranks} ranks, {args.microbatches} micro-batches{per_rank}")
-        print(f"\n{args.output}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """0; 2 for what cannot be done, told in one line."""
-    args = tyro.cli(Show, prog="python -m olmo_fn.planner.pipeline_main", args=argv)
-    try:
-        show(args)
-    except BrokenPipeError:  # whoever read the text has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    words = f"{text(timeline, shutil.get_terminal_size((120, 24)).columns)}\n\n{summary(timeline)}"
+    if args.output is None:
+        return words
+    per_rank = f", {chunks} chunks a rank" if chunks > 1 else ""
+    draw(timeline, args.output, f"{args.kind}: {args.ranks} ranks, {args.microbatches} micro-batches{per_rank}")
+    return f"{words}\n\n{args.output}"

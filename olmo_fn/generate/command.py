@@ -1,9 +1,7 @@
-"""``python -m olmo_fn.generate RUN "def "``: what a trained model makes of a prompt."""
+"""``olmo-fn generate RUN "def "``: what a trained model makes of a prompt."""
 
 from __future__ import annotations
 
-import io
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -43,7 +41,7 @@ class Generate:
     """Device to run on: auto takes cuda when there is one."""
 
 
-def generate(args: Generate) -> None:
+def run(args: Generate) -> int:
     """Print the text on stdout, and its speed on stderr."""
     args.sampling.check()
     if args.threads < 0:
@@ -71,6 +69,7 @@ def generate(args: Generate) -> None:
     full = model.context is not None and len(prompt.ids) + count >= model.context
     note = f"; stopped at the model's context of {model.context:,} tokens" if full else ""
     print(f"{path}: {count:,} tokens, the first after {first:.2f} s, {rate:.0f} tokens/s{note}", file=sys.stderr)
+    return 0
 
 
 def _threads(params: Tree) -> int:
@@ -79,25 +78,3 @@ def _threads(params: Tree) -> int:
 
     weights = sum(leaf.numel() for path, leaf in tree.items(params) if path != "embed")
     return 1 if weights < 1 << 23 else torch.get_num_threads()
-
-
-def main(argv: list[str] | None = None) -> int:
-    """0; 2 for what cannot be done, told in one line; 130 after Ctrl-C."""
-    args = tyro.cli(Generate, prog="python -m olmo_fn.generate", args=argv, config=(tyro.conf.UseAppendAction,))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets a ? instead of no text at all
-    try:
-        generate(args)
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # whoever read the text has enough of it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
