@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from olmo_fn.optim.schedules import Schedule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
     """What every schedule has."""
 
@@ -32,7 +32,7 @@ class ScheduleSettings:
         raise NotImplementedError(f"{type(self).__name__} has no build")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Warmed(ScheduleSettings):
     """A schedule that begins with a warm-up, and that a line may end early."""
 
@@ -60,7 +60,7 @@ class Warmed(ScheduleSettings):
         raise NotImplementedError(f"{type(self).__name__} has no shape")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cosine(Warmed):
     """Half a cosine."""
 
@@ -72,7 +72,7 @@ class Cosine(Warmed):
         return warmup_cosine(lr, self.warmup, total, self.final, self.warmup_from * lr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Linear(Warmed):
     """A line."""
 
@@ -84,7 +84,7 @@ class Linear(Warmed):
         return warmup_linear(lr, self.warmup, total, self.final, self.warmup_from * lr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WSD(Warmed):
     """Warm-up, stable, decay."""
 
@@ -96,7 +96,7 @@ class WSD(Warmed):
         return wsd(lr, self.warmup, total, self.decay, self.final * lr, self.warmup_from * lr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Constant(Warmed):
     """The same rate after the warm-up."""
 
@@ -108,7 +108,7 @@ class Constant(Warmed):
         return warmup_constant(lr, self.warmup, total, self.warmup_from * lr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HalfCosine(Warmed):
     """The second half of a cosine: to go on where a run followed a cosine for the first half."""
 
@@ -120,7 +120,7 @@ class HalfCosine(Warmed):
         return warmup_half_cosine(lr, self.warmup, total, self.final, self.warmup_from * lr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InvSqrt(Warmed):
     """One over the root of the step, above `final`."""
 
@@ -132,7 +132,7 @@ class InvSqrt(Warmed):
         return warmup_inv_sqrt(lr, self.warmup, total, self.final, self.warmup_from * lr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CosineLinear(Warmed):
     """A cosine, whose end is a line."""
 
@@ -146,7 +146,7 @@ class CosineLinear(Warmed):
         return warmup_cosine_linear(lr, self.warmup, total, self.floor, self.decay, self.final * lr, self.warmup_from * lr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Power(Warmed):
     """A power of the step, whose end is a line."""
 
@@ -160,7 +160,7 @@ class Power(Warmed):
         return power(lr, self.warmup, total, self.exponent, self.decay, self.final * lr, self.warmup_from * lr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WSDS(Warmed):
     """Stable, decay, again and again: a finished model after each period."""
 
@@ -177,7 +177,7 @@ class WSDS(Warmed):
         return wsds(lr, self.warmup, self.lengths or (total,), self.decay, self.levels, self.final * lr, start)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Piecewise(Warmed):
     """Lines and half cosines, each from where the one before ended."""
 
@@ -203,7 +203,7 @@ class Piecewise(Warmed):
         return piecewise(lr, [*warmup, *map(Piece, self.lengths, self.levels, shapes)])  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sequential(Warmed):
     """Whole schedules one after the other, each from the rate that the one before ended with; the last to the end."""
 
@@ -235,7 +235,7 @@ class Sequential(Warmed):
         return sequential(lr, parts[:-1], parts[-1][0])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RangeTest(ScheduleSettings):
     """Rises exponentially from `lowest` to the rate: the learning-rate range test."""
 

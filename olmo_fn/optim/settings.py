@@ -25,7 +25,7 @@ Betas = Annotated[tuple[float, float], DECAY]
 Scale = Literal["rms", "spectral", "original", "none"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
     """What every optimizer has."""
 
@@ -53,7 +53,7 @@ class OptimizerSettings:
         return Decay(self.weight_decay, self.no_decay, self.cautious)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WithMoments(OptimizerSettings):
     """An optimizer that keeps moments as large as the parameters."""
 
@@ -68,7 +68,7 @@ class WithMoments(OptimizerSettings):
         return {"weight_decay": self.decay, "moments": getattr(torch, self.moments)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdamW(WithMoments):
     """Adam with decoupled weight decay."""
 
@@ -88,7 +88,7 @@ class AdamW(WithMoments):
         return first_step_bias(found) if self.first_step_bias else found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Lion(WithMoments):
     """The sign of an interpolated momentum; its learning rate is about a tenth of AdamW's."""
 
@@ -102,7 +102,7 @@ class Lion(WithMoments):
         return lion(lr, self.betas, **self.shared)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SGD(WithMoments):
     """Stochastic gradient descent."""
 
@@ -120,7 +120,7 @@ class SGD(WithMoments):
         return sgd(lr, self.momentum, self.nesterov, **self.shared)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adafactor(OptimizerSettings):
     """Adam's second moment from its row and column means, without a first; the rate is relative to a parameter's size."""
 
@@ -138,7 +138,7 @@ class Adafactor(OptimizerSettings):
         return adafactor(lr, self.decay_rate, self.clip, min_rms=self.min_rms, weight_decay=self.decay)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScheduleFree(WithMoments):
     """Schedule-Free AdamW: an average of the iterates instead of a decaying rate; give it a constant schedule."""
 
@@ -154,7 +154,7 @@ class ScheduleFree(WithMoments):
         return schedule_free_adamw(lr, self.betas, self.eps, **self.shared)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ForMatrices(WithMoments):
     """An optimizer of the matrices, with AdamW beside it for the embedding, the head, norms and biases."""
 
@@ -173,7 +173,7 @@ class ForMatrices(WithMoments):
         return partition({"matrix": matrix, "default": rest}, parameters)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Muon(ForMatrices):
     """Momentum, orthogonalised."""
 
@@ -194,7 +194,7 @@ class Muon(ForMatrices):
         return self.beside(matrix, lr, self.betas, parameters)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NorMuon(ForMatrices):
     """Muon with a learning rate of its own for every output neuron."""
 
@@ -217,7 +217,7 @@ class NorMuon(ForMatrices):
         return self.beside(matrix, lr, self.betas, parameters)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dion(ForMatrices):
     """Orthonormal steps of low rank."""
 
@@ -235,7 +235,7 @@ class Dion(ForMatrices):
         return self.beside(dion(lr, self.momentum, self.rank, **self.shared), lr, self.betas, parameters)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SOAP(ForMatrices):
     """Adam in the eigenbasis of Shampoo's preconditioner."""
 

@@ -3,7 +3,7 @@
 ``--optim.name muon`` puts `olmo_fn.optim.settings.Muon` in the place of ``config.optim``, before the other flags are parsed; so
 ``--optim.momentum`` is a flag, and in ``--help``. A user's file (``--use my_parts.py``) adds classes:
 
-    @dataclass(frozen=True)
+    @dataclass(frozen=True, kw_only=True)
     class AdaBelief(OptimizerSettings):
         name: Suppress[Literal["adabelief"]] = "adabelief"
         beta2: float = 0.999

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from olmo_fn.models.config import Model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossSettings:
     """What is minimised. A user's own file may add one: a subclass with a ``name``, fields and ``build``."""
 
@@ -24,7 +24,7 @@ class LossSettings:
         raise NotImplementedError(f"{type(self).__name__} has no build")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CrossEntropy(LossSettings):
     """Cross entropy of the next token."""
 

@@ -12,6 +12,7 @@ import pytest
 import train
 from configs import CONFIGS
 from olmo_fn.cli import main as cli
+from olmo_fn.cli import training
 from olmo_fn.models.config import Model
 from olmo_fn.models.count import num_params
 from olmo_fn.planner import tables
@@ -89,7 +90,7 @@ def test_the_flags_of_a_layout_are_the_layout():
     for one in search(SMALL, 8, best=2):
         words = shlex.split(flags(one.job))
         recipe = ["--recipe.batch-size", "32", "--recipe.sequence-length", "64"]
-        typed = job(train.parse(["olmo2-7b", *recipe, *words]))
+        typed = job(training.parse(["olmo2-7b", *recipe, *words], CONFIGS, "train.py"))
         assert typed.mesh == one.job.mesh
         assert (typed.rows, typed.microbatches, typed.cfg.recipe.remat) == (
             one.job.rows,
