@@ -104,7 +104,7 @@ def plot_loss(folder: Path) -> Path | None:
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
-    axes[0].plot(tokens, [line["ce"] for line in lines], linewidth=0.8, color="tab:blue")
+    axes[0].plot(tokens, [line.get("ce", line["loss"]) for line in lines], linewidth=0.8, color="tab:blue")
     axes[0].set_ylabel("cross entropy (nats a token)")
     axes[0].set_title(folder.name)
     axes[1].plot(tokens, [line["grad_norm"] for line in lines], linewidth=0.8, color="tab:orange")
