@@ -105,6 +105,9 @@ def check_numbers(settings: Any) -> None:
     ValueError: --tp is -1; it must not be negative
     """
     for field in values(settings):
+        for item in field.value if isinstance(field.value, tuple) else ():
+            if is_dataclass(item):
+                check_numbers(item)
         allowed = next((mark for mark in reversed(field.marks) if isinstance(mark, Range)), NOT_NEGATIVE)
         for number in _numbers(field.value):
             if isinstance(number, int) and abs(number) > LARGEST:

@@ -46,7 +46,9 @@ def with_files(choices: Choices, use: Sequence[str]) -> tuple[Choices, dict[str,
     for name in use:
         module = load(name)
         own: list[Any] = [cls for cls in vars(module).values() if isinstance(cls, type) and is_dataclass(cls)]
-        for base, cls in ((base, cls) for base in found for cls in own if issubclass(cls, base) and cls.name):
+        for base, cls in ((base_of(cls, choices), cls) for cls in own if getattr(cls, "name", "")):
+            if base is None:
+                continue
             if found[base].setdefault(cls.name, cls) is not cls:
                 taken = f"{cls.__name__} has the name {cls.name!r}, which is taken"
                 raise ValueError(f"--use {name}: {taken}; choose another than {', '.join(choices[base])}")
@@ -144,8 +146,14 @@ def put(settings: Any, path: Sequence[str], value: Any) -> Any:
     return replace(settings, **{first: put(getattr(settings, first), rest, value) if rest else value})
 
 
+def base_of(cls: type, choices: Choices) -> type | None:
+    """The base class that makes ``cls`` a choice, the nearest one; None if there is none."""
+    return next((base for base in cls.__mro__ if base in choices), None)
+
+
 def _classes(value: Any, choices: Choices) -> Mapping[str, type]:
-    return next((classes for base, classes in choices.items() if isinstance(value, base)), {})
+    base = base_of(type(value), choices)
+    return choices[base] if base else {}
 
 
 def _as(cls: type, old: Any) -> Any:

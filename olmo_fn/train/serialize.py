@@ -5,15 +5,17 @@ PyYAML reads the text, cattrs makes the dataclasses; here is what it is to refus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from cattrs import ClassValidationError, Converter, ForbiddenExtraKeysError
-from cattrs.gen import make_dict_structure_fn
+from cattrs.gen import make_dict_structure_fn, override
+
+from olmo_fn.train.choices import Choices, base_of
 
 C = TypeVar("C")
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
@@ -32,7 +34,7 @@ def to_yaml(config: Any) -> str:
     return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, width=float("inf"), allow_unicode=True)
 
 
-def from_yaml(text: str, cls: type[C], choices: Mapping[type, Mapping[str, type]] | None = None) -> C:
+def from_yaml(text: str, cls: type[C], choices: Choices | None = None) -> C:
     """The ``cls`` that ``text`` describes; fields that it leaves out take their defaults.
 
     ``choices``: what a field annotated with a base class may hold, by ``name`` (`olmo_fn.train.choices`).
@@ -66,11 +68,11 @@ def parse(text: str) -> Any:
     return {} if value is None else value
 
 
-def structure(value: Any, cls: type[C], choices: Mapping[type, Mapping[str, type]] | None = None) -> C:
+def structure(value: Any, cls: type[C], choices: Choices | None = None) -> C:
     """The ``cls`` that a value as `parse` gives it describes."""
     try:
         return _converter(choices or {}).structure(value, cls)
-    except (ClassValidationError, Wrong) as error:
+    except (ClassValidationError, Wrong, Inside) as error:
         raise ValueError(_message(error, "", cls)) from None
 
 
@@ -88,18 +90,34 @@ class Wrong(ValueError):
         self.value, self.kind, self.where = value, kind, where
 
 
-def _converter(choices: Mapping[type, Mapping[str, type]]) -> Converter:
+class Inside(ValueError):
+    """Item ``index`` of a list is wrong."""
+
+    def __init__(self, index: int, error: Exception) -> None:
+        super().__init__(index, error)
+        self.index, self.error = index, error
+
+
+def _converter(choices: Choices) -> Converter:
     """cattrs, which takes no value for one of another type."""
     converter = Converter()
 
     def group(cls: Any) -> Callable[[Any, Any], Any]:
-        make = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
+        # A field annotated Any holds what its default is a kind of.
+        kinds = {f.name: base_of(_kind(f), choices) for f in fields(cls) if get_type_hints(cls)[f.name] is Any}
+        hooks = {
+            name: override(struct_hook=lambda value, _, kind=kind: chosen(value, kind)) for name, kind in kinds.items() if kind
+        }
+        make = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True, **hooks)
         return lambda value, _: make(value, cls) if isinstance(value, dict) else _refuse(value, cls)
+
+    def chosen_in(base: Any, value: Any, _: Any) -> Any:
+        return chosen(value, base)
 
     def chosen(value: Any, base: Any) -> Any:
         names = tuple(choices[base])
         name = value.get("name", names[0]) if isinstance(value, dict) else _refuse(value, base)
-        return converter.structure(value, choices[base][literal(name, Literal[names], ".name")])
+        return group(choices[base][literal(name, Literal[names], ".name")])(value, base)
 
     def items(value: Any, kind: Any) -> Any:
         args = get_args(kind)
@@ -110,15 +128,15 @@ def _converter(choices: Mapping[type, Mapping[str, type]]) -> Converter:
         for i, (item, item_kind) in enumerate(zip(value, kinds, strict=True)):
             try:
                 made.append(converter.structure(item, item_kind))
-            except Wrong as error:
-                raise Wrong(error.value, error.kind, f"[{i}]{error.where}") from None
+            except (Wrong, Inside, ClassValidationError) as error:
+                raise Inside(i, error) from None
         return tuple(made)
 
     def union(value: Any, kind: Any) -> Any:
         for member in get_args(kind):
             try:
                 return converter.structure(value, member)
-            except Wrong:
+            except (Wrong, Inside):
                 continue
         return _refuse(value, kind)
 
@@ -142,6 +160,11 @@ def _converter(choices: Mapping[type, Mapping[str, type]]) -> Converter:
     return converter
 
 
+def _kind(field: Field[Any]) -> Any:
+    """The class of a field's default."""
+    return type(field.default_factory() if field.default_factory is not MISSING else field.default)
+
+
 def _refuse(value: Any, kind: Any, where: str = "") -> Any:
     raise Wrong(value, kind, where)
 
@@ -150,6 +173,8 @@ def _message(error: BaseException, path: str, kind: Any) -> str:
     """The first thing that is wrong, in one line; ``path`` is the dotted name of what ``error`` is about, ``kind`` its type."""
     if isinstance(error, Wrong):
         return f"{(path + error.where) or 'the whole'} is {_shown(error.value)}; it must be {_describe(error.kind)}"
+    if isinstance(error, Inside):
+        return _message(error.error, f"{path}[{error.index}]", kind)
     if isinstance(error, KeyError):
         return f"{path} is missing, and has no default; it must be {_describe(kind)}"
     assert isinstance(error, ClassValidationError), error

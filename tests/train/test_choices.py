@@ -2,29 +2,33 @@
 
 import re
 import sys
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
 import torch
+import tyro
 import yaml
 from programs import python
 
 from olmo_fn import tree
 from olmo_fn.cli import main as cli
 from olmo_fn.cli import training
+from olmo_fn.fields import AT_LEAST_ONE, SIGNED, check_numbers, values
 from olmo_fn.models.config import OLMO2
 from olmo_fn.optim.schedule_settings import WSD, Cosine, Linear, RangeTest
 from olmo_fn.optim.settings import SGD, AdamW, Lion, Muon, OptimizerSettings
 from olmo_fn.presets import CONFIGS
 from olmo_fn.spec import init
-from olmo_fn.train.choices import choosable, choose, with_files
+from olmo_fn.train.choices import choosable, choose, named, with_files
 from olmo_fn.train.config import CHOICES, Config, Recipe, Run
 from olmo_fn.train.folder import check_folder, read_config, write_config
 from olmo_fn.train.loss import CrossEntropy
 from olmo_fn.train.metrics import read_metrics
 from olmo_fn.train.recipe import parameters, recipe
+from olmo_fn.train.serialize import from_yaml, to_yaml
 
 TINY = CONFIGS["olmo2-tiny"]
 OLD = Path(__file__).parent / "config_0.1"
@@ -331,3 +335,77 @@ def test_the_example_of_the_docs_trains(tmp_path):
         losses.append(report["loss"].item())
     assert losses[-1] < losses[0] - 0.1
     assert "signum_m" in state.slots
+
+
+# --- choices in choices -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mixer:
+    name: tyro.conf.Suppress[str] = ""
+
+
+@dataclass(frozen=True)
+class Attend(Mixer):
+    name: tyro.conf.Suppress[str] = "attend"
+    heads: Annotated[int, AT_LEAST_ONE] = 2
+
+
+@dataclass(frozen=True)
+class Recur(Mixer):
+    name: tyro.conf.Suppress[str] = "recur"
+    gates: Annotated[float, SIGNED] = -1.0
+
+
+@dataclass(frozen=True)
+class FeedForward(Mixer):
+    name: tyro.conf.Suppress[str] = ""
+
+
+@dataclass(frozen=True)
+class Gated(FeedForward):
+    name: tyro.conf.Suppress[str] = "gated"
+    width: int = 8
+
+
+@dataclass(frozen=True)
+class Block:
+    name: tyro.conf.Suppress[str] = "post"
+    mixer: Annotated[Any, tyro.conf.arg(name="")] = Attend()
+    feed_forward: Annotated[Any, tyro.conf.arg(name="")] = Gated()
+
+
+@dataclass(frozen=True)
+class Pre(Block):
+    name: tyro.conf.Suppress[str] = "pre"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Net:
+    depth: int = 1
+    block: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=Block)
+    pattern: tyro.conf.Suppress[tuple[Block, ...]] = ()
+
+
+NESTED = {Mixer: named(Attend, Recur), FeedForward: named(Gated), Block: named(Block, Pre)}
+
+
+def test_choices_in_choices_whose_fields_are_flags_without_their_names():
+    """The shape of a model: a block, its mixer, its feed-forward network."""
+    flags = ["--mixer.name", "recur", "--block.name", "pre", "--gates", "-3", "--depth", "2", "--width", "5"]
+    cfg, rest = choose(Net(), flags, NESTED)
+    assert tyro.cli(Net, args=rest, default=cfg) == Net(2, Pre(mixer=Recur(gates=-3.0), feed_forward=Gated(width=5)))
+    assert [field.flag for field in values(cfg)][3:] == ["--gates", "--name", "--width", "--scale", "--pattern"]
+
+
+def test_they_come_back_from_yaml():
+    cfg = Net(2, Pre(mixer=Recur(gates=-3.0)), (Block(), Pre(feed_forward=Gated(width=9))))
+    assert from_yaml(to_yaml(cfg), Net, NESTED) == cfg
+    assert from_yaml("block: {feed_forward: {width: 3}}", Net, NESTED) == Net(block=Block(feed_forward=Gated(width=3)))
+    with pytest.raises(ValueError, match=r"block\.mixer\.name is 'gated', a text; it must be one of attend, recur"):
+        from_yaml("block: {mixer: {name: gated}}", Net, NESTED)
+    with pytest.raises(ValueError, match=r"pattern\[0\]\.mixer\.head: there is no such field, did you mean pattern\[0\]"):
+        from_yaml("pattern: [{mixer: {head: 1}}]", Net, NESTED)
+    with pytest.raises(ValueError, match="--heads is 0; it must be at least 1"):
+        check_numbers(replace(cfg, pattern=(Block(mixer=Attend(heads=0)),)))
