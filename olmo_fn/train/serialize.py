@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -103,18 +104,16 @@ def _converter(choices: Choices) -> Converter:
     converter = Converter()
 
     def group(cls: Any) -> Callable[[Any, Any], Any]:
-        # A field annotated Any holds what its default is a kind of.
-        kinds = {f.name: base_of(_kind(f), choices) for f in fields(cls) if get_type_hints(cls)[f.name] is Any}
-        hooks = {
-            name: override(struct_hook=lambda value, _, kind=kind: chosen(value, kind)) for name, kind in kinds.items() if kind
-        }
-        make = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True, **hooks)
-        return lambda value, _: make(value, cls) if isinstance(value, dict) else _refuse(value, cls)
+        hints, hooks = get_type_hints(cls), {}
+        for field in fields(cls):  # one that is annotated Any may hold what its default is one of
+            if hints[field.name] is Any and (base := base_of(_kind(field), choices)):
+                hooks[field.name] = override(struct_hook=partial(chosen, base=base))
+        make: Any = partial(make_dict_structure_fn, cls, converter, _cattrs_forbid_extra_keys=True)
+        structure = make(**hooks)
+        return lambda value, _: structure(value, cls) if isinstance(value, dict) else _refuse(value, cls)
 
-    def chosen_in(base: Any, value: Any, _: Any) -> Any:
-        return chosen(value, base)
-
-    def chosen(value: Any, base: Any) -> Any:
+    def chosen(value: Any, annotated: Any, base: Any = None) -> Any:
+        base = base or annotated
         names = tuple(choices[base])
         name = value.get("name", names[0]) if isinstance(value, dict) else _refuse(value, base)
         return group(choices[base][literal(name, Literal[names], ".name")])(value, base)
