@@ -46,7 +46,8 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
         raise ValueError(f"{first!r} is no preset, and no run's config.yaml or folder{hint} There are {', '.join(presets)}")
     config, flags = choose(replace(config, use=tuple(dict.fromkeys((*config.use, *files)))), flags, choices)
     config = tyro.cli(Config, args=flags, default=config, prog=f"{prog} {first}", description=describe(config, choices))
-    return config if config.run.folder else replace(config, run=replace(config.run, folder=f"runs/{first}"))
+    name = first if first in presets else Path(first).stem
+    return config if config.run.folder else replace(config, run=replace(config.run, folder=f"runs/{name}"))
 
 
 def take(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:

@@ -278,6 +278,14 @@ def test_numbers_of_own_settings_are_checked_by_their_marks(parts):
 # --- config.yaml of version 0.1 ---------------------------------------------------------------------------------------
 
 
+def test_a_file_by_hand_without_a_folder_runs_in_one_of_its_name(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "model: {d_model: 8, n_layers: 1, n_heads: 1, hidden_size: 4}\noptim: {name: lion, lr: 4e-4}\n"
+    )
+    cfg = parse(tmp_path / "mine.yaml", "--optim.weight-decay", "0.5")
+    assert (cfg.run.folder, cfg.optim) == ("runs/mine", Lion(lr=4e-4, weight_decay=0.5))
+
+
 def test_files_of_version_0_1_are_read():
     """Written by that version's own code."""
     old = {name: read_config(OLD / f"{name}.yaml") for name in ("adamw", "muon", "sgd")}
