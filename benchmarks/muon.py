@@ -70,7 +70,8 @@ def trainer(args: argparse.Namespace) -> Callable[[str, float, int], dict[str, A
     from olmo_fn.data.source import open_data
     from olmo_fn.models import transformer
     from olmo_fn.models.config import dense
-    from olmo_fn.optim import adamw, muon, partition, warmup_linear
+    from olmo_fn.optim import adamw, muon, partition
+    from olmo_fn.optim.schedules import warmup_linear
     from olmo_fn.research import lr_scale, with_lr_scale
     from olmo_fn.spec import init
     from olmo_fn.train import machine

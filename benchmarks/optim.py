@@ -55,9 +55,11 @@ def measure(args: argparse.Namespace, cache: Path) -> None:
     """All optimizers in this process."""
     import torch
 
-    from olmo_fn import optim, tree
+    from olmo_fn import tree
     from olmo_fn.core.compile import compile, prepare_cache
     from olmo_fn.core.pipe import Transform, donate, grad, pipe
+    from olmo_fn.optim import adafactor, adamw, dion, lion, muon, normuon, sgd
+    from olmo_fn.optim.schedule_free import schedule_free_adamw
     from olmo_fn.train import machine
 
     torch.set_num_threads(args.threads)
@@ -85,7 +87,7 @@ def measure(args: argparse.Namespace, cache: Path) -> None:
     fused = torch.optim.AdamW(fused_params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     source = torch.ones(28 * count // 8)
     target = torch.empty_like(source)
-    runs = {"ours": updater(optim.adamw(1e-3)), "fused": fused.step, "copy": lambda: target.copy_(source)}
+    runs = {"ours": updater(adamw(1e-3)), "fused": fused.step, "copy": lambda: target.copy_(source)}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(args.rounds + 2):
         for name in sorted(runs, key=lambda name, i=i: (list(runs).index(name) + i) % len(runs)):  # type: ignore[misc]
@@ -110,13 +112,13 @@ def measure(args: argparse.Namespace, cache: Path) -> None:
     runs.clear()
     fused_params.clear()
     others = {
-        "lion": optim.lion(1e-3),
-        "sgd": optim.sgd(1e-3, momentum=0.9),
-        "adafactor": optim.adafactor(1e-2),
-        "schedule_free": optim.schedule_free_adamw(1e-3),
-        "muon": optim.muon(1e-3, dtype=machine.compute_dtype("auto", torch.device("cpu"))),
-        "normuon": optim.normuon(1e-3, dtype=machine.compute_dtype("auto", torch.device("cpu"))),
-        "dion": optim.dion(1e-3, rank=0.25),
+        "lion": lion(1e-3),
+        "sgd": sgd(1e-3, momentum=0.9),
+        "adafactor": adafactor(1e-2),
+        "schedule_free": schedule_free_adamw(1e-3),
+        "muon": muon(1e-3, dtype=machine.compute_dtype("auto", torch.device("cpu"))),
+        "normuon": normuon(1e-3, dtype=machine.compute_dtype("auto", torch.device("cpu"))),
+        "dion": dion(1e-3, rank=0.25),
     }
     for name, transform in others.items():
         run = updater(transform)

@@ -50,8 +50,11 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     from olmo_fn.models.count import flops_per_token, num_params
     from olmo_fn.spec import init
     from olmo_fn.train import machine
-    from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
+    from olmo_fn.train.config import Config, Recipe, Run
+    from olmo_fn.train.loss import CrossEntropy
+    from olmo_fn.train.optimizers import AdamW
     from olmo_fn.train.recipe import recipe
+    from olmo_fn.train.schedules import Constant
 
     torch.set_num_threads(args.threads)
     model = dense(
@@ -59,9 +62,10 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     )
     cfg = Config(
         model,
-        optim=Optim(lr=1e-3),
-        schedule=Schedule("constant", warmup=0),
-        recipe=Recipe(args.batch_size, args.sequence_length, z_loss=0.0, remat=args.remat, compile=args.compile),
+        loss=CrossEntropy(z_loss=0.0),
+        optim=AdamW(lr=1e-3),
+        schedule=Constant(warmup=0),
+        recipe=Recipe(args.batch_size, args.sequence_length, remat=args.remat, compile=args.compile),
         run=Run(steps=args.steps + 2),
     )
     cfg.check()

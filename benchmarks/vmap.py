@@ -41,7 +41,8 @@ def main() -> None:
     from olmo_fn.core.step import State, Step
     from olmo_fn.models import transformer
     from olmo_fn.models.config import dense
-    from olmo_fn.optim import adamw, warmup_cosine
+    from olmo_fn.optim import adamw
+    from olmo_fn.optim.schedules import warmup_cosine
     from olmo_fn.research import compiled, many, stack
     from olmo_fn.spec import init
     from olmo_fn.train import machine

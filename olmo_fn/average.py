@@ -1,4 +1,4 @@
-"""Averages of checkpoints: ``python -m olmo_fn.average runs/a --last 5 -o runs/a-mean``, ``… runs/a runs/b -o runs/soup``.
+"""Averages of checkpoints: ``olmo-fn average runs/a --last 5 -o runs/a-mean``, ``… runs/a runs/b -o runs/soup``.
 
 The result is the folder of a run with one checkpoint, of parameters only: sample from it, or start from it with
 ``--run.start-from DIR --run.start-with params``. With one checkpoint it takes weights out of a run: its moving average,
@@ -8,7 +8,6 @@ or the model with LoRA's adapters merged into it, or the adapters alone.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +86,7 @@ def average(checkpoints: Sequence[Path], shares: Sequence[float] = (), weights: 
 
 def chosen(what: Sequence[Path], last: int) -> list[Path]:
     """The checkpoints meant: the ``last`` newest of each run, or those named; ValueError for what is none."""
-    from olmo_fn.checkpoint.__main__ import checkpoints
+    from olmo_fn.checkpoint.command import checkpoints
 
     if last < 1:
         raise ValueError(f"--last {last} takes no checkpoint; it must be at least 1")
@@ -128,18 +127,3 @@ def soup(args: Soup) -> Path:
         shutil.copy(tokenizer, args.output)
     step = max(read_index(path).step for path in paths)
     return save({"params": params}, args.output / "checkpoints", step=step, meta={"averaged": [str(path) for path in paths]})
-
-
-def main(arguments: list[str]) -> int:
-    """0, or 2 for wrong input."""
-    try:
-        args = tyro.cli(Soup, args=arguments, prog="python -m olmo_fn.average", description=__doc__)
-        print(soup(args))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

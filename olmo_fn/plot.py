@@ -1,4 +1,4 @@
-"""Pictures: ``python -m olmo_fn.plot schedule cosine wsd --lr 4e-4 --warmup 2000 --total 100000 -o lr.png``.
+"""Pictures: ``olmo-fn plot schedule cosine wsd --lr 4e-4 --warmup 2000 --total 100000 -o lr.png``.
 
 ``schedule`` draws learning rates: of schedules by name, of presets, of runs. ``range-test`` draws the loss of a learning-rate
 range test over the rate, and says where it falls fastest.
@@ -7,17 +7,15 @@ range test over the rate, and says where it falls fastest.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
-from olmo_fn.train.config import Config, ScheduleName
-from olmo_fn.train.config import Schedule as ScheduleConfig
+from olmo_fn.train.config import Config
 
 if TYPE_CHECKING:
     from olmo_fn.optim.schedules import Schedule
@@ -29,34 +27,12 @@ Words = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="
 class PlotSchedule:
     """Draw learning rates over the steps, all in one picture."""
 
-    what: Words
+    what: Words = ()
     """Schedules (cosine, wsd, …), presets (olmo2-1b), run folders or config.yaml files. The flags are for schedules only."""
     lr: float = 4e-4
     """Peak learning rate."""
-    warmup: int | float = 2000
-    """Length of the warm-up; with a point a fraction of the whole."""
     total: int = 100_000
     """Length of the whole."""
-    warmup_from: float = 0.0
-    """Rate at the start of the warm-up, as a fraction of the peak."""
-    final: float = 0.1
-    """Rate at the end, as a fraction of the peak."""
-    decay: int | float = 0.1
-    """Length of the last decay of wsd, wsds, cosine-linear, power; with a point a fraction."""
-    floor: float = 0.1
-    """What the cosine of cosine-linear heads for, as a fraction of the peak."""
-    exponent: float = -0.51
-    """Exponent of power."""
-    lowest: float = 1e-7
-    """Rate at which range-test starts."""
-    lengths: tuple[int, ...] = ()
-    """Lengths of the periods of wsds, the pieces of piecewise, the parts of sequential but the last."""
-    levels: tuple[float, ...] = ()
-    """Rates of the periods of wsds, ends of the pieces of piecewise, as fractions of the peak."""
-    shapes: tuple[Literal["linear", "cosine", "constant"], ...] = ()
-    """Shapes of the pieces of piecewise, or parts of sequential."""
-    anneal_at: int = 0
-    """Leave the schedule here and fall in a line to the final rate over `decay`; 0: never."""
     log: bool = False
     """Logarithmic scale of the rate."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("lr.png")
@@ -115,24 +91,33 @@ def range_test(lines: list[dict[str, Any]], smooth: float = 0.9) -> RangeTest:
     return RangeTest(rates, losses, smoothed, rates[min(range(bottom), key=slope)], rates[bottom])
 
 
-def curves(args: PlotSchedule, presets: Mapping[str, Config]) -> dict[str, tuple[Schedule, int]]:
-    """For each thing to draw its schedule and its number of steps. ValueError for what is none."""
-    from olmo_fn.train.folder import read_config
-    from olmo_fn.train.schedule import named, schedule
+def arguments_of(schedules: Mapping[str, type]) -> Any:
+    """`PlotSchedule` with the fields of all schedules, which are flags of the command."""
+    return make_dataclass("PlotSchedules", (), bases=(PlotSchedule, *schedules.values()), frozen=True)
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("what", "lr", "total", "log", "output")}
+
+def curves(args: Any, schedules: Mapping[str, Any], presets: Mapping[str, Config]) -> dict[str, tuple[Schedule, int]]:
+    """For each thing to draw its schedule and its number of steps. ValueError for what is none.
+
+    ``args`` is an instance of `arguments_of` (schedules).
+    """
+    from olmo_fn.train.folder import read_config
+    from olmo_fn.train.schedule import schedule
+
     found: dict[str, tuple[Schedule, int]] = {}
     for what in args.what:
-        if what in get_args(ScheduleName):
-            found[what] = named(ScheduleConfig(what, **settings), args.lr, args.total), args.total  # type: ignore[arg-type]
+        if what in schedules:
+            names = [field.name for field in fields(schedules[what]) if field.name != "name"]
+            settings = schedules[what](**{name: getattr(args, name) for name in names})
+            found[what] = settings.build(args.lr, args.total), args.total
         elif what in presets or Path(what).exists():
             cfg = presets[what] if what in presets else read_config(Path(what))
             found[what] = schedule(cfg), cfg.run.steps
         else:
-            names = ", ".join(get_args(ScheduleName))
-            raise ValueError(f"{what!r} is no schedule, preset or run; schedules are {names}; presets: python train.py --help")
+            known = f"schedules are {', '.join(schedules)}; presets: olmo-fn train --help"
+            raise ValueError(f"{what!r} is no schedule, preset or run; {known}")
     if not found:
-        raise ValueError(f"name what to draw: one or more of {', '.join(get_args(ScheduleName))}, a preset, or a run folder")
+        raise ValueError(f"name what to draw: one or more of {', '.join(schedules)}, a preset, or a run folder")
     return found
 
 
@@ -196,30 +181,17 @@ def save(figure: Any, output: Path) -> None:
         raise ValueError(f"cannot write {str(output)!r}: {str(error).splitlines()[0]}") from None
 
 
-def main(arguments: list[str]) -> int:
-    """0, or 2 for wrong input."""
-    commands: dict[str, Any] = {"schedule": PlotSchedule, "range-test": PlotRangeTest}
-    try:
-        args = tyro.extras.subcommand_cli_from_dict(
-            commands, args=arguments, prog="python -m olmo_fn.plot", description=__doc__
-        )
-        if isinstance(args, PlotSchedule):
-            from configs import CONFIGS
-
-            plot_schedules(curves(args, CONFIGS), args.output, args.log)
-            print(args.output)
-        else:
-            from olmo_fn.train.observers import read_metrics
-
-            found = range_test(read_metrics(args.run / "metrics.jsonl"), args.smooth)
-            output = args.output or args.run / "range-test.png"
-            plot_range_test(found, output)
-            print(f"the loss falls fastest at {found.steepest:.2e} and is lowest at {found.lowest:.2e}: {output}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def draw_schedules(args: Any, schedules: Mapping[str, Any], presets: Mapping[str, Config]) -> Path:
+    """The command ``plot schedule``: the picture's path."""
+    plot_schedules(curves(args, schedules, presets), args.output, args.log)
+    return args.output
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def draw_range_test(args: PlotRangeTest) -> str:
+    """The command ``plot range-test``: what it found, and the picture's path."""
+    from olmo_fn.train.metrics import read_metrics
+
+    found = range_test(read_metrics(args.run / "metrics.jsonl"), args.smooth)
+    output = args.output or args.run / "range-test.png"
+    plot_range_test(found, output)
+    return f"the loss falls fastest at {found.steepest:.2e} and is lowest at {found.lowest:.2e}: {output}"

@@ -6,11 +6,14 @@ from functools import cache, partial
 
 import torch
 
-from olmo_fn import optim, tree
+from olmo_fn import tree
 from olmo_fn.core.compile import _of_plain_tensors
 from olmo_fn.core.pipe import grad, pipe
-from olmo_fn.optim import Decay, partition
-from olmo_fn.optim.muon import JORDAN
+from olmo_fn.optim import adafactor, dion, lion, normuon, partition, sgd, soap
+from olmo_fn.optim.adamw import adam, adamw
+from olmo_fn.optim.base import Decay
+from olmo_fn.optim.muon import JORDAN, muon
+from olmo_fn.optim.schedule_free import schedule_free_adamw
 from olmo_fn.spec import Init, Spec, init
 
 NORMAL = Init("normal", 1.0)
@@ -29,29 +32,29 @@ SPECS = {
 
 def beside(transform):
     """An optimizer of matrices with AdamW beside it."""
-    return lambda lr, specs=SPECS, **o: partition({"matrix": transform(lr, **o), "default": optim.adamw(lr, **o)}, specs)
+    return lambda lr, specs=SPECS, **o: partition({"matrix": transform(lr, **o), "default": adamw(lr, **o)}, specs)
 
 
 MATRIX = {
-    "muon": partial(optim.muon, dtype=torch.float32),
-    "muon jordan": partial(optim.muon, iteration=JORDAN, scale="original", moments=torch.bfloat16),
-    "normuon": partial(optim.normuon, dtype=torch.float32),
-    "dion": optim.dion,
-    "dion half": partial(optim.dion, rank=0.5),
-    "soap": partial(optim.soap, every=2, eps=1e-4),
-    "soap one side": partial(optim.soap, every=2, max_dim=3, eps=1e-4),
+    "muon": partial(muon, dtype=torch.float32),
+    "muon jordan": partial(muon, iteration=JORDAN, scale="original", moments=torch.bfloat16),
+    "normuon": partial(normuon, dtype=torch.float32),
+    "dion": dion,
+    "dion half": partial(dion, rank=0.5),
+    "soap": partial(soap, every=2, eps=1e-4),
+    "soap one side": partial(soap, every=2, max_dim=3, eps=1e-4),
 }
 WHOLE = {
-    "adam": lambda lr, weight_decay=0.0, **o: optim.adam(lr, **o),
-    "adamw": optim.adamw,
-    "adamw bf16": partial(optim.adamw, moments=torch.bfloat16),
-    "adamw cautious": partial(optim.adamw, weight_decay=Decay(0.1, (), True)),
-    "sgd": optim.sgd,
-    "momentum": partial(optim.sgd, momentum=0.9),
-    "nesterov": partial(optim.sgd, momentum=0.9, nesterov=True, weight_decay=0.1),
-    "lion": optim.lion,
-    "adafactor": optim.adafactor,
-    "schedule-free": optim.schedule_free_adamw,
+    "adam": lambda lr, weight_decay=0.0, **o: adam(lr, **o),
+    "adamw": adamw,
+    "adamw bf16": partial(adamw, moments=torch.bfloat16),
+    "adamw cautious": partial(adamw, weight_decay=Decay(0.1, (), True)),
+    "sgd": sgd,
+    "momentum": partial(sgd, momentum=0.9),
+    "nesterov": partial(sgd, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "lion": lion,
+    "adafactor": adafactor,
+    "schedule-free": schedule_free_adamw,
 }
 OPTIMIZERS = {
     **{name: lambda lr, specs=SPECS, f=f, **o: f(lr, **o) for name, f in WHOLE.items()},

@@ -1,4 +1,4 @@
-"""``python -m olmo_fn.data.tokenize INPUT... --output DIR``: text to token files.
+"""``olmo-fn tokenize INPUT... --output DIR``: text to token files.
 
 Writes ``part-00000.npy``, ... and ``heldout.npy`` (headerless token files), ``tokenizer.json`` and, last, ``meta.json``.
 """
@@ -9,10 +9,9 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -182,23 +181,11 @@ def train_command(config: Tokenize, meta: dict[str, Any]) -> str:
     return "python train.py olmo2-tiny " + " ".join(f"{flag} {shlex.quote(value)}" for flag, value in flags.items())
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    """The command. 0; 2 after one line about what is wrong with the input; 130 when interrupted."""
-    try:
-        args = None if arguments is None else list(arguments)
-        config = tyro.cli(Tokenize, prog="python -m olmo_fn.data.tokenize", args=args)
-        meta = tokenize(config)
-    except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing is written", file=sys.stderr)
-        return 130
-    for side, n in (("train", meta["train"]), ("heldout", meta["heldout"])):
+def run(config: Tokenize) -> int:
+    """The command: write the token files, and say what they hold and how to train on them."""
+    meta = tokenize(config)
+    for side in ("train", "heldout"):
+        n = meta[side]
         print(f"{side}: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
     print(train_command(config, meta))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -82,7 +82,7 @@ def open_tokens(path: str, dtype: str) -> TokenFile:
     except OSError as e:
         raise ValueError(f"cannot read the token file {path!r}: {e.strerror}") from None
     if not head:
-        raise ValueError(f"the token file {path!r} is empty; write one with python -m olmo_fn.data.tokenize")
+        raise ValueError(f"the token file {path!r} is empty; write one with olmo-fn tokenize")
     if head == b"\x93NUMPY":
         raise ValueError(f"{path!r} has a NumPy header, token files have none; rewrite it: np.load({path!r}).tofile(...)")
     if stat.st_size % size:

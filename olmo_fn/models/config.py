@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from olmo_fn.fields import SIGNED
+
 if TYPE_CHECKING:
     from olmo_fn.models.blocks import Part
     from olmo_fn.nn.sublayer import Sublayer
@@ -57,7 +59,7 @@ class Attention(MixerSettings):
     """Width of a head; d_model / n_heads when not given."""
     rope_theta: float = 500_000.0
     """Base of the rotary frequencies."""
-    window_pattern: tuple[int, ...] = ()
+    window_pattern: Annotated[tuple[int, ...], SIGNED] = ()
     """Sliding windows of the layers, repeated over the depth: tokens that a position sees, itself included; -1 sees all."""
     first_layer_full: bool = False
     """Give the first layer full attention and start the pattern at the second."""

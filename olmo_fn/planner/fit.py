@@ -36,7 +36,7 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
         raise ValueError(f"{words}. This fits: {flags(fitting.cfg, plan.cfg)}")
     raise ValueError(
         f"{words}. Even {flags(least.cfg, plan.cfg)} needs {need(least) / GIB:,.1f}: take a smaller model, or more processes, "
-        "for which python -m olmo_fn.planner finds the best layouts"
+        "for which olmo-fn plan finds the best layouts"
     )
 
 

@@ -1,4 +1,4 @@
-"""A pipeline schedule, drawn and counted: the arguments of a command, and what it says. Imports no torch."""
+"""``olmo-fn pipeline 1f1b --ranks 4 --microbatches 8``: a pipeline schedule, drawn and counted. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,12 +1,15 @@
-"""The best layouts of a number of accelerators: ``python -m olmo_fn.planner olmo2-32b --gpus 1024 --gpu h100``."""
+"""The best layouts of a number of accelerators: ``olmo-fn plan olmo2-32b --gpus 1024 --gpu h100``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from olmo_fn.train.config import Config
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Plan:
     """Search the layouts of a run on a number of accelerators, and print the best with the flags to type."""
 
     preset: tyro.conf.Positional[str]
-    """A preset of configs.py, or the config.yaml of a run."""
+    """A preset, or the config.yaml of a run."""
     gpus: int
     """How many accelerators there are."""
     gpu: Literal["a100", "h100", "h200", "b200", "mi300x"] = "h100"
@@ -29,12 +32,11 @@ class Plan:
     """Draw the memory of the layouts here, a PNG; needs the extra plot."""
 
 
-def run(args: Plan) -> str:
+def run(args: Plan, presets: Mapping[str, Config]) -> str:
     """The table, and where the picture is. ValueError for what cannot be planned."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from configs import CONFIGS
     from olmo_fn.planner import tables
     from olmo_fn.planner.picture import draw
     from olmo_fn.planner.search import search
@@ -42,9 +44,9 @@ def run(args: Plan) -> str:
 
     if args.gpus < 1:
         raise ValueError(f"--gpus {args.gpus}: at least 1 is needed")
-    if args.preset not in CONFIGS and not Path(args.preset).exists():
-        raise ValueError(f"{args.preset!r} is neither a preset nor a config.yaml; there are {', '.join(CONFIGS)}")
-    base = CONFIGS[args.preset] if args.preset in CONFIGS else read_config(Path(args.preset))
+    if args.preset not in presets and not Path(args.preset).exists():
+        raise ValueError(f"{args.preset!r} is neither a preset nor a config.yaml; there are {', '.join(presets)}")
+    base = presets[args.preset] if args.preset in presets else read_config(Path(args.preset))
     r = base.recipe
     r = replace(r, batch_size=args.batch_size or r.batch_size, sequence_length=args.sequence_length or r.sequence_length)
     console = Console(stderr=True)

@@ -100,7 +100,7 @@ def verdict(found: Estimate) -> str:
     words, takes = flags(smaller.plan.cfg, base), f"{smaller.largest.total / GIB:.1f} GiB"
     if fitting:
         return f"does not fit: {sizes}\ntry {words}, which takes {takes}"
-    search = f"python -m olmo_fn.planner PRESET --gpus {max(8, 8 * found.plan.mesh.size)}"
+    search = f"olmo-fn plan PRESET --gpus {max(8, 8 * found.plan.mesh.size)}"
     return f"does not fit: {sizes}\neven {words} takes {takes}; search: {search}"
 
 

@@ -23,7 +23,8 @@ def lr_scale() -> Transform[Step, Step]:
 
     With a schedule that peaks at 1, the scale is the peak learning rate. Set it with `with_lr_scale`.
 
-    >>> from olmo_fn.optim import sgd, warmup_linear
+    >>> from olmo_fn.optim.schedules import warmup_linear
+    >>> from olmo_fn.optim import sgd
     >>> from olmo_fn.core.pipe import grad, pipe
     >>> def loss(params, batch):
     ...     return (params["w"] * batch["labels"]).sum(), {}

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from olmo_fn.checkpoint import steps
-from olmo_fn.train.config import Config
-from olmo_fn.train.serialize import from_yaml, to_yaml
-
-INVISIBLE = ("recipe.accumulate", "recipe.remat", "recipe.engine", "recipe.compile", "data.cache_dir", "nproc", "dry_run")
-NUMERIC_RUN_FIELDS = ("run.steps", "run.seed", "run.start_from", "run.start_with")
+from olmo_fn.fields import values
+from olmo_fn.train.choices import locate, with_files
+from olmo_fn.train.config import CHOICES, Config
+from olmo_fn.train.serialize import files_of, parse, structure, to_yaml
+from olmo_fn.train.upgrade import upgrade
 
 
 def read_config(run: Path) -> Config:
@@ -22,7 +21,10 @@ def read_config(run: Path) -> Config:
     if not path.is_file():
         raise ValueError(f"{str(run)!r} is no run folder: there is no config.yaml in it")
     try:
-        return from_yaml(path.read_text(), Config)
+        value = upgrade(parse(path.read_text()))
+        use = locate(files_of(value), path.parent)
+        config = structure(value, Config, with_files(CHOICES, use)[0])
+        return replace(config, use=use)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -40,9 +42,11 @@ def check_folder(cfg: Config) -> None:
         return
     if not cfg.run.resume:
         raise ValueError(f"{folder} already holds a run; choose another --run.folder, or leave out --run.no-resume")
+    from olmo_fn.checkpoint import steps  # here, for it imports torch
+
     changed = list(differences(read_config(folder), cfg))
     if changed:
-        flags = ", ".join(f"--{name.replace('_', '-')} was {old}, is {new}" for name, old, new in changed)
+        flags = ", ".join(f"{flag} was {old}, is {new}" for flag, old, new in changed)
         hint = f", with --run.start-from {folder} to go on from its state" if steps(folder / "checkpoints") else ""
         raise ValueError(f"{folder} holds a run of another config ({flags}); choose another --run.folder{hint}")
 
@@ -56,26 +60,18 @@ def write_config(cfg: Config, folder: Path) -> None:
 
 
 def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
-    """``(field, old, new)`` for each field that differs and can change the numbers of a run.
+    """``(flag, old, new)`` for each field that differs and can change the numbers of a run.
+
+    Where another class is chosen, such as another optimizer, it is the name that differs, and what both have.
 
     >>> from dataclasses import replace
     >>> from olmo_fn.models.config import OLMO2
     >>> from olmo_fn.train.config import Run
     >>> a = Config(OLMO2["olmo2-1m"])
     >>> list(differences(a, replace(a, run=Run(steps=5, log_every=3))))
-    [('run.steps', 1000, 5)]
+    [('--run.steps', 1000, 5)]
     """
-    for name, before, after in _leaves(old, new, ""):
-        of_run = name.startswith("run.") and name not in NUMERIC_RUN_FIELDS
-        irrelevant = of_run or name in INVISIBLE or name.startswith("mesh.")
-        if before != after and not irrelevant:
-            yield name, before, after
-
-
-def _leaves(a: Any, b: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
-    for field in fields(a):
-        old, new = getattr(a, field.name), getattr(b, field.name)
-        if is_dataclass(old):
-            yield from _leaves(old, new, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", old, new
+    after = {field.flag: field.value for field in values(new)}
+    for field in values(old):
+        if field.visible and after.get(field.flag, field.value) != field.value:
+            yield field.flag, field.value, after[field.flag]

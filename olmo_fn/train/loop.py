@@ -23,7 +23,7 @@ from olmo_fn.train.evals import Heldout
 from olmo_fn.train.events import Evaluated, Event, Observer, RunInfo, Said, Saved, Started, Stepped, Stopped
 from olmo_fn.train.folder import check_folder, write_config
 from olmo_fn.train.meter import InFlight, Meter, Moment
-from olmo_fn.train.observers import Console, Jsonl, Observe, build_observers, close_observers, fan_out
+from olmo_fn.train.observers import Console, Jsonl, build_observers, close_observers, fan_out
 from olmo_fn.train.process import join
 from olmo_fn.train.schedule import sizes
 from olmo_fn.train.session import Session, as_tree, open_run
@@ -86,15 +86,15 @@ class Result:
         return 128 + self.stopped_by if self.stopped_by > OBSERVER else 0
 
 
-def train(run: Config | Session, observers: Sequence[Observer] = (), observe: Observe | None = None) -> Result:
+def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
     """Train to the end, going on from the newest whole checkpoint of the run's folder if there is one.
 
-    Every process of a job calls it. On the main one the console, ``metrics.jsonl``, those that ``observe`` asks for, and
+    Every process of a job calls it. On the main one the console, ``metrics.jsonl``, those that the config asks for, and
     ``observers`` get the events, and are closed at the end; one that answers with a text stops the run.
     """
     if isinstance(run, Config):
         with join(run) as context:
-            return train(open_run(run, context), observers, observe)
+            return train(open_run(run, context), observers)
     if run.cfg.run.threads:
         torch.set_num_threads(run.cfg.run.threads)
     stop, heldout, ended = Stop(), None, Stopped(0)
@@ -104,7 +104,7 @@ def train(run: Config | Session, observers: Sequence[Observer] = (), observe: Ob
         for event in stack.enter_context(closing(events(run, stop))):
             if isinstance(event, Started) and run.process.is_main:  # nothing refuses the run from here on
                 info = RunInfo(run.folder, run.folder.name, asdict(run.cfg))
-                asked_for = build_observers(observe or Observe(), info)
+                asked_for = build_observers(run.cfg.observe, info)
                 all_observers[:0] = [Console(run.cfg.run.log_every), Jsonl(run.folder / "metrics.jsonl"), *asked_for]
             stop.ask(fan_out(all_observers, event))
             match event:

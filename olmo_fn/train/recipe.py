@@ -14,30 +14,16 @@ from olmo_fn.core.step import Step
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.models import transformer
-from olmo_fn.optim import (
-    Decay,
-    adafactor,
-    adamw,
-    dion,
-    lion,
-    muon,
-    normuon,
-    partition,
-    schedule_free_adamw,
-    sgd,
-    soap,
-)
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.shard import shard
 from olmo_fn.parallel.sharded import ShardedPlacement
 from olmo_fn.spec import init
-from olmo_fn.train.config import Config, Optim
+from olmo_fn.train.config import Config
 from olmo_fn.train.schedule import schedule
 from olmo_fn.transforms import (
     accumulate_measured,
     clip_value,
     dims_of,
-    first_step_bias,
     freeze,
     merge,
     noise_scale,
@@ -54,13 +40,13 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connecti
     """The training step of a config: a loss, its gradient, an optimizer, and how they are carried out."""
     r, specs = cfg.recipe, parameters(cfg)
     return pipe(
-        transformer.loss(cfg.model, z_loss=r.z_loss),
+        cfg.loss.build(cfg.model),
         *given(cfg.lora.rank, lambda _: lora({"lora": specs["lora"]}, cfg.lora.alpha)),
         grad(r.engine, r.remat, dtype),
         accumulate_measured(r.accumulate) if r.noise_scale else accumulate(r.accumulate),
         *given(r.clip_value, clip_value),
         *given(r.clip, clip),
-        optimizer(cfg, dtype),
+        cfg.optim.build(schedule(cfg), specs, dtype),
         *given(r.normalize, lambda _: normalize(dims_of(transformer.specs(cfg.model)))),
         *given(r.skip_sigma, skip_spikes),
         *given(r.skip_steps, skip_steps),
@@ -110,39 +96,6 @@ def first_parameters(cfg: Config, step: Step, device: torch.device) -> Tree:
 def model_parameters(cfg: Config, params: Tree) -> Tree:
     """The parameters as those of an ordinary model: with adapters merged into it."""
     return merge_lora(params, cfg.lora.alpha) if cfg.lora.rank else params
-
-
-def optimizer(cfg: Config, dtype: torch.dtype = torch.float32) -> Transform:
-    """The config's optimizer with its schedule; beside those for matrices, AdamW for the rest. ``dtype`` is Newton-Schulz's."""
-    o, lr = cfg.optim, schedule(cfg)
-    shared = {"weight_decay": Decay(o.weight_decay, o.no_decay, o.cautious), "moments": getattr(torch, o.moments)}
-    if o.name == "adamw":
-        found = adamw(lr, **options(o, "betas", "eps"), **shared)
-        return first_step_bias(found) if o.first_step_bias else found
-    if o.name == "lion":
-        return lion(lr, **options(o, "betas"), **shared)
-    if o.name == "sgd":
-        return sgd(lr, **options(o, "momentum", "nesterov"), **shared)
-    if o.name == "adafactor":
-        return adafactor(lr, weight_decay=shared["weight_decay"])
-    if o.name == "schedule-free":
-        return schedule_free_adamw(lr, **options(o, "betas", "eps"), **shared)
-    if o.name == "muon":
-        matrix = muon(lr, **options(o, "momentum", "nesterov"), **shared, dtype=dtype)
-    elif o.name == "normuon":
-        matrix = normuon(lr, **options(o, "momentum", "nesterov"), **shared, dtype=dtype)
-    elif o.name == "dion":
-        matrix = dion(lr, **options(o, "momentum", "rank"), **shared)
-    else:
-        matrix = soap(lr, **options(o, "betas", "eps"), **shared)
-    times = (o.adamw_lr or o.lr) / o.lr
-    rest = adamw(lambda step: times * lr(step), **options(o, "betas", "eps"), **shared)
-    return partition({"matrix": matrix, "default": rest}, parameters(cfg))
-
-
-def options(o: Optim, *names: str) -> dict[str, Any]:
-    """The fields that are given, as arguments."""
-    return {name: getattr(o, name) for name in names if getattr(o, name) is not None}
 
 
 def given(value: Any, make: Callable[[Any], Transform]) -> tuple[Transform, ...]:

@@ -81,10 +81,10 @@ def comparison(result: Result) -> str:
 def next_commands(result: Result) -> str:
     """What a user may type after a run."""
     cfg, folder = result.session.cfg, result.session.folder
-    test = f"loss over lr:  python -m olmo_fn.plot range-test {folder}\n" if cfg.schedule.name == "range-test" else ""
+    test = f"loss over lr:  olmo-fn plot range-test {folder}\n" if cfg.schedule.name == "range-test" else ""
     return test + (
-        f"sample more:   python -m olmo_fn.generate {folder} 'def ' --temperature 0.7\n"
-        f"checkpoints:   python -m olmo_fn.checkpoint {folder}\n"
+        f"sample more:   olmo-fn generate {folder} 'def ' --temperature 0.7\n"
+        f"checkpoints:   olmo-fn checkpoint {folder}\n"
         f"train again:   python train.py {folder}/config.yaml --optim.lr {cfg.optim.lr / 2:g} --run.folder {folder}-2"
     )
 
@@ -103,7 +103,7 @@ def plot_loss(folder: Path) -> Path | None:
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
-    axes[0].plot(tokens, [line["ce"] for line in lines], linewidth=0.8, color="tab:blue")
+    axes[0].plot(tokens, [line.get("ce", line["loss"]) for line in lines], linewidth=0.8, color="tab:blue")
     axes[0].set_ylabel("cross entropy (nats a token)")
     axes[0].set_title(folder.name)
     axes[1].plot(tokens, [line["grad_norm"] for line in lines], linewidth=0.8, color="tab:orange")

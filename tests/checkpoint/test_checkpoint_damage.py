@@ -25,9 +25,14 @@ from olmo_fn.checkpoint import (
     steps,
     verify,
 )
-from olmo_fn.checkpoint.__main__ import main
 from olmo_fn.checkpoint.stored import OpenFiles, PartBytes
+from olmo_fn.cli import main as cli
 from olmo_fn.tree import Tree
+
+
+def main(words):
+    """``olmo-fn checkpoint``."""
+    return cli.main(["checkpoint", *map(str, words)])
 
 
 def state(seed: int = 0) -> Tree:
@@ -194,12 +199,12 @@ def test_the_command_lists_and_finds_broken_ones(tmp_path: Path, capsys: pytest.
 
 
 def test_the_command_refuses_a_wrong_folder_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "olmo_fn.checkpoint", str(tmp_path / "no")]
+    command = [sys.executable, "-m", "olmo_fn", "checkpoint", str(tmp_path / "no")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    message = f"{tmp_path}/no: no such folder; give a run's folder, its checkpoints folder or one checkpoint\n"
+    message = f"error: {tmp_path}/no: no such folder; give a run's folder, its checkpoints folder or one checkpoint\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
 def test_the_command_refuses_an_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"{tmp_path}: no checkpoints in it")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no checkpoints in it")

@@ -35,12 +35,18 @@ from olmo_fn.checkpoint import (
     steps,
     verify,
 )
-from olmo_fn.checkpoint.__main__ import main
 from olmo_fn.checkpoint.boxes import bands, contiguous, covering, overlap, tiles
 from olmo_fn.checkpoint.shards import Held, Plan, assign, local_state
 from olmo_fn.checkpoint.stored import PartBytes
+from olmo_fn.cli import main as cli
 from olmo_fn.spec import Box
 from olmo_fn.tree import Tree
+
+
+def main(words):
+    """``olmo-fn checkpoint``."""
+    return cli.main(["checkpoint", *map(str, words)])
+
 
 # Where every file is synced, a disk shared with others makes a hundred small checkpoints a matter of minutes.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -45,7 +45,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the token file '.*/no\.npy': No such file"):
         open_tokens(str(tmp_path / "no.npy"), "uint16")
     (tmp_path / "empty.npy").touch()
-    with pytest.raises(ValueError, match=r"empty\.npy' is empty; write one with python -m olmo_fn\.data\.tokenize"):
+    with pytest.raises(ValueError, match=r"empty\.npy' is empty; write one with olmo-fn tokenize"):
         open_tokens(str(tmp_path / "empty.npy"), "uint16")
     (tmp_path / "odd.npy").write_bytes(bytes(6))
     with pytest.raises(ValueError, match=r"odd\.npy' has 6 bytes.* 4 bytes of uint32; .* uint8 or uint16 would fit"):

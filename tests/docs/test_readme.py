@@ -19,13 +19,15 @@ def test_the_recipe_runs():
 
 
 # a run's config.yaml needs a run; tests/test_train.py has one
-COMMANDS = [command for command in re.findall(r"`(python [^`]+)`", README) if "config.yaml" not in command]
+COMMANDS = [command for command in re.findall(r"`((?:python|olmo-fn) [^`]+)`", README) if "config.yaml" not in command]
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
 def test_commands_exist(command, tmp_path):
     """Dry or with --help, so that the test is quick; the rest of each is run by the tests of its module."""
     words = shlex.split(command)
+    if words[0] == "olmo-fn":
+        words = ["python", "-m", "olmo_fn", words[1], "--help"]
     if "olmo2-1b" in words and "--help" not in words:
         words += ["--dry-run"]
     elif "--help" not in words and "--dry-run" not in words:

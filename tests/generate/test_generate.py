@@ -22,8 +22,8 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import save
+from olmo_fn.cli import main as cli
 from olmo_fn.data.tokenizer import Tokenizer, byte_level, train_bpe
-from olmo_fn.generate.__main__ import main
 from olmo_fn.generate.config import Sampling
 from olmo_fn.generate.decode import CHUNK, empty_cache, extend
 from olmo_fn.generate.healing import heal
@@ -37,6 +37,12 @@ from olmo_fn.spec import init
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.serialize import to_yaml
 from olmo_fn.tree import Tree
+
+
+def main(words):
+    """``olmo-fn generate``."""
+    return cli.main(["generate", *map(str, words)])
+
 
 REPO = Path(__file__).parents[2]
 VOCAB = 257
@@ -600,7 +606,7 @@ def test_another_models_checkpoint_or_tokenizer(run: Path, tmp_path: Path) -> No
 
 
 def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "olmo_fn.generate", *args]
+    return [sys.executable, "-m", "olmo_fn", "generate", *args]
 
 
 def test_the_command_in_its_own_process(run: Path) -> None:

@@ -22,13 +22,15 @@ from optimizers import (
 )
 from torch._dynamo.utils import counters
 
-from olmo_fn import optim, tree
+from olmo_fn import tree
 from olmo_fn.checkpoint import load, read_index, save
 from olmo_fn.core.compile import compile
 from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.core.step import Step
-from olmo_fn.optim import Rule, optimizer, warmup_linear
+from olmo_fn.optim import adamw, sgd
+from olmo_fn.optim.base import Rule, optimizer
+from olmo_fn.optim.schedules import warmup_linear
 from olmo_fn.spec import Init, Spec, abstract, init
 from olmo_fn.train.session import stored_part, with_new_slots
 
@@ -259,7 +261,7 @@ def test_donate_catches():
 
         return replace(step, leaf=leaf)
 
-    caught(law_donate, optim.adamw(0.01), Transform("late", Step, Step, apply))
+    caught(law_donate, adamw(0.01), Transform("late", Step, Step, apply))
 
 
 # --- what a leaf says of itself ---------------------------------------------------------------------------------------
@@ -405,4 +407,4 @@ def test_converges(name, problem):
 
 def test_converges_catches():
     """A mutant that climbs."""
-    caught(law_converges, lambda lr, specs, **o: optim.sgd(lambda step: -lr(step)), 0.01, "quadratic")
+    caught(law_converges, lambda lr, specs, **o: sgd(lambda step: -lr(step)), 0.01, "quadratic")

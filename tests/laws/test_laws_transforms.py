@@ -14,7 +14,8 @@ from olmo_fn.checkpoint import load, read_index, save
 from olmo_fn.core.gradients import Grads
 from olmo_fn.core.pipe import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.optim import Rule, adamw, muon, optimizer, partition
+from olmo_fn.optim import adamw, muon, partition
+from olmo_fn.optim.base import Rule, optimizer
 from olmo_fn.parallel.shard import shard
 from olmo_fn.research import centralize, lr_scale
 from olmo_fn.spec import Init, Spec, abstract, count, init

@@ -15,8 +15,8 @@ from olmo_fn import tree
 from olmo_fn.core.gradients import Grads
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import clip, donate, ema, grad, pipe, skip_spikes
-from olmo_fn.optim import Decay, adamw, sgd
-from olmo_fn.optim.base import Rule
+from olmo_fn.optim import adamw, sgd
+from olmo_fn.optim.base import Decay, Rule
 from olmo_fn.optim.base import optimizer as from_rule
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other

@@ -11,8 +11,11 @@ from torch.testing import assert_close
 
 from olmo_fn import tree
 from olmo_fn.core.pipe import grad, pipe, skip_spikes
-from olmo_fn.optim import Decay, adafactor, adam, adamw, dion, lion, muon, normuon, partition, schedule_free_adamw, sgd, soap
-from olmo_fn.optim.muon import DION, JORDAN, orthogonalize
+from olmo_fn.optim import adafactor, dion, lion, normuon, partition, sgd, soap
+from olmo_fn.optim.adamw import adam, adamw
+from olmo_fn.optim.base import Decay
+from olmo_fn.optim.muon import DION, JORDAN, muon, orthogonalize
+from olmo_fn.optim.schedule_free import schedule_free_adamw
 from olmo_fn.spec import Init, Spec
 
 torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """Several optimizers in one step: who gets which parameter, with which rate; and the optimizers of the command line."""
 
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,12 +10,17 @@ from olmo_fn import tree
 from olmo_fn.core.pipe import clip, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
 from olmo_fn.models.config import OLMO2, dense
-from olmo_fn.optim import OLMO_CORE_NO_DECAY, Decay, adamw, muon, partition, sgd, warmup_linear
-from olmo_fn.optim.partition import assign
+from olmo_fn.optim import adamw, dion, lion, muon, normuon, sgd
+from olmo_fn.optim.base import OLMO_CORE_NO_DECAY, Decay
+from olmo_fn.optim.partition import assign, partition
+from olmo_fn.optim.schedule_free import schedule_free_adamw
+from olmo_fn.optim.schedules import warmup_linear
 from olmo_fn.spec import Init, Spec, init
-from olmo_fn.train.config import USES, Config, Optim, Recipe, Run, Schedule
+from olmo_fn.train.config import Config, Recipe, Run
+from olmo_fn.train.optimizers import OPTIMIZERS, SGD, AdamW, Dion, Lion, Muon, NorMuon, ScheduleFree
 from olmo_fn.train.recipe import recipe
 from olmo_fn.train.report import dry_run
+from olmo_fn.train.schedules import Constant
 
 MODEL = dense(8, 2, 2, 12, vocab_size=32)
 SPECS = transformer.specs(MODEL)
@@ -176,12 +182,12 @@ def test_cautious_decay():
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", USES)
-def test_every_optimizer_learns(name):
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.name)
+def test_every_optimizer_learns(cls):
     """The recipe of a config, on one batch again and again."""
-    lr = {"sgd": 0.3, "adafactor": 0.1}.get(name, 1e-2)
-    optim = Optim(name, lr=lr, momentum=0.9 if name == "sgd" else None)
-    cfg = Config(MODEL, optim=optim, schedule=Schedule("constant", 0), recipe=Recipe(4, 8, compile=False), run=Run(steps=40))
+    lr = {"sgd": 0.3, "adafactor": 0.1}.get(cls.name, 1e-2)
+    optim = cls(lr=lr, **{"momentum": 0.9} if cls is SGD else {})
+    cfg = Config(MODEL, optim=optim, schedule=Constant(warmup=0), recipe=Recipe(4, 8, compile=False), run=Run(steps=40))
     cfg.check()
     step = recipe(cfg)
     state = step.init(init(SPECS, 0))
@@ -194,55 +200,63 @@ def test_every_optimizer_learns(name):
     assert report["lr"] == pytest.approx(lr)
 
 
-def test_fields_reach_the_optimizer():
-    """Each of the fields changes what a step does."""
-    base = Config(MODEL, schedule=Schedule("constant", 0), recipe=Recipe(4, 8, compile=False))
+@pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.name)
+def test_every_field_reaches_the_optimizer(cls):
+    """Each of them changes what a step does."""
+    base = Config(MODEL, schedule=Constant(warmup=0), recipe=Recipe(4, 8, compile=False))
     params = init(SPECS, 0)
+    start = cls(momentum=0.9) if cls is SGD else cls()
 
-    def end(**fields):
-        step = recipe(replace(base, optim=Optim(**fields)))
+    def end(optim):
+        step = recipe(replace(base, optim=optim))
         state = step.init(params)
         for i in range(3):
             grads = init(SPECS, i + 1)
             state, _ = step.update(state, grads, metrics())
         return torch.cat([p.reshape(-1) for _, p in tree.items(state.params)])
 
-    changes = {"betas": (0.5, 0.6), "eps": 0.1, "momentum": 0.3, "nesterov": False, "rank": 0.3, "adamw_lr": 1e-2}
-    for name, used in USES.items():
-        given = {"momentum": 0.9} if name == "sgd" else {}
-        plain = end(name=name, **given)
-        for change in (
-            {field: changes[field] for field in (used)},
-            {"weight_decay": 0.9},
-            {"cautious": True},
-            {"no_decay": ()},
-        ):
-            for field, value in change.items():
-                value = True if (name, field) == ("sgd", "nesterov") else value
-                assert not torch.equal(plain, end(**{"name": name, **given, field: value})), (name, field)
-        if name != "adafactor" and (name != "sgd" or given):
-            assert not torch.equal(plain, end(name=name, moments="bfloat16", **given)), name
+    other = {
+        "lr": 0.1, "weight_decay": 1.0, "cautious": True, "no_decay": (), "moments": "bfloat16", "betas": (0.5, 0.6),
+        "eps": 0.1, "first_step_bias": True, "momentum": 0.3, "nesterov": cls is SGD, "decay_rate": 0.1, "clip": 1e-3,
+        "min_rms": 10.0, "adamw_lr": 1e-2, "scale": "none", "beta2": 0.5, "rank": 0.3, "shampoo_beta": 0.1, "every": 2,
+        "max_dim": 3,
+    }  # fmt: skip
+    for field in fields(cls):
+        if field.name != "name":
+            changed = replace(start, **{field.name: other[field.name]})
+            assert not torch.equal(end(start), end(changed)), field.name
+
+
+@pytest.mark.parametrize(
+    ("cls", "function"),
+    [(AdamW, adamw), (Lion, lion), (ScheduleFree, schedule_free_adamw), (Muon, muon), (NorMuon, normuon), (Dion, dion)],
+)
+def test_defaults_are_those_of_the_functions(cls, function):
+    """Of all fields but the shared ones, which the functions take as `Decay` and dtype."""
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    same = [field.name for field in fields(cls) if field.name in defaults and field.name not in ("lr", "moments")]
+    assert {"weight_decay"} < set(same)
+    assert {name: getattr(cls(), name) for name in same} == {name: defaults[name] for name in same}
 
 
 @pytest.mark.parametrize(
     ("optim", "message"),
     [
-        (Optim("lion", rank=0.5), "--optim.rank is not for --optim.name lion; it is for dion"),
-        (Optim(adamw_lr=1.0), "--optim.adamw-lr is not for --optim.name adamw; it is for muon, normuon, dion, soap"),
-        (Optim("dion", rank=2.0), "--optim.rank 2.0 is a fraction of a matrix's smaller side"),
-        (Optim("sgd", nesterov=True), "--optim.nesterov needs a momentum in sgd"),
-        (Optim("adafactor", moments="bfloat16"), "--optim.moments bfloat16 is not for --optim.name adafactor"),
-        (Optim("muon", adamw_lr=-1.0), "--optim.adamw-lr -1.0 must be positive"),
+        (Dion(rank=2.0), "--optim.rank is 2.0; it must be above 0 and at most 1"),
+        (Lion(betas=(0.9, 1.0)), "--optim.betas is 1.0; it must be at least 0 and below 1"),
+        (SGD(nesterov=True), "--optim.nesterov needs a momentum in sgd"),
+        (Muon(adamw_lr=-1.0), "--optim.adamw-lr is -1.0; it must be positive"),
     ],
 )
 def test_wrong_combinations(optim, message):
+    cfg = Config(MODEL, optim=optim, schedule=Constant(warmup=0))
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        Config(MODEL, optim=optim).check()
+        cfg.check() or recipe(cfg)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_dry_run_knows_what_an_optimizer_keeps():
-    found = dry_run(Config(OLMO2["olmo2-1b"], optim=Optim("muon", moments="bfloat16"), schedule=Schedule("constant", 0)))
+    found = dry_run(Config(OLMO2["olmo2-1b"], optim=Muon(moments="bfloat16"), schedule=Constant(warmup=0)))
     assert "muon_momentum 2.00 GiB" in found
     assert "adamw_m 0.77 GiB" in found

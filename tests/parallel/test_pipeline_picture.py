@@ -6,10 +6,15 @@ import sys
 import numpy as np
 import pytest
 
+from olmo_fn.cli import main as cli
 from olmo_fn.parallel.pipeline.schedule import schedule
-from olmo_fn.planner.pipeline_main import main
 from olmo_fn.planner.pipeline_picture import COLORS, _shade, draw, text
 from olmo_fn.planner.pipeline_simulate import Costs, simulate
+
+
+def main(words):
+    """``olmo-fn pipeline``."""
+    return cli.main(["pipeline", *map(str, words)])
 
 
 def rgb(color):
@@ -57,7 +62,7 @@ def test_other_costs():
 
 
 def test_help_needs_no_torch():
-    code = "import sys, olmo_fn.planner.pipeline_main; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    code = "import sys, olmo_fn.planner.pipeline_command; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout.split() == ["False", "False"]
 

@@ -21,7 +21,8 @@ from olmo_fn.planner.plan_input import PlanInput, check
 from olmo_fn.planner.profile import profile
 from olmo_fn.planner.trace import Trace
 from olmo_fn.planner.traffic import shared_groups, traffic
-from olmo_fn.train.config import Config, Lora, Optim, Recipe, Run
+from olmo_fn.train.config import CHOICES, Config, Lora, Recipe, Run
+from olmo_fn.train.optimizers import OptimizerSettings
 
 CONTROL = 100  # bytes of scalars that come and go
 
@@ -33,7 +34,9 @@ def plan_of(mesh=Mesh(), options=None, optim=None, lora=Lora(), **recipe):  # no
     fields = {"d_model": 64, "n_layers": 5, "n_heads": 4, "n_kv_heads": 2, "hidden_size": 161, "vocab_size": 501}
     fields |= {name: recipe.pop(name) for name in list(recipe) if name in MODEL_FIELDS}
     given = {"batch_size": 8, "sequence_length": 128, "compile": False, "dtype": "float32"} | recipe
-    parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": Optim(**(optim or {})), "lora": lora}
+    fields_of_optim = {"name": "adamw", **(optim or {})}
+    optim = CHOICES[OptimizerSettings][fields_of_optim["name"]](**fields_of_optim)
+    parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": optim, "lora": lora}
     return check(PlanInput(Config(dense(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh))
 
 

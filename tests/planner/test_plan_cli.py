@@ -11,12 +11,13 @@ import pytest
 
 import train
 from configs import CONFIGS
+from olmo_fn.cli import main as cli
+from olmo_fn.cli import training
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import dense
 from olmo_fn.models.count import num_params
 from olmo_fn.planner import tables
-from olmo_fn.planner.__main__ import main as plan_main
 from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.estimate import estimate
 from olmo_fn.planner.fit import remedy
@@ -50,7 +51,7 @@ def test_what_does_not_fit_names_the_flag_that_helps(capsys):
 
 def test_hopeless_and_impossible(capsys):
     assert train.main(shlex.split("olmo2-7b --dry-run")) == 0  # 512 sequences at once on one device
-    told = r"^even --recipe.accumulate 1024 --recipe.remat full --optim.moments bfloat16 takes .*; search: python -m"
+    told = r"^even --recipe.accumulate 1024 --recipe.remat full --optim.moments bfloat16 takes .*; search: olmo-fn plan"
     assert re.search(told, capsys.readouterr().out, re.M)
     assert train.main(shlex.split("olmo2-7b --dry-run --recipe.engine func")) == 2
     assert "plan with --recipe.engine tape" in capsys.readouterr().err
@@ -101,7 +102,7 @@ def test_the_flags_of_a_layout_are_the_layout():
     for one in search(SMALL, 8, best=2):
         words = shlex.split(flags(one.plan.cfg, SMALL))
         recipe = ["--recipe.batch-size", "32", "--recipe.sequence-length", "64"]
-        typed = plan_input(train.parse(["olmo2-7b", *recipe, *words]))
+        typed = plan_input(training.parse(["olmo2-7b", *recipe, *words], CONFIGS, "train.py"))
         assert typed.mesh == one.plan.mesh
         assert (typed.rows, typed.microbatches, typed.cfg.recipe.remat) == (
             one.plan.rows,
@@ -113,14 +114,16 @@ def test_the_flags_of_a_layout_are_the_layout():
 def test_search_on_the_command_line(tmp_path, capsys):
     picture = tmp_path / "plan.png"
     small = ["--batch-size", "16", "--sequence-length", "128"]
-    assert plan_main(["olmo2-14m", "--gpus", "2", "--gpu", "a100", "--best", "2", "--picture", str(picture), *small]) == 0
+    assert (
+        cli.main(["plan", "olmo2-14m", "--gpus", "2", "--gpu", "a100", "--best", "2", "--picture", str(picture), *small]) == 0
+    )
     printed = capsys.readouterr().out
     assert "2 x A100" in printed
     assert "--mesh.dp-" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert plan_main(["olmo2-14", "--gpus", "8"]) == 2
+    assert cli.main(["plan", "olmo2-14", "--gpus", "8"]) == 2
     assert "neither a preset nor a config.yaml" in capsys.readouterr().err
-    assert plan_main(["olmo2-32b", "--gpus", "1", "--gpu", "a100"]) == 2
+    assert cli.main(["plan", "olmo2-32b", "--gpus", "1", "--gpu", "a100"]) == 2
     assert "no layout of 1 x A100" in capsys.readouterr().err
 
 

@@ -16,7 +16,8 @@ from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
-from olmo_fn.optim import adamw, sgd, warmup_cosine
+from olmo_fn.optim import adamw, sgd
+from olmo_fn.optim.schedules import warmup_cosine
 from olmo_fn.research import (
     centralize,
     check_commutes,

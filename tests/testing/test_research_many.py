@@ -7,12 +7,13 @@ import torch
 from optimizers import OPTIMIZERS, beside, exact
 from torch.testing import assert_close
 
-from olmo_fn import optim, spec, tree
+from olmo_fn import spec, tree
 from olmo_fn.core.compile import compile, has_compiler
 from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense, modified
-from olmo_fn.optim import adamw, sgd, warmup_cosine
+from olmo_fn.optim import adamw, sgd, soap
+from olmo_fn.optim.schedules import warmup_cosine
 from olmo_fn.research import compiled, lr_scale, many, stack, train_many, unstack, with_lr_scale
 
 MODEL = dense(16, 2, 2, 24, vocab_size=30, init_std=0.3)
@@ -88,7 +89,7 @@ def test_each_run_with_data_of_its_own():
 
 # soap's longer sides have covariances that are not of full rank at first, of which rounding chooses the eigenvectors
 VMAPPED = {name: make for name, make in OPTIMIZERS.items() if exact(name)} | {
-    "soap": beside(partial(optim.soap, every=2, max_dim=16, eps=1e-4))
+    "soap": beside(partial(soap, every=2, max_dim=16, eps=1e-4))
 }
 
 

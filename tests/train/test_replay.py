@@ -17,6 +17,7 @@ import torch
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, steps
+from olmo_fn.cli import main as cli
 from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.data.settings import Data
@@ -24,14 +25,21 @@ from olmo_fn.data.shuffle import shuffled
 from olmo_fn.data.tokenizer import byte_level
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
-from olmo_fn.replay.__main__ import main
 from olmo_fn.replay.replay import largest_spike, replay
 from olmo_fn.research import outliers
-from olmo_fn.train.config import Config, Growth, Lora, Optim, Recipe, Run, Schedule
+from olmo_fn.train.config import Config, Growth, Lora, Optim, Recipe, Run
 from olmo_fn.train.folder import write_config
 from olmo_fn.train.loop import train
 from olmo_fn.train.observers import read_metrics
+from olmo_fn.train.optimizers import AdamW
+from olmo_fn.train.schedules import Constant
 from olmo_fn.transforms.lora import lora_loss
+
+
+def main(words):
+    """``olmo-fn replay``."""
+    return cli.main(["replay", *map(str, words)])
+
 
 ROOT = Path(__file__).parents[2]
 ROWS, LENGTH, STEPS, SPIKE, ROW = 4, 64, 60, 47, 2  # the garbage is row ROW of step SPIKE
@@ -59,8 +67,8 @@ def run(tmp_path_factory):
             tokenizer=str(folder / "tokenizer.json"),
             cache_dir=str(folder / "cache"),
         ),
-        optim=Optim(lr=3e-2),
-        schedule=Schedule("constant", warmup=5),
+        optim=AdamW(lr=3e-2),
+        schedule=Constant(warmup=5),
         recipe=Recipe(ROWS, LENGTH, compile=False, accumulate=2, ema=0.9, dtype="float32", skip_sigma=0),
         run=Run(folder=str(folder / "run"), steps=STEPS, checkpoint_every=20, threads=1, sample=""),
     )
@@ -131,7 +139,7 @@ def test_the_replayed_state_is_the_checkpoint(run):
 def test_the_step_without_the_culprit(run):
     """What one asks next: the same step with that row masked."""
     found = replay(run[0], SPIKE)
-    grads = pipe(transformer.loss(found.cfg.model, z_loss=found.cfg.recipe.z_loss), grad())
+    grads = pipe(found.cfg.loss.build(found.cfg.model), grad())
     labels = found.batch["labels"].clone()
     labels[ROW] = IGNORE
     _, without = grads(found.params, {**found.batch, "labels": labels})
@@ -233,7 +241,7 @@ def test_a_loss_that_is_not_finite_is_the_spike(run, tmp_path):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from olmo_fn.replay.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from olmo_fn.cli.main import main\ntry: main(['replay', '--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stderr

@@ -20,8 +20,10 @@ from olmo_fn.checkpoint import load, newest_whole, steps
 from olmo_fn.core.compile import has_compiler, prepare_cache
 from olmo_fn.data.settings import Data
 from olmo_fn.models.config import dense
-from olmo_fn.train.config import Config, Optim, Recipe, Run, Schedule
+from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.observers import read_metrics
+from olmo_fn.train.optimizers import AdamW
+from olmo_fn.train.schedules import Cosine
 
 SAME = ("step", "loss", "ce", "z", "grad_norm", "lr", "skipped", "tokens")
 
@@ -31,8 +33,8 @@ def run_of(folder, tokens, **run):
     return Config(
         model=dense(16, 1, 2, 32, vocab_size=64, window_pattern=(4,), last_layer_full=False),
         data=Data(paths=(str(tokens),), heldout_fraction=0, dtype="uint8", cache_dir=str(folder.parent / "cache")),
-        optim=Optim(lr=1e-2),
-        schedule=Schedule("cosine", warmup=3),
+        optim=AdamW(lr=1e-2),
+        schedule=Cosine(warmup=3),
         recipe=Recipe(batch_size=4, sequence_length=16, compile=False, ema=0.9, accumulate=2, dtype="float32"),
         run=Run(folder=str(folder), steps=60, checkpoint_every=5, threads=1, sample="", **run),
     )

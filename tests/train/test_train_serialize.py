@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from olmo_fn.data.instances.fixed import FixedLength
-from olmo_fn.data.settings import Data
 from olmo_fn.models.config import OLMO2, OLMO3, Model
-from olmo_fn.train.config import Config, Run
+from olmo_fn.train.config import CHOICES, Config, Run
+from olmo_fn.train.optimizers import AdamW
 from olmo_fn.train.serialize import from_yaml, to_yaml
 
 MODEL = "model: {d_model: 8, n_layers: 1, n_heads: 1, hidden_size: 4}\n"
 
 st.register_type_strategy(float, st.floats(allow_nan=False))
-kinds = {"instances": st.builds(FixedLength)}  # a field that holds one of several kinds
-st.register_type_strategy(Data, st.builds(Data, **{field.name: kinds.get(field.name, ...) for field in fields(Data)}))
+for base, classes in CHOICES.items():
+    st.register_type_strategy(base, st.one_of(*map(st.from_type, classes.values())))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.from_type(Config))
 def test_a_config_comes_back_as_it_was(config: Config) -> None:
-    assert from_yaml(to_yaml(config), Config) == config
+    assert from_yaml(to_yaml(config), Config, CHOICES) == config
 
 
 @settings(deadline=None)
 @given(st.text())
 def test_any_text_survives(text: str) -> None:
     config = Config(OLMO2["olmo2-1m"], run=Run(folder=text, sample=text))
-    assert from_yaml(to_yaml(config), Config).run == config.run
+    assert from_yaml(to_yaml(config), Config, CHOICES).run == config.run
 
 
 @pytest.mark.parametrize(
@@ -63,12 +61,12 @@ def test_texts_that_yaml_could_take_for_something_else(text: str) -> None:
 
 @pytest.mark.parametrize("model", [*OLMO2.values(), *OLMO3.values()])
 def test_presets(model: Model) -> None:
-    assert from_yaml(to_yaml(Config(model)), Config) == Config(model)
+    assert from_yaml(to_yaml(Config(model)), Config, CHOICES) == Config(model)
 
 
 def test_a_file_may_say_little_and_numbers_may_be_written_as_usual() -> None:
-    config = from_yaml(MODEL + "optim: {lr: 4e-4, eps: 0, betas: [0, 1]}\nrun:\n  steps: 3\n", Config)
-    assert config.optim == replace(Config(config.model).optim, lr=4e-4, eps=0.0, betas=(0.0, 1.0))
+    config = from_yaml(MODEL + "optim: {lr: 4e-4, eps: 0, betas: [0, 1]}\nrun:\n  steps: 3\n", Config, CHOICES)
+    assert config.optim == AdamW(lr=4e-4, eps=0.0, betas=(0.0, 1.0))
     assert all(type(value) is float for value in (config.optim.lr, config.optim.eps, *config.optim.betas))
     assert config.run == Run(steps=3)
 
@@ -88,7 +86,14 @@ def test_a_file_may_say_little_and_numbers_may_be_written_as_usual() -> None:
         (MODEL + "run: {folder: 2024-01-01}", "run.folder is '2024-01-01', a date; it must be a text"),
         (MODEL + "run: {folder: null}", "run.folder is null; it must be a text"),
         (MODEL + "optim: {lr: fast}", "optim.lr is 'fast', a text; it must be a number"),
-        (MODEL + "optim: {betas: [1]}", "optim.betas is a list of 1; it must be a list [a number, a number] or null"),
+        (MODEL + "optim: {betas: [1]}", "optim.betas is a list of 1; it must be a list [a number, a number]"),
+        (MODEL + "optim: {name: soap, betas: x}", "optim.betas is 'x', a text; it must be a list [a number, a number] or null"),
+        (MODEL + "optim: {name: lion, rank: 1}", "optim.rank: there is no such field. There are name, lr, weight_decay"),
+        (MODEL + "optim: muon", "optim is 'muon', a text; it must be the fields of OptimizerSettings, each as name: value"),
+        (MODEL + "optim: {name: [muon]}", "optim.name is a list of 1; it must be one of adamw, lion, sgd"),
+        (MODEL + "data: {paths: &a [x], tokenizer: *a}", "not YAML, line 2: *a is an alias; write the value instead"),
+        ("[" * 5000, "nested too deeply"),
+        ("#" * 2_000_000, "2,000,000 characters"),
         (MODEL + "data: {paths: a}", "data.paths is 'a', a text; it must be a list [...] of a text each"),
         (MODEL + "data: {paths: [a, 3]}", "data.paths[1] is '3', a whole number; it must be a text"),
         (MODEL + "schedule: {name: step}", "it must be one of cosine, linear, wsd, constant"),
@@ -106,11 +111,11 @@ def test_a_file_may_say_little_and_numbers_may_be_written_as_usual() -> None:
 )
 def test_wrong_files(text: str, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        from_yaml(text, Config)
+        from_yaml(text, Config, CHOICES)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, olmo_fn.train.serialize, olmo_fn.train.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, olmo_fn.train.folder, olmo_fn.presets; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,7 +16,9 @@ from olmo_fn.data.loader import labels_of
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
 from olmo_fn.nn.rope import rope_table
-from olmo_fn.optim import OLMO_CORE_NO_DECAY, Decay, adamw, warmup_cosine
+from olmo_fn.optim import adamw
+from olmo_fn.optim.base import OLMO_CORE_NO_DECAY, Decay
+from olmo_fn.optim.schedules import warmup_cosine
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 

@@ -17,7 +17,8 @@ from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
-from olmo_fn.optim import Decay, adamw, sgd
+from olmo_fn.optim import adamw, sgd
+from olmo_fn.optim.base import Decay
 from olmo_fn.spec import init
 from olmo_fn.transforms import (
     accumulate_measured,

@@ -17,12 +17,14 @@ from torch.testing import assert_close
 from olmo_fn import average as soups
 from olmo_fn import plot, tree
 from olmo_fn.checkpoint import load, save, step_path
+from olmo_fn.cli import main as cli
 from olmo_fn.generate.load import load_model
 from olmo_fn.models.config import dense
-from olmo_fn.train.config import Config, Growth, Lora, Recipe, Run, Schedule
+from olmo_fn.train.config import Config, Growth, Lora, Recipe, Run
 from olmo_fn.train.observers import read_metrics
 from olmo_fn.train.recipe import parameters
-from olmo_fn.train.schedule import named, schedule, sizes
+from olmo_fn.train.schedule import schedule, sizes
+from olmo_fn.train.schedules import Constant, Cosine
 from olmo_fn.transforms.lora import merge_lora
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +86,7 @@ def test_every_schedule_is_drawn(tmp_path):
         "olmo2-1b",
     ]
     output = tmp_path / "lr.png"
-    assert plot.main(["schedule", *names, "--warmup", "0.02", "-o", str(output)]) == 0
+    assert cli.main(["plot", "schedule", *names, "--warmup", "0.02", "-o", str(output)]) == 0
     assert output.read_bytes().startswith(b"\x89PNG")
     more = [
         "--lengths",
@@ -101,7 +103,7 @@ def test_every_schedule_is_drawn(tmp_path):
         "--total",
         "2000",
     ]
-    assert plot.main(["schedule", "wsds", "piecewise", *more, "-o", str(output)]) == 0
+    assert cli.main(["plot", "schedule", "wsds", "piecewise", *more, "-o", str(output)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_every_schedule_is_drawn(tmp_path):
 )
 def test_wrong_pictures(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert plot.main(arguments) == (2 if message else 0)
+    assert cli.main(["plot", *arguments]) == (2 if message else 0)
     err = capsys.readouterr().err
     assert err.count("\n") == (1 if message else 0)
     assert message is None or message in err
@@ -128,7 +130,7 @@ def test_wrong_pictures(arguments, message, capsys, tmp_path, monkeypatch):
 
 def test_without_matplotlib(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert plot.main(["schedule", "cosine"]) == 2
+    assert cli.main(["plot", "schedule", "cosine"]) == 2
     assert capsys.readouterr().err == "error: pictures need matplotlib, which is not installed: pip install 'olmo-fn[plot]'\n"
 
 
@@ -157,7 +159,7 @@ def test_units_of_a_growing_run():
     cfg = config(
         growth=growth,
         recipe=Recipe(batch_size=8, sequence_length=16),
-        schedule=Schedule("constant", warmup=640, units="tokens"),
+        schedule=Constant(warmup=640, units="tokens"),
         run=Run(steps=100),
     )
     assert [phase[:2] for phase in sizes(cfg).phases] == [(0, 2), (20, 4), (40, 8)]
@@ -167,7 +169,7 @@ def test_units_of_a_growing_run():
 
 
 def test_anneal_leaves_any_schedule():
-    plain, early = (named(Schedule("cosine", warmup=10, anneal_at=at, decay=20, final=0.0), 1.0, 100) for at in (0, 50))
+    plain, early = (Cosine(warmup=10, anneal_at=at, decay=20, final=0.0).build(1.0, 100) for at in (0, 50))
     assert early(torch.tensor(50)) == plain(torch.tensor(50))
     assert early(torch.tensor(70)) == 0
 
@@ -188,7 +190,7 @@ def train(*arguments):
 
 
 def soup(*arguments):
-    assert soups.main([word for argument in arguments for word in str(argument).split()]) == 0
+    assert cli.main(["average", *(word for argument in arguments for word in str(argument).split())]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -279,10 +281,10 @@ def test_range_test_from_the_command_line(base, tmp_path):
     flags, _, _ = base
     run = tmp_path / "range"
     more = "--run.steps 20 --schedule.name range-test --schedule.lowest 1e-5 --recipe.skip-sigma 0"
-    assert f"python -m olmo_fn.plot range-test {run}" in train(*flags, more, "--optim.lr", 1, "--run.folder", run)
+    assert f"olmo-fn plot range-test {run}" in train(*flags, more, "--optim.lr", 1, "--run.folder", run)
     rates = [line["lr"] for line in read_metrics(run / "metrics.jsonl")]
     assert rates == pytest.approx([1e-5 * 1e5 ** (i / 20) for i in range(1, 21)])
-    assert plot.main(["range-test", str(run)]) == 0
+    assert cli.main(["plot", "range-test", str(run)]) == 0
     assert (run / "range-test.png").exists()
 
 

@@ -6,9 +6,11 @@ dataclass with its settings and a method ``build``, as `fixed.FixedLength` is.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from tyro.conf import Suppress
 
 
 class Origin(NamedTuple):
@@ -24,6 +26,17 @@ class Origin(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path} from token {self.offset:,} on"
+
+
+@dataclass(frozen=True)
+class InstancesSettings:
+    """The settings of a kind of dataset: derive your own from it, with a ``name`` to choose it by."""
+
+    name: Suppress[str] = ""
+
+    def build(self, files: Any, masks: Any, sequence_length: int, vocab_size: int, eos_id: int | None) -> Instances:
+        """The instances of token ``files``; ``masks``: none, or a label mask for each file."""
+        raise NotImplementedError
 
 
 class Instances(Protocol):

@@ -12,12 +12,12 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from olmo_fn.data.instances import Instances, Origin
+from olmo_fn.data.instances import Instances, InstancesSettings, Origin
 from olmo_fn.data.tokens import TokenFile, view, vocab_error
 
 
 @dataclass(frozen=True)
-class FixedLength:
+class FixedLength(InstancesSettings):
     """Windows of the sequence length, cut from each token file without overlap."""
 
     name: tyro.conf.Suppress[Literal["fixed"]] = "fixed"

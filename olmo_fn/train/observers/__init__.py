@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from tyro.conf import Suppress
 
 from olmo_fn.train.events import Event, Observer, RunInfo
 from olmo_fn.train.observers.comet import Comet
@@ -18,7 +21,38 @@ from olmo_fn.train.observers.tensorboard import TensorBoard
 from olmo_fn.train.observers.trackio import Trackio
 from olmo_fn.train.observers.wandb import WandB
 
-__all__ = ["Console", "Jsonl", "Observe", "build_observers", "close_observers", "fan_out", "read_evaluations", "read_metrics"]
+__all__ = [
+    "Console",
+    "Jsonl",
+    "NoObserver",
+    "Observe",
+    "ObserverSettings",
+    "build_observers",
+    "close_observers",
+    "fan_out",
+    "read_evaluations",
+    "read_metrics",
+]
+
+
+@dataclass(frozen=True)
+class ObserverSettings:
+    """The settings of an observer of your own: derive them from it, with a ``name`` to choose it by."""
+
+    name: Suppress[str] = ""
+    on: Suppress[bool] = True
+
+    def build(self, run: RunInfo) -> Observer:
+        """The observer of a run."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NoObserver(ObserverSettings):
+    """Nobody more."""
+
+    name: Suppress[Literal["none"]] = "none"
+    on: Suppress[bool] = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +67,8 @@ class Observe:
     gc: GarbageCollection = field(default_factory=GarbageCollection)
     plateau: Plateau = field(default_factory=Plateau)
     divergence: Divergence = field(default_factory=Divergence)
+    own: ObserverSettings = field(default_factory=NoObserver)
+    """One of your own (``--use my_parts.py --observe.own.name NAME``)."""
 
 
 def build_observers(observe: Observe, run: RunInfo) -> list[Observer]:

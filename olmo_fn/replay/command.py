@@ -1,4 +1,4 @@
-"""``python -m olmo_fn.replay RUN --step 120``: a step of an old run once more, and the text it saw."""
+"""``olmo-fn replay RUN --step 120``: a step of an old run once more, and the text it saw."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-
-from olmo_fn.train.environment import prepare_environment
 
 if TYPE_CHECKING:
     from olmo_fn.replay.replay import Replay
@@ -60,18 +58,3 @@ def describe(found: Replay, texts: int = 3, chars: int = 400) -> str:
         cut = text if not chars or len(text) <= chars else text[:chars] + " …"
         lines += ["", f"row {s.row}:", textwrap.indent(cut, "  | ", lambda line: True)]
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """0; 1 when the step is not the recorded one; 2 for what cannot be replayed, told in one line."""
-    args = tyro.cli(Arguments, prog="python -m olmo_fn.replay", args=argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    prepare_environment()
-    sys.exit(main())

@@ -1,16 +1,27 @@
-"""``python -m olmo_fn.checkpoint FOLDER``: list the checkpoints of a run, and say which are whole."""
+"""``olmo-fn checkpoint FOLDER``: list the checkpoints of a run, and say which are whole."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 from olmo_fn.checkpoint import BrokenCheckpoint, read_index, step_path, steps, verify
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """List the checkpoints of a run, and say which are whole."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """A run's folder, its checkpoints folder, or one checkpoint."""
+    quick: bool = False
+    """Look at the index, lengths and headers only."""
 
 
 def checkpoints(where: Path) -> list[Path]:
@@ -34,17 +45,9 @@ def row(path: Path, problems: list[str]) -> tuple[str, str, str, str]:
     return path.name, size, tensors, "[red]broken[/]" if problems else "[green]whole[/]"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0 if all checkpoints are whole, 1 if one is broken, 2 for a wrong folder."""
-    parser = argparse.ArgumentParser(prog="python -m olmo_fn.checkpoint", description=__doc__)
-    parser.add_argument("folder", type=Path, help="a run's folder, its checkpoints folder, or one checkpoint")
-    parser.add_argument("--quick", action="store_true", help="look at the index, lengths and headers only")
-    args = parser.parse_args(argv)
-    try:
-        paths = checkpoints(args.folder)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+def run(args: Arguments) -> int:
+    """Print the table; 0 if all checkpoints are whole, 1 if one is broken."""
+    paths = checkpoints(args.folder)
     table = Table(title=str(paths[0].parent), title_justify="left")
     for column in ("checkpoint", "MB", "tensors", "state"):
         table.add_column(column, justify="right" if column in ("MB", "tensors") else "left")
@@ -55,7 +58,3 @@ def main(argv: list[str] | None = None) -> int:
     for problem in (line for lines in problems.values() for line in lines):
         print(problem)
     return 1 if any(problems.values()) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

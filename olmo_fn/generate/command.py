@@ -1,9 +1,7 @@
-"""``python -m olmo_fn.generate RUN "def "``: what a trained model makes of a prompt."""
+"""``olmo-fn generate RUN "def "``: what a trained model makes of a prompt."""
 
 from __future__ import annotations
 
-import io
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -80,24 +78,3 @@ def _threads(params: Tree) -> int:
 
     weights = sum(leaf.numel() for path, leaf in tree.items(params) if path != "embed")
     return 1 if weights < 1 << 23 else torch.get_num_threads()
-
-
-def main(argv: list[str] | None = None) -> int:
-    """0; 2 for what cannot be done, told in one line; 130 after Ctrl-C."""
-    args = tyro.cli(Generate, prog="python -m olmo_fn.generate", args=argv, config=(tyro.conf.UseAppendAction,))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets a ? instead of no text at all
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # whoever read the text has enough of it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,144 @@
+"""What a field of settings says about itself, in its annotation, and the one walk that reads it. Imports no torch.
+
+lr: Annotated[float, POSITIVE] = 4e-4
+threads: Annotated[int, INVISIBLE] = 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from math import inf, isfinite
+from typing import Any, NamedTuple, get_type_hints
+
+LARGEST = 2**53  # what a double, a JSON reader and a tensor's int64 all hold
+
+
+class Effect(Enum):
+    """Whether a field, or a group of fields, can change the numbers of a run; what is marked inside a group wins."""
+
+    INVISIBLE = "cannot change the numbers of a run: it may differ when a run goes on"
+    VISIBLE = "can change them, in a group that cannot"
+
+
+INVISIBLE, VISIBLE = Effect.INVISIBLE, Effect.VISIBLE
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field may hold; of a tuple, each of them. A field without one takes any that is not negative.
+
+    >>> Range(0, 1, below=True).says
+    'it must be at least 0 and below 1'
+    """
+
+    low: float = 0
+    high: float = inf
+    above: bool = False
+    """``low`` itself is not allowed."""
+    below: bool = False
+    """``high`` itself is not allowed."""
+
+    def holds(self, value: float) -> bool:
+        """Whether ``value`` is in the range."""
+        return (self.low < value if self.above else self.low <= value) and (
+            value < self.high if self.below else value <= self.high
+        )
+
+    @property
+    def says(self) -> str:
+        """The range in words."""
+        if self.high == inf and self.low == 0:
+            return "it must be positive" if self.above else "it must not be negative"
+        low = f"{'above' if self.above else 'at least'} {self.low:g}"
+        return f"it must be {low}" + (f" and {'below' if self.below else 'at most'} {self.high:g}" if self.high < inf else "")
+
+
+NOT_NEGATIVE = Range()
+POSITIVE = Range(above=True)
+AT_LEAST_ONE = Range(1)
+DECAY = Range(0, 1, below=True)
+"""Decay of a moving average."""
+SIGNED = Range(-inf)
+
+
+class Field(NamedTuple):
+    """A field of nested settings, a group (whose value is a dataclass) or a single value."""
+
+    flag: str
+    """As on the command line, such as ``--recipe.batch-size``."""
+    path: tuple[str, ...]
+    """Names of the attributes that lead to it."""
+    value: Any
+    marks: tuple[Any, ...]
+    """What its annotation, and those of the groups around it, say; the innermost last."""
+
+    @property
+    def visible(self) -> bool:
+        """Whether it can change the numbers of a run."""
+        return next((mark for mark in reversed(self.marks) if isinstance(mark, Effect)), VISIBLE) is VISIBLE
+
+
+def walk(settings: Any) -> Iterator[Field]:
+    """Every field of a tree of dataclasses, a group before what is in it.
+
+    >>> from olmo_fn.mesh.settings import MeshConfig
+    >>> next(walk(MeshConfig(tp=2, pp=3)))[:3]
+    ('--pp', ('pp',), 3)
+    """
+    return _walk(settings, "", (), ())
+
+
+def values(settings: Any) -> Iterator[Field]:
+    """The fields that are no groups."""
+    return (field for field in walk(settings) if not is_dataclass(field.value))
+
+
+def check_numbers(settings: Any) -> None:
+    """ValueError for a number that its field cannot mean: not finite, too large to count with, or out of its range.
+
+    >>> from olmo_fn.mesh.settings import MeshConfig
+    >>> check_numbers(MeshConfig(tp=-1))
+    Traceback (most recent call last):
+    ValueError: --tp is -1; it must not be negative
+    """
+    for field in values(settings):
+        for item in field.value if isinstance(field.value, tuple) else ():
+            if is_dataclass(item):
+                check_numbers(item)
+        allowed = next((mark for mark in reversed(field.marks) if isinstance(mark, Range)), NOT_NEGATIVE)
+        for number in _numbers(field.value):
+            if isinstance(number, int) and abs(number) > LARGEST:
+                raise ValueError(f"{field.flag} is {number}; more than {LARGEST:,} cannot be counted")
+            if not isfinite(number):
+                raise ValueError(f"{field.flag} is {number}; it must be a finite number")
+            if not allowed.holds(number):
+                raise ValueError(f"{field.flag} is {number}; {allowed.says}")
+
+
+def _walk(settings: Any, prefix: str, path: tuple[str, ...], marks: tuple[Any, ...]) -> Iterator[Field]:
+    cls: Any = type(settings)
+    for name, (shown, own) in _annotations(cls).items():
+        value = getattr(settings, name)
+        flag = f"{prefix or '--'}{name.replace('_', '-')}"
+        yield Field(flag, (*path, name), value, (*marks, *own))
+        if is_dataclass(value):
+            yield from _walk(value, f"{flag}." if shown else prefix, (*path, name), (*marks, *own))
+
+
+@cache
+def _annotations(cls: type) -> dict[str, tuple[bool, tuple[Any, ...]]]:
+    """Of each field its marks, and whether flags inside it have its name, which ``tyro.conf.arg(name="")`` leaves out."""
+    hints = get_type_hints(cls, include_extras=True)
+    marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in fields(cls)}
+    return {name: (all(getattr(mark, "name", None) != "" for mark in own), own) for name, own in marks.items()}
+
+
+def _numbers(x: Any) -> Iterator[int | float]:
+    if isinstance(x, tuple):
+        for item in x:
+            yield from _numbers(item)
+    elif isinstance(x, (int, float)) and not isinstance(x, bool):
+        yield x

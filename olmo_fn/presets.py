@@ -1,0 +1,47 @@
+"""The presets: one whole run a name. ``olmo-fn train NAME --optim.lr 6e-3`` changes any field of one.
+
+Learning rates, batches and lengths are those of the OLMo 2 and OLMo 3 reports where they name them (1b, 7b, 13b, 32b), and
+in between for the sizes that OLMo-core has for experiments. Imports no torch, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from olmo_fn.models.config import OLMO2, OLMO3, Model, dense
+from olmo_fn.train.config import Config, Recipe, Run
+from olmo_fn.train.optimizers import AdamW
+from olmo_fn.train.schedules import Cosine, Linear
+
+TINY = Config(
+    model=dense(d_model=192, n_layers=4, n_heads=3, hidden_size=512, vocab_size=4096, init_method="llama"),
+    optim=AdamW(lr=3e-2),
+    schedule=Linear(warmup=30, final=0.02),
+    recipe=Recipe(batch_size=4, sequence_length=256),
+    run=Run(steps=1000, checkpoint_every=250, log_every=50),
+)
+"""Learns Python from the standard library's sources in a few minutes on two cores."""
+
+LEARNING_RATES = {"760m": 4e-4, "1b": 4e-4, "1b-18l": 4e-4, "3b": 4e-4, "7b": 3e-4, "13b": 9e-4, "32b": 6e-4}
+"""Of the larger sizes; the smaller ones have 1e-3."""
+
+
+def pretraining(models: Mapping[str, Model], family: str, sequence_length: int) -> dict[str, Config]:
+    """A pretraining run for each size of a family, whose models are named ``<family>-<size>``."""
+    return {
+        name: Config(
+            model=model,
+            optim=AdamW(lr=LEARNING_RATES.get(name.removeprefix(f"{family}-"), 1e-3)),
+            schedule=Cosine(),
+            recipe=Recipe(batch_size=1024 if model.d_model >= 4096 else 512, sequence_length=sequence_length),
+            run=Run(steps=100_000, checkpoint_every=1000, keep_last=3, keep_every=10_000),
+        )
+        for name, model in models.items()
+    }
+
+
+CONFIGS: dict[str, Config] = {
+    "olmo2-tiny": TINY,
+    **pretraining(OLMO2, "olmo2", 4096),
+    **pretraining(OLMO3, "olmo3", 8192),
+}

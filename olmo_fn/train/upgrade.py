@@ -1,0 +1,52 @@
+"""Config files of version 0.1, which had one flat record for all optimizers and one for all schedules. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from olmo_fn.fields import walk
+from olmo_fn.models.config import OLMO2
+from olmo_fn.train.optimizers import OPTIMIZERS
+from olmo_fn.train.schedules import SCHEDULES
+
+OF_ALL_OPTIMIZERS = {"betas", "momentum", "nesterov", "rank", "adamw_lr"}  # each run of version 0.1 wrote all of them
+
+
+def upgrade(value: Any) -> Any:
+    """What a config.yaml of version 0.1 holds, as of this version; anything else as it is.
+
+    >>> old = {"optim": {"name": "lion", "lr": 1e-4, **dict.fromkeys(OF_ALL_OPTIMIZERS)}, "recipe": {"z_loss": 0.0}}
+    >>> new = upgrade({**old, "schedule": {"name": "cosine", "final": 0.1, "exponent": -0.51}, "model": {}})
+    >>> new["optim"], new["schedule"], new["loss"]
+    ({'name': 'lion', 'lr': 0.0001}, {'name': 'cosine', 'final': 0.1}, {'z_loss': 0.0})
+    """
+    try:
+        if not value["optim"].keys() >= OF_ALL_OPTIMIZERS:
+            return value
+        recipe = dict(value["recipe"])
+        loss = {"z_loss": recipe.pop("z_loss")}
+        optim, schedule = _of_one(value["optim"], OPTIMIZERS), _of_one(value["schedule"], SCHEDULES)
+    except (TypeError, KeyError, AttributeError):  # not what a run wrote; it is refused by the name of the field
+        return value
+    model = _nested(value["model"], OLMO2["olmo2-1m"])
+    return {**value, "model": model, "optim": optim, "recipe": recipe, "schedule": schedule, "loss": loss}
+
+
+def _of_one(record: dict[str, Any], classes: tuple[Any, ...]) -> dict[str, Any]:
+    """The fields of the class that the record names, but those without a value."""
+    cls = next((cls for cls in classes if cls.name == record["name"]), None)
+    names = {field.name for field in fields(cls)} if cls else record.keys()
+    return {key: value for key, value in record.items() if key in names and value is not None}
+
+
+def _nested(record: dict[str, Any], settings: Any) -> dict[str, Any]:
+    """The fields of a flat record, each in the group in which ``settings`` have it."""
+    groups = {field.path[-1]: field.path[:-1] for field in walk(settings)}
+    nested: dict[str, Any] = {}
+    for name, value in record.items():
+        group = nested
+        for part in groups.get(name, ()):
+            group = group.setdefault(part, {})
+        group[name] = value
+    return nested
