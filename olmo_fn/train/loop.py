@@ -123,7 +123,7 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
     All processes have the same events, but for the time of a `Saved`; a `Stop` of any of them ends all after the same step.
     """
     run, context = session.cfg.run, session.process
-    _ = session.source  # what cannot be read is refused before anything is written
+    _ = session.step, session.source  # what cannot be is refused before anything is written
     check_folder(session.cfg)
     state, checkpoint, new_slots = session.resume()
     notes = prepare_folder(session)

@@ -36,7 +36,7 @@ Weights: TypeAlias = Literal["params", "ema", "merge"]
 
 
 def open_run(run: Session | Config | str | Path, process: ProcessContext | None = None) -> Session:
-    """Open a run by its config or its folder. Nothing but the config is read yet; ValueError if no step can be made of it.
+    """Open a run by its config or its folder. Nothing but the config is read yet.
 
     ``process``: this process among those that train; a process alone, on the run's own device, when not given.
     """
@@ -45,7 +45,7 @@ def open_run(run: Session | Config | str | Path, process: ProcessContext | None 
     cfg, folder = (run, Path(run.run.folder)) if isinstance(run, Config) else (read_config(Path(run)), Path(run))
     process = process or ProcessContext(machine.pick_device(cfg.run.device))
     dtype = machine.compute_dtype(cfg.recipe.dtype, process.device)
-    return Session(cfg, folder, process, dtype, parameters(cfg), recipe(cfg, dtype, process.connection))
+    return Session(cfg, folder, process, dtype, parameters(cfg))
 
 
 class Loaded(NamedTuple):
@@ -65,7 +65,11 @@ class Session:
     process: ProcessContext
     dtype: torch.dtype
     specs: Tree = field(repr=False)
-    step: Step = field(repr=False)
+
+    @cached_property
+    def step(self) -> Step:
+        """The training step, which a reader of weights does not need; ValueError for a recipe that cannot be."""
+        return recipe(self.cfg, self.dtype, self.process.connection)
 
     @cached_property
     def source(self) -> Source:

@@ -191,7 +191,9 @@ def at_the_parameters(session, state, batch):
     """Rows whose gradient is taken where the model is evaluated."""
     step = type("AtParams", (Step,), {"point": lambda self, state: state.params})
     step = step(**{f.name: getattr(session.step, f.name) for f in fields(Step)})
-    return SEQUENCES(replace(session, step=step), state, batch)
+    session = replace(session)
+    vars(session)["step"] = step
+    return SEQUENCES(session, state, batch)
 
 
 def of_the_base_model(session, state, batch):
