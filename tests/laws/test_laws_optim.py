@@ -195,10 +195,11 @@ def mean_of_means(n):
 
     def apply(inner):
         def of(params, batch, execution):
-            parts = [{k: v.chunk(n)[i] for k, v in batch.items()} for i in range(n)]
+            rows = {k: v for k, v in batch.items() if k != "loss_tokens"}
+            parts = [{k: v.chunk(n)[i] for k, v in rows.items()} for i in range(n)]
             grads, reports = zip(*(inner(params, part, execution) for part in parts), strict=True)
             mean = lambda *x: sum(x) / n  # noqa: E731
-            return tree.map(mean, *grads), tree.map(mean, *reports)
+            return Gradients(tree.map(mean, *grads), tree.map(mean, *reports))
 
         return Grads(of)
 
