@@ -30,6 +30,9 @@ C = TypeVar("C")
 Choices: TypeAlias = Mapping[type, Mapping[str, type]]
 """For each base class, its subclasses by name, the default first. A field that holds one of them may hold any of them."""
 
+USED = "olmo_fn_use:"
+"""What the name of a module begins with that is a user's file; then comes its absolute path."""
+
 
 def named(*classes: Any) -> dict[str, type]:
     """Classes of settings by the default of their field ``name``."""
@@ -66,7 +69,7 @@ def load(name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             raise ValueError(f"--use {name}: {error}; give a file that ends in .py, or a module that Python finds") from None
     (path,) = locate([name])
-    key = f"olmo_fn_use:{path}"
+    key = f"{USED}{path}"
     if key not in sys.modules:
         spec = spec_from_file_location(key, path)
         assert spec is not None
@@ -78,6 +81,11 @@ def load(name: str) -> ModuleType:
             del sys.modules[key]
             raise
     return sys.modules[key]
+
+
+def used_files() -> list[str]:
+    """The files that `load` has run in this process."""
+    return [key.removeprefix(USED) for key in sys.modules if key.startswith(USED)]
 
 
 def locate(use: Sequence[str], folder: Path | None = None) -> tuple[str, ...]:

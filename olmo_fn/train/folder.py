@@ -52,10 +52,10 @@ def check_folder(cfg: Config) -> None:
 
 
 def write_config(cfg: Config, folder: Path) -> None:
-    """Make the folder and write its ``config.yaml``, whole or not at all."""
+    """Make the folder and write its ``config.yaml``, whole or not at all, the user's files by their absolute paths."""
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / "config.yaml.new"
-    beside.write_text(to_yaml(cfg))
+    beside.write_text(to_yaml(replace(cfg, use=locate(cfg.use))))
     os.replace(beside, folder / "config.yaml")
 
 
