@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
-from olmo_fn.fields import walk
+from olmo_fn.fields import values, walk
 
 C = TypeVar("C")
 Choices: TypeAlias = Mapping[type, Mapping[str, type]]
@@ -124,7 +124,18 @@ def choose(config: C, arguments: Sequence[str], choices: Choices) -> tuple[C, li
             hint = f", did you mean {close[0]}?" if close else ";"
             raise ValueError(f"{flag} {name!r} is unknown{hint} There are {', '.join(known)}")
         config = put(config, path, _as(known[name], get(config, path)))
+    _check_flags(config)
     return config, rest
+
+
+def _check_flags(config: Any) -> None:
+    """ValueError for a flag of two fields: groups whose flags lack the group's name share one space of names."""
+    seen: dict[str, tuple[str, ...]] = {}
+    for field in values(config):
+        first = seen.setdefault(field.flag, field.path)
+        if first != field.path:
+            classes = " and of ".join(type(get(config, path[:-1])).__name__ for path in (first, field.path))
+            raise ValueError(f"{field.flag} is a field of {classes}; give it another name in one of them")
 
 
 def choosable(config: Any, choices: Choices) -> dict[str, tuple[str, ...]]:

@@ -71,7 +71,7 @@ def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
     >>> list(differences(a, replace(a, run=Run(steps=5, log_every=3))))
     [('--run.steps', 1000, 5)]
     """
-    after = {field.flag: field.value for field in values(new)}
+    after = {field.path: field.value for field in values(new)}
     for field in values(old):
-        if field.visible and after.get(field.flag, field.value) != field.value:
-            yield field.flag, field.value, after[field.flag]
+        if field.visible and after.get(field.path, field.value) != field.value:
+            yield field.flag, field.value, after[field.path]
