@@ -88,7 +88,7 @@ def walk(settings: Any) -> Iterator[Field]:
     >>> next(walk(MeshConfig(tp=2, pp=3)))[:3]
     ('--pp', ('pp',), 3)
     """
-    return _walk(settings, "", "", (), ())
+    return _walk(settings, "--", "--", (), ())
 
 
 def values(settings: Any) -> Iterator[Field]:
@@ -119,14 +119,15 @@ def check_numbers(settings: Any) -> None:
 
 
 def _walk(settings: Any, prefix: str, group: str, path: tuple[str, ...], marks: tuple[Any, ...]) -> Iterator[Field]:
-    """``prefix`` is what flags inside begin with; ``group`` the flag of the group itself, by which its class is chosen."""
+    """Flags begin with ``prefix``; that of the name of a class that was chosen with ``group``, as it is chosen by that."""
     cls: Any = type(settings)
     for name, (shown, own) in _annotations(cls).items():
         value = getattr(settings, name)
-        flag = f"{group}.name" if name == "name" and group else f"{prefix or '--'}{name.replace('_', '-')}"
+        flag = f"{group if name == 'name' else prefix}{name.replace('_', '-')}"
         yield Field(flag, (*path, name), value, (*marks, *own))
         if is_dataclass(value):
-            yield from _walk(value, f"{flag}." if shown else prefix, flag, (*path, name), (*marks, *own))
+            inside = f"{flag}."
+            yield from _walk(value, inside if shown else prefix, inside, (*path, name), (*marks, *own))
 
 
 @cache
