@@ -31,7 +31,7 @@ Choices: TypeAlias = Mapping[type, Mapping[str, type]]
 """For each base class, its subclasses by name, the default first. A field that holds one of them may hold any of them."""
 
 USED = "olmo_fn_use:"
-"""What the name of a module begins with that is a user's file; then comes its absolute path."""
+"""What the name of a module begins with that is a user's file."""
 
 
 def named(*classes: Any) -> dict[str, type]:
@@ -69,7 +69,7 @@ def load(name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             raise ValueError(f"--use {name}: {error}; give a file that ends in .py, or a module that Python finds") from None
     (path,) = locate([name])
-    key = f"{USED}{path}"
+    key = USED + path.replace(".", "//")  # pickle would import what stands before a dot, and no path has two slashes in a row
     if key not in sys.modules:
         spec = spec_from_file_location(key, path)
         assert spec is not None
@@ -85,7 +85,7 @@ def load(name: str) -> ModuleType:
 
 def used_files() -> list[str]:
     """The files that `load` has run in this process."""
-    return [key.removeprefix(USED) for key in sys.modules if key.startswith(USED)]
+    return [str(module.__file__) for key, module in sys.modules.items() if key.startswith(USED)]
 
 
 def locate(use: Sequence[str], folder: Path | None = None) -> tuple[str, ...]:
