@@ -28,6 +28,7 @@ from olmo_fn.generate.decode import empty_cache, extend
 from olmo_fn.kernels.attention_tiles import attend
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
+from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Attention, Block, Model, SwiGLU, dense
 from olmo_fn.models.count import flops_per_sequence, num_params
@@ -43,7 +44,7 @@ from olmo_fn.train.loop import train
 from olmo_fn.train.observers import read_metrics
 from olmo_fn.train.recipe import parameters, recipe
 from olmo_fn.train.schedules import Cosine
-from olmo_fn.train.session import load_parameters
+from olmo_fn.train.session import as_tree, load_parameters, open_run
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 CODE = {code.split("\n", 1)[0].removeprefix("# "): code for code in re.findall(r"```python\n(.*?)```", PAGE, re.S)}
@@ -61,7 +62,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     for name, code in CODE.items():
         (folder / name).write_text(code)
-    np.random.default_rng(0).integers(1, 64, 20_000, dtype=np.uint8).tofile(folder / "tokens.npy")
+    often = 1 / np.arange(1, 64)  # there is something to learn: some tokens are more frequent than others
+    np.random.default_rng(0).choice(64, 20_000, p=[0, *often / often.sum()]).astype(np.uint8).tofile(folder / "tokens.npy")
     before = {*sys.modules}
     sys.path.insert(0, str(folder))
     yield folder
@@ -203,9 +205,9 @@ def test_a_mixer_resumes_bitwise(folder, capsys):
         return parse(*words(folder, "moving_average.py", where, "--model.channels", "24")[1:])
 
     def state(where):
-        cfg, folder = config(where), Path(config(where).run.folder)
-        like = recipe(cfg).init(init(parameters(cfg), 0))
-        return tree.flatten(load(step_path(folder / "checkpoints", 6), {"params": like.params, "slots": like.slots})[0])
+        session = open_run(config(where))
+        like = as_tree(session.first_state())
+        return tree.flatten(load(step_path(session.folder / "checkpoints", 6), like)[0])
 
     assert train(config("whole")).step == 6
     stopped = train(config("halves"), [Three()])
@@ -310,7 +312,7 @@ def test_context_parallelism_is_refused_by_the_mixers_name(folder, part, pool):
     with pytest.raises(RankFailed, match=named):
         equivalent(script.config, [Layout(Mesh(cp=2))], pool)
     with pytest.raises(ValueError, match=named):
-        check(PlanInput(script.config, Mesh(cp=2)))
+        profile_of(check(PlanInput(replace(script.config, mesh=MeshConfig(cp=2)), Mesh(cp=2))))
 
 
 def test_ranks_know_the_files_that_a_command_line_uses(folder, pool):
