@@ -1,6 +1,5 @@
 """The choice of a class by its name, on the command line and in a config.yaml; and a user's own file that adds some."""
 
-import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
