@@ -202,8 +202,8 @@ def load_parameters(
     """The parameters of a run's model, as they are stored; the run, opened; and the checkpoint that they are from.
 
     ``run`` is the run's folder, of which the newest whole checkpoint is taken or that of ``step``, or one of its checkpoints.
-    ``weights``: the parameters, their moving average, or the mean of the last steps; adapters are merged into them. ``say`` gets
-    a line for each broken checkpoint that is passed over. ValueError for what is not there.
+    ``weights``: the parameters, their moving average, or the mean of the last steps; adapters are merged into them. ``say``
+    gets a line for each broken checkpoint that is passed over. ValueError for what is not there.
     """
     folder, checkpoint = find_run(Path(run), step)
     session = open_run(folder, ProcessContext(torch.device(device)))
