@@ -15,7 +15,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["olmo_fn.train.loop"])
 
 
-def python(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def python(*words: object, timeout: float = 240, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """``python words``: a script of the project, or ``-m`` and a module. What it said, and its exit code.
 
     It is the same code from ``__main__`` on, in a process of its own, with its own arguments and streams.
@@ -23,7 +23,7 @@ def python(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[
     command = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("out", "err")]
-        process = context.Process(target=_run, args=(command, *map(str, streams)))
+        process = context.Process(target=_run, args=(command, *map(str, streams), cwd))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -33,8 +33,8 @@ def python(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[
         return subprocess.CompletedProcess(command, process.exitcode, *(stream.read_text() for stream in streams))
 
 
-def _run(command: list[str], out: str, err: str) -> None:
-    os.chdir(ROOT)
+def _run(command: list[str], out: str, err: str, cwd: Path) -> None:
+    os.chdir(cwd)
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), stream.fileno())
     sys.path.insert(0, str(ROOT))

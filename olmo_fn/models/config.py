@@ -24,7 +24,7 @@ InPlace = tyro.conf.arg(name="")
 """The fields of a nested value are flags of their own, without its name before them: ``--model.n-heads``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MixerSettings:
     """What a mixer's settings must have: a ``name``, and ``build``. Derive your own from it."""
 
@@ -32,7 +32,7 @@ class MixerSettings:
 
     def build(self, model: Model, layer: int) -> Sublayer:
         """The sublayer of block ``layer``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no build")
 
     def check(self, model: Model) -> None:
         """ValueError, in one line with the fix, if the numbers do not fit together."""
@@ -41,12 +41,12 @@ class MixerSettings:
         """ValueError, with the flags and a way out, if ranks of these degrees cannot share it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeedForwardSettings(MixerSettings):
     """What the settings of a feed-forward network must have: the same as a mixer's."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Attention(MixerSettings):
     """Grouped-query attention with QK-norm over all heads, rotary positions and sliding windows, as in OLMo 2 and 3."""
 
@@ -154,7 +154,7 @@ class Attention(MixerSettings):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SwiGLU(FeedForwardSettings):
     """A gated feed-forward network (Shazeer 2020)."""
 
@@ -176,7 +176,7 @@ class SwiGLU(FeedForwardSettings):
         _positive(self, "hidden_size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """A block: the mixer, then the feed-forward network, each with a norm on its output and a residual around both (OLMo 2)."""
 
@@ -197,7 +197,7 @@ class Block:
         return reordered(mixer, feed_forward, eps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreNorm(Block):
     """A block with the norms on the sublayers' inputs."""
 

@@ -50,9 +50,10 @@ def layers(cfg: Model) -> tuple[Layer, ...]:
     found = []
     for i, block in enumerate(cfg.layers):
         parts = block.parts(cfg, i)
-        sublayers = {sub.name: sub for part in parts for sub in part.sublayers}
-        if len(sublayers) != len({id(sub) for part in parts for sub in part.sublayers}):
-            raise ValueError(f"block {i} has two sublayers of the name {next(iter(sublayers))!r}; give one another name")
+        sublayers: dict[str, Sublayer] = {}
+        for sub in (sub for part in parts for sub in part.sublayers):
+            if sublayers.setdefault(sub.name, sub) is not sub:
+                raise ValueError(f"block {i} has two sublayers of the name {sub.name!r}; give one another name")
         found.append(Layer(parts, tuple(sublayers.values())))
     return tuple(found)
 

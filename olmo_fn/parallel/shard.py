@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from olmo_fn.core.chain import refuse_axes
 from olmo_fn.core.pipe import Transform, with_execution
 from olmo_fn.core.step import Step
 from olmo_fn.mesh.connect import Connection
@@ -21,7 +22,8 @@ def shard(
 
     Every rank calls the step with the same batch, of which it takes its rows, and its own shards of the state; with
     ``rows="own"`` with its own rows alone (``step.execution.layout.sharing.rows`` says which). ``pipeline`` says how the chain
-    is cut where the mesh has an axis ``pp``. ValueError, with the parameter's name, for rules without sense.
+    is cut where the mesh has an axis ``pp``. ValueError for rules without sense, with the
+    parameter's name, and for axes that the loss is not written for.
 
         connection = connect(Mesh(dp_shard=4, tp=2))  # torch.distributed is initialised, with 8 ranks
         step = pipe(transformer.loss(model), grad(), adamw(1e-3), shard(connection, transformer.specs(model)))
@@ -30,6 +32,8 @@ def shard(
 
     def apply(step: Step) -> Step:
         pp, chain = connection.axes.pp.size, step.grads.chain
+        refuse = refuse_axes if chain is None else chain.check
+        refuse(connection.axes, rules.cp_method)
         if pp == 1:
             return with_execution(step, layout=sharded(connection, specs, rules, rows))
         if chain is None or chain.empty is None:

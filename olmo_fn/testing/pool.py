@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from olmo_fn.core.compile import prepare_cache
 from olmo_fn.mesh.connect import Connection, connect
 from olmo_fn.mesh.mesh import Mesh
+from olmo_fn.train.choices import load, used_files
 
 PRELOAD = ["torch", "torch.distributed.tensor"]
 
@@ -46,7 +48,8 @@ class RankFailed(RuntimeError):
 class Pool:
     """Runs functions on real ranks, one CPU thread each. ``processes`` is how many are kept at most.
 
-    Functions and arguments travel by pickle: a function must stand at the top of a module that the ranks can import.
+    Functions and arguments travel by pickle: a function must stand at the top of a module that the ranks can import. They look
+    where the caller does, in its ``sys.path`` and among the files that it has used (`olmo_fn.train.choices.load`).
 
     >>> with Pool() as pool:
     ...     pool.run(where, mesh=Mesh(dp_shard=2))
@@ -73,7 +76,7 @@ class Pool:
         the next call starts new ones.
         """
         mesh = mesh or Mesh(dp_shard=ranks)
-        message = pickle.dumps((mesh, fn, args))
+        message = pickle.dumps((sys.path, used_files(), pickle.dumps((mesh, fn, args))))
         world = self.worlds.pop(mesh.size, None)
         if world is None:
             while self.worlds and sum(self.worlds) + mesh.size > self.processes:
@@ -224,7 +227,10 @@ def _serve(pipe: Pipe, rank: int, size: int, port: int, folder: Path) -> None:
         except EOFError:
             os._exit(0)  # without the clean-up of groups, which may wait for others
         try:
-            mesh, fn, args = pickle.loads(message)
+            sys.path[:], files, call = pickle.loads(message)
+            for file in files:
+                load(file)
+            mesh, fn, args = pickle.loads(call)
             if mesh not in connections:
                 connections[mesh] = connect(mesh)
             kind, answer = "result", pickle.dumps(fn(connections[mesh], *args))

@@ -24,11 +24,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
-from olmo_fn.fields import walk
+from olmo_fn.fields import values, walk
 
 C = TypeVar("C")
 Choices: TypeAlias = Mapping[type, Mapping[str, type]]
 """For each base class, its subclasses by name, the default first. A field that holds one of them may hold any of them."""
+
+USED = "olmo_fn_use:"
+"""What the name of a module begins with that is a user's file."""
 
 
 def named(*classes: Any) -> dict[str, type]:
@@ -66,7 +69,7 @@ def load(name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             raise ValueError(f"--use {name}: {error}; give a file that ends in .py, or a module that Python finds") from None
     (path,) = locate([name])
-    key = f"olmo_fn_use:{path}"
+    key = USED + path.replace(".", "//")  # pickle would import what stands before a dot, and no path has two slashes in a row
     if key not in sys.modules:
         spec = spec_from_file_location(key, path)
         assert spec is not None
@@ -78,6 +81,11 @@ def load(name: str) -> ModuleType:
             del sys.modules[key]
             raise
     return sys.modules[key]
+
+
+def used_files() -> list[str]:
+    """The files that `load` has run in this process."""
+    return [str(module.__file__) for key, module in sys.modules.items() if key.startswith(USED)]
 
 
 def locate(use: Sequence[str], folder: Path | None = None) -> tuple[str, ...]:
@@ -116,7 +124,18 @@ def choose(config: C, arguments: Sequence[str], choices: Choices) -> tuple[C, li
             hint = f", did you mean {close[0]}?" if close else ";"
             raise ValueError(f"{flag} {name!r} is unknown{hint} There are {', '.join(known)}")
         config = put(config, path, _as(known[name], get(config, path)))
+    _check_flags(config)
     return config, rest
+
+
+def _check_flags(config: Any) -> None:
+    """ValueError for a flag of two fields: groups whose flags lack the group's name share one space of names."""
+    seen: dict[str, tuple[str, ...]] = {}
+    for field in values(config):
+        first = seen.setdefault(field.flag, field.path)
+        if first != field.path:
+            classes = " and of ".join(type(get(config, path[:-1])).__name__ for path in (first, field.path))
+            raise ValueError(f"{field.flag} is a field of {classes}; give it another name in one of them")
 
 
 def choosable(config: Any, choices: Choices) -> dict[str, tuple[str, ...]]:

@@ -52,10 +52,10 @@ def check_folder(cfg: Config) -> None:
 
 
 def write_config(cfg: Config, folder: Path) -> None:
-    """Make the folder and write its ``config.yaml``, whole or not at all."""
+    """Make the folder and write its ``config.yaml``, whole or not at all, the user's files by their absolute paths."""
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / "config.yaml.new"
-    beside.write_text(to_yaml(cfg))
+    beside.write_text(to_yaml(replace(cfg, use=locate(cfg.use))))
     os.replace(beside, folder / "config.yaml")
 
 
@@ -71,7 +71,7 @@ def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
     >>> list(differences(a, replace(a, run=Run(steps=5, log_every=3))))
     [('--run.steps', 1000, 5)]
     """
-    after = {field.flag: field.value for field in values(new)}
+    after = {field.path: field.value for field in values(new)}
     for field in values(old):
-        if field.visible and after.get(field.flag, field.value) != field.value:
-            yield field.flag, field.value, after[field.flag]
+        if field.visible and after.get(field.path, field.value) != field.value:
+            yield field.flag, field.value, after[field.path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -188,6 +189,28 @@ class Session:
         values = tree.flatten(state)
         places = weight_places(weights, paths, values, holder)
         return self.merged(tree.unflatten((path, values[place]) for path, place in places.items()))
+
+
+def load_parameters(
+    run: str | Path,
+    *,
+    step: int | None = None,
+    weights: Weights = "params",
+    device: torch.device | str = "cpu",
+    say: Callable[[str], Any] = lambda line: print(line, file=sys.stderr),
+) -> tuple[Session, Tree, Path]:
+    """The parameters of a run's model, as they are stored; the run, opened; and the checkpoint that they are from.
+
+    ``run`` is the run's folder, of which the newest whole checkpoint is taken or that of ``step``, or one of its checkpoints.
+    ``weights``: the parameters, their moving average, or the mean of the last steps; adapters are merged into them. ``say``
+    gets a line for each broken checkpoint that is passed over. ValueError for what is not there.
+    """
+    folder, checkpoint = find_run(Path(run), step)
+    session = open_run(folder, ProcessContext(torch.device(device)))
+    found = session.read_model(checkpoint or folder, weights, on_skip=say)
+    if found is None:
+        raise ValueError(f"{run} holds no whole checkpoint; one is written every --run.checkpoint-every steps")
+    return session, *found
 
 
 def find_run(where: Path, step: int | None = None) -> tuple[Path, Path | None]:

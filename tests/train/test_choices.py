@@ -1,6 +1,5 @@
 """The choice of a class by its name, on the command line and in a config.yaml; and a user's own file that adds some."""
 
-import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -325,24 +324,6 @@ def test_a_settings_tree_is_a_recipe():
         assert slots <= state.slots.keys()
         assert torch.equal(tree.at(state.params, "embed"), params["embed"])
     assert recipe(replace(cfg, schedule=Cosine(warmup=1)))
-
-
-def test_the_example_of_the_docs_trains(tmp_path):
-    text = (Path(__file__).parents[2] / "docs" / "own_parts.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    (tmp_path / "my_parts.py").write_text(code)
-    cfg = parse("--use", tmp_path / "my_parts.py", "olmo2-nano", "--optim.momentum", "0.5", "--recipe.no-compile")
-    cfg = replace(cfg, model=replace(OLMO2["olmo2-1m"], vocab_size=64, n_layers=1))
-    step = recipe(cfg)
-    state = step.init(init(parameters(cfg), 0))
-    ids = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
-    losses = [step(state, batch)[1]["loss"].item()]
-    for _ in range(40):
-        state, report = step(state, batch)
-        losses.append(report["loss"].item())
-    assert losses[-1] < losses[0] - 0.1
-    assert "signum_m" in state.slots
 
 
 # --- choices in choices -----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class InstancesSettings:
 
     def build(self, files: Any, masks: Any, sequence_length: int, vocab_size: int, eos_id: int | None) -> Instances:
         """The instances of token ``files``; ``masks``: none, or a label mask for each file."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no build")
 
 
 class Instances(Protocol):

@@ -44,7 +44,7 @@ class ObserverSettings:
 
     def build(self, run: RunInfo) -> Observer:
         """The observer of a run."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no build")
 
 
 @dataclass(frozen=True)
