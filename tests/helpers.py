@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
 
-from olmo_fn.core.chain import Aux, Backend, Batch, Chain, Stage
+import torch
+
+from olmo_fn.core.chain import IGNORE, Aux, Backend, Batch, Chain, Stage
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,28 @@ def one_stage(loss, *names):
 
     stage = Stage("all", tuple((name, name) for name in names), fn)
     return Chain(lambda batch, backend: BatchContext(backend, batch), (stage,))
+
+
+def batch_of(vocab_size: int, rows: int = 4, length: int = 8, seed: int = 0, masked: Sequence[float] = (0.0,)) -> Batch:
+    """Random tokens and the next ones as labels; row i has about ``masked[i % len(masked)]`` of its labels masked, not all."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, (rows, length + 1), generator=generator)
+    parts = torch.tensor([masked[i % len(masked)] for i in range(rows)])[:, None]
+    hidden = torch.rand(rows, length, generator=generator) < parts
+    hidden[:, -1] = False
+    return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].masked_fill(hidden, IGNORE)}
+
+
+class Broken:
+    """A pool in whose ranks something is another function."""
+
+    def __init__(self, pool, target: str, mutant) -> None:
+        self.pool, self.mutant = pool, (target, mutant)
+
+    def run(self, fn, *args, mesh):
+        return self.pool.run(run_broken, self.mutant, fn, args, mesh=mesh)
+
+
+def run_broken(connection, mutant, fn, args):
+    with patch(*mutant):
+        return fn(connection, *args)
