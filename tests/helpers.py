@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch
 
+from olmo_fn import tree
 from olmo_fn.core.chain import IGNORE, Aux, Backend, Batch, Chain, Stage
 
 
@@ -38,6 +39,18 @@ def batch_of(vocab_size: int, rows: int = 4, length: int = 8, seed: int = 0, mas
     hidden = torch.rand(rows, length, generator=generator) < parts
     hidden[:, -1] = False
     return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].masked_fill(hidden, IGNORE)}
+
+
+def same_bits(a, b) -> bool:
+    """Whether two tensors, or trees of tensors, have the same paths, shapes, dtypes and bits."""
+    a, b = (tree.flatten({"": x} if isinstance(x, torch.Tensor) else dict(x)) for x in (a, b))
+    return a.keys() == b.keys() and all(_same(a[path], b[path]) for path in a)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    alike = (a.dtype, a.shape) == (b.dtype, b.shape)
+    a, b = (x.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8) for x in (a, b))
+    return alike and torch.equal(a, b)
 
 
 class Broken:
