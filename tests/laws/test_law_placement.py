@@ -255,7 +255,7 @@ def test_every_parameter_is_covered_by_the_right_number_of_copies(specs: dict[st
     for path, place in placed.items():
         sharding = [name for axis, _ in place.dims for name in members(axis)]
         assert len(sharding) == len(set(sharding)), "no axis shards two dims"
-        assert {*place.used} <= {axis for axis, _ in place.dims} | {a for a in place.used if mesh.degree(a) == 1}
+        assert {*place.used} <= {axis for axis, _ in place.dims}
         at_rest = Counter(cell for where in stage for cell in cells(place, mesh, where, ()))
         every = [*product(*map(range, place.shape))]
         assert at_rest == Counter(dict.fromkeys(every, place.copies(mesh)))
@@ -264,7 +264,7 @@ def test_every_parameter_is_covered_by_the_right_number_of_copies(specs: dict[st
             dict.fromkeys(every, place.copies(mesh) * prod(mesh.degree(axis) for axis in place.gathered))
         )
         summed = {*place.summed} | {name for axis in place.gathered for name in members(axis)}
-        used = {name for axis in place.used if axis in dict(place.dims) for name in members(axis)}
+        used = {name for axis in place.used for name in members(axis)}
         assert summed | (used & {*TOKENS}) == {*TOKENS}, "summed over all ranks with other tokens that use the same"
         assert not summed & used
         assert not {*place.summed} & {*sharding}
@@ -312,6 +312,16 @@ def test_rules_that_make_no_sense_are_refused(rules: Rules, message: str) -> Non
     with pytest.raises(ValueError, match=r".") as error:
         placements({"w": Spec((4, 6), ("embed", "mlp"), Init("zeros"))}, rules, Mesh(dp_shard=2))
     assert str(error.value) == message
+
+
+def test_rules_must_shard_what_the_stages_share_over_tp() -> None:
+    """A feed-forward network that every rank computes whole would be counted by each."""
+    tables = ({"embed": "fsdp", **TENSOR}, dict(TENSOR))
+    rules = Rules(*({name: axis for name, axis in table.items() if name != "mlp"} for table in tables))
+    specs = {"w": Spec((4, 6), ("embed", "mlp"), Init("zeros"))}
+    with pytest.raises(ValueError, match=r"--mesh.tp is 2, but the rules do not use 'mlp' over 'tp'"):
+        placements(specs, rules, Mesh(tp=2))
+    placements(specs, rules, Mesh(dp_shard=2))
 
 
 def test_a_mesh_of_ranks_refuses_them_too(pool: Pool) -> None:

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from optimizers import NORMAL, OPTIMIZERS, exact, flat_pairs, same_bits, shapes, wrap_with
+from helpers import same_bits
+from optimizers import NORMAL, OPTIMIZERS, exact, flat_pairs, shapes, wrap_with
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 

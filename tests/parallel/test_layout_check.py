@@ -10,14 +10,13 @@ import torch
 from hypothesis import given, settings
 from strategies import cases
 
+from olmo_fn.core.gradients import Execution
+from olmo_fn.core.layout import Layout, Sharing
+from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.mesh.axis import Axes, Axis
-from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.mesh.placement import DEFAULT, Rules, plan
-from olmo_fn.models import transformer
+from olmo_fn.mesh.placement import DEFAULT, Rules
 from olmo_fn.models.config import dense, modified
-from olmo_fn.parallel.sharded import Sharded
-from olmo_fn.spec import Init, Spec
 from olmo_fn.train.check_mesh import check_layout
 
 MODEL = dense(12, 2, 4, 7, vocab_size=13, n_kv_heads=2, head_dim=4)
@@ -112,20 +111,10 @@ def test_it_imports_no_torch() -> None:
 # --- what would be silently wrong -------------------------------------------------------------------------------------
 
 
-def test_rules_must_shard_what_the_stages_share_over_tp() -> None:
-    """A feed-forward network that every rank computes whole would be counted by each."""
-    rules = Rules(
-        {"embed": "fsdp", "heads": "tp", "kv_heads": "tp", "vocab": "tp"}, {"heads": "tp", "kv_heads": "tp", "vocab": "tp"}
-    )
-    message = r"--mesh.tp is 2, but the rules do not use 'mlp' over 'tp'"
-    with pytest.raises(ValueError, match=message):
-        plan(transformer.specs(MODEL), rules, Mesh(tp=2))
-    plan(transformer.specs(MODEL), rules, Mesh(dp_shard=2))
-
-
 @pytest.mark.parametrize("axis", ["tp", "cp"])
 def test_a_plain_loss_is_for_data_parallelism_only(axis: str) -> None:
     axes = Axes(**{axis: Axis(axis, 2, 0, "group")})
-    layout = Sharded(Connection(Mesh(**{axis: 2}), 0, axes, None), {"w": Spec((4,), ("embed",), Init("ones"))})
+    layout = Layout(sharing=Sharing(axes))
+    gradients = pipe(lambda params, batch: (torch.zeros(()), {}), grad("func"))
     with pytest.raises(ValueError, match=rf"--mesh.{axis} is 2, but the loss is not written for it; .* Chain"):
-        layout.chain(lambda params, batch: (torch.zeros(()), {}))
+        gradients({"w": torch.zeros(4)}, {"labels": torch.tensor([1])}, Execution(layout=layout))
