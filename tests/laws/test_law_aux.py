@@ -31,7 +31,6 @@ from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.sharded import RankSharing
 from olmo_fn.spec import Init, Spec, init
 from olmo_fn.testing import Layout, Pool, assert_equivalent
-from olmo_fn.testing.equivalence import record
 
 E, SURE = 3, -0.3  # experts, and from which logarithm on a gate is sure of its expert
 METRICS = {

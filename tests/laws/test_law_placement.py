@@ -19,8 +19,8 @@ import tyro
 from helpers import Broken, batch_of, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed import FileStore
 from strategies import meshes
+from torch.distributed import FileStore
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import Ranks, load, save
@@ -260,9 +260,7 @@ def test_every_parameter_is_covered_by_the_right_number_of_copies(specs: dict[st
         every = [*product(*map(range, place.shape))]
         assert at_rest == Counter(dict.fromkeys(every, place.copies(mesh)))
         in_use = Counter(cell for where in stage for cell in cells(place, mesh, where, place.gathered))
-        assert in_use == Counter(
-            dict.fromkeys(every, place.copies(mesh) * prod(mesh.degree(axis) for axis in place.gathered))
-        )
+        assert in_use == Counter(dict.fromkeys(every, place.copies(mesh) * prod(mesh.degree(axis) for axis in place.gathered)))
         summed = {*place.summed} | {name for axis in place.gathered for name in members(axis)}
         used = {name for axis in place.used for name in members(axis)}
         assert summed | (used & {*TOKENS}) == {*TOKENS}, "summed over all ranks with other tokens that use the same"

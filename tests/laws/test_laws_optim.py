@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import same_bits
 from optimizers import (
     MATRIX,
     NORMAL,
@@ -15,7 +16,6 @@ from optimizers import (
     flat_pairs,
     gradients,
     metrics,
-    same_bits,
     shapes,
     step_of,
     wrap_with,
