@@ -1,4 +1,4 @@
-"""Arrows go down only: which folder of the package may import which, read from the sources, imports inside functions included."""
+"""Arrows go down only: which folder of the package may import which, read from the sources (imports in functions too)."""
 
 from __future__ import annotations
 

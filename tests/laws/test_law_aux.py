@@ -298,5 +298,5 @@ def test_two_meanings_of_a_name_are_refused() -> None:
     chain = transformer.loss(WHOLE)
     other = {"balance": Metric("max")}
     clash = chain.changed(lambda stage: stage._replace(metrics=other) if stage.block == 1 and stage.metrics else stage)
-    with pytest.raises(ValueError, match="the metric 'balance' is .*mean.* in one stage and .*max.* in 'feed_forward'"):
+    with pytest.raises(ValueError, match=r"the metric 'balance' is .*mean.* in one stage and .*max.* in 'feed_forward'"):
         _ = clash.metrics

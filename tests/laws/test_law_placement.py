@@ -248,11 +248,13 @@ def test_every_parameter_is_covered_by_the_right_number_of_copies(specs: dict[st
     try:
         placed = placements(specs, rules, mesh)
     except ValueError as error:
-        assert str(error).split(":")[0] in specs, "refused by the parameter's name"
+        refused = str(error).split(":")[0]
+        if refused not in specs:
+            raise
         return
     assert placed.keys() == specs.keys()
     stage = [mesh.coordinates(rank) for rank in range(mesh.size) if mesh.coordinates(rank)["pp"] == 0]
-    for path, place in placed.items():
+    for place in placed.values():
         sharding = [name for axis, _ in place.dims for name in members(axis)]
         assert len(sharding) == len(set(sharding)), "no axis shards two dims"
         assert {*place.used} <= {axis for axis, _ in place.dims}
@@ -297,7 +299,8 @@ def spot(mesh: Mesh, where: dict[str, int], axis: str) -> tuple[int, int]:
         ),
         (
             Rules({"embed": "fsdp", "mlp": "dp_shard"}, {}),
-            "w: both 'embed' and 'mlp' are stored over 'fsdp', which shares ranks with 'dp_shard'; give one of them another axis",
+            "w: both 'embed' and 'mlp' are stored over 'fsdp', which shares ranks with 'dp_shard'; give one of them another "
+            "axis",
         ),
         (
             Rules({"embed": "cp", "mlp": "dp_shard"}, {}),
@@ -327,5 +330,5 @@ def test_a_mesh_of_ranks_refuses_them_too(pool: Pool) -> None:
 
 
 def refuses(connection):
-    with pytest.raises(ValueError, match="^w: both"):
+    with pytest.raises(ValueError, match=r"^w: both"):
         sharded(connection, {"w": Spec((4, 6), ("embed", "mlp"), Init("zeros"))}, Rules({"embed": "fsdp", "mlp": "fsdp"}, {}))
