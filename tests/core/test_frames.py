@@ -16,7 +16,7 @@ from olmo_fn.models.config import dense
 from olmo_fn.optim import adamw, warmup_cosine
 from olmo_fn.spec import init
 
-MOST = 10
+MOST = 17
 PACKAGE = Path(olmo_fn.__file__).parent
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
 
@@ -33,7 +33,8 @@ class FirstProduct(TorchDispatchMode):
             frame = sys._getframe()
             while frame is not None:
                 code = frame.f_code
-                if Path(code.co_filename).is_relative_to(PACKAGE):
+                comprehension = code.co_name in ("<genexpr>", "<listcomp>")  # part of its function, as from Python 3.12 on
+                if Path(code.co_filename).is_relative_to(PACKAGE) and not comprehension:
                     place = f"{Path(code.co_filename).relative_to(PACKAGE)}:{frame.f_lineno}"
                     self.frames.insert(0, f"{place} {code.co_qualname}")
                 frame = frame.f_back

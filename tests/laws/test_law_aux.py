@@ -19,7 +19,7 @@ from olmo_fn.core.chain import IGNORE, Aux, Metric
 from olmo_fn.core.gradients import EAGER
 from olmo_fn.core.pipe import accumulate, clip, grad, pipe
 from olmo_fn.core.step import Step
-from olmo_fn.core.tape import _record, loss_sums
+from olmo_fn.core.tape import loss_sums, vjp_segment
 from olmo_fn.mesh.collectives import all_gather, enter, pmax, psum
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
@@ -246,10 +246,9 @@ def maxima_from_0(self, like):
 
 
 def reports_twice(segment, weights, x, ctx, execution, cotangent, sums, late=False):
-    out, pullback = _record(segment, weights, x, ctx, execution, cotangent, sums, late)
-    if not segment.again:
-        return out, pullback
-    return out, lambda d_out: _record(segment, weights, x, ctx, execution, cotangent, sums, late)[1](d_out)
+    run = partial(vjp_segment, segment._replace(again=False), weights, x, ctx, execution, cotangent, sums, late)
+    out, pullback = run()
+    return out, (lambda d_out: run()[1](d_out)) if segment.again else pullback
 
 
 @pytest.mark.parametrize(
