@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
+from hypothesis import settings
 
 from olmo_fn import tree
 from olmo_fn.core.chain import IGNORE, Aux, Backend, Batch, Chain, Stage
+
+
+def examples(n: int, **more) -> settings:
+    """As many examples; many times as many in the profile ``nightly`` (see conftest.py)."""
+    return settings(max_examples=n * (20 if settings.get_current_profile_name() == "nightly" else 1), **more)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sharding import assert_bitwise
@@ -59,7 +60,7 @@ state_trees = st.recursive(tensors(), lambda children: st.dictionaries(keys, chi
 
 
 @given(tree=state_trees, file_bytes=st.sampled_from([1, 100, 1 << 30]))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_any_tree_comes_back_bitwise(tree: Tree, file_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = save(tree, folder, step=3, meta={"tokens": 7, "nested": {"a": [1, None]}}, file_bytes=file_bytes)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from sharding import Layout, assert_bitwise, layouts, load_in, place, together, wholes
 from torch.distributed import HashStore
@@ -77,7 +78,7 @@ def law_7(whole: Tree, a: Layout, b: Layout) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 def test_any_layout_loads_any_other(data: st.DataObject) -> None:
     whole = data.draw(wholes())
     law_7(whole, data.draw(layouts(whole)), data.draw(layouts(whole)))
@@ -133,7 +134,7 @@ def test_mutants_of_law_7_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 def test_local_box_is_the_box_that_torch_says(data: st.DataObject) -> None:
     whole = data.draw(wholes())
     layout = data.draw(layouts(whole))
@@ -148,7 +149,7 @@ def test_local_box_is_the_box_that_torch_says(data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 def test_every_box_has_one_writer_among_its_holders(data: st.DataObject) -> None:
     whole = data.draw(wholes())
     layout = data.draw(layouts(whole))
@@ -185,7 +186,7 @@ spans_2d = st.tuples(st.tuples(*[st.integers(0, 4)] * 3), st.tuples(*[st.integer
 
 
 @given(box=spans_2d, want=spans_2d, most=st.integers(1, 40), sparse=st.integers(1, 40))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@examples(200)
 def test_bands_are_the_part_and_their_bytes_lie_where_they_are_said_to(box: Box, want: Box, most: int, sparse: int) -> None:
     whole = np.arange(math.prod(box.shape)).reshape(box.shape)
     part = overlap(box, want)
@@ -205,7 +206,7 @@ def test_bands_are_the_part_and_their_bytes_lie_where_they_are_said_to(box: Box,
 
 
 @given(data=st.data(), shape=st.tuples(st.integers(1, 4), st.integers(1, 4)))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@examples(200)
 def test_tiles_is_counting(data: st.DataObject, shape: tuple[int, int]) -> None:
     count = np.zeros(shape, dtype=int)
     boxes = []

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn import average, tree
@@ -164,7 +165,7 @@ def law_13(run: Trained, folder: Path):
 
 
 @given(st.data())
-@settings(max_examples=8, deadline=None, derandomize=True)
+@examples(8)
 def test_whatever_reads_a_run_sees_the_same(tmp_path_factory, data, draw):
     folder = tmp_path_factory.mktemp("law")
     law_13(trained(draw.draw(configs(data)), folder / "run"), folder)

@@ -6,12 +6,12 @@
 import itertools
 import tempfile
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, boxes, models, part_of
 
@@ -36,7 +36,6 @@ from olmo_fn.spec import Init, Spec, init, init_leaf
 DOUBLE = torch.float64
 SMALL = dense(8, 2, 2, 12, vocab_size=17, n_kv_heads=1, window_pattern=(3, -1), init_std=0.3)
 ALIKE = modified(SMALL, window_pattern=())  # one kind of block: less to compile
-examples = partial(settings, deadline=None, max_examples=15, derandomize=True)
 
 
 def params_of(cfg, seed=0, dtype=DOUBLE):
@@ -101,7 +100,7 @@ def test_law_3_init():
         law_init(one_generator)
 
 
-@examples(max_examples=50)
+@examples(50)
 @given(st.lists(st.integers(1, 13), min_size=1, max_size=3), st.integers(0, 2**40), st.data())
 def test_law_3_parts(shape, seed, data):
     """A rank makes its own part without the rest, bit for bit."""
@@ -137,7 +136,7 @@ def mean_of_means(n):
     return Transform("mean_of_means", Grads, Grads, apply)
 
 
-@examples()
+@examples(15)
 @given(st.data(), models(), st.sampled_from([2, 4]))
 def test_law_4_accumulate(data, cfg, n):
     """With uneven loss masks, documents, tied weights."""
@@ -163,13 +162,13 @@ def law_invisible(loss, cfg, batch, **options):
     assert bitwise(metrics, more)
 
 
-@examples()
+@examples(15)
 @given(st.data(), models(), st.sampled_from(["full", "every-2"]))
 def test_law_5_remat(data, cfg, remat):
     law_invisible(transformer.loss(cfg, z_loss=1e-2), cfg, data.draw(batches(cfg.vocab_size)), remat=remat)
 
 
-@examples()
+@examples(15)
 @given(st.data(), models())
 def test_law_5_remat_of_halves(data, cfg):
     """Stages of another size add the residual's cotangents in another order: equal up to rounding."""
@@ -299,7 +298,7 @@ def test_law_6_catches(name):
 # --- 9: the engines agree; custom backwards survive -------------------------------------------------------------------
 
 
-@examples()
+@examples(15)
 @given(st.data(), models())
 def test_law_9_engines(data, cfg):
     """torch.func through the whole loss, and the sweep with the head's own pullback."""
@@ -405,7 +404,7 @@ def test_law_10_order(transforms, message):
         pipe(transformer.loss(SMALL), *transforms)
 
 
-@examples()
+@examples(15)
 @given(st.floats(1e-3, 10.0), st.integers(0, 100))
 def test_law_10_clip_idempotent(max_norm, seed):
     loss, params, batch = transformer.loss(SMALL), params_of(SMALL), batch_of(SMALL, seed=seed)
@@ -546,14 +545,12 @@ def law_order(order, batch_size, num_instances, seed):
     assert [resumed[step] for step in steps] == forward
 
 
-@settings(deadline=None)
 @given(sizes)
 def test_law_8_bijection_and_resume(case):
     batch_size, num_instances, seed = case
     law_order(indices, batch_size, num_instances + batch_size, seed)
 
 
-@settings(deadline=None)
 @given(st.sampled_from([0, 19, 20, 39, 40, 60]), st.integers(1, 8))
 def test_law_8_data_parallel(data, step, world):
     """The ranks of any world read together the same batch, each its own rows and no instance that it has no row of."""
@@ -577,7 +574,6 @@ def test_law_8_data_parallel(data, step, world):
         assert numbers == list(dict.fromkeys(instances[row * len(instances) // rows] for row in range(*pair)))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(0, 30), st.integers(1, 4))
 def test_law_8_read_ahead_and_resume_point(data, batch_size, start, depth):
     """Batches do not depend on how far they are read ahead, nor on the step that reading starts at."""

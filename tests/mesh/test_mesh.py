@@ -8,7 +8,8 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import meshes
 from torch.distributed.tensor import DTensor, Shard
@@ -18,7 +19,7 @@ from olmo_fn.mesh.collectives import all_gather
 from olmo_fn.mesh.mesh import AXES, Mesh, members, solve
 from olmo_fn.mesh.settings import MeshConfig
 
-few = settings(derandomize=True, deadline=None, max_examples=40)
+few = examples(40)
 
 
 @few

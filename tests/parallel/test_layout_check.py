@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from strategies import cases
 
 from olmo_fn.core.gradients import Execution
@@ -88,7 +89,7 @@ def test_a_vocabulary_that_leaves_a_rank_without_rows() -> None:
         check_layout(model, Mesh(tp=8), DEFAULT, 8, 16)
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@examples(200)
 @given(cases(8))
 def test_what_it_advises_is_right(case) -> None:
     """A drawn case passes; one more row, or a token too many, is refused or was no constraint; the advice then passes."""
