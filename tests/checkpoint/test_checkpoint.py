@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import examples
+from helpers import examples, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sharding import assert_bitwise
 from torch import Tensor
 
 from olmo_fn import tree as trees
@@ -30,7 +29,7 @@ def assert_same(a: Tree, b: Tree) -> None:
         if isinstance(x, dict):
             assert_same(x, b[name])
         else:
-            assert_bitwise(x, b[name])
+            assert same_bits(x, b[name])
 
 
 @st.composite

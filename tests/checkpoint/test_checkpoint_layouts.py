@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import examples
+from helpers import examples, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from sharding import Layout, assert_bitwise, layouts, load_in, place, together, wholes
+from sharding import Layout, layouts, load_in, place, together, wholes
 from torch.distributed import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -72,7 +72,7 @@ def law_7(whole: Tree, a: Layout, b: Layout) -> None:
         back, _ = load(path)
         assert trees.flatten(back).keys() == trees.flatten(whole).keys()
         for name, leaf in trees.items(whole):
-            assert_bitwise(trees.at(back, name), leaf)
+            assert same_bits(trees.at(back, name), leaf)
         assert verify(path) == []
         assert sorted(file.name for file in path.iterdir()) == sorted([*read_index(path).files, "index.json"])
 
@@ -265,7 +265,7 @@ def test_the_ranks_agree_on_the_checkpoint_to_go_on_from(tmp_path: Path) -> None
         like = ROWS.state(WHOLE, ranks.rank, meta=True)
         found = load_newest(tmp_path, lambda path: load(path, like)[0], ranks=ranks, on_skip=skipped.append)
         assert found is not None
-        assert_bitwise(found[1]["w"].to_local(), ROWS.state(WHOLE, ranks.rank)["w"].to_local())
+        assert same_bits(found[1]["w"].to_local(), ROWS.state(WHOLE, ranks.rank)["w"].to_local())
         return found[0].name, len(skipped), "does not match its checksum" in skipped[0]
 
     assert together(4, resume) == [("step1", 1, True)] * 4

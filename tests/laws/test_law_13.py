@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import examples
+from helpers import examples, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -139,11 +139,11 @@ def law_model(run: Trained, folder: Path):
         expected = tree.unflatten((path, slot.get(path, p)) for path, p in tree.items(saved["params"]))
         if run.cfg.lora.rank:
             expected = merge_lora(expected, run.cfg.lora.alpha)
-        assert same(load_model(run.folder, weights=weights)[0].params, expected)
+        assert same_bits(load_model(run.folder, weights=weights)[0].params, expected)
         out = folder / weights
         lora = "merge" if run.cfg.lora.rank else "keep"
         average.soup(average.Soup((run.folder,), out, weights=weights, lora=lora))
-        assert same(load_model(out)[0].params, expected)
+        assert same_bits(load_model(out)[0].params, expected)
         assert session.evaluate(session.newest(run.folder).state, weights) == evaluated(run, expected)
 
 
@@ -151,11 +151,6 @@ def evaluated(run: Trained, params):
     """The loss of an ordinary model's parameters on the held-out tokens, as the session of a run without adapters finds it."""
     plain = open_run(replace(run.cfg, lora=Lora()))
     return plain.evaluate(plain.step.init(params))
-
-
-def same(a, b) -> bool:
-    a, b = tree.flatten(a), tree.flatten(b)
-    return a.keys() == b.keys() and all(torch.equal(value, b[path]) for path, value in a.items())
 
 
 def law_13(run: Trained, folder: Path):

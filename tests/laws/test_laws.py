@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from helpers import examples
+from helpers import examples, mean_of_means, params_of, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, boxes, models, part_of
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, save
-from olmo_fn.core.chain import IGNORE, NOTHING, Aux, Backend, Chain, Stage
+from olmo_fn.core.chain import NOTHING, Aux, Backend, Chain, Stage
 from olmo_fn.core.compile import compile
 from olmo_fn.core.gradients import Gradients, Grads, Signals
 from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes, with_execution
@@ -38,10 +38,6 @@ SMALL = dense(8, 2, 2, 12, vocab_size=17, n_kv_heads=1, window_pattern=(3, -1), 
 ALIKE = modified(SMALL, window_pattern=())  # one kind of block: less to compile
 
 
-def params_of(cfg, seed=0, dtype=DOUBLE):
-    return init(transformer.specs(cfg), seed, dtype)
-
-
 def batch_of(cfg, rows=4, length=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(cfg.vocab_size, (rows, length + 1), generator=generator)
@@ -55,13 +51,6 @@ def distance(a, b):
         float((x.double() - b[path].double()).abs().max() / x.double().abs().max().clamp(min=1e-30))
         for path, x in tree.items(a)
         if x.numel()
-    )
-
-
-def bitwise(a, b):
-    a, b = tree.flatten(a), tree.flatten(b)
-    return a.keys() == b.keys() and all(
-        a[p].dtype == b[p].dtype and torch.equal(a[p].view(-1).view(torch.uint8), b[p].view(-1).view(torch.uint8)) for p in a
     )
 
 
@@ -84,7 +73,7 @@ def law_init(initialise):
     shapes = {"a": Spec((6, 5), ("x", "y"), Init("normal", 1.0)), "b": Spec((4,), ("x",), Init("trunc_normal", 2.0))}
     whole = initialise(shapes, 3)
     for part in ({"b": shapes["b"], "a": shapes["a"]}, {"b": shapes["b"]}):
-        assert bitwise(initialise(part, 3), {name: whole[name] for name in part})
+        assert same_bits(initialise(part, 3), {name: whole[name] for name in part})
     assert not torch.equal(initialise(shapes, 4)["a"], whole["a"])
 
 
@@ -120,22 +109,6 @@ def law_accumulate(split, cfg, batch):
     assert distance(metrics, more) < 1e-11
 
 
-def mean_of_means(n):
-    """A mutant: every part divides by its own tokens."""
-
-    def apply(inner):
-        def gradients(params, batch, execution):
-            parts = [{k: v.chunk(n)[i] for k, v in batch.items() if v.ndim} for i in range(n)]
-            own = [{**part, "loss_tokens": (part["labels"] != IGNORE).sum()} for part in parts]
-            grads, metrics, _ = zip(*(inner.fn(params, part, execution).finished() for part in own), strict=True)
-            mean = lambda *x: sum(x) / n  # noqa: E731
-            return Gradients(tree.map(mean, *grads), tree.map(mean, *metrics))
-
-        return Grads(gradients)
-
-    return Transform("mean_of_means", Grads, Grads, apply)
-
-
 @examples(15)
 @given(st.data(), models(), st.sampled_from([2, 4]))
 def test_law_4_accumulate(data, cfg, n):
@@ -158,8 +131,8 @@ def law_invisible(loss, cfg, batch, **options):
     params = params_of(cfg)
     expected, metrics = pipe(loss, grad(dtype=DOUBLE))(params, batch)
     found, more = pipe(loss, grad(dtype=DOUBLE, **options))(params, batch)
-    assert bitwise(expected, found)
-    assert bitwise(metrics, more)
+    assert same_bits(expected, found)
+    assert same_bits(metrics, more)
 
 
 @examples(15)
@@ -197,7 +170,7 @@ def law_donate(transform, optimizer):
     parts = (grad(dtype=DOUBLE), clip(1.0), optimizer, skip_spikes(), ema(0.9))
     kept = train(pipe(loss, *parts), params_of(SMALL), 4)
     given_away = train(pipe(loss, *parts, transform), params_of(SMALL), 4)
-    assert bitwise(as_tree(kept), as_tree(given_away))
+    assert same_bits(as_tree(kept), as_tree(given_away))
 
 
 def test_law_5_donate():
@@ -261,7 +234,7 @@ def law_resume(recipe, store):
     whole = train(recipe(), params_of(SMALL, dtype=torch.float32), 7)
     first = train(recipe(), params_of(SMALL, dtype=torch.float32), 3)
     second = train(recipe(), None, 7, state=store(first))
-    assert bitwise(as_tree(whole), as_tree(second))
+    assert same_bits(as_tree(whole), as_tree(second))
 
 
 def recipe():
@@ -425,7 +398,7 @@ def law_on_the_way(change):
     assert 0 < float(raw.signals.scale) < 1
     expected, _ = step.update(step.init(params), raw.finished())
     found, _ = replace(step, grads=Grads(change(step.grads.fn)))(step.init(params), batch)
-    assert bitwise(as_tree(expected), as_tree(found))
+    assert same_bits(as_tree(expected), as_tree(found))
 
 
 def forgotten_factor(fn):
@@ -482,13 +455,13 @@ def law_skip(skip, losses):
     calm = run(losses)[1]
     watched = run(losses, skip)[1]
     watched.slots.pop("skip_spikes", None)
-    assert bitwise(as_tree(calm), as_tree(watched))
+    assert same_bits(as_tree(calm), as_tree(watched))
     for spike in (1e3, float("nan"), float("inf")):
         before, after, metrics = run([*losses, spike], skip)
         assert float(metrics["skipped"]) == 1
         for part in (before, after):
             part.slots.pop("skip_spikes", None)
-        assert bitwise({"p": before.params, "s": before.slots}, {"p": after.params, "s": after.slots})
+        assert same_bits({"p": before.params, "s": before.slots}, {"p": after.params, "s": after.slots})
         assert int(after.step) == int(before.step) + 1
         again = run([*losses, spike, losses[-1]], skip)[2]
         assert float(again["skipped"]) == 0
