@@ -4,11 +4,21 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from programs import ROOT, python
 
+from olmo_fn.presets import CONFIGS
+from olmo_fn.train.loop import Result
+from olmo_fn.train.report import next_commands
+from olmo_fn.train.session import open_run
+
 README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"`((?:python|olmo-fn) [^`]+)`", README)))
+SMALL = """--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.hidden-size 32 --schedule.name range-test
+--schedule.lowest 1e-5 --recipe.no-compile --recipe.sequence-length 16 --recipe.dtype float32 --run.threads 1 --run.steps 4
+--run.checkpoint-every 1 --run.eval-tokens 100"""
 
 
 def test_the_recipe_runs():
@@ -18,19 +28,41 @@ def test_the_recipe_runs():
     assert re.fullmatch(r"step 3, loss 5\.\d\n", found.stdout)
 
 
-# a run's config.yaml needs a run; tests/test_train.py has one
-COMMANDS = [command for command in re.findall(r"`((?:python|olmo-fn) [^`]+)`", README) if "config.yaml" not in command]
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a small run on the documents of this project, a range test."""
+    tokens, folder = tmp_path_factory.mktemp("readme") / "tokens", tmp_path_factory.mktemp("readme") / "run"
+    done = python("-m", "olmo_fn", "tokenize", ROOT / "docs", "--output", tokens, "--tokenizer", "byte")
+    assert done.returncode == 0, done.stderr
+    data = ("--data.paths", tokens / "part-*.npy", "--data.tokenizer", tokens / "tokenizer.json", "--run.folder", folder)
+    done = python("train.py", "olmo2-tiny", *shlex.split(SMALL), *data)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
-def test_commands_exist(command, tmp_path):
-    """Dry or with --help, so that the test is quick; the rest of each is run by the tests of its module."""
-    words = shlex.split(command)
-    if words[0] == "olmo-fn":
-        words = ["python", "-m", "olmo_fn", words[1], "--help"]
-    if "olmo2-1b" in words and "--help" not in words:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command, run, tmp_path):
+    """Training is a dry run, and benchmarks only say what they can do; all else does its work, on a run of 4 steps."""
+    inputs = {
+        "runs/olmo2-tiny/config.yaml": run / "config.yaml",
+        "runs/olmo2-tiny": run,
+        "runs/range": run,
+        "DIR": ROOT / "docs",
+    }
+    outputs = {name: tmp_path / name.replace("/", "-") for name in ("tokens", "runs/mean", "lr.png")}
+    fewer = {"184": 3, "1024": 4}  # the step that is replayed, accelerators
+    words = [str({**inputs, **outputs, **fewer}.get(word, word)) for word in shlex.split(command)]
+    if words[1] == "train.py" and not {"--help", "--dry-run"} & {*words}:
         words += ["--dry-run"]
-    elif "--help" not in words and "--dry-run" not in words:
-        words = [*words[:3], "--help"] if words[1] in ("-m", "train.py") else [*words[:2], "--help"]
-    found = python(*words[1:])
+    elif words[1].startswith("benchmarks/"):
+        words += ["--help"]
+    found = python(*(words[1:] if words[0] == "python" else ["-m", "olmo_fn", *words[1:]]))
     assert found.returncode == 0, found.stderr
+    assert found.stdout
+    assert all(path.exists() for path in outputs.values() if str(path) in words)
+
+
+def test_what_to_type_next_is_what_a_run_says():
+    cfg = CONFIGS["olmo2-tiny"]
+    session = open_run(replace(cfg, run=replace(cfg.run, folder="runs/olmo2-tiny")))
+    assert next_commands(Result(session, 1000, None, 0, "")) in README
