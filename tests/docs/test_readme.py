@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,10 +30,20 @@ def test_the_recipe_runs():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of a small run on the documents of this project, a range test."""
-    tokens, folder = tmp_path_factory.mktemp("readme") / "tokens", tmp_path_factory.mktemp("readme") / "run"
-    done = python("-m", "olmo_fn", "tokenize", ROOT / "docs", "--output", tokens, "--tokenizer", "byte")
+def texts(tmp_path_factory):
+    """A folder with the documents of this project."""
+    folder = tmp_path_factory.mktemp("texts")
+    for path in (ROOT / "docs").glob("*.md"):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(texts, tmp_path_factory):
+    """The folder of a small run on them, a range test."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    tokens = folder.parent / "tokens"
+    done = python("-m", "olmo_fn", "tokenize", texts, "--output", tokens, "--tokenizer", "byte")
     assert done.returncode == 0, done.stderr
     data = ("--data.paths", tokens / "part-*.npy", "--data.tokenizer", tokens / "tokenizer.json", "--run.folder", folder)
     done = python("train.py", "olmo2-tiny", *shlex.split(SMALL), *data)
@@ -41,14 +52,9 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, run, tmp_path):
+def test_commands_run(command, texts, run, tmp_path):
     """Training is a dry run, and benchmarks only say what they can do; all else does its work, on a run of 4 steps."""
-    inputs = {
-        "runs/olmo2-tiny/config.yaml": run / "config.yaml",
-        "runs/olmo2-tiny": run,
-        "runs/range": run,
-        "DIR": ROOT / "docs",
-    }
+    inputs = {"runs/olmo2-tiny/config.yaml": run / "config.yaml", "runs/olmo2-tiny": run, "runs/range": run, "DIR": texts}
     outputs = {name: tmp_path / name.replace("/", "-") for name in ("tokens", "runs/mean", "lr.png")}
     fewer = {"184": 3, "1024": 4}  # the step that is replayed, accelerators
     words = [str({**inputs, **outputs, **fewer}.get(word, word)) for word in shlex.split(command)]
