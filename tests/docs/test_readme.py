@@ -19,7 +19,7 @@ from olmo_fn.train.session import open_run
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`((?:python|olmo-fn) [^`]+)`", README)))
 SMALL = """--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.hidden-size 32 --schedule.name range-test
---schedule.lowest 1e-5 --recipe.no-compile --recipe.sequence-length 16 --recipe.dtype float32 --run.threads 1 --run.steps 4
+--schedule.lowest 1e-5 --recipe.no-compile --recipe.sequence-length 16 --recipe.dtype float32 --run.threads 1 --run.steps 6
 --run.checkpoint-every 1 --run.eval-tokens 100"""
 
 
@@ -55,7 +55,7 @@ def run(texts, tmp_path_factory):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_run(command, texts, run, tmp_path):
-    """Training is a dry run, and benchmarks only say what they can do; all else does its work, on a run of 4 steps."""
+    """Training is a dry run, and benchmarks only say what they can do; all else does its work, on a run of 6 steps."""
     inputs = {"runs/olmo2-tiny/config.yaml": run / "config.yaml", "runs/olmo2-tiny": run, "runs/range": run, "DIR": texts}
     outputs = {name: tmp_path / name.replace("/", "-") for name in ("tokens", "runs/mean", "lr.png")}
     fewer = {"184": 3, "1024": 64}  # the step that is replayed, accelerators
