@@ -88,7 +88,7 @@ def walk(settings: Any) -> Iterator[Field]:
     >>> next(walk(MeshConfig(tp=2, pp=3)))[:3]
     ('--pp', ('pp',), 3)
     """
-    return _walk(settings, "", (), ())
+    return _walk(settings, "--", "--", (), ())
 
 
 def values(settings: Any) -> Iterator[Field]:
@@ -118,14 +118,16 @@ def check_numbers(settings: Any) -> None:
                 raise ValueError(f"{field.flag} is {number}; {allowed.says}")
 
 
-def _walk(settings: Any, prefix: str, path: tuple[str, ...], marks: tuple[Any, ...]) -> Iterator[Field]:
+def _walk(settings: Any, prefix: str, group: str, path: tuple[str, ...], marks: tuple[Any, ...]) -> Iterator[Field]:
+    """Flags begin with ``prefix``; that of the name of a class that was chosen with ``group``, as it is chosen by that."""
     cls: Any = type(settings)
     for name, (shown, own) in _annotations(cls).items():
         value = getattr(settings, name)
-        flag = f"{prefix or '--'}{name.replace('_', '-')}"
+        flag = f"{group if name == 'name' else prefix}{name.replace('_', '-')}"
         yield Field(flag, (*path, name), value, (*marks, *own))
         if is_dataclass(value):
-            yield from _walk(value, f"{flag}." if shown else prefix, (*path, name), (*marks, *own))
+            inside = f"{flag}."
+            yield from _walk(value, inside if shown else prefix, inside, (*path, name), (*marks, *own))
 
 
 @cache

@@ -189,7 +189,7 @@ def draw_schedules(args: Any, schedules: Mapping[str, Any], presets: Mapping[str
 
 def draw_range_test(args: PlotRangeTest) -> str:
     """The command ``plot range-test``: what it found, and the picture's path."""
-    from olmo_fn.train.observers import read_metrics
+    from olmo_fn.train.observers.jsonl import read_metrics
 
     found = range_test(read_metrics(args.run / "metrics.jsonl"), args.smooth)
     output = args.output or args.run / "range-test.png"

@@ -65,7 +65,11 @@ NOTHING = Aux()
 
 def bind(fn: Function, *constants: Any) -> Function:
     """``fn`` with its first arguments given: how `Backend.fuse` makes a function of tensors, here without compiling it."""
-    return lambda *tensors: fn(*constants, *tensors)
+
+    def bound(*tensors: Tensor) -> Any:
+        return fn(*constants, *tensors)
+
+    return bound
 
 
 @dataclass(frozen=True)

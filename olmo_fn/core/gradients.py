@@ -77,8 +77,8 @@ class Gradients(NamedTuple):
     """What a gradient function gives: a tree in the dtype of the computation, which may lack ``signals.scale``; and metrics."""
 
     tree: Tree
-    signals: Signals
     metrics: Metrics
+    signals: Signals = Signals()
 
     def finished(self, execution: Execution = EAGER) -> Gradients:
         """The same gradients in at least fp32, with nothing lacking. Consumes them, unless ``execution.differentiable``."""
@@ -86,7 +86,7 @@ class Gradients(NamedTuple):
         if scale is not None:
             scaled = torch.mul if execution.differentiable else Tensor.mul_
             grads = tree.map(lambda g: scaled(g, scale), grads)
-        return Gradients(grads, self.signals._replace(scale=None), self.metrics)
+        return Gradients(grads, self.metrics, self.signals._replace(scale=None))
 
 
 GradFunction: TypeAlias = Callable[[Tree, Batch, Execution], Gradients]
@@ -141,7 +141,7 @@ def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
 
 def in_order(params: Tree, flat: Mapping[str, Tensor], metrics: Metrics) -> Gradients:
     """Gradients by path as a tree, in the order of the parameters."""
-    return Gradients(tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat), Signals(), metrics)
+    return Gradients(tree.unflatten((path, flat[path]) for path, _ in tree.items(params) if path in flat), metrics)
 
 
 def with_wants(execution: Execution, trains: Callable[[str], bool]) -> Execution:

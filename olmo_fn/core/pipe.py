@@ -199,12 +199,13 @@ def accumulate(n: int) -> Transform[Grads, Grads]:
     def apply(inner: Grads) -> Grads:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
             first, *others = split_batch(batch, n)
-            total, _, metrics = inner.fn(params, first, execution).finished(execution)
+            total, metrics, signals = inner.fn(params, first, execution).finished(execution)
             for part in others:
-                grads, _, more = inner.fn(params, part, execution).finished(execution)
+                grads, more, told = inner.fn(params, part, execution).finished(execution)
+                signals = signals if told.skip is None else signals.skipping(told.skip)
                 total = tree.map(torch.add if execution.differentiable else Tensor.add_, total, grads)
                 metrics = add_metrics(metrics, more, inner.declared)
-            return Gradients(total, Signals(), metrics)
+            return Gradients(total, metrics, signals)
 
         return replace(inner, fn=gradients)
 
@@ -239,11 +240,11 @@ def clip(max_norm: float) -> Transform[Grads, Grads]:
 
     def apply(inner: Grads) -> Grads:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
-            grads, signals, metrics = inner.fn(params, batch, execution)
+            grads, metrics, signals = inner.fn(params, batch, execution)
             before = 1.0 if signals.scale is None else signals.scale
             norm = execution.layout.sharing.norm(grads) * before
             scale = (max_norm / norm).clamp(max=1.0) * before
-            return Gradients(grads, signals._replace(scale=scale), {**metrics, "grad_norm": norm})
+            return Gradients(grads, {**metrics, "grad_norm": norm}, signals._replace(scale=scale))
 
         return replace(inner, fn=gradients)
 

@@ -127,7 +127,7 @@ class Step:
             return self._update(state, gradients)
 
     def _update(self, state: State, gradients: Gradients) -> tuple[State, Metrics]:
-        grads, signals, metrics = gradients
+        grads, metrics, signals = gradients
         if "grad_norm" not in metrics:
             metrics = {**metrics, "grad_norm": self.execution.layout.sharing.norm(grads)}
         control, scalars, metrics = self.control(state, signals, metrics)

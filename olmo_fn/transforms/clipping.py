@@ -49,7 +49,7 @@ def clip_groups(max_norms: Mapping[str, float], parameters: Tree) -> Transform[G
 
     def apply(inner: Grads) -> Grads:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
-            grads, signals, metrics = inner.fn(params, batch, execution).finished(execution)
+            grads, metrics, signals = inner.fn(params, batch, execution).finished(execution)
             flat = tree.flatten(grads)
             norms: Metrics = {}
             for group, max_norm in max_norms.items():
@@ -59,7 +59,7 @@ def clip_groups(max_norms: Mapping[str, float], parameters: Tree) -> Transform[G
                     scale = (max_norm / norms[f"grad_norm/{group}"]).clamp(max=1.0)
                     tree.map(lambda g, scale=scale: g.mul_(scale), part)
             whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-            return Gradients(grads, signals, {**metrics, **norms, "grad_norm": whole})
+            return Gradients(grads, {**metrics, **norms, "grad_norm": whole}, signals)
 
         return replace(inner, fn=gradients)
 

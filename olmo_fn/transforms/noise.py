@@ -30,11 +30,11 @@ def accumulate_measured(n: int) -> Transform[Grads, Grads]:
 
     def apply(inner: Grads) -> Grads:
         def part(params: Tree, batch: Batch, execution: Execution) -> Gradients:
-            grads, signals, metrics = inner.fn(params, batch, execution).finished(execution)
+            grads, metrics, signals = inner.fn(params, batch, execution).finished(execution)
             sharing = execution.layout.sharing
             tokens = sharing.count_tokens(batch)
             square = sharing.norm(grads).square() * (loss_tokens(batch) / tokens.clamp(min=1))
-            return Gradients(grads, signals, {**metrics, SMALL: square, PARTS: (tokens > 0).long(), TOKENS: tokens})
+            return Gradients(grads, {**metrics, SMALL: square, PARTS: (tokens > 0).long(), TOKENS: tokens}, signals)
 
         whole = accumulate(n).apply(replace(inner, fn=part))
 

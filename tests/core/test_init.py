@@ -14,7 +14,7 @@ from strategies import boxes, part_of
 from olmo_fn import spec, tree
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
-from olmo_fn.spec import TRUNCATION, Init, Spec, _uniform, init, init_leaf
+from olmo_fn.spec import TRUNCATION, Box, Init, Spec, _uniform, init, init_leaf
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
@@ -31,7 +31,7 @@ def model(case):
         theirs["n_layers"],
         mixer["n_heads"],
         theirs["block"]["feed_forward"]["hidden_size"],
-        theirs["vocab_size"],
+        vocab_size=theirs["vocab_size"],
         n_kv_heads=mixer.get("n_kv_heads"),
         tie_embeddings=theirs["tie_word_embeddings"],
         init_method=theirs["init_method"],
@@ -117,7 +117,7 @@ def test_parts_over_the_border_of_a_block():
     whole = init_leaf(leaf, 0, "embed")
     border = 2**22 // width
     for start, many in ((border - 3, 5), (border, 1), (1, border + 1), (rows - 1, 1)):
-        for box in (((start, 0), (many, width)), ((start, 17), (many, 1000))):
+        for box in (Box((start, 0), (many, width)), Box((start, 17), (many, 1000))):
             assert torch.equal(init_leaf(leaf, 0, "embed", box), part_of(whole, box))
     assert whole.isfinite().all()
     assert whole.abs().max() <= TRUNCATION * 0.02 * (1 + 1e-6)

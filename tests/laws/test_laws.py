@@ -128,9 +128,9 @@ def mean_of_means(n):
         def gradients(params, batch, execution):
             parts = [{k: v.chunk(n)[i] for k, v in batch.items() if v.ndim} for i in range(n)]
             own = [{**part, "loss_tokens": (part["labels"] != IGNORE).sum()} for part in parts]
-            grads, _, metrics = zip(*(inner.fn(params, part, execution).finished() for part in own), strict=True)
+            grads, metrics, _ = zip(*(inner.fn(params, part, execution).finished() for part in own), strict=True)
             mean = lambda *x: sum(x) / n  # noqa: E731
-            return Gradients(tree.map(mean, *grads), Signals(), tree.map(mean, *metrics))
+            return Gradients(tree.map(mean, *grads), tree.map(mean, *metrics))
 
         return Grads(gradients)
 
@@ -442,8 +442,8 @@ def narrow_factor(fn):
     """A mutant: the factor is applied in the dtype of the computation."""
 
     def gradients(*args):
-        grads, signals, metrics = fn(*args)
-        return Gradients(tree.map(lambda g: g * signals.scale.to(g.dtype), grads), Signals(), metrics)
+        grads, metrics, signals = fn(*args)
+        return Gradients(tree.map(lambda g: g * signals.scale.to(g.dtype), grads), metrics)
 
     return gradients
 
@@ -464,7 +464,7 @@ def gradients_of(values):
 
     def gradients(params, batch, execution):
         loss = {"loss": torch.tensor(next(values), dtype=DOUBLE)}
-        return Gradients(tree.map(torch.ones_like, params), Signals(), loss)
+        return Gradients(tree.map(torch.ones_like, params), loss)
 
     return Transform("gradients_of", Grads, Grads, lambda inner: Grads(gradients))
 
@@ -501,10 +501,10 @@ def zeroed_gradient():
 
     def apply(step):
         def gradients(params, batch, execution):
-            grads, signals, metrics = step.grads.fn(params, batch, execution)
+            grads, metrics, signals = step.grads.fn(params, batch, execution)
             if metrics["loss"] < 100:
-                return Gradients(grads, signals, metrics)
-            return Gradients(tree.map(torch.zeros_like, grads), signals, {**metrics, "loss": torch.tensor(1.0)})
+                return Gradients(grads, metrics, signals)
+            return Gradients(tree.map(torch.zeros_like, grads), {**metrics, "loss": torch.tensor(1.0)}, signals)
 
         return replace(step, grads=Grads(gradients))
 

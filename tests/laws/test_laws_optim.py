@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, read_index, save
 from olmo_fn.core.compile import compile
-from olmo_fn.core.gradients import Grads
+from olmo_fn.core.gradients import Gradients, Grads
 from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.core.step import Step
 from olmo_fn.optim import adamw, sgd
@@ -47,7 +47,7 @@ around = pytest.mark.parametrize("more", AROUND.values(), ids=list(AROUND))
 def drive(step, steps=3, state=None, dtype=torch.float32):
     state = step.init(init(SPECS, 0, dtype)) if state is None else state
     for i in range(int(state.step), steps):
-        state, report = step.update(state, gradients(i, dtype), metrics(1.0 + 0.01 * i))
+        state, report = step.update(state, Gradients(gradients(i, dtype), metrics(1.0 + 0.01 * i)))
         assert not report["skipped"]
     return state
 
@@ -195,10 +195,11 @@ def mean_of_means(n):
 
     def apply(inner):
         def of(params, batch, execution):
-            parts = [{k: v.chunk(n)[i] for k, v in batch.items()} for i in range(n)]
+            rows = {k: v for k, v in batch.items() if k != "loss_tokens"}
+            parts = [{k: v.chunk(n)[i] for k, v in rows.items()} for i in range(n)]
             grads, reports = zip(*(inner(params, part, execution) for part in parts), strict=True)
             mean = lambda *x: sum(x) / n  # noqa: E731
-            return tree.map(mean, *grads), tree.map(mean, *reports)
+            return Gradients(tree.map(mean, *grads), tree.map(mean, *reports))
 
         return Grads(of)
 
@@ -217,7 +218,7 @@ def law_skip_is_inert(step):
     kept = tree.map(torch.clone, state._asdict())
     for bad in ({"loss": float("nan")}, {"norm": float("inf")}, {"loss": 1e9}):
         grads = tree.map(lambda g: g * float("nan"), gradients(9))
-        state, report = step.update(state, grads, metrics(**bad))
+        state, report = step.update(state, Gradients(grads, metrics(**bad)))
         assert report["skipped"]
         kept["slots"]["skip_spikes"] = state.slots["skip_spikes"]  # its business
         assert same_bits(state.params, kept["params"])
@@ -277,7 +278,7 @@ def law_elementwise(transform, matrix=(4, 3)):
         leaf = step.leaf("w")
         state = step.init({"w": cut(params["w"])})
         for g in grads:
-            state, _ = step.update(state, {"w": cut(g["w"])}, metrics())
+            state, _ = step.update(state, Gradients({"w": cut(g["w"])}, metrics()))
         return leaf, state.params["w"].reshape(-1)
 
     halves = [run(lambda x, i=i: x.reshape(2, -1, matrix[1])[i].contiguous())[1] for i in range(2)]
@@ -305,7 +306,7 @@ def law_batch(transform):
         if "dion_q" in state.slots:  # which starts at random: the same for both
             state.slots["dion_q"]["w"].copy_(torch.ones_like(state.slots["dion_q"]["w"]).tril())
         for g in grads:
-            state, _ = step.update(state, {"w": of(g)}, metrics())
+            state, _ = step.update(state, Gradients({"w": of(g)}, metrics()))
         return state.params["w"]
 
     whole = run(stacked, lambda g: g)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from olmo_fn import tree
-from olmo_fn.core.gradients import Grads
+from olmo_fn.core.gradients import Gradients, Grads
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.optim import adamw, sgd
@@ -64,7 +64,7 @@ def run(case, *transforms):
     for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
         metrics = {"loss": torch.tensor(float(loss)), "grad_norm": torch.tensor(norm)}
         before = state
-        state, metrics = step.update(state, tensors(case, f"grad.{i}"), metrics)
+        state, metrics = step.update(state, Gradients(tensors(case, f"grad.{i}"), metrics))
         yield i + 1, before, state, metrics
 
 
@@ -187,16 +187,16 @@ def test_a_skipped_step_changes_nothing(seed, name, bad, poison):
     step = make(OPTIMIZERS[name](), skip_spikes(sigma=6, window=8), ema(0.9))
     state = step.init(random(seed))
     for i in range(5):
-        state, report = step.update(state, random(seed + 1 + i), metrics(1 + 0.01 * i, 1 - 0.01 * i))
+        state, report = step.update(state, Gradients(random(seed + 1 + i), metrics(1 + 0.01 * i, 1 - 0.01 * i)))
         assert not report["skipped"]
     bad_grads = random(seed + 9, scale=math.nan if poison else 1.0)
-    after, report = step.update(state, bad_grads, metrics(*bad))
+    after, report = step.update(state, Gradients(bad_grads, metrics(*bad)))
     assert report["skipped"]
     assert after.step == state.step + 1
     assert_equal(after.params, state.params)
     kept = {slot: value for slot, value in after.slots.items() if slot != "skip_spikes"}
     assert_equal(kept, {slot: state.slots[slot] for slot in kept})
-    after, report = step.update(after, random(seed + 10), metrics())
+    after, report = step.update(after, Gradients(random(seed + 10), metrics()))
     assert not report["skipped"]
     assert not torch.equal(after.params["embed"], state.params["embed"])
 
@@ -213,8 +213,8 @@ def test_donate_is_invisible(seed, name, losses):
     a, b = plain.init(random(seed)), donated.init(random(seed))
     memory = {path: p.data_ptr() for path, p in tree.items(b.params)}
     for i, loss in enumerate(losses):
-        a, in_a = plain.update(a, random(seed + i), metrics(loss))
-        b, in_b = donated.update(b, random(seed + i), metrics(loss))
+        a, in_a = plain.update(a, Gradients(random(seed + i), metrics(loss)))
+        b, in_b = donated.update(b, Gradients(random(seed + i), metrics(loss)))
         assert_equal(in_a, in_b)
         assert_equal(a._asdict(), b._asdict())
     assert {path: p.data_ptr() for path, p in tree.items(b.params)} == memory
@@ -233,7 +233,7 @@ def test_without_donate_the_old_state_stays():
     state = step.init(random(0))
     for i in range(3):
         before = tree.map(torch.clone, state._asdict())
-        after, _ = step.update(state, random(i + 1), metrics())
+        after, _ = step.update(state, Gradients(random(i + 1), metrics()))
         assert_equal(state._asdict(), before)
         state = after
 
@@ -246,8 +246,8 @@ def test_ema_formula(seed, decay, steps):
     a, b = plain.init(random(seed)), averaged.init(random(seed))
     expected = tree.map(torch.Tensor.double, random(seed))
     for i in range(steps):
-        a, _ = plain.update(a, random(seed + i), metrics())
-        b, _ = averaged.update(b, random(seed + i), metrics())
+        a, _ = plain.update(a, Gradients(random(seed + i), metrics()))
+        b, _ = averaged.update(b, Gradients(random(seed + i), metrics()))
         assert_equal(a.params, b.params)
         expected = tree.map(lambda e, p: decay * e + (1 - decay) * p.double(), expected, b.params)
         assert_close(tree.map(torch.Tensor.double, b.slots["ema"]), expected, rtol=1e-5, atol=1e-6)
@@ -259,7 +259,7 @@ def test_ema_formula(seed, decay, steps):
 def test_clip(seed, scale, max_norm):
     """The direction stays, the norm is at most the maximum, a second clip changes nothing."""
     grads = random(seed, scale)
-    given = Grads(lambda params, batch, execution: (tree.map(torch.clone, grads), {"loss": torch.ones(())}))
+    given = Grads(lambda params, batch, execution: Gradients(tree.map(torch.clone, grads), {"loss": torch.ones(())}))
     got, report = clip(max_norm)(given)({}, {})
     before = SINGLE.sharing.norm(grads)
     assert report == {"loss": 1, "grad_norm": before}
@@ -276,7 +276,7 @@ def test_no_decay_by_path():
     """With zero gradients only the decay acts: on matrices, not on norms, nor on the embedding."""
     step = make(adamw(0.5, weight_decay=0.1))
     params = random(0)
-    state, _ = step.update(step.init(params), tree.map(torch.zeros_like, params), metrics())
+    state, _ = step.update(step.init(params), Gradients(tree.map(torch.zeros_like, params), metrics()))
     assert_close(state.params["blocks"]["0"]["w"], params["blocks"]["0"]["w"] * 0.95)
     assert_equal(state.params["embed"], params["embed"])
     assert_equal(state.params["blocks"]["0"]["norm"], params["blocks"]["0"]["norm"])
@@ -305,8 +305,8 @@ def test_dtypes_stay(name, more):
     state = step.init(tree.map(torch.Tensor.bfloat16, random(0)))
     dtypes = tree.map(lambda x: x.dtype, state._asdict())
     wide = exact.init(tree.map(torch.Tensor.float, state.params))
-    state, _ = step.update(state, random(1), metrics())
-    wide, _ = exact.update(wide, random(1), metrics())
+    state, _ = step.update(state, Gradients(random(1), metrics()))
+    wide, _ = exact.update(wide, Gradients(random(1), metrics()))
     assert tree.map(lambda x: x.dtype, state._asdict()) == dtypes
     assert_equal(state.params, tree.map(torch.Tensor.bfloat16, wide.params))
 
@@ -317,7 +317,7 @@ def test_parameters_of_any_layout(more):
     step = make(adamw(1e-2), *more)
     w = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     a, b = ({"w": x} for x in (w.T, w.T.contiguous()))
-    a, b = (step.update(step.init(p), {"w": torch.ones(4, 3)}, metrics())[0] for p in (a, b))
+    a, b = (step.update(step.init(p), Gradients({"w": torch.ones(4, 3)}, metrics()))[0] for p in (a, b))
     assert_equal(a._asdict(), b._asdict())
 
 
@@ -329,8 +329,8 @@ def test_skip_spikes_without_a_spike_is_the_identity():
     plain, guarded = make(adamw(1e-2)), make(adamw(1e-2), skip_spikes(sigma=6, window=8))
     a, b = plain.init(random(0)), guarded.init(random(0))
     for i in range(20):
-        a, _ = plain.update(a, random(i), metrics(10.0 * 0.5**i, 1.0))
-        b, report = guarded.update(b, random(i), metrics(10.0 * 0.5**i, 1.0))
+        a, _ = plain.update(a, Gradients(random(i), metrics(10.0 * 0.5**i, 1.0)))
+        b, report = guarded.update(b, Gradients(random(i), metrics(10.0 * 0.5**i, 1.0)))
         assert not report["skipped"]
         assert_equal(a.params, b.params)
 
@@ -341,8 +341,8 @@ def test_skip_spikes_waits_for_half_a_window():
     for steps, skipped in ((2, False), (3, True)):
         state = step.init(random(0))
         for i in range(steps):
-            state, _ = step.update(state, random(i), metrics(1.0 + 0.01 * i))
-        assert step.update(state, random(9), metrics(100.0))[1]["skipped"] == skipped
+            state, _ = step.update(state, Gradients(random(i), metrics(1.0 + 0.01 * i)))
+        assert step.update(state, Gradients(random(9), metrics(100.0)))[1]["skipped"] == skipped
 
 
 @QUICK
@@ -362,7 +362,7 @@ def test_skip_spikes_rule(values, sigma, window, of):
         if judged:
             border, room = past.mean() + sigma * past.std(), 1e-3 * sigma * past.std() + 1e-12
             for near, skipped in ((border - room, 0), (border + room, 1)):
-                report = step.update(state, random(i), {**metrics(), of: near})[1]
+                report = step.update(state, Gradients(random(i), {**metrics(), of: near}))[1]
                 assert report["skipped"] == skipped
-        state, report = step.update(state, random(i), {**metrics(), of: torch.tensor(value, dtype=torch.float64)})
+        state, report = step.update(state, Gradients(random(i), {**metrics(), of: torch.tensor(value, dtype=torch.float64)}))
         assert judged or not report["skipped"]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from olmo_fn import tree
+from olmo_fn.core.gradients import Gradients
 from olmo_fn.core.pipe import grad, pipe, skip_spikes
 from olmo_fn.optim import adafactor, dion, lion, normuon, partition, sgd, soap
 from olmo_fn.optim.adamw import adam, adamw
@@ -51,7 +52,7 @@ def run(case, optimizer, *more, turned=("w", "t"), scale=1.0):
         of = lambda name: torch.tensor(float((CASES[case][name] or [1.0] * (i + 1))[i]))  # noqa: B023, E731
         before = state
         grads = tree.map(lambda g: g * scale, tensors(case, f"grad.{i}", turned))
-        state, metrics = step.update(state, grads, {"loss": of("loss"), "grad_norm": of("grad_norm")})
+        state, metrics = step.update(state, Gradients(grads, {"loss": of("loss"), "grad_norm": of("grad_norm")}))
         yield i + 1, before, state, metrics
 
 
@@ -137,7 +138,9 @@ def test_dion(case):
     state = state._replace(step=torch.tensor(1), slots=slots)
     for i in range(1, CASES[case]["steps"]):
         before = state
-        state, _ = step.update(state, tensors(case, f"grad.{i}"), {"loss": torch.ones(()), "grad_norm": torch.ones(())})
+        state, _ = step.update(
+            state, Gradients(tensors(case, f"grad.{i}"), {"loss": torch.ones(()), "grad_norm": torch.ones(())})
+        )
         check_updates(case, before.params, state.params, i + 1, ("w", "t", "v", "e"), 1e-3)
         for name in ("w", "t"):
             theirs = TENSORS[f"{case}/state.{i + 1}.{name}.Q"]
@@ -156,7 +159,7 @@ def drive(transform, shapes, steps=6, dtype=torch.float64):
     state = step.init(random())
     history, grads = [state.params], [random() for _ in range(steps)]
     for g in grads:
-        state, _ = step.update(state, dict(g), {"loss": torch.ones(()), "grad_norm": torch.ones(())})
+        state, _ = step.update(state, Gradients(dict(g), {"loss": torch.ones(()), "grad_norm": torch.ones(())}))
         history.append(state.params)
     return history, grads, state
 

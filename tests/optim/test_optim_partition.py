@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from olmo_fn import tree
+from olmo_fn.core.gradients import Gradients
 from olmo_fn.core.pipe import clip, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
 from olmo_fn.models.config import OLMO2, dense
@@ -118,8 +119,8 @@ def test_groups_are_apart():
     step, alone = step_of(partition(parts, SPECS), ema(0.9)), [step_of(t) for t in parts.values()]
     state, states = step.init(params), [s.init(params) for s in alone]
     for _ in range(3):
-        state, report = step.update(state, ones(params), metrics())
-        states = [s.update(before, ones(params), metrics())[0] for s, before in zip(alone, states, strict=True)]
+        state, report = step.update(state, Gradients(ones(params), metrics()))
+        states = [s.update(before, Gradients(ones(params), metrics()))[0] for s, before in zip(alone, states, strict=True)]
     assert report["lr/matrix"] == rate(torch.tensor(3))
     assert report["lr"] == report["lr/default"] == 0.01
     for path, p in tree.items(state.params):
@@ -133,7 +134,7 @@ def test_a_partition_in_a_partition():
     params = init(SPECS, 0)
     inner = partition({"embed": sgd(0.1), "default": sgd(0.2)}, SPECS)
     step = step_of(partition({"matrix": sgd(0.4), "default": inner}, SPECS))
-    state, report = step.update(step.init(params), ones(params), metrics())
+    state, report = step.update(step.init(params), Gradients(ones(params), metrics()))
     moved = {path: round(float((tree.at(params, path) - p).mean()), 4) for path, p in tree.items(state.params)}
     assert moved["embed"] == 0.1
     assert moved["head.w_out"] == moved["head.norm"] == 0.2
@@ -144,7 +145,7 @@ def test_a_partition_in_a_partition():
 def test_a_spike_is_skipped_in_all_groups():
     step = step_of(partition({"matrix": muon(0.1), "default": adamw(0.1)}, SPECS), skip_spikes(window=4))
     params = init(SPECS, 0)
-    state, report = step.update(step.init(params), ones(params), metrics(float("nan")))
+    state, report = step.update(step.init(params), Gradients(ones(params), metrics(float("nan"))))
     assert report["skipped"]
     assert [next(iter(slot.values()))["count"].item() for slot in state.slots["partition"].values()] == [0, 0]
     assert all(torch.equal(p, tree.at(params, path)) for path, p in tree.items(state.params))
@@ -166,7 +167,7 @@ def test_decay_masks(decay, kept):
     """With no gradient only the decay moves: lr · weight · p where the mask lets it."""
     params = {"embed": torch.ones(2), "head": {"norm": torch.ones(2)}, "w": torch.ones(2, 2), "b_bias": torch.ones(2)}
     step = step_of(sgd(0.1, weight_decay=decay))
-    state, _ = step.update(step.init(params), tree.map(torch.zeros_like, params), metrics())
+    state, _ = step.update(step.init(params), Gradients(tree.map(torch.zeros_like, params), metrics()))
     for path, p in tree.items(state.params):
         assert torch.all(p == (1.0 if kept is None or path in kept else 0.95)), path
 
@@ -175,7 +176,7 @@ def test_cautious_decay():
     """Only where step and parameter have one sign, or one of them is 0."""
     p, g = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0]), torch.tensor([1.0, -1.0, -1.0, 1.0, 0.0])
     step = step_of(sgd(0.1, weight_decay=Decay(0.5, (), cautious=True)))
-    state, _ = step.update(step.init({"w": p}), {"w": g}, metrics())
+    state, _ = step.update(step.init({"w": p}), Gradients({"w": g}, metrics()))
     assert torch.allclose(state.params["w"], p * torch.tensor([0.95, 0.95, 1, 1, 0.95]) - 0.1 * g)
 
 
@@ -212,7 +213,7 @@ def test_every_field_reaches_the_optimizer(cls):
         state = step.init(params)
         for i in range(3):
             grads = init(SPECS, i + 1)
-            state, _ = step.update(state, grads, metrics())
+            state, _ = step.update(state, Gradients(grads, metrics()))
         return torch.cat([p.reshape(-1) for _, p in tree.items(state.params)])
 
     other = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 import tyro
 import yaml
-from olmo_fn.train.metrics import read_metrics
+from olmo_fn.train.observers.jsonl import read_metrics
 from programs import python
 
 from olmo_fn import tree

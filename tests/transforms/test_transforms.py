@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from olmo_fn import transforms, tree
-from olmo_fn.core.gradients import Grads
+from olmo_fn.core.gradients import Gradients, Grads
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
@@ -68,7 +68,7 @@ def assert_equal(a, b):
 
 def chunks(grads, metrics):
     """A gradient function that gives these."""
-    return Grads(lambda params, batch, execution: (tree.map(torch.clone, grads), dict(metrics)))
+    return Grads(lambda params, batch, execution: Gradients(tree.map(torch.clone, grads), dict(metrics)))
 
 
 # --- skipping ---------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_the_old_bias_correction_is_olmo_core(case):
         state = step.init({n: TENSORS[f"{case}/param0.{n}"].clone() for n in names})
         for i, (loss, norm) in enumerate(zip(c["loss"], c["grad_norm"], strict=True)):
             grads = {n: TENSORS[f"{case}/grad.{i}.{n}"].clone() for n in names}
-            state, report = step.update(state, grads, metrics(loss, norm))
+            state, report = step.update(state, Gradients(grads, metrics(loss, norm)))
             assert report["skipped"].item() == c["step_skipped"][i]
             for n in names if kind == "bug" else ():
                 assert_close(state.params[n], TENSORS[f"{case}/param.{i + 1}.{n}"], rtol=1e-5, atol=1e-7)
@@ -104,7 +104,7 @@ def test_skip_decisions_do_not_depend_on_the_optimizer(case):
     step = make(sgd(0.0), skip_spikes(hyper["sigma_factor"], hyper["rolling_interval_length"]))
     state, skipped = step.init(random(0)), []
     for loss, norm in zip(c["loss"], c["grad_norm"], strict=True):
-        state, report = step.update(state, random(1), metrics(loss, norm))
+        state, report = step.update(state, Gradients(random(1), metrics(loss, norm)))
         skipped.append(report["skipped"].item())
     assert skipped == c["step_skipped"]
     assert 0 < sum(skipped) < len(skipped)
@@ -119,14 +119,14 @@ def test_skip_steps(seed, drawn):
     a, b = plain.init(random(seed)), skipping.init(random(seed))
     for now in range(1, 12):
         grads, before = random(seed + now), b
-        b, report = skipping.update(b, tree.map(torch.clone, grads), metrics())
+        b, report = skipping.update(b, Gradients(tree.map(torch.clone, grads), metrics()))
         inside = any(first <= now <= last for first, last in ranges)
         assert report["skipped"] == inside
         assert b.step == now
         if inside:
             assert_equal(b._replace(step=before.step)._asdict(), before._asdict())
         else:
-            a, _ = plain.update(a, grads, metrics())
+            a, _ = plain.update(a, Gradients(grads, metrics()))
             assert_equal(a.params, b.params)
 
 
@@ -287,8 +287,8 @@ def test_merge_is_the_mean_of_the_last_steps(seed, last, gaps, bad):
     for now in range(1, at[-1] + 3):
         loss = math.nan if now in bad else 1.0
         grads = random(seed + now)
-        a, report = plain.update(a, tree.map(torch.clone, grads), metrics(loss))
-        b, _ = merging.update(b, grads, metrics(loss))
+        a, report = plain.update(a, Gradients(tree.map(torch.clone, grads), metrics(loss)))
+        b, _ = merging.update(b, Gradients(grads, metrics(loss)))
         assert_equal(a.params, b.params)
         seen.append(None if report["skipped"] else a.params)
         if now in at:
@@ -313,10 +313,10 @@ def test_all_at_once_hides_nothing():
     step = make(*parts)
     state = step.init(random(0))
     for i in range(3):
-        state, _ = step.update(state, random(i), metrics())
+        state, _ = step.update(state, Gradients(random(i), metrics()))
     again = tree.map(torch.clone, state._asdict())
-    a, _ = step.update(state, random(9), metrics())
-    b, _ = make(*parts).update(type(state)(**again), random(9), metrics())
+    a, _ = step.update(state, Gradients(random(9), metrics()))
+    b, _ = make(*parts).update(type(state)(**again), Gradients(random(9), metrics()))
     assert_equal(a._asdict(), b._asdict())
 
 
