@@ -1,4 +1,4 @@
-"""What the README shows is what happens."""
+"""What the README shows is what happens; and the commands of the pages that have no test of their own."""
 
 import os
 import re
@@ -17,7 +17,9 @@ from olmo_fn.train.report import next_commands
 from olmo_fn.train.session import open_run
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"`((?:python|olmo-fn) [^`]+)`", README)))
+PAGES = [(ROOT / "docs" / f"{name}.md").read_text() for name in ("muon", "pipeline", "planning", "schedules")]
+COMMANDS = {*re.findall(r"`((?:python|olmo-fn) [^`]+)`", README)}
+COMMANDS |= {command for page in PAGES for command in re.findall(r"^    ((?:python|olmo-fn) .*?) *(?:#.*)?$", page, re.M)}
 SMALL = """--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.hidden-size 32 --schedule.name range-test
 --schedule.lowest 1e-5 --recipe.no-compile --recipe.sequence-length 16 --recipe.dtype float32 --run.threads 1 --run.steps 6
 --run.checkpoint-every 1 --run.eval-tokens 100"""
@@ -53,11 +55,11 @@ def run(texts, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_commands_run(command, texts, run, tmp_path):
     """Training is a dry run, and benchmarks only say what they can do; all else does its work, on a run of 6 steps."""
     inputs = {"runs/olmo2-tiny/config.yaml": run / "config.yaml", "runs/olmo2-tiny": run, "runs/range": run, "DIR": texts}
-    outputs = {name: tmp_path / name.replace("/", "-") for name in ("tokens", "runs/mean", "lr.png")}
+    outputs = {name: tmp_path / name.replace("/", "-") for name in ("tokens", "runs/mean", "lr.png", "schedule.png")}
     fewer = {"184": 3, "1024": 64}  # the step that is replayed, accelerators
     words = [str({**inputs, **outputs, **fewer}.get(word, word)) for word in shlex.split(command)]
     if words[1] == "train.py" and not {"--help", "--dry-run"} & {*words}:
