@@ -252,6 +252,7 @@ class Leaves:
             return None
         return torch.zeros_like(start) if found[-1] is None else found[-1]
 
+    @torch.no_grad()  # products that were left for later run outside of autograd's backward
     def result(self) -> dict[str, Tensor]:
         """The gradients by path; zeros of what the segment does not use."""
         grads, self.grads = self.grads, {}

@@ -34,6 +34,7 @@ def sample(
     to choose from, and ``first_allowed`` (B, V) those of each row's first. ValueError for an empty prompt,
     ids outside the vocabulary, and a model that computes NaN.
 
+    >>> from olmo_fn.models.config import dense
     >>> from olmo_fn.models.transformer import specs
     >>> from olmo_fn.spec import init
     >>> cfg = dense(8, 1, 2, 16, vocab_size=11)

@@ -44,6 +44,7 @@ def generate_text(model: LanguageModel, prompt: str, sampling: Sampling | None =
     that leaves no room in the context.
 
     >>> from olmo_fn.data.tokenizer import byte_level
+    >>> from olmo_fn.models.config import dense
     >>> from olmo_fn.models.transformer import specs
     >>> from olmo_fn.spec import init
     >>> cfg = dense(8, 1, 2, 16, vocab_size=257)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, read_index, save
-from olmo_fn.core.gradients import Grads
+from olmo_fn.core.gradients import Gradients, Grads
 from olmo_fn.core.pipe import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.optim import adamw, muon, partition
@@ -212,9 +212,10 @@ def sum_of_means():
 
     def apply(inner):
         def of(params, batch, execution):
-            parts = [{k: v.chunk(2)[i] for k, v in batch.items()} for i in range(2)]
+            rows = {k: v for k, v in batch.items() if k != "loss_tokens"}
+            parts = [{k: v.chunk(2)[i] for k, v in rows.items()} for i in range(2)]
             grads, reports = zip(*(inner(params, part, execution) for part in parts), strict=True)
-            return tree.map(torch.add, *grads), reports[0]
+            return Gradients(tree.map(torch.add, *grads), reports[0])
 
         return Grads(of)
 
@@ -305,7 +306,7 @@ def sharded_steps(connection, made):
     step, specs = build(made, lambda specs: [shard(connection, specs)])
     state = step.init(init(specs, 0, DOUBLE))
     before = placements(state)
-    wrong = [path for path, where in before.items() if not placed_like_its_parameter(state, path, where)]
+    wrong = [path for path, where in before.items() if not placed_like_its_parameter(step, state, path, where)]
     state = run(step, 2, state)
     assert placements(state) == before
     whole = tree.map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, state._asdict())
@@ -316,13 +317,14 @@ def placements(state):
     return {path: (x.placements if isinstance(x, DTensor) else None) for path, x in tree.items(state._asdict())}
 
 
-def placed_like_its_parameter(state, path, where):
-    """A slot of the parameter's shape lies as the parameter does; all else is whole on every rank."""
+def placed_like_its_parameter(step, state, path, where):
+    """A slot lies as its parameter does, unless the optimizer says that it is unlike it: that, and all else, is whole
+    on every rank.
+    """
     kind, _, rest = path.partition(".")
-    params = tree.flatten(state.params)
-    own = params.get(rest if kind == "params" else rest.partition(".")[2])
-    same = own is not None and tree.flatten(state._asdict())[path].shape == own.shape
-    return where == (own.placements if same else None)
+    slot, _, of = ("", "", rest) if kind == "params" else rest.partition(".")
+    own = tree.flatten(state.params).get(of)
+    return where == (None if own is None or slot in step.leaf(of).unlike else own.placements)
 
 
 def build(made, more):
@@ -361,7 +363,7 @@ def local_mean():
     def apply(inner):
         def of(params, batch, execution):
             grads, report = inner(params, batch, execution)
-            return tree.map(lambda g: g - g.mean(), grads), report
+            return Gradients(tree.map(lambda g: g - g.mean(), grads), report)
 
         return replace(inner, fn=of)
 

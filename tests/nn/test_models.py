@@ -315,22 +315,23 @@ PEERS = {
 
 def peer(cfg, params, attention):
     """transformers' model of the config with the same weights, in fp32."""
+    mixer = cfg.block.mixer
     shared = {
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.d_model,
-        "intermediate_size": cfg.hidden_size,
+        "intermediate_size": cfg.block.feed_forward.hidden_size,
         "num_hidden_layers": cfg.n_layers,
-        "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.kv_heads,
-        "head_dim": cfg.k,
+        "num_attention_heads": mixer.n_heads,
+        "num_key_value_heads": mixer.kv_heads,
+        "head_dim": mixer.width(cfg.d_model),
         "rms_norm_eps": cfg.norm_eps,
         "tie_word_embeddings": cfg.tie_embeddings,
         "max_position_embeddings": 512,
         "attn_implementation": attention,
         "pad_token_id": None,
     }
-    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    windows = [cfg.window(layer) for layer in range(cfg.n_layers)]
+    rope = {"rope_type": "default", "rope_theta": mixer.rope_theta}
+    windows = [mixer.window(layer, cfg.n_layers) for layer in range(cfg.n_layers)]
     if any(windows):
         kinds = ["sliding_attention" if w else "full_attention" for w in windows]
         theirs = Olmo3ForCausalLM(
@@ -401,11 +402,11 @@ COUNTS_3 = {n.replace("olmo2", "olmo3"): c for n, c in COUNTS.items() if n != "o
 COUNTS_3["olmo3-600m"] = (676_414_720, 676_414_720 - 100_352 * 1280)
 
 
-@pytest.mark.parametrize(("presets", "counts"), [(OLMO2, COUNTS), (OLMO3, COUNTS_3)])
 def heads_width(cfg):
     return cfg.block.mixer.n_heads * cfg.block.mixer.width(cfg.d_model)
 
 
+@pytest.mark.parametrize(("presets", "counts"), [(OLMO2, COUNTS), (OLMO3, COUNTS_3)])
 def test_parameters_of_the_presets(presets, counts):
     """Every size of both families has OLMo-core's number of parameters."""
     assert {n: (count.num_params(m), count.num_non_embedding_params(m)) for n, m in presets.items()} == counts
@@ -468,8 +469,9 @@ def test_presets_fit_together(name):
 def test_windows_of_olmo3():
     """Layers 3, 7, 11, … are full."""
     model = OLMO3["olmo3-7b"]
-    assert [layer for layer in range(model.n_layers) if model.window(layer) is None] == list(range(3, 32, 4))
-    assert {model.window(layer) for layer in range(model.n_layers)} == {4096, None}
+    windows = [model.block.mixer.window(layer, model.n_layers) for layer in range(model.n_layers)]
+    assert [layer for layer, window in enumerate(windows) if window is None] == list(range(3, 32, 4))
+    assert {*windows} == {4096, None}
 
 
 @pytest.mark.parametrize(
@@ -489,5 +491,5 @@ def test_windows_of_olmo3():
 def test_wrong_sizes_are_refused(change, message):
     """In one line that names the flag and the fix, when the loss is built and no weight exists."""
     with pytest.raises(ValueError, match=message) as error:
-        transformer.loss(replace(SMALL, **change))
+        transformer.loss(modified(SMALL, **change))
     assert "\n" not in str(error.value)

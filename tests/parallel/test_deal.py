@@ -89,7 +89,8 @@ def updates(connection) -> tuple[list[str], dict[tuple[str, str], int], dict[str
         seen.append(tuple(p.shape))
         return s["lr"] * g / g.norm(), {"norm": slots["norm"] + g.norm()}
 
-    counted = optimizer("counted", Rule(lambda path, p: {"norm": p.new_zeros(1, 2)}, update, elementwise=False), 0.1)
+    rule = Rule(lambda path, p: {"norm": p.new_zeros(1, 2)}, update, elementwise=False, unlike=("norm",))
+    counted = optimizer("counted", rule, 0.1)
     step = pipe(transformer.loss(MODEL), grad(), counted, shard(connection, SPECS))
     state = step.init(init(SPECS, 0))
     ids = torch.arange(6 * 9).view(6, 9) % MODEL.vocab_size

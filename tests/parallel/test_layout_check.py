@@ -10,13 +10,15 @@ import torch
 from hypothesis import given, settings
 from strategies import cases
 
+from olmo_fn.core.gradients import Execution
+from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.mesh.axis import Axes, Axis
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.mesh.placement import DEFAULT, Rules, plan
+from olmo_fn.mesh.placement import DEFAULT, Rules, placements
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense, modified
-from olmo_fn.parallel.sharded import Sharded
+from olmo_fn.parallel.sharded import sharded
 from olmo_fn.spec import Init, Spec
 from olmo_fn.train.check_mesh import check_layout
 
@@ -119,13 +121,14 @@ def test_rules_must_shard_what_the_stages_share_over_tp() -> None:
     )
     message = r"--mesh.tp is 2, but the rules do not use 'mlp' over 'tp'"
     with pytest.raises(ValueError, match=message):
-        plan(transformer.specs(MODEL), rules, Mesh(tp=2))
-    plan(transformer.specs(MODEL), rules, Mesh(dp_shard=2))
+        placements(transformer.specs(MODEL), rules, Mesh(tp=2))
+    placements(transformer.specs(MODEL), rules, Mesh(dp_shard=2))
 
 
 @pytest.mark.parametrize("axis", ["tp", "cp"])
 def test_a_plain_loss_is_for_data_parallelism_only(axis: str) -> None:
     axes = Axes(**{axis: Axis(axis, 2, 0, "group")})
-    layout = Sharded(Connection(Mesh(**{axis: 2}), 0, axes, None), {"w": Spec((4,), ("embed",), Init("ones"))})
+    layout = sharded(Connection(Mesh(**{axis: 2}), 0, axes, None), {"w": Spec((4,), ("embed",), Init("ones"))})
+    step = pipe(lambda params, batch: (torch.zeros(()), {}), grad(engine="func"))
     with pytest.raises(ValueError, match=rf"--mesh.{axis} is 2, but the loss is not written for it; .* Chain"):
-        layout.chain(lambda params, batch: (torch.zeros(()), {}))
+        step.fn({}, {"loss_tokens": torch.ones(())}, Execution(layout=layout))

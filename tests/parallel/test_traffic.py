@@ -22,8 +22,9 @@ from olmo_fn.spec import init
 from olmo_fn.testing import Live, Moved, Pool, Traffic
 
 MODEL = dense(16, 2, 4, 24, vocab_size=32, n_kv_heads=2)
-B, T, D, K = 8, 16, MODEL.d_model, MODEL.k
-LAYERS, HEADS, KV = MODEL.n_layers, MODEL.n_heads, MODEL.kv_heads
+MIXER = MODEL.block.mixer
+B, T, D, K = 8, 16, MODEL.d_model, MIXER.width(MODEL.d_model)
+LAYERS, HEADS, KV = MODEL.n_layers, MIXER.n_heads, MIXER.kv_heads
 SPECS = transformer.specs(MODEL)
 ZERO2 = Rules(keep_gathered=True)
 
@@ -77,7 +78,7 @@ def fsdp(rules: Rules, wire: int, n: int = 2) -> dict[str, Moved]:
     gathers = SEGMENTS + (0 if rules.keep_gathered else SEGMENTS - 1)
     return {
         "all_gather": Moved(gathers, whole, whole * (n - 1) // n),
-        "reduce_scatter": Moved(SEGMENTS, 4 * elements(sharded), 4 * elements(sharded) * (n - 1) // n),
+        "reduce_scatter": Moved(SEGMENTS, 4 * elements(is_sharded), 4 * elements(is_sharded) * (n - 1) // n),
     }
 
 
@@ -106,7 +107,7 @@ def test_ddp(pool: Pool) -> None:
 
 def test_hsdp(pool: Pool) -> None:
     """As FSDP inside a copy; of the gradients only the shards are summed over the copies."""
-    shards = 4 * elements(sharded) // 2
+    shards = 4 * elements(is_sharded) // 2
     rest = [Moved(m.calls, m.whole, 2 * m.whole * 3 // 4) for m in (CONTROL, Moved(1, REST, 0))]
     want = {(kind, "dp_shard"): moved for kind, moved in fsdp(DEFAULT, 4).items()}
     want |= {("all_reduce", "dp_replicate"): Moved(SEGMENTS, shards, shards), ("all_reduce", "data"): all_reduces(*rest)}

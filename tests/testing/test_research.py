@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from olmo_fn import spec, tree
 from olmo_fn.core.chain import IGNORE, loss_tokens
 from olmo_fn.core.compile import compile, has_compiler
-from olmo_fn.core.gradients import Grads
+from olmo_fn.core.gradients import Gradients, Grads
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.core.pipe import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
@@ -233,7 +233,7 @@ def test_the_laws_bite():
         def apply(inner):
             def gradients(params, batch, execution):
                 g, metrics = inner(params, batch, execution)
-                return change(g, params), metrics
+                return Gradients(change(g, params), metrics)
 
             return Grads(gradients)
 

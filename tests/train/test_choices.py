@@ -11,7 +11,6 @@ import pytest
 import torch
 import tyro
 import yaml
-from olmo_fn.train.observers.jsonl import read_metrics
 from programs import python
 
 from olmo_fn import tree
@@ -25,6 +24,7 @@ from olmo_fn.train.choices import choosable, choose, named, with_files
 from olmo_fn.train.config import CHOICES, Config, Recipe, Run
 from olmo_fn.train.folder import check_folder, read_config, write_config
 from olmo_fn.train.loss import CrossEntropy
+from olmo_fn.train.observers.jsonl import read_metrics
 from olmo_fn.train.optimizers import SGD, AdamW, Lion, Muon, OptimizerSettings
 from olmo_fn.train.recipe import parameters, recipe
 from olmo_fn.train.schedules import WSD, Cosine, Linear, RangeTest
