@@ -76,3 +76,8 @@ def test_what_to_type_next_is_what_a_run_says():
     cfg = CONFIGS["olmo2-tiny"]
     session = open_run(replace(cfg, run=replace(cfg.run, folder="runs/olmo2-tiny")))
     assert next_commands(Result(session, 1000, None, 0, "")) in README
+
+
+def test_the_plan_in_the_docs_is_the_one_that_is_tested():
+    """`tests/planner/test_plan_cli.py` makes it anew."""
+    assert (ROOT / "tests/golden/plan-olmo2-32b.txt").read_text() in (ROOT / "docs/planning.md").read_text()
