@@ -40,7 +40,7 @@ def batch_of(cfg):
 def measure(step, cfg, state, layout):
     """Bytes at the largest moment of a step, state included."""
     leaves = [x for slot in (state.params, state.slots) for _, x in tree.items(layout.placement.to_local(slot))]
-    batch = batch_of(cfg)
+    batch = layout.sharing.as_given(batch_of(cfg))
     with Peak([*leaves, *batch.values()]) as peak:
         step(state, batch)
     return peak.bytes + sum(x.nbytes for x in leaves)
@@ -65,5 +65,5 @@ def rank_traffic(connection, cfg, dtype):
     """(axis, kind) -> (count, bytes) of one step."""
     step, state = sharded_step(connection, cfg, dtype)
     with Traffic(connection.axes) as traffic:
-        step(state, batch_of(cfg))
+        step(state, step.execution.layout.sharing.as_given(batch_of(cfg)))
     return {(axis, kind): (moved.calls, moved.whole) for (kind, axis), moved in traffic.moved.items()}

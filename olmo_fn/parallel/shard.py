@@ -22,8 +22,8 @@ def shard(
 
     Every rank calls the step with the same batch, of which it takes its rows, and its own shards of the state; with
     ``rows="own"`` with its own rows alone (``step.execution.layout.sharing.rows`` says which). ``pipeline`` says how the chain
-    is cut where the mesh has an axis ``pp``. ValueError for rules without sense, with the
-    parameter's name, and for axes that the loss is not written for.
+    is cut where the mesh has an axis ``pp``. ValueError for rules without sense, with the parameter's name, and for axes that
+    the loss is not written for.
 
         connection = connect(Mesh(dp_shard=4, tp=2))  # torch.distributed is initialised, with 8 ranks
         step = pipe(transformer.loss(model), grad(), adamw(1e-3), shard(connection, transformer.specs(model)))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Chain, Stage, bind
+from olmo_fn.core.chain import Chain, Stage, bind
 from olmo_fn.core.layout import Layout, Sweep, compute_copy
 from olmo_fn.core.primitive import primitive
 from olmo_fn.core.tape import LOCAL_SWEEP, remat_policy
@@ -166,6 +166,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         del params
         trace.cut()
         batch = watch.layout.sharing.with_tokens({"input_ids": ids, "labels": ids})
+        watch.next("begin", None)
         gradients = step.grads.fn(step.point(state), batch, step.execution)
         watch.next("update", None)
         step.update(state, gradients)
@@ -183,7 +184,8 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
     for (way, label), piece in watch.pieces.items():
         if label is not None:
             setattr(parts[label], way, piece)
-    begin, end, update = (watch.pieces[name, None] for name in ("begin", "end", "update"))
+    count, begin, end, update = (watch.pieces[name, None] for name in ("count", "begin", "end", "update"))
+    update.seen.traffic.update(count.seen.traffic)  # once a step, as the update
     end.seen.traffic.subtract(watch.late)  # of all blocks, see `Part.late_gradients`
     for whole in (whole for part in parts.values() for whole in part.whole_updates):
         update.seen.traffic.subtract(whole.over_tp)  # see `olmo_fn.planner.traffic.share`
@@ -200,11 +202,11 @@ class Watch:
         self.owners = owners(chain, specs)
         mine = {path: spec for path, spec in tree.items(specs) if self.owners[path] in chosen}
         placement = WatchedPlacement(connection, tree.unflatten(mine), rules(cfg))
-        sharing = WatchedSharing(connection.axes, rules(cfg).cp_method, placement)
+        sharing = RankSharing(connection.axes, rules(cfg).cp_method, placement, "own")
         sweep = Sweep(self.sweep, LOCAL_SWEEP.sums)
         self.layout = Layout(placement, WatchedWeights(placement, self), WatchedOwners(placement, self), sharing, sweep)
         self.chain, self.placement = chain, placement
-        self.now: tuple[str, Label | None] = ("begin", None)
+        self.now: tuple[str, Label | None] = ("count", None)
         self.pieces: dict[tuple[str, Label | None], Piece] = {}
         self.parts = {label: Part() for label in by_label(chain.stages) if label in chosen}
         self.order: list[Label] = []  # of the segments that wait for their backward
@@ -300,13 +302,6 @@ class WatchedPlacement(ShardedPlacement):
 
     def to_stored(self, local: Tree, like: Tree) -> Tree:
         return local
-
-
-class WatchedSharing(RankSharing):
-    """The real sums; a batch is this rank's already."""
-
-    def local_batch(self, batch: Batch) -> Batch:
-        return batch
 
 
 @dataclass(frozen=True, eq=False)

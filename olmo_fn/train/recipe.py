@@ -55,7 +55,7 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connecti
         *given(r.merge_last, lambda last: merge(last, range(r.merge_every, cfg.run.steps + 1, r.merge_every))),
         *given(r.freeze, lambda patterns: freeze(*patterns, parameters=specs)),
         *given(cfg.lora.rank, lambda _: train_only("lora.*", parameters=specs)),
-        *given(connection, lambda mesh: shard(mesh, specs, rules(cfg), pipeline(cfg))),
+        *given(connection, lambda mesh: shard(mesh, specs, rules(cfg), pipeline(cfg), rows="own")),
         donate(),
         *given(r.compile, lambda _: compile()),
     )

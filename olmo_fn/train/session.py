@@ -81,8 +81,12 @@ class Session:
         return source
 
     def batch(self, step: int) -> Batch:
-        """The batch of the step that follows ``step`` others, on this process's device."""
-        return {name: value.to(self.process.device) for name, value in self.source.train(step).items()}
+        """The batch of the step that follows ``step`` others on this process's device: the rows that the process computes,
+        and of them those of each part that gradients are accumulated over.
+        """
+        read, sharing = self.source.train, self.step.execution.layout.sharing
+        parts = [read(step, rows) for rows in sharing.rows(read.sizes.rows(step), self.cfg.recipe.accumulate)]
+        return {name: torch.cat([part[name] for part in parts]).to(self.process.device) for name in parts[0]}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
