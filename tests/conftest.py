@@ -1,11 +1,22 @@
-"""One thread a test process: for tensors of the tests' size more are slower, above all on a busy machine."""
+"""What all tests share: one thread a process, profiles of hypothesis, and real ranks.
+
+For tensors of the tests' size more threads are slower, above all on a busy machine.
+"""
+
+import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 from olmo_fn.testing import Pool
 
 torch.set_num_threads(1)
+
+settings.register_profile("dev", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("nightly", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
 @pytest.fixture(scope="session")

@@ -84,12 +84,6 @@ def shapes(state):
     return {path: (x.shape, x.dtype) for path, x in tree.items(state._asdict())}
 
 
-def same_bits(a, b):
-    a, b = tree.flatten(a), tree.flatten(b)
-    raw = lambda x: x.contiguous().reshape(-1).view(torch.uint8)  # noqa: E731
-    return a.keys() == b.keys() and all(a[p].dtype == b[p].dtype and torch.equal(raw(a[p]), raw(b[p])) for p in a)
-
-
 def wrap_with(backend):
     """What `compile` puts around updates, with another backend."""
     one = partial(torch.compile, fullgraph=True, dynamic=True, isolate_recompiles=True, backend=backend)

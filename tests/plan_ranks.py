@@ -1,4 +1,4 @@
-"""What a rank of the pool measures of one real step, for tests/test_plan.py."""
+"""What a rank of the pool measures of one real step, for tests/planner/test_plan.py."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from helpers import same_bits
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed import HashStore
@@ -85,15 +86,9 @@ def load_in(layout: Layout, whole: Tree, path: Path) -> None:
             if isinstance(leaf, DTensor):
                 assert (leaf.shape, leaf.placements) == (expected[name].shape, expected[name].placements)
                 assert leaf.device_mesh == expected[name].device_mesh
-                assert_bitwise(leaf.to_local(), expected[name].to_local())
+                assert same_bits(leaf.to_local(), expected[name].to_local())
             else:
-                assert_bitwise(leaf, expected[name])
-
-
-def assert_bitwise(a: torch.Tensor, b: torch.Tensor) -> None:
-    assert (a.dtype, a.shape) == (b.dtype, b.shape)
-    a, b = (x.detach().resolve_neg().reshape(-1).clone(memory_format=torch.contiguous_format) for x in (a, b))
-    assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+                assert same_bits(leaf, expected[name])
 
 
 @st.composite

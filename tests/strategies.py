@@ -15,6 +15,9 @@ from olmo_fn.models.config import Model, dense
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.spec import Box
 
+degree = st.integers(1, 3)
+meshes = st.builds(Mesh, degree, degree, degree, degree, degree)
+
 
 @st.composite
 def models(draw: st.DrawFn) -> Model:

@@ -190,12 +190,12 @@ class Sums:
     def add(self, stage: Stage, aux: Aux) -> None:
         """Add one stage's report. ValueError, with its name, for a metric that it has not declared."""
         if aux.loss is not None:
-            self.total = aux.loss if self.total is None else self.total + aux.loss
+            self.total = wide(aux.loss) if self.total is None else self.total + wide(aux.loss)
         for name, value in aux.metrics.items():
             if name not in stage.metrics:
                 declared = ", ".join(stage.metrics) or "none"
                 raise ValueError(f"stage {stage.name!r} reports the metric {name!r} and declares {declared}; declare it")
-            self.metrics = add_metrics(self.metrics, {name: value.detach()}, self.declared)
+            self.metrics = add_metrics(self.metrics, {name: wide(value.detach())}, self.declared)
 
     def loss(self) -> Tensor:
         """The sum of all losses."""
@@ -204,10 +204,19 @@ class Sums:
         return self.total
 
     def complete(self, like: Tensor) -> Metrics:
-        """``loss`` and every declared metric, zeros where nothing was reported (other ranks of a pipeline do)."""
-        zeros = {name: like.new_zeros(m.shape) for name, m in {"loss": Metric(), **self.declared}.items()}
+        """``loss`` and every declared metric, in the dtype of ``like``.
+
+        Where nothing was reported, as other ranks of a pipeline do, sums are 0 and maxima -inf: both change nothing.
+        """
+        every = {"loss": Metric(), **self.declared}
+        nothing = {name: like.new_full(m.shape, -torch.inf if m.how == "max" else 0.0) for name, m in every.items()}
         loss = {} if self.total is None else {"loss": self.total.detach()}
-        return {**zeros, **loss, **self.metrics}
+        return {**nothing, **{name: value.to(like.dtype) for name, value in {**loss, **self.metrics}.items()}}
+
+
+def wide(x: Tensor) -> Tensor:
+    """A tensor in at least fp32; integers as they are."""
+    return x if x.dtype == torch.float64 or not x.is_floating_point() else x.float()
 
 
 def add_metrics(a: Metrics, b: Metrics, declared: Mapping[str, Metric]) -> Metrics:

@@ -129,7 +129,7 @@ def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
         def scaled(wanted: Tree, frozen: Tree, part: Batch) -> tuple[Tensor, Metrics]:
             both = tree.combine(wanted, frozen) if frozen else wanted
             total, metrics = loss(both, part) if chain is None else chain(both, part, backend)
-            return total / tokens, {"loss": total, **metrics}
+            return total / tokens, {name: value.to(total.dtype) for name, value in {"loss": total, **metrics}.items()}
 
         wanted, frozen = tree.split(layout.weights.fetch(params, tuple(params), dtype).ready(), execution.wants)
         grads, (_, sums) = torch.func.grad_and_value(scaled, has_aux=True)(wanted, frozen, layout.sharing.local_batch(batch))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import IGNORE, Batch, Metric, Metrics
+from olmo_fn.core.chain import IGNORE, Batch, Metric, Metrics, wide
 from olmo_fn.kernels.huge_pages import to_large
 from olmo_fn.mesh.axis import SINGLE_DEVICE, Axes, CPMethod
 from olmo_fn.tree import Tree
@@ -199,11 +199,6 @@ def compute_copy(p: Tensor, dtype: torch.dtype | None) -> Tensor:
 def compute_copies(subtree: Tree, dtype: torch.dtype | None) -> Tree:
     """`compute_copy` of every leaf."""
     return tree.map(lambda p: compute_copy(p, dtype), subtree)
-
-
-def wide(g: Tensor) -> Tensor:
-    """A tensor in at least fp32."""
-    return g if g.dtype == torch.float64 else g.float()
 
 
 def narrow_parts(g: Tensor) -> tuple[Tensor, ...]:

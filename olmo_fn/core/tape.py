@@ -163,7 +163,7 @@ def _add(grads: dict[str, Tensor], more: dict[str, Tensor]) -> None:
 
 def forward_segment(segment: Segment, weights: Weights, x: Any, ctx: Any, execution: Execution, sums: Sums) -> Any:
     """Run a segment forward only, by the functions that training has compiled; adds what its stages report to ``sums``."""
-    return _record(segment, weights, x, ctx, execution, torch.empty(0), sums, late=False)[0]
+    return vjp_segment(segment, weights, x, ctx, execution, torch.empty(0), sums)[0]
 
 
 def vjp_segment(
@@ -176,32 +176,25 @@ def vjp_segment(
     sums: Sums,
     late: bool = False,
 ) -> tuple[Any, SegmentPullback]:
-    """Run a segment; return its x and its pullback.
+    """Run a segment under autograd, on leaves of its own; return its x and its pullback.
 
     The pullback takes the cotangent of that x (None after the last segment) to that of the incoming x, and to a function that
     gives the gradients of the weights by path, in the compute dtype; with ``late`` their products are left to that function.
     ``cotangent`` is that of every loss that a stage reports.
     """
-    out, pullback = _record(segment, weights, x, ctx, execution, cotangent, sums, late)
-    if not segment.again:
-        return out, pullback
-    again = Sums(sums.declared)  # what is reported the second time is not counted
-    return out, lambda d_out: _record(segment, weights, x, ctx, execution, cotangent, again, late)[1](d_out)
-
-
-def _record(
-    segment: Segment, weights: Weights, x: Any, ctx: Any, execution: Execution, cotangent: Tensor, sums: Sums, late: bool
-) -> tuple[Any, SegmentPullback]:
-    """Run a segment under autograd, on leaves of its own."""
     leaves = Leaves(weights, execution.wants, late)
-    ctx = replace(ctx, backend=replace(ctx.backend, weight_grads=leaves.take))
+    watched = replace(ctx, backend=replace(ctx.backend, weight_grads=leaves.take))
     start = None if x is None else x.detach().requires_grad_()
     out, losses = start, []
     with torch.enable_grad():
         for stage in segment.stages:
-            out, aux = stage.fn(stage.select(leaves.subtrees), out, ctx)
+            out, aux = stage.fn(stage.select(leaves.subtrees), out, watched)
             losses += [aux.loss] if aux.loss is not None else []
             sums.add(stage, Aux(None if aux.loss is None else aux.loss.detach(), aux.metrics))
+    result = None if out is None else out.detach()
+    if segment.again:  # nothing of this run is kept, and what the second one reports is not counted
+        once, uncounted = segment._replace(again=False), Sums(sums.declared)
+        return result, lambda d_out: vjp_segment(once, weights, x, ctx, execution, cotangent, uncounted, late)[1](d_out)
     roots = [root for root in (out, *losses) if root is not None and root.requires_grad]
     first = out is not None and out.requires_grad
 
@@ -211,7 +204,7 @@ def _record(
         roots.clear()
         return leaves.result, d_x
 
-    return None if out is None else out.detach(), pullback
+    return result, pullback
 
 
 class Leaves:

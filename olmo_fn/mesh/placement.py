@@ -30,7 +30,7 @@ class Rules:
 
     A logical axis may be stored and used over ``dp_shard`` (or ``cp``) itself: its parts stay on ranks that have different
     tokens, and the sublayer brings tokens and parts together (experts). What else of the parameter is stored over ``fsdp`` is
-    then stored over the rest of it.
+    then stored over the rest of it, if there is any.
     """
 
     store: Mapping[str, str] = field(default_factory=lambda: {"embed": "fsdp", **TENSOR})
@@ -130,15 +130,23 @@ def _placed(path: str, spec: Spec, rules: Rules) -> Placed:
         if stored is None:
             continue
         if stored == "fsdp" and use is None:  # the rest of it, where a part of it shards the parameter in use
-            left = [axis for axis in members("fsdp") if axis not in used]
+            taken = {name for axis in used for name in members(axis)}
+            left = [axis for axis in members("fsdp") if axis not in taken]
+            if not left:
+                continue
             stored = left[0] if len(left) == 1 else stored
-        if stored in dims:
-            first = spec.axes[dims[stored]]
-            raise ValueError(
-                f"{path}: both {first!r} and {logical!r} are stored over {stored!r}; give one of them another axis"
-            )
+        for axis, other in dims.items():
+            if {*members(axis)} & {*members(stored)}:
+                over = repr(stored) if axis == stored else f"{axis!r}, which shares ranks with {stored!r}"
+                raise ValueError(
+                    f"{path}: both {spec.axes[other]!r} and {logical!r} are stored over {over}; give one of them another axis"
+                )
         dims[stored] = dim
-    return Placed(spec.shape, tuple(sorted(dims.items(), key=lambda item: item[0] == "tp")), used)
+    placed = Placed(spec.shape, tuple(sorted(dims.items(), key=lambda item: item[0] == "tp")), used)
+    if len(placed.gathered) > 1:
+        first, second = placed.gathered[:2]
+        raise ValueError(f"{path}: it is stored over {first!r} and {second!r} and used over neither; leave one of them out")
+    return placed
 
 
 def table(placed: Mapping[str, Placed], mesh: Mesh) -> str:

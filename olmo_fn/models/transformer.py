@@ -25,7 +25,7 @@ from olmo_fn.nn.context import Context
 from olmo_fn.nn.cross_entropy import cross_entropy
 from olmo_fn.nn.embedding import embedding
 from olmo_fn.nn.norm import norm_stream, rms_norm, rms_norm_spec
-from olmo_fn.nn.sublayer import Sublayer
+from olmo_fn.nn.sublayer import Sublayer, with_aux
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
@@ -126,7 +126,7 @@ def _block_stage(part: Part, layer: int) -> Stage:
         reports: list[Aux] = []
 
         def run(sub: Sublayer, x: Tensor) -> Tensor:
-            y, aux = sub.run(p[sub.name], x, ctx)
+            y, aux = with_aux(sub.on(ctx.backend.axes.tp)(p[sub.name], x, ctx))
             reports.append(Aux(aux.loss, {renamed(n, sub.metrics.get(n, Metric())): v for n, v in aux.metrics.items()}))
             return y
 

@@ -62,19 +62,21 @@ class Sublayer:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     names: Mapping[str, Names] = field(default_factory=dict)
 
-    def run(self, p: Tree, x: Tensor, ctx: Context) -> tuple[Tensor, Aux]:
-        """``apply``, whole on the ranks of ``tp`` if it is not written for them."""
+    def on(self, tp: Axis) -> Callable[[Tree, Tensor, Context], Result]:
+        """``apply``; on ranks of ``tp``, if it is not written for them, whole on each."""
+        return self.apply if tp.size == 1 or "tp" in self.divided else self._whole
+
+    def _whole(self, p: Tree, x: Tensor, ctx: Context) -> Result:
         axes = ctx.backend.axes
-        if axes.tp.size == 1 or "tp" in self.divided:
-            return _with_aux(self.apply(p, x, ctx))
         alone = replace(ctx, backend=replace(ctx.backend, axes=replace(axes, tp=Axis())))
-        y, aux = _with_aux(self.apply(p, gather_replicated(x, 1, axes.tp), alone))
+        y, aux = with_aux(self.apply(p, gather_replicated(x, 1, axes.tp), alone))
         return take_part(y, 1, axes.tp), aux
 
     def decode(self, p: Tree, x: Tensor, ctx: Context, cache: Tree) -> tuple[Tensor, Tree]:
         """``extend``, or ``apply`` for a sublayer without one."""
-        return (_with_aux(self.apply(p, x, ctx))[0], cache) if self.extend is None else self.extend(p, x, ctx, cache)
+        return (with_aux(self.apply(p, x, ctx))[0], cache) if self.extend is None else self.extend(p, x, ctx, cache)
 
 
-def _with_aux(result: Result) -> tuple[Tensor, Aux]:
+def with_aux(result: Result) -> tuple[Tensor, Aux]:
+    """What a sublayer gives, with an `Aux` in any case."""
     return result if isinstance(result, tuple) else (result, NOTHING)

@@ -95,10 +95,11 @@ def assert_equivalent(
     >>> from functools import partial
     >>> from olmo_fn.models import transformer
     >>> from olmo_fn.models.config import dense
-    >>> from olmo_fn.train.config import Config, Recipe, Schedule
+    >>> from olmo_fn.train.config import Config, Recipe
+    >>> from olmo_fn.train.schedules import Cosine
     >>> from olmo_fn.train.recipe import recipe
     >>> model = dense(d_model=6, n_layers=1, n_heads=2, head_dim=2, hidden_size=5, vocab_size=7)
-    >>> config = Config(model, schedule=Schedule(warmup=0), recipe=Recipe(compile=False))
+    >>> config = Config(model, schedule=Cosine(warmup=0), recipe=Recipe(compile=False))
     >>> double = partial(recipe, config, torch.float64)
     >>> ids = torch.arange(12).view(2, 6) % 7
     >>> batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples, same_bits
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sharding import assert_bitwise
 from torch import Tensor
 
 from olmo_fn import tree as trees
@@ -29,7 +29,7 @@ def assert_same(a: Tree, b: Tree) -> None:
         if isinstance(x, dict):
             assert_same(x, b[name])
         else:
-            assert_bitwise(x, b[name])
+            assert same_bits(x, b[name])
 
 
 @st.composite
@@ -59,7 +59,7 @@ state_trees = st.recursive(tensors(), lambda children: st.dictionaries(keys, chi
 
 
 @given(tree=state_trees, file_bytes=st.sampled_from([1, 100, 1 << 30]))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_any_tree_comes_back_bitwise(tree: Tree, file_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = save(tree, folder, step=3, meta={"tokens": 7, "nested": {"a": [1, None]}}, file_bytes=file_bytes)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.checkpoint import (
@@ -57,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_any_flipped_byte_is_found_and_named(whole: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(sorted(os.listdir(whole))))
     target = whole / file
@@ -81,7 +82,7 @@ def test_any_flipped_byte_is_found_and_named(whole: Path, data: st.DataObject) -
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_any_truncation_is_found_and_says_what_is_lost(whole: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(sorted(os.listdir(whole))))
     target = whole / file

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples, same_bits
+from hypothesis import given
 from hypothesis import strategies as st
-from sharding import Layout, assert_bitwise, layouts, load_in, place, together, wholes
+from sharding import Layout, layouts, load_in, place, together, wholes
 from torch.distributed import HashStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -71,13 +72,13 @@ def law_7(whole: Tree, a: Layout, b: Layout) -> None:
         back, _ = load(path)
         assert trees.flatten(back).keys() == trees.flatten(whole).keys()
         for name, leaf in trees.items(whole):
-            assert_bitwise(trees.at(back, name), leaf)
+            assert same_bits(trees.at(back, name), leaf)
         assert verify(path) == []
         assert sorted(file.name for file in path.iterdir()) == sorted([*read_index(path).files, "index.json"])
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 def test_any_layout_loads_any_other(data: st.DataObject) -> None:
     whole = data.draw(wholes())
     law_7(whole, data.draw(layouts(whole)), data.draw(layouts(whole)))
@@ -133,7 +134,7 @@ def test_mutants_of_law_7_are_caught(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 def test_local_box_is_the_box_that_torch_says(data: st.DataObject) -> None:
     whole = data.draw(wholes())
     layout = data.draw(layouts(whole))
@@ -148,7 +149,7 @@ def test_local_box_is_the_box_that_torch_says(data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 def test_every_box_has_one_writer_among_its_holders(data: st.DataObject) -> None:
     whole = data.draw(wholes())
     layout = data.draw(layouts(whole))
@@ -185,7 +186,7 @@ spans_2d = st.tuples(st.tuples(*[st.integers(0, 4)] * 3), st.tuples(*[st.integer
 
 
 @given(box=spans_2d, want=spans_2d, most=st.integers(1, 40), sparse=st.integers(1, 40))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@examples(200)
 def test_bands_are_the_part_and_their_bytes_lie_where_they_are_said_to(box: Box, want: Box, most: int, sparse: int) -> None:
     whole = np.arange(math.prod(box.shape)).reshape(box.shape)
     part = overlap(box, want)
@@ -205,7 +206,7 @@ def test_bands_are_the_part_and_their_bytes_lie_where_they_are_said_to(box: Box,
 
 
 @given(data=st.data(), shape=st.tuples(st.integers(1, 4), st.integers(1, 4)))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@examples(200)
 def test_tiles_is_counting(data: st.DataObject, shape: tuple[int, int]) -> None:
     count = np.zeros(shape, dtype=int)
     boxes = []
@@ -264,7 +265,7 @@ def test_the_ranks_agree_on_the_checkpoint_to_go_on_from(tmp_path: Path) -> None
         like = ROWS.state(WHOLE, ranks.rank, meta=True)
         found = load_newest(tmp_path, lambda path: load(path, like)[0], ranks=ranks, on_skip=skipped.append)
         assert found is not None
-        assert_bitwise(found[1]["w"].to_local(), ROWS.state(WHOLE, ranks.rank)["w"].to_local())
+        assert same_bits(found[1]["w"].to_local(), ROWS.state(WHOLE, ranks.rank)["w"].to_local())
         return found[0].name, len(skipped), "does not match its checksum" in skipped[0]
 
     assert together(4, resume) == [("step1", 1, True)] * 4

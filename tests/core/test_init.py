@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from convert import name
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import boxes, part_of
 
@@ -77,7 +78,7 @@ def test_olmo_core(case):
 SPECS = transformer.specs(dense(16, 2, 2, 24, vocab_size=40, init_method="llama_depth"))
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.permutations(sorted(tree.flatten(SPECS))), st.integers(1, 10), st.integers(0, 2**63))
 def test_independent_of_order_and_company(paths, n, seed):
     """A leaf is the same whichever others are made with it, and in whatever order."""
@@ -91,7 +92,7 @@ def test_independent_of_order_and_company(paths, n, seed):
 kinds = st.sampled_from([Init("normal", 0.5), Init("trunc_normal", 2.0), Init("ones"), Init("zeros")])
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.data(), st.lists(st.integers(1, 13), min_size=1, max_size=3), kinds, st.integers(0, 9))
 def test_a_part_is_a_part_of_the_whole(data, shape, kind, seed):
     """A part made alone equals the whole leaf's, bit for bit, wherever in a counter it begins."""
@@ -102,7 +103,7 @@ def test_a_part_is_a_part_of_the_whole(data, shape, kind, seed):
     assert torch.equal(found, part_of(init_leaf(leaf, seed, "blocks.0.w"), box))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.integers(0, 200), st.integers(0, 200))
 def test_the_stream_is_the_same_from_any_place(start, n):
     """Drawing begins anywhere, inside a counter too."""

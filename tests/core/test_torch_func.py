@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from helpers import params_of
 from torch.func import grad, grad_and_value, jvp, vmap
 from torch.testing import assert_close
 
-from olmo_fn import spec, tree
+from olmo_fn import tree
 from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import grad as gradients
 from olmo_fn.core.pipe import pipe
@@ -31,10 +32,6 @@ def case(request):
         "documents": torch.tensor([[0] * 4 + [1] * 5, [0] * 9]),
     }
     return transformer.loss(cfg, z_loss=1e-2), params_of(cfg, 0), batch
-
-
-def params_of(cfg, seed):
-    return spec.init(transformer.specs(cfg), seed, torch.float64)
 
 
 def direction(params, seed):

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from programs import python
 
@@ -52,7 +53,7 @@ def test_a_token_is_in_the_document_of_the_token_before_unless_that_ends_it(rows
 GROWING = Sizes(T, (Phase(0, 4, T), Phase(1, 3, 8), Phase(2, 3, 4), Phase(3, 2, 12, used=12)))
 
 
-@settings(deadline=None, max_examples=8)
+@examples(8)
 @given(st.integers(0, 3))
 def test_law_each_document_has_the_logits_that_it_has_alone(path, step):
     """For whole windows, windows cut in two and in four, and their beginnings alone."""

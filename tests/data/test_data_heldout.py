@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.core.chain import IGNORE
@@ -12,7 +12,6 @@ from olmo_fn.data.heldout import heldout_batches, num_windows
 EOS = 10**6
 
 
-@settings(deadline=None)
 @given(st.data(), st.integers(0, 200), st.integers(1, 20), st.integers(1, 5), st.booleans())
 def test_each_token_is_predicted_once_from_its_own_past(data, n, length, rows, mask):
     stride = data.draw(st.integers(1, length))

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.data.instances.fixed import Windows
@@ -13,7 +14,7 @@ from olmo_fn.data.sizes import Phase, Sizes, batch_phases, constant_sizes, lengt
 from olmo_fn.data.tokens import open_tokens
 from olmo_fn.optim.schedules import constant, in_tokens, scale
 
-QUICK = settings(max_examples=40, deadline=None, derandomize=True)
+QUICK = examples(40)
 T = 8
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -24,7 +24,6 @@ some_text = st.text(st.characters(exclude_categories=["Cs"])) | st.text("ab \n\t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(text=some_text)
 @example(text=EOS)
 @example(text=f"a{EOS}{EOS}b")
@@ -42,7 +41,6 @@ def test_lossless(kind, text):
     assert tokenizer.count_bytes(with_eos) == len(text.encode())
 
 
-@settings(deadline=None)
 @given(some_text)
 def test_byte_level_is_the_bytes(text):
     assert BYTE.encode(text) == list(text.encode())

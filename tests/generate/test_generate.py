@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import models
 from torch import Tensor
@@ -74,7 +75,7 @@ def random_ids(cfg: Model, *shape: int, seed: int = 0) -> Tensor:
 # --- the cache --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(models(), st.integers(1, 3), st.lists(st.integers(1, 6), min_size=1, max_size=6), st.booleans())
 def test_cached_logits_are_those_of_the_whole_forward_pass(cfg: Model, rows: int, parts: list[int], double: bool) -> None:
     dtype, tolerance = (torch.float64, 1e-12) if double else (torch.float32, 1e-5)
@@ -96,7 +97,7 @@ def test_prompts_of_several_chunks(window: tuple[int, ...]) -> None:
         torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(models(), st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_a_row_of_a_padded_batch_is_what_it_is_alone(cfg: Model, lengths: list[int]) -> None:
     params = random_params(cfg)
@@ -136,7 +137,6 @@ logit_rows = st.lists(st.floats(-8, 8, width=32) | st.sampled_from([0.0, 1.0, -m
 )
 
 
-@settings(deadline=None)
 @given(logit_rows, st.floats(0.05, 4), st.integers(0, 13), st.floats(0.01, 1))
 def test_top_k_and_top_p_keep_the_likeliest_and_no_more_than_they_must(
     row: list[float], temperature: float, top_k: int, top_p: float
@@ -156,7 +156,6 @@ def test_top_k_and_top_p_keep_the_likeliest_and_no_more_than_they_must(
     assert len(kept) == 1 or reached[len(kept) - 2] < top_p + 1e-9  # and with one fewer it would not be
 
 
-@settings(deadline=None)
 @given(logit_rows, st.floats(0, 1, exclude_max=True), st.integers(0, 5), st.floats(0.1, 1))
 def test_the_choice_is_the_inverse_of_the_cumulative_distribution(
     row: list[float], uniform: float, top_k: int, top_p: float
@@ -233,7 +232,7 @@ def test_greedy_is_the_argmax_of_the_forward_pass() -> None:
         ids = [*ids, token]
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.integers(0, 2**40), st.integers(1, 11))
 def test_going_on_is_as_if_never_interrupted(seed: int, cut: int) -> None:
     how = Sampling(max_tokens=12, temperature=1.0, top_k=30, seed=seed)
@@ -304,19 +303,16 @@ def bpe() -> Tokenizer:
     return train_bpe([TEXT] * 3, 300)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 256), max_size=40) | st.text(max_size=20).map(lambda t: list(t.encode())))
 def test_streamed_text_of_bytes_is_the_whole_text(ids: list[int]) -> None:
     assert "".join(decoded(byte_level(), ids)) == byte_level().decode(ids)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 299), max_size=40))
 def test_streamed_text_of_a_bpe_is_the_whole_text(ids: list[int]) -> None:
     assert "".join(decoded(bpe(), ids)) == bpe().decode(ids)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_no_character_is_ever_broken(text: str) -> None:
     for tokenizer in (byte_level(), bpe()):
@@ -366,7 +362,7 @@ def reference_cut(text: str, stops: list[str]) -> str:
     return text
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(cuts, st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 def test_stops_cut_the_same_text_wherever_the_pieces_are_cut(pieces: list[str], stops: list[str]) -> None:
     text = "".join(pieces)
@@ -374,7 +370,6 @@ def test_stops_cut_the_same_text_wherever_the_pieces_are_cut(pieces: list[str], 
     assert "".join(until(list(text), stops)) == reference_cut(text, stops)
 
 
-@settings(deadline=None)
 @given(cuts, st.text("ab", min_size=1, max_size=4))
 def test_only_a_beginning_of_a_stop_is_held_back(pieces: list[str], stop: str) -> None:
     given_out, taken = "", ""
@@ -393,7 +388,6 @@ def test_only_a_beginning_of_a_stop_is_held_back(pieces: list[str], stop: str) -
         given_out += text
 
 
-@settings(deadline=None)
 @given(cuts, st.integers(0, 30))
 def test_without(pieces: list[str], count: int) -> None:
     assert "".join(without(pieces, count)) == "".join(pieces)[count:]
@@ -439,7 +433,7 @@ def test_the_healed_text_goes_on_from_the_prompt() -> None:
             assert prompt + text == bpe().decode([*start.ids, *tokens])
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.integers(0, 1000), st.integers(0, 15), st.integers(1, 3))
 def test_the_text_ends_before_a_stop(seed: int, at: int, length: int) -> None:
     how = Sampling(max_tokens=24, temperature=1.0, seed=seed)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples, same_bits
+from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn import average, tree
@@ -138,11 +139,11 @@ def law_model(run: Trained, folder: Path):
         expected = tree.unflatten((path, slot.get(path, p)) for path, p in tree.items(saved["params"]))
         if run.cfg.lora.rank:
             expected = merge_lora(expected, run.cfg.lora.alpha)
-        assert same(load_model(run.folder, weights=weights)[0].params, expected)
+        assert same_bits(load_model(run.folder, weights=weights)[0].params, expected)
         out = folder / weights
         lora = "merge" if run.cfg.lora.rank else "keep"
         average.soup(average.Soup((run.folder,), out, weights=weights, lora=lora))
-        assert same(load_model(out)[0].params, expected)
+        assert same_bits(load_model(out)[0].params, expected)
         assert session.evaluate(session.newest(run.folder).state, weights) == evaluated(run, expected)
 
 
@@ -152,11 +153,6 @@ def evaluated(run: Trained, params):
     return plain.evaluate(plain.step.init(params))
 
 
-def same(a, b) -> bool:
-    a, b = tree.flatten(a), tree.flatten(b)
-    return a.keys() == b.keys() and all(torch.equal(value, b[path]) for path, value in a.items())
-
-
 def law_13(run: Trained, folder: Path):
     law_replay(run)
     law_resume(run, folder / "again")
@@ -164,7 +160,7 @@ def law_13(run: Trained, folder: Path):
 
 
 @given(st.data())
-@settings(max_examples=8, deadline=None, derandomize=True)
+@examples(8)
 def test_whatever_reads_a_run_sees_the_same(tmp_path_factory, data, draw):
     folder = tmp_path_factory.mktemp("law")
     law_13(trained(draw.draw(configs(data)), folder / "run"), folder)

@@ -10,8 +10,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import one_stage
-from hypothesis import HealthCheck, Phase, given, settings
+from helpers import examples, one_stage
+from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 from strategies import Case, batches_of, cases
 
@@ -96,11 +96,11 @@ def check(pool: Pool, case: Case, dtype: torch.dtype, steps: int = 2) -> float:
 EXAMPLES = {2: 16, 3: 4, 4: 12, 8: 4}  # ranks: examples; a world of processes is started once
 
 
-def law_2(pool: Pool, ranks: int, examples: int) -> None:
+def law_2(pool: Pool, ranks: int, count: int) -> None:
     phases = (Phase.explicit, Phase.reuse, Phase.generate)  # no shrinking, which takes minutes: the message names the case
     quiet = [HealthCheck.too_slow]
 
-    @settings(deadline=None, max_examples=examples, derandomize=True, phases=phases, suppress_health_check=quiet)
+    @examples(count, phases=phases, suppress_health_check=quiet)
     @given(cases(ranks), st.sampled_from([torch.float64, torch.float64, torch.float32]))
     def law(case: Case, dtype: torch.dtype) -> None:
         check(pool, case, dtype)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import Broken
 from strategies import Case, batches_of
 from test_law_layouts import recipe
 
@@ -26,21 +26,6 @@ from olmo_fn.tree import items
 
 MODEL = dense(6, 1, 4, 5, vocab_size=11, n_kv_heads=2, head_dim=2, init_std=0.3)
 FSDP, TP, RING = Layout(Mesh(dp_shard=2)), Layout(Mesh(tp=2)), Layout(Mesh(cp=2), Rules(cp_method="ring"))
-
-
-class Broken:
-    """A pool in whose ranks something is another function."""
-
-    def __init__(self, pool: Pool, target: str, mutant) -> None:
-        self.pool, self.mutant = pool, (target, mutant)
-
-    def run(self, fn, *args, mesh):
-        return self.pool.run(run_broken, self.mutant, fn, args, mesh=mesh)
-
-
-def run_broken(connection, mutant, fn, args):
-    with patch(*mutant):
-        return fn(connection, *args)
 
 
 def verify(pool, layout, **options):

@@ -1,10 +1,11 @@
 """Laws over every optimizer, each with a mutant that breaks it; those over every transform are in test_laws_transforms.py."""
 
-import tempfile
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from helpers import caught, mean_of_means, same_bits, through_a_checkpoint
 from optimizers import (
     MATRIX,
     NORMAL,
@@ -15,7 +16,6 @@ from optimizers import (
     flat_pairs,
     gradients,
     metrics,
-    same_bits,
     shapes,
     step_of,
     wrap_with,
@@ -23,16 +23,14 @@ from optimizers import (
 from torch._dynamo.utils import counters
 
 from olmo_fn import tree
-from olmo_fn.checkpoint import load, read_index, save
 from olmo_fn.core.compile import compile
-from olmo_fn.core.gradients import Gradients, Grads
+from olmo_fn.core.gradients import Gradients
 from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.core.step import Step
 from olmo_fn.optim import adamw, sgd
 from olmo_fn.optim.base import Rule, optimizer
 from olmo_fn.optim.schedules import warmup_linear
 from olmo_fn.spec import Init, Spec, abstract, init
-from olmo_fn.train.session import stored_part, with_new_slots
 
 torch.set_num_threads(1)
 
@@ -61,11 +59,6 @@ def mutant(update=None, start=None, scalars=lambda s: {}, **more):
         **more,
     )
     return optimizer("mutant", rule, 0.1)
-
-
-def caught(law, *args):
-    with pytest.raises(AssertionError):
-        law(*args)
 
 
 # --- init works on shapes alone ---------------------------------------------------------------------------------------
@@ -190,22 +183,6 @@ def test_survives_accumulation(name):
     law_accumulates(OPTIMIZERS[name], accumulate(2))
 
 
-def mean_of_means(n):
-    """A mutant: every part divides by its own rows that count."""
-
-    def apply(inner):
-        def of(params, batch, execution):
-            rows = {k: v for k, v in batch.items() if k != "loss_tokens"}
-            parts = [{k: v.chunk(n)[i] for k, v in rows.items()} for i in range(n)]
-            grads, reports = zip(*(inner(params, part, execution) for part in parts), strict=True)
-            mean = lambda *x: sum(x) / n  # noqa: E731
-            return Gradients(tree.map(mean, *grads), tree.map(mean, *reports))
-
-        return Grads(of)
-
-    return Transform("mean_of_means", Grads, Grads, apply)
-
-
 def test_accumulation_catches():
     caught(law_accumulates, OPTIMIZERS["adamw"], mean_of_means(2))
 
@@ -326,16 +303,6 @@ def test_a_stack_catches():
 # --- a transform added later ------------------------------------------------------------------------------------------
 
 
-def through_a_checkpoint(step, state):
-    """What a run does that finds a checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = save({"step": state.step, "params": state.params, "slots": state.slots}, folder, step=int(state.step))
-        whole = step.init(abstract(SPECS))._asdict()
-        like, select = stored_part(whole, read_index(path))
-        found, _ = load(path, like, select=select)
-    return with_new_slots(step, found, whole["slots"])
-
-
 def law_added_later(make, restore):
     """It begins its own slots, from the parameters of that step, and all others are as they were."""
     old, new = step_of(make(0.01)), step_of(make(0.01), skip_spikes(window=4), ema(0.9))
@@ -351,7 +318,7 @@ def law_added_later(make, restore):
 
 @every_optimizer
 def test_a_transform_added_later(make):
-    law_added_later(make, through_a_checkpoint)
+    law_added_later(make, partial(through_a_checkpoint, specs=SPECS))
 
 
 def test_a_transform_added_later_catches():

@@ -1,16 +1,16 @@
 """One table of laws over every transform, each with a mutant that breaks it; sharding and order hold for optimizers, too."""
 
-import tempfile
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from optimizers import NORMAL, OPTIMIZERS, exact, flat_pairs, same_bits, shapes, wrap_with
+from helpers import caught, same_bits, through_a_checkpoint
+from optimizers import NORMAL, OPTIMIZERS, exact, flat_pairs, shapes, wrap_with
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from olmo_fn import tree
-from olmo_fn.checkpoint import load, read_index, save
 from olmo_fn.core.gradients import Gradients, Grads
 from olmo_fn.core.pipe import Transform, accumulate, clip, differentiable, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.mesh.mesh import Mesh
@@ -19,7 +19,6 @@ from olmo_fn.optim.base import Rule, optimizer
 from olmo_fn.parallel.shard import shard
 from olmo_fn.research import centralize, lr_scale
 from olmo_fn.spec import Init, Spec, abstract, count, init
-from olmo_fn.train.session import stored_part, with_new_slots
 from olmo_fn.transforms import (
     accumulate_measured,
     clip_groups,
@@ -123,11 +122,6 @@ def run(step, steps=3, state=None, specs=SPECS, dtype=DOUBLE):
     for i in range(int(state.step), steps):
         state, _ = step(state, batch(i))
     return state
-
-
-def caught(law, *args):
-    with pytest.raises(AssertionError):
-        law(*args)
 
 
 def mutant(control=lambda slot: slot, update=lambda p, g, slots, s: (s["lr"] * g, slots), start=None, parts=()):
@@ -261,16 +255,6 @@ ADDS["all"] = sorted(name for names in ADDS.values() for name in names)
 LATER = [name for name in TABLE if name not in ("lora", "partition")]  # another model, another optimizer
 
 
-def through_a_checkpoint(step, state):
-    """What a run does that finds a checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = save({"step": state.step, "params": state.params, "slots": state.slots}, folder, step=int(state.step))
-        whole = step.init(abstract(SPECS, DOUBLE))._asdict()
-        like, select = stored_part(whole, read_index(path))
-        found, _ = load(path, like, select=select)
-    return with_new_slots(step, found, whole["slots"])
-
-
 def law_added_later(new, adds, restore):
     """It begins its own slots, from the parameters of that step; all others that it has are as they were."""
     state = run(pipe(loss, *chain()), 2)
@@ -288,7 +272,7 @@ def law_added_later(new, adds, restore):
 
 @pytest.mark.parametrize("name", LATER)
 def test_added_later(name):
-    law_added_later(step_of(name), ADDS.get(name, []), through_a_checkpoint)
+    law_added_later(step_of(name), ADDS.get(name, []), partial(through_a_checkpoint, specs=SPECS, dtype=DOUBLE))
 
 
 def test_added_later_catches():

@@ -8,8 +8,10 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import meshes
 from torch.distributed.tensor import DTensor, Shard
 
 from olmo_fn.mesh.axis import NAMES, SINGLE_DEVICE, Axes
@@ -17,9 +19,7 @@ from olmo_fn.mesh.collectives import all_gather
 from olmo_fn.mesh.mesh import AXES, Mesh, members, solve
 from olmo_fn.mesh.settings import MeshConfig
 
-degree = st.integers(1, 3)
-meshes = st.builds(Mesh, degree, degree, degree, degree, degree)
-few = settings(derandomize=True, deadline=None, max_examples=40)
+few = examples(40)
 
 
 @few

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -25,7 +26,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "optim"
 CASES = json.loads((FIXTURES / "optim.json").read_text())
 TENSORS = load_file(FIXTURES / "optim.safetensors")
 NAMES = ("w", "t", "v", "e")
-QUICK = settings(max_examples=40, deadline=None)
+QUICK = examples(40)
 
 
 def no_loss(params, batch):

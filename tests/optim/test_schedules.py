@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.optim.schedules import (
@@ -32,7 +33,7 @@ from olmo_fn.optim.schedules import (
 )
 
 CASES = json.loads((Path(__file__).parents[1] / "fixtures" / "sched" / "schedulers.json").read_text())["cases"]
-QUICK = settings(max_examples=40, deadline=None, derandomize=True)
+QUICK = examples(40)
 
 
 def ours(name, s, lr, total):

@@ -6,7 +6,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn import tree
@@ -68,7 +69,7 @@ SHAPES = st.tuples(st.integers(0, 7), st.integers(1, 5), st.integers(1, 4)).flat
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_what_is_dealt_out_comes_back(pool: Pool, ranks: int) -> None:
-    @settings(deadline=None, max_examples=25, derandomize=True)
+    @examples(25)
     @given(st.lists(SHAPES, min_size=1, max_size=ranks))
     def law(shapes) -> None:
         pool.run(there_and_back, shapes, ranks=ranks)

@@ -4,7 +4,8 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.parallel.pipeline.schedule import Action, schedule
@@ -12,7 +13,6 @@ from olmo_fn.parallel.pipeline.split import parse_split, split
 from olmo_fn.planner.pipeline_simulate import Costs, simulate
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 8) for m in (1, 2, 3, 5, 8, 13, 16)]
-examples = settings(deadline=None, max_examples=150, derandomize=True)
 
 
 @st.composite
@@ -46,7 +46,7 @@ def law_programs(programs, kind, microbatches, chunks):
 
 
 @given(sizes())
-@examples
+@examples(150)
 def test_programs(size):
     kind, _, microbatches, chunks = size
     law_programs(schedule(*size), kind, microbatches, chunks)
@@ -151,7 +151,7 @@ def compositions(n, parts):
 
 
 @given(st.integers(1, 7), st.integers(1, 5), st.sampled_from([0, 0.3, 1, 2.5]), st.sampled_from([0, 0.7, 1.5, 4]))
-@settings(deadline=None, max_examples=60, derandomize=True)
+@examples(60)
 def test_split_is_the_best_there_is(blocks, stages, embed, head):
     """By trying all: least cost of the dearest stage, and then the most even."""
 

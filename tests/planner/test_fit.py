@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import tyro
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from programs import python
 
@@ -55,7 +56,7 @@ def test_what_can_never_fit_is_told_how_far_it_is():
         check_memory(CONFIGS["olmo2-1b"], Mesh(dp_shard=4), "bfloat16", 6 * GB)
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(st.data())
 def test_what_is_not_traced_fits(data):
     """Where the formulas spare a run its trace, the trace would have let it through."""

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.models.config import OLMO2, OLMO3, Model
@@ -21,13 +22,12 @@ for base, classes in CHOICES.items():
     st.register_type_strategy(base, st.one_of(*map(st.from_type, classes.values())))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.from_type(Config))
 def test_a_config_comes_back_as_it_was(config: Config) -> None:
     assert from_yaml(to_yaml(config), Config, CHOICES) == config
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_any_text_survives(text: str) -> None:
     config = Config(OLMO2["olmo2-1m"], run=Run(folder=text, sample=text))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, models
 from torch.testing import assert_close
@@ -18,7 +19,7 @@ from olmo_fn.spec import Init, Spec, abstract, init
 from olmo_fn.transforms import freeze, merge, train_only
 from olmo_fn.transforms.lora import lora, lora_loss, lora_specs, merge_lora
 
-QUICK = settings(max_examples=12, deadline=None, derandomize=True)
+QUICK = examples(12)
 MODEL = dense(d_model=8, n_layers=2, n_heads=2, hidden_size=12, vocab_size=16, init_std=0.3)
 SPECS = transformer.specs(MODEL)
 

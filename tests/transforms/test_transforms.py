@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -36,7 +37,7 @@ from olmo_fn.transforms import (
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "optim"
 CASES = json.loads((FIXTURES / "skip.json").read_text())
 TENSORS = load_file(FIXTURES / "skip.safetensors")
-QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+QUICK = examples(25)
 seeds = st.integers(0, 2**31)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -28,7 +29,7 @@ from olmo_fn.train.schedules import Constant, Cosine
 from olmo_fn.transforms.lora import merge_lora
 
 ROOT = Path(__file__).parents[2]
-QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+QUICK = examples(25)
 
 
 # --- soups ------------------------------------------------------------------------------------------------------
