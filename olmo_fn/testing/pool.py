@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import fcntl
+import io
 import multiprocessing
 import os
 import pickle
@@ -32,7 +33,7 @@ import torch.distributed as dist
 from olmo_fn.core.compile import prepare_cache
 from olmo_fn.mesh.connect import Connection, connect
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.train.choices import load, used_files
+from olmo_fn.train.choices import load_module
 
 PRELOAD = ["torch", "torch.distributed.tensor"]
 
@@ -49,7 +50,7 @@ class Pool:
     """Runs functions on real ranks, one CPU thread each. ``processes`` is how many are kept at most.
 
     Functions and arguments travel by pickle: a function must stand at the top of a module that the ranks can import. They look
-    where the caller does, in its ``sys.path`` and among the files that it has used (`olmo_fn.train.choices.load`).
+    where the caller does, in its ``sys.path`` and in a user's files (`olmo_fn.train.choices.load`).
 
     >>> with Pool() as pool:
     ...     pool.run(where, mesh=Mesh(dp_shard=2))
@@ -76,7 +77,7 @@ class Pool:
         the next call starts new ones.
         """
         mesh = mesh or Mesh(dp_shard=ranks)
-        message = pickle.dumps((sys.path, used_files(), pickle.dumps((mesh, fn, args))))
+        message = pickle.dumps((sys.path, pickle.dumps((mesh, fn, args))))
         world = self.worlds.pop(mesh.size, None)
         if world is None:
             while self.worlds and sum(self.worlds) + mesh.size > self.processes:
@@ -204,6 +205,14 @@ def _own_folder() -> tuple[Path, int]:
     raise AssertionError
 
 
+class _Unpickler(pickle.Unpickler):
+    """Runs the user's files (``--use``) that what it reads is from."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        load_module(module_name)
+        return super().find_class(module_name, global_name)
+
+
 def _serve(pipe: Pipe, rank: int, size: int, port: int, folder: Path) -> None:
     """A rank's process: answers messages until its pipe is closed. SIGUSR1, or a crash, makes it write down where it is."""
     torch.set_num_threads(1)
@@ -227,10 +236,8 @@ def _serve(pipe: Pipe, rank: int, size: int, port: int, folder: Path) -> None:
         except EOFError:
             os._exit(0)  # without the clean-up of groups, which may wait for others
         try:
-            sys.path[:], files, call = pickle.loads(message)
-            for file in files:
-                load(file)
-            mesh, fn, args = pickle.loads(call)
+            sys.path[:], call = pickle.loads(message)
+            mesh, fn, args = _Unpickler(io.BytesIO(call)).load()
             if mesh not in connections:
                 connections[mesh] = connect(mesh)
             kind, answer = "result", pickle.dumps(fn(connections[mesh], *args))

@@ -83,9 +83,10 @@ def load(name: str) -> ModuleType:
     return sys.modules[key]
 
 
-def used_files() -> list[str]:
-    """The files that `load` has run in this process."""
-    return [str(module.__file__) for key, module in sys.modules.items() if key.startswith(USED)]
+def load_module(module: str) -> None:
+    """Run the user's file that a module of this name is, as pickle has it; nothing for any other module."""
+    if module.startswith(USED):
+        load(module.removeprefix(USED).replace("//", "."))
 
 
 def locate(use: Sequence[str], folder: Path | None = None) -> tuple[str, ...]:
