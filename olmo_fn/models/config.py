@@ -222,7 +222,7 @@ class Model:
     """Rows of the embedding and of the head; the default is dolma2's 100,278 rounded up to a multiple of 128."""
     block: Annotated[Any, InPlace] = field(default_factory=Block)
     """What every layer is."""
-    pattern: tyro.conf.Suppress[tuple[Any, ...]] = ()
+    pattern: tyro.conf.Suppress[tuple[Block, ...]] = ()
     """Blocks that are repeated over the depth instead; only in Python and YAML."""
     norm_eps: float = 1e-6
     """Added to the mean square in every norm."""

@@ -182,11 +182,26 @@ def _message(error: BaseException, path: str, kind: Any) -> str:
         if isinstance(extra, ForbiddenExtraKeysError):
             key, names = sorted(map(str, extra.extra_fields))[0], [field.name for field in fields(extra.cl)]
             prefix = f"{path}." if path else ""
-            close = get_close_matches(key, names, 1)
+            close = _inside(extra.cl, key) or get_close_matches(key, names, 1)
             hint = f", did you mean {prefix}{close[0]}?" if close else "."
             return f"{prefix}{key}: there is no such field{hint} There are {', '.join(names)}"
     inner, note = noted[0]
     return _message(inner, f"{path}.{note.name}".lstrip("."), note.type)
+
+
+def _inside(cls: Any, name: str) -> list[str]:
+    """The dotted paths of the fields ``name`` in the groups of a ``cls``, as its defaults have them.
+
+    >>> from olmo_fn.train.config import Model
+    >>> _inside(Model, "n_heads")
+    ['block.mixer.n_heads']
+    """
+    groups = {field.name: kind for field in fields(cls) if is_dataclass(kind := _kind(field))}
+    return [
+        f"{group}.{path}"
+        for group, kind in groups.items()
+        for path in ([name] if name in {field.name for field in fields(kind)} else _inside(kind, name))
+    ]
 
 
 def _describe(kind: Any) -> str:

@@ -1,11 +1,15 @@
-"""Config files of version 0.1, which had one flat record for all optimizers and one for all schedules. Imports no torch."""
+"""Config files of version 0.1, which had a flat model, one record for all optimizers, and one for all schedules.
+
+Those that a run wrote have every field; those written by hand have some, and of these only a flat model is not as it is now.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
 
-from olmo_fn.fields import walk
+from olmo_fn.fields import values
 from olmo_fn.models.config import OLMO2
 from olmo_fn.train.optimizers import OPTIMIZERS
 from olmo_fn.train.schedules import SCHEDULES
@@ -20,7 +24,12 @@ def upgrade(value: Any) -> Any:
     >>> new = upgrade({**old, "schedule": {"name": "cosine", "final": 0.1, "exponent": -0.51}, "model": {}})
     >>> new["optim"], new["schedule"], new["loss"]
     ({'name': 'lion', 'lr': 0.0001}, {'name': 'cosine', 'final': 0.1}, {'z_loss': 0.0})
+    >>> upgrade({"model": {"d_model": 8, "n_heads": 2}})
+    {'model': {'d_model': 8, 'block': {'mixer': {'n_heads': 2}}}}
     """
+    if not isinstance(value, dict):
+        return value
+    value = {**value, "model": _nested(value["model"], OLMO2["olmo2-1m"])} if "model" in value else value
     try:
         if not value["optim"].keys() >= OF_ALL_OPTIMIZERS:
             return value
@@ -29,8 +38,7 @@ def upgrade(value: Any) -> Any:
         optim, schedule = _of_one(value["optim"], OPTIMIZERS), _of_one(value["schedule"], SCHEDULES)
     except (TypeError, KeyError, AttributeError):  # not what a run wrote; it is refused by the name of the field
         return value
-    model = _nested(value["model"], OLMO2["olmo2-1m"])
-    return {**value, "model": model, "optim": optim, "recipe": recipe, "schedule": schedule, "loss": loss}
+    return {**value, "optim": optim, "recipe": recipe, "schedule": schedule, "loss": loss}
 
 
 def _of_one(record: dict[str, Any], classes: tuple[Any, ...]) -> dict[str, Any]:
@@ -40,9 +48,11 @@ def _of_one(record: dict[str, Any], classes: tuple[Any, ...]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key in names and value is not None}
 
 
-def _nested(record: dict[str, Any], settings: Any) -> dict[str, Any]:
-    """The fields of a flat record, each in the group in which ``settings`` have it."""
-    groups = {field.path[-1]: field.path[:-1] for field in walk(settings)}
+def _nested(record: Any, settings: Any) -> Any:
+    """The fields of a flat model, each in the group in which ``settings`` have it; a model with a ``block`` as it is."""
+    if not isinstance(record, dict) or "block" in record:
+        return record
+    groups = {field.path[-1]: field.path[:-1] for field in values(settings) if field.path[-1] != "name"}
     nested: dict[str, Any] = {}
     for name, value in record.items():
         group = nested

@@ -25,8 +25,10 @@ from olmo_fn.models.config import dense
 from olmo_fn.replay import replay as module
 from olmo_fn.spec import init
 from olmo_fn.train import session as sessions
-from olmo_fn.train.config import Config, Growth, Lora, Optim, Recipe, Run, Schedule
+from olmo_fn.train.config import CHOICES, Config, Growth, Lora, Recipe, Run
 from olmo_fn.train.loop import Result, train
+from olmo_fn.train.optimizers import OptimizerSettings
+from olmo_fn.train.schedules import Constant
 from olmo_fn.train.session import Session, open_run
 from olmo_fn.transforms.lora import merge_lora
 
@@ -65,8 +67,8 @@ def config(data, growth=GROWTH, mask=False, documents=False, lora=0, optim="adam
             mask_documents=documents,
             cache_dir=str(data / "cache"),
         ),
-        optim=Optim(optim, lr=0.05),
-        schedule=Schedule("constant", warmup=0),
+        optim=CHOICES[OptimizerSettings][optim](lr=0.05),
+        schedule=Constant(warmup=0),
         growth=growth,
         recipe=Recipe(ROWS, LENGTH, compile=False, dtype="float32", **recipe),
         lora=Lora(lora, patterns=("*.w_q", "*.feed_forward.w_*")),

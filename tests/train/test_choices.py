@@ -16,7 +16,7 @@ from olmo_fn import tree
 from olmo_fn.cli import main as cli
 from olmo_fn.cli import training
 from olmo_fn.fields import AT_LEAST_ONE, SIGNED, check_numbers, values
-from olmo_fn.models.config import OLMO2
+from olmo_fn.models.config import OLMO2, dense
 from olmo_fn.presets import CONFIGS
 from olmo_fn.spec import init
 from olmo_fn.train.choices import choosable, choose, named, with_files
@@ -139,7 +139,9 @@ def test_what_the_preset_says_stays_and_what_its_class_has_by_default_does_not()
 
 
 def test_every_choice_has_a_flag_and_every_setting_a_default_and_a_help():
-    assert choosable(TINY, CHOICES).keys() == {"--loss.name", "--optim.name", "--schedule.name"}
+    held = ("model.block", "model.mixer", "model.feed-forward", "data.instances", "loss", "optim", "schedule", "observe.own")
+    assert choosable(TINY, CHOICES).keys() == {f"--{name}.name" for name in held}
+    assert len(held) == len(CHOICES)
     for classes in CHOICES.values():
         for name, cls in classes.items():
             assert cls().name == name
@@ -283,6 +285,7 @@ def test_a_file_by_hand_without_a_folder_runs_in_one_of_its_name(tmp_path):
     )
     cfg = parse(tmp_path / "mine.yaml", "--optim.weight-decay", "0.5")
     assert (cfg.run.folder, cfg.optim) == ("runs/mine", Lion(lr=4e-4, weight_decay=0.5))
+    assert cfg.model == dense(8, 1, n_heads=1, hidden_size=4)
 
 
 def test_files_of_version_0_1_are_read():
@@ -385,7 +388,9 @@ def test_choices_in_choices_whose_fields_are_flags_without_their_names():
     flags = ["--mixer.name", "recur", "--block.name", "pre", "--gates", "-3", "--depth", "2", "--width", "5"]
     cfg, rest = choose(Net(), flags, NESTED)
     assert tyro.cli(Net, args=rest, default=cfg) == Net(2, Pre(mixer=Recur(gates=-3.0), feed_forward=Gated(width=5)))
-    assert [field.flag for field in values(cfg)][3:] == ["--gates", "--name", "--width", "--scale", "--pattern"]
+    assert [field.flag for field in values(cfg)][1:] == [
+        *("--block.name", "--mixer.name", "--gates", "--feed-forward.name", "--width", "--scale", "--pattern")
+    ]
 
 
 def test_they_come_back_from_yaml():

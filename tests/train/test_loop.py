@@ -18,15 +18,17 @@ from olmo_fn.data.settings import Data
 from olmo_fn.launch.process import Process
 from olmo_fn.models.config import dense
 from olmo_fn.models.count import flops_per_token
-from olmo_fn.train.config import Config, Growth, Optim, Recipe, Run, Schedule
+from olmo_fn.train.config import Config, Growth, Recipe, Run
 from olmo_fn.train.events import Evaluated, Observer, Said, Saved, Started, Stepped, Stopped
 from olmo_fn.train.loop import OBSERVER, Stop, events, train
 from olmo_fn.train.meter import InFlight, Meter, Moment
 from olmo_fn.train.observers import Observe, read_evaluations, read_metrics
 from olmo_fn.train.observers.plateau import Plateau
+from olmo_fn.train.optimizers import AdamW
 from olmo_fn.train.process import ProcessContext
 from olmo_fn.train.report import run_flops
 from olmo_fn.train.schedule import sizes
+from olmo_fn.train.schedules import Constant
 from olmo_fn.train.session import open_run
 
 CPU = torch.device("cpu")
@@ -39,8 +41,8 @@ def cfg(tmp_path):
     return Config(
         model=dense(8, 1, 2, 12, vocab_size=64),
         data=Data(paths=(str(tmp_path / "tokens.npy"),), dtype="uint8", heldout_fraction=0.05, cache_dir=str(tmp_path / "c")),
-        optim=Optim(lr=1e-2),
-        schedule=Schedule("constant", warmup=0),
+        optim=AdamW(lr=1e-2),
+        schedule=Constant(warmup=0),
         recipe=Recipe(4, 16, compile=False, dtype="float32"),
         run=Run(str(tmp_path / "run"), steps=10, checkpoint_every=4, eval_every=5, threads=1, sample="", device="cpu"),
     )
@@ -157,21 +159,19 @@ def test_a_run_that_is_done_is_evaluated_again(cfg):
 def test_observers_of_the_settings(cfg):
     """They are built when nothing refuses the run any more, look on, and may stop it; a setting that cannot be is one line."""
     cfg = replace(cfg, run=replace(cfg.run, eval_every=1))
-    plateau = Observe(plateau=Plateau(on=True, patience=2, least=10.0))
-    with contextlib.redirect_stdout(io.StringIO()):
-        result = train(cfg, observe=plateau)
+    result = quietly(replace(cfg, observe=Observe(plateau=Plateau(on=True, patience=2, least=10.0))))
     assert result.stopped_by == OBSERVER
     assert "has been no better than" in result.reason
     assert result.step < 6
-    with pytest.raises(ValueError, match=r"--observe\.plateau\.patience 0 must be"), contextlib.redirect_stdout(io.StringIO()):
-        train(cfg, observe=Observe(plateau=Plateau(on=True, patience=0)))
+    with pytest.raises(ValueError, match=r"--observe\.plateau\.patience 0 must be"):
+        quietly(replace(cfg, observe=Observe(plateau=Plateau(on=True, patience=0))))
 
 
 def test_an_exception_closes_everything(cfg):
     """An observer that fails is dropped by name; a failing step ends the run, and observers are closed."""
     seen = Recorder()
     session = open_run(cfg)
-    vars(session)["step"] = replace(session.step, control=lambda state, metrics: 1 / 0)
+    vars(session)["step"] = replace(session.step, control=lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), contextlib.redirect_stdout(io.StringIO()):
         train(session, [seen])
     assert seen.closed

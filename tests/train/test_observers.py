@@ -14,6 +14,7 @@ import torch
 import tyro
 from programs import ROOT
 
+from olmo_fn.train.config import CHOICES
 from olmo_fn.train.events import Evaluated, Event, Observer, RunInfo, Said, Saved, Started, Stepped, Stopped
 from olmo_fn.train.observers import (
     Console,
@@ -91,7 +92,7 @@ def test_the_flag_of_a_group_is_its_switch(name, capsys):
     assert not on(f"--observe.no-{name}")
     found = tyro.cli(Whole, args=[f"--observe.{name}"])
     assert tyro.cli(Whole, args=[f"--observe.no-{name}"], default=found) == Whole()
-    assert from_yaml(to_yaml(found), Whole) == found
+    assert from_yaml(to_yaml(found), Whole, CHOICES) == found
     with pytest.raises(SystemExit):
         tyro.cli(Whole, args=["--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())

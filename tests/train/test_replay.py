@@ -23,15 +23,14 @@ from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.data.settings import Data
 from olmo_fn.data.shuffle import shuffled
 from olmo_fn.data.tokenizer import byte_level
-from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
 from olmo_fn.replay.replay import largest_spike, replay
 from olmo_fn.research import outliers
-from olmo_fn.train.config import Config, Growth, Lora, Optim, Recipe, Run
+from olmo_fn.train.config import Config, Growth, Lora, Recipe, Run
 from olmo_fn.train.folder import write_config
 from olmo_fn.train.loop import train
 from olmo_fn.train.observers import read_metrics
-from olmo_fn.train.optimizers import AdamW
+from olmo_fn.train.optimizers import AdamW, ScheduleFree
 from olmo_fn.train.schedules import Constant
 from olmo_fn.transforms.lora import lora_loss
 
@@ -287,7 +286,7 @@ def test_adapters(run, tmp_path, step):
     found = replay(folder, step)
     assert found.differences == ()
     assert (found.start, found.checkpoint) == ((10, folder / "checkpoints" / "step10") if step > 10 else (0, None))
-    loss = lora_loss(transformer.loss(found.cfg.model, z_loss=found.cfg.recipe.z_loss), 16.0)
+    loss = lora_loss(found.cfg.loss.build(found.cfg.model), 16.0)
     losses, norms = each_row(found, loss, ["lora.*"])
     rows = sorted(found.sequences, key=lambda s: s.row)
     assert [s.loss for s in rows] == pytest.approx(losses, rel=1e-5)
@@ -298,7 +297,7 @@ def test_adapters(run, tmp_path, step):
 def test_frozen_parameters_pull_at_nothing(run, tmp_path):
     folder, _ = again(run, tmp_path, recipe={"freeze": ("embed", "head*")})
     found = replay(folder, 3)
-    loss = transformer.loss(found.cfg.model, z_loss=found.cfg.recipe.z_loss)
+    loss = found.cfg.loss.build(found.cfg.model)
     trained = [path for path, _ in tree.items(found.params) if not path.startswith(("embed", "head"))]
     rows = sorted(found.sequences, key=lambda s: s.row)
     assert [s.grad_norm for s in rows] == pytest.approx(each_row(found, loss, trained)[1], rel=1e-4)
@@ -315,9 +314,9 @@ def test_normalized_weights(run, tmp_path, step):
 
 def test_schedule_free(run, tmp_path):
     """The rows are taken where the step takes its gradient, between its two sequences of weights."""
-    folder, lines = again(run, tmp_path, optim=Optim("schedule-free", lr=3e-2))
+    folder, lines = again(run, tmp_path, optim=ScheduleFree(lr=3e-2))
     found = replay(folder, 12)
     assert found.differences == ()
     assert mean_loss(found) == pytest.approx(lines[12]["loss"], rel=1e-5)
-    losses, _ = each_row(found, transformer.loss(found.cfg.model, z_loss=found.cfg.recipe.z_loss))
+    losses, _ = each_row(found, found.cfg.loss.build(found.cfg.model))
     assert np.mean(losses) != pytest.approx(lines[12]["loss"], rel=1e-3), "at the parameters it is another loss"

@@ -16,7 +16,7 @@ from olmo_fn.fields import walk
 from olmo_fn.models.config import modified
 from olmo_fn.optim import adamw, dion, lion, muon, normuon, sgd, soap
 from olmo_fn.optim.schedule_free import schedule_free_adamw
-from olmo_fn.train.choices import choosable, choose, get, put
+from olmo_fn.train.choices import base_of, choosable, choose, get, put
 from olmo_fn.train.config import CHOICES, Config
 from olmo_fn.train.schedules import Power
 
@@ -62,8 +62,7 @@ def every_choice():
     """Configs in which each class that a field may hold is held."""
     yield TINY
     for flag, path in choosable(TINY, CHOICES).items():
-        base = next(base for base in CHOICES if isinstance(get(TINY, path), base))
-        for name in CHOICES[base]:
+        for name in CHOICES[base_of(type(get(TINY, path)), CHOICES)]:
             yield choose(TINY, [flag, name], CHOICES)[0]
 
 

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import MISSING, fields, replace
+from typing import Any
 
 import pytest
 from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olmo_fn.models.config import OLMO2, OLMO3, Model
+from olmo_fn.data.settings import Data
+from olmo_fn.models.config import OLMO2, OLMO3, Attention, Block, Model, PreNorm
+from olmo_fn.train.choices import base_of
 from olmo_fn.train.config import CHOICES, Config, Run
+from olmo_fn.train.observers import Observe
 from olmo_fn.train.optimizers import AdamW
 from olmo_fn.train.serialize import from_yaml, to_yaml
 
-MODEL = "model: {d_model: 8, n_layers: 1, n_heads: 1, hidden_size: 4}\n"
+MODEL = "model: {d_model: 8, n_layers: 1, block: {mixer: {n_heads: 1}, feed_forward: {hidden_size: 4}}}\n"
+
+
+def settings_of(cls: type) -> st.SearchStrategy[Any]:
+    """Any ``cls`` in which fields that hold a choice hold any class that may be chosen; its name is what chooses it."""
+    made: dict[str, st.SearchStrategy[Any]] = {"name": st.just(cls.name)} if base_of(cls, CHOICES) else {}  # type: ignore[attr-defined]
+    for field in fields(cls):
+        kind = type(field.default_factory() if field.default_factory is not MISSING else field.default)
+        if base := base_of(kind, CHOICES):
+            made[field.name] = st.deferred(lambda base=base: st.from_type(base))
+    return st.builds(cls, **made)
+
 
 st.register_type_strategy(float, st.floats(allow_nan=False))
 for base, classes in CHOICES.items():
-    st.register_type_strategy(base, st.one_of(*map(st.from_type, classes.values())))
+    st.register_type_strategy(base, st.one_of(*map(settings_of, classes.values())))
+for cls in (Model, Data, Observe):
+    st.register_type_strategy(cls, settings_of(cls))
 
 
 @examples(60)
@@ -64,6 +82,11 @@ def test_presets(model: Model) -> None:
     assert from_yaml(to_yaml(Config(model)), Config, CHOICES) == Config(model)
 
 
+def test_a_model_of_several_kinds_of_blocks() -> None:
+    config = Config(replace(OLMO2["olmo2-1m"], pattern=(Block(), PreNorm(mixer=Attention(n_heads=2)))))
+    assert from_yaml(to_yaml(config), Config, CHOICES) == config
+
+
 def test_a_file_may_say_little_and_numbers_may_be_written_as_usual() -> None:
     config = from_yaml(MODEL + "optim: {lr: 4e-4, eps: 0, betas: [0, 1]}\nrun:\n  steps: 3\n", Config, CHOICES)
     assert config.optim == AdamW(lr=4e-4, eps=0.0, betas=(0.0, 1.0))
@@ -98,9 +121,19 @@ def test_a_file_may_say_little_and_numbers_may_be_written_as_usual() -> None:
         (MODEL + "data: {paths: [a, 3]}", "data.paths[1] is '3', a whole number; it must be a text"),
         (MODEL + "schedule: {name: step}", "it must be one of cosine, linear, wsd, constant"),
         (
-            MODEL.replace("4}", "4, head_dim: x}"),
-            "model.head_dim is 'x', a text; it must be a whole number or null",
+            MODEL.replace("n_heads: 1", "n_heads: 1, head_dim: x"),
+            "model.block.mixer.head_dim is 'x', a text; it must be a whole number or null",
         ),
+        (
+            MODEL.replace("n_layers: 1", "head_dim: 4"),
+            "model.head_dim: there is no such field, did you mean model.block.mixer.",
+        ),
+        (
+            MODEL.replace("n_layers: 1", "mixer: {}"),
+            "model.mixer: there is no such field, did you mean model.block.mixer? There",
+        ),
+        (MODEL + "steps: 3", "steps: there is no such field, did you mean run.steps? There are model, data,"),
+        (MODEL.replace("n_layers: 1", "n_layers: 1, pattern: [{mixer: 3}]"), "model.pattern[0].mixer is '3', a whole number"),
         (MODEL + "run: {steps: 3", "not YAML, line 2: expected ',' or '}'"),
         (MODEL + "run: {steps: 3}\nrun: {steps: 4}", "not YAML, line 1: run is given twice"),
         (MODEL + "run: {steps: 3, steps: 4}", "not YAML, line 2: steps is given twice"),

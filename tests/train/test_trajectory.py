@@ -72,7 +72,7 @@ def test_the_batches_are_those_of_the_fixture():
     attention = block["sequence_mixer"]
     assert (theirs["d_model"], theirs["n_layers"], theirs["vocab_size"]) == (32, 2, 64)
     assert (attention["n_heads"], attention["n_kv_heads"], block["feed_forward"]["hidden_size"]) == (4, 2, 32)
-    assert (attention["rope"]["theta"], block["layer_norm"]["eps"]) == (CFG.rope_theta, CFG.norm_eps)
+    assert (attention["rope"]["theta"], block["layer_norm"]["eps"]) == (CFG.block.mixer.rope_theta, CFG.norm_eps)
 
 
 @pytest.mark.parametrize(("engine", "remat"), [("tape", "none"), ("tape", "full"), ("func", "none")])
