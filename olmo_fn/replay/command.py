@@ -49,7 +49,7 @@ def describe(found: Replay, texts: int = 3, chars: int = 400) -> str:
         lines += [f"  … {len(found.differences) - 5} more"] if len(found.differences) > 5 else []
     else:
         lines = [f"{what}: equal to metrics.jsonl, bit for bit ({values})"]
-    lines += [f"step {found.step}: " + ", ".join(f"{name} {value:.6g}" for name, value in found.metrics.items()), ""]
+    lines += [f"step {found.step}: " + ", ".join(f"{name} {shown(value)}" for name, value in found.metrics.items()), ""]
     lines += ["row  loss a token  |gradient|  tokens  from"]
     for s in found.sequences:
         lines.append(f"{s.row:>3}  {s.loss:>12.4f}  {s.grad_norm:>10.4f}  {s.tokens:>6}  {s.file} at token {s.offset:,}")
@@ -58,3 +58,12 @@ def describe(found: Replay, texts: int = 3, chars: int = 400) -> str:
         cut = text if not chars or len(text) <= chars else text[:chars] + " …"
         lines += ["", f"row {s.row}:", textwrap.indent(cut, "  | ", lambda line: True)]
     return "\n".join(lines)
+
+
+def shown(value: float | list[float]) -> str:
+    """A metric in six digits, a vector of them in brackets.
+
+    >>> shown([0.25, 1e-7])
+    '[0.25, 1e-07]'
+    """
+    return "[" + ", ".join(map(shown, value)) + "]" if isinstance(value, list) else f"{value:.6g}"

@@ -57,7 +57,7 @@ class Replay:
     """What it began from; None: the initial weights."""
     differences: tuple[str, ...]
     """One line a value that is not the same, bit for bit, as in metrics.jsonl; empty when all are."""
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, Any]
     sequences: tuple[Sequence, ...]
     """Those of the batch, the largest gradient first."""
     cfg: Config = field(repr=False)
@@ -92,7 +92,7 @@ def replay(run: Session | str | Path, step: int, say: Callable[[str], Any] = lam
             rows = sequences(session, state, batch)
             params = tree.map(torch.clone, state.params)  # the step may overwrite them
         state, found = session.step(state, batch)
-        metrics = {name: float(value) for name, value in found.items()}
+        metrics = {name: value.tolist() for name, value in found.items()}
         differences += compare(n + 1, metrics, recorded.get(n + 1, {}))
     return Replay(step, start, checkpoint, tuple(differences), metrics, rows, session.cfg, params, batch, state)
 
@@ -110,22 +110,18 @@ def state_before(session: Session, step: int, say: Callable[[str], Any]) -> Load
     return Loaded(session.first_state())
 
 
-def compare(step: int, found: Mapping[str, float], recorded: Mapping[str, Any]) -> list[str]:
-    """A line for each value that is not exactly the recorded one.
+def compare(step: int, found: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
+    """A line for each value, a number or a list of them, that is not exactly the recorded one.
 
     >>> compare(3, {"loss": 0.5, "lr": 0.1}, {"step": 3, "loss": 0.25, "lr": 0.1})
     ['step 3: loss is 0.5, was 0.25']
-    >>> compare(3, {"loss": float("nan")}, {"loss": float("nan")})
+    >>> compare(3, {"loss": float("nan"), "load": [1.0, 2.0]}, {"loss": float("nan"), "load": [1.0, 2.0]})
     []
     """
-
-    def same(a: float, b: float | None) -> bool:
-        return a == b or (b is not None and math.isnan(a) and math.isnan(b))
-
     return [
         f"step {step}: {name} is {value}, was {recorded.get(name, 'not recorded')}"
         for name, value in found.items()
-        if not same(value, recorded.get(name))
+        if value != recorded.get(name) and repr(value) != repr(recorded.get(name))  # NaN is not equal to itself
     ]
 
 
