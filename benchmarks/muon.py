@@ -81,7 +81,7 @@ def trainer(args: argparse.Namespace) -> Callable[[str, float, int], dict[str, A
     machine.keep_freed_memory()
     prepare_cache(cache_dir(Data()) / "compiled")
     dtype = machine.compute_dtype("auto", torch.device("cpu"))
-    model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size, init_method="llama")
+    model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, vocab_size=args.vocab_size, init_method="llama")
     specs, loss = transformer.specs(model), transformer.loss(model, z_loss=1e-5)
     source = open_data(Data(), model.vocab_size, constant_sizes(args.batch_size, args.sequence_length))
     heldout = source.heldout[: args.heldout]

@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     process = init_process_group_from_env()
     prepare_cache(Path(args.cache) / f"rank{process.rank}")
-    model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size)
+    model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, vocab_size=args.vocab_size)
     specs, dtype = transformer.specs(model), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     layout = []
     if process.size > 1:

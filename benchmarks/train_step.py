@@ -58,7 +58,12 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 
     torch.set_num_threads(args.threads)
     model = dense(
-        args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size, n_kv_heads=args.n_kv_heads or args.n_heads
+        args.d_model,
+        args.n_layers,
+        args.n_heads,
+        args.hidden_size,
+        vocab_size=args.vocab_size,
+        n_kv_heads=args.n_kv_heads or args.n_heads,
     )
     cfg = Config(
         model,

@@ -51,7 +51,7 @@ def main() -> None:
     machine.keep_freed_memory()
     if args.compile:
         compilation.prepare_cache(Path(tempfile.mkdtemp()))
-    model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, args.vocab_size)
+    model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, vocab_size=args.vocab_size)
     ids = torch.randint(args.vocab_size, (args.batch_size, args.sequence_length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids.roll(-1, dims=1)}
 
