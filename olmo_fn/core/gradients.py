@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Backend, Batch, Chain, LossFunction, Metric, Metrics, bind, loss_tokens, per_token
-from olmo_fn.core.layout import SINGLE, Layout, wide
+from olmo_fn.core.chain import Backend, Batch, Chain, LossFunction, Metric, Metrics, bind, loss_tokens, per_token, wide
+from olmo_fn.core.layout import SINGLE, Layout
 from olmo_fn.core.primitive import primitive
 from olmo_fn.kernels import Function, Kernel, identity
 from olmo_fn.tree import Tree

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Aux, Batch, Chain, Metrics, Stage, Sums, loss_tokens, per_token
+from olmo_fn.core.chain import Aux, Batch, Chain, Metrics, Stage, Sums, loss_tokens, per_token, wide
 from olmo_fn.core.gradients import Execution, GradFunction, Gradients, in_order
-from olmo_fn.core.layout import Sweep, Weights, wide
+from olmo_fn.core.layout import Sweep, Weights
 from olmo_fn.tree import Tree
 
 LateGrads: TypeAlias = Callable[[], dict[str, Tensor]]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmo_fn.core.layout import wide
+from olmo_fn.core.chain import wide
 from olmo_fn.kernels.huge_pages import new_large
 from olmo_fn.mesh.axis import Axis, chunk
 from olmo_fn.mesh.collectives import all_gather, reduce_scatter

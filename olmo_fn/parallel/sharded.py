@@ -18,13 +18,14 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from olmo_fn import tree
-from olmo_fn.core.chain import Batch, Metric, Metrics
-from olmo_fn.core.layout import Layout, Owners, Placement, Sharing, Weights, WeightsInUse, compute_copy, wide
+from olmo_fn.core.chain import Batch, Metric, Metrics, wide
+from olmo_fn.core.layout import Layout, Owners, Placement, Sharing, Weights, WeightsInUse
 from olmo_fn.mesh.axis import Axes, Axis, chunk
 from olmo_fn.mesh.collectives import pmax, psum
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.placement import DEFAULT, Placed, Rules, placements
 from olmo_fn.parallel import buckets
+from olmo_fn.parallel.gathered import Gathered
 from olmo_fn.parallel.owners import gather_from_owners, scatter_to_owners
 from olmo_fn.spec import Box, init_leaf
 from olmo_fn.tree import Tree
@@ -177,10 +178,13 @@ class ShardedWeights(WeightsInUse):
     def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, uncast: Collection[str] = ()) -> Weights:
         """Begin to gather the subtrees at ``paths``; what travels is in ``dtype`` in any case."""
         subtrees = {path: tree.at(params, path) for path in paths}
-        leaves = (path for top, part in subtrees.items() for path, _ in tree.items(part, top))
-        if all(self.placement.gather_axis(path).size == 1 for path in leaves):
+        gathers: dict[Axis, dict[str, buckets.Shard]] = {}
+        for path in (path for top, part in subtrees.items() for path, _ in tree.items(part, top)):
+            if (axis := self.placement.gather_axis(path)).size > 1:
+                gathers.setdefault(axis, {})[path] = self.placement.bucket_shard(path)
+        if not gathers:
             return super().fetch(params, subtrees, dtype, uncast)
-        return Gathered(self.placement, subtrees, dtype)
+        return Gathered(subtrees, gathers, dtype, keep=self.placement.rules.keep_gathered)
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Begin to sum a segment's gradients over the ranks with other tokens; each rank keeps its shards.
@@ -366,64 +370,3 @@ def summing(grads: Mapping[str, Tensor], axes: Sequence[Axis]) -> Callable[[], d
         return {path: part.view(g.shape) for (path, g), part in zip(grads.items(), parts, strict=True)}
 
     return end
-
-
-class Gathered:
-    """The weights of one segment: gathered, freed when the forward sweep has passed, gathered again for the backward one.
-
-    Freeing gives back the storage and keeps the tensors: what autograd saved for backward are these, or views of them, so that
-    they hold the values again once `refetch` has refilled the storage. The tape thus never owns a gathered weight.
-    """
-
-    def __init__(self, placement: ShardedPlacement, subtrees: Mapping[str, Tree], dtype: torch.dtype) -> None:
-        self.keep = placement.rules.keep_gathered
-        self.dtype, self.subtrees = dtype, subtrees
-        self.local = {path: leaf for top, subtree in subtrees.items() for path, leaf in tree.items(subtree, top)}
-        groups: dict[Axis, list[str]] = {}
-        for path in self.local:
-            groups.setdefault(placement.gather_axis(path), []).append(path)
-        groups.pop(Axis(), None)
-        self.groups = [(axis, paths, [placement.bucket_shard(path) for path in paths]) for axis, paths in groups.items()]
-        self.outs: dict[str, Tensor] = {}
-        self.tensors: dict[str, Tree] = {}
-        self.pending: list[Tensor] = []
-        self.refetch()
-
-    def refetch(self) -> None:
-        """Begin to gather, unless the weights are there."""
-        if not self.pending and not self._arrived():
-            for axis, paths, shards in self.groups:
-                parts = [compute_copy(self.local[path], self.dtype) for path in paths]
-                self.pending.append(buckets.all_gather(parts, shards, axis))
-
-    def ready(self) -> dict[str, Tree]:
-        """Wait for the gathers; the tensors are the same ones each time."""
-        if self.pending:
-            if not self.tensors:
-                self._allocate()
-            for out in self.outs.values():
-                out.untyped_storage().resize_(out.numel() * out.element_size())
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.outs.values())):
-                for gathered, (axis, paths, shards) in zip(self.pending, self.groups, strict=True):
-                    buckets.unpack(gathered, [self.outs[path] for path in paths], shards, axis)
-            self.pending = []
-        return self.tensors
-
-    def free(self) -> None:
-        """Give the memory of the whole weights back, unless the rules keep them gathered."""
-        if not self.keep:
-            for out in self.outs.values():
-                out.untyped_storage().resize_(0)
-
-    def _arrived(self) -> bool:
-        return bool(self.tensors) and all(out.untyped_storage().size() for out in self.outs.values() if out.numel())
-
-    def _allocate(self) -> None:
-        for _, paths, shards in self.groups:
-            for path, shard in zip(paths, shards, strict=True):
-                self.outs[path] = compute_copy(self.local[path][:0], self.dtype).new_empty(shard.shape)
-
-        def leaf(path: str, p: Tensor) -> Tensor:
-            return self.outs[path] if path in self.outs else compute_copy(p, self.dtype)
-
-        self.tensors = {top: tree.map_with_path(leaf, subtree, prefix=top) for top, subtree in self.subtrees.items()}

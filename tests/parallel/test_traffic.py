@@ -16,8 +16,9 @@ from olmo_fn.mesh.placement import DEFAULT, Rules
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
 from olmo_fn.optim import adamw
+from olmo_fn.parallel.gathered import Gathered
 from olmo_fn.parallel.shard import shard
-from olmo_fn.parallel.sharded import Gathered, ShardedWeights, sharded
+from olmo_fn.parallel.sharded import ShardedWeights, sharded
 from olmo_fn.spec import init
 from olmo_fn.testing import Live, Moved, Pool, Traffic
 

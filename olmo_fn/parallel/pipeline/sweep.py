@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from olmo_fn.core.chain import Batch, Chain, Metrics, Sums, loss_tokens
+from olmo_fn.core.chain import Batch, Chain, Metrics, Sums, loss_tokens, wide
 from olmo_fn.core.gradients import Execution
-from olmo_fn.core.layout import Layout, Weights, wide
+from olmo_fn.core.layout import Layout, Weights
 from olmo_fn.core.tape import LateGrads, Segment, SegmentPullback, fetch, forward_segment, segments, vjp_segment
 from olmo_fn.parallel.pipeline.execute import execute
 from olmo_fn.parallel.pipeline.schedule import Kind
