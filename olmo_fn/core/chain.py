@@ -9,7 +9,7 @@ sharding and plans may cut anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -130,6 +130,16 @@ class Stage(NamedTuple):
         return {key: subtrees[path] for key, path in self.params}
 
 
+def agreed(reporters: Iterable[tuple[str, Mapping[str, Metric]]]) -> dict[str, Metric]:
+    """All metrics of reporters, each a name and what it declares. ValueError if two mean different things by a name."""
+    found: dict[str, Metric] = {}
+    for reporter, declared in reporters:
+        for name, metric in declared.items():
+            if found.setdefault(name, metric) != metric:
+                raise ValueError(f"the metric {name!r} is {found[name]} in one stage and {metric} in {reporter!r}")
+    return found
+
+
 def refuse_axes(axes: Axes, cp_method: CPMethod) -> None:
     """ValueError for tensor and context parallelism: what a chain says whose stages are not written for them."""
     for axis in (axes.tp, axes.cp):
@@ -164,12 +174,7 @@ class Chain:
     @property
     def metrics(self) -> dict[str, Metric]:
         """All metrics of its stages. ValueError if two stages mean different things by a name."""
-        found: dict[str, Metric] = {}
-        for stage in self.stages:
-            for name, metric in stage.metrics.items():
-                if found.setdefault(name, metric) != metric:
-                    raise ValueError(f"the metric {name!r} is {found[name]} in one stage and {metric} in {stage.name!r}")
-        return found
+        return agreed((stage.name, stage.metrics) for stage in self.stages)
 
     def __call__(self, params: Tree, batch: Batch, backend: Backend = PLAIN) -> tuple[Tensor, Metrics]:
         ctx, x, sums = self.context(batch, backend), None, Sums(self.metrics)

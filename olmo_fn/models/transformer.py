@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.chain import NOTHING, PLAIN, Aux, Backend, Batch, Chain, Metric, Stage
+from olmo_fn.core.chain import NOTHING, PLAIN, Aux, Backend, Batch, Chain, Metric, Stage, add_metrics, agreed
 from olmo_fn.kernels.attention_cp import positions_of
 from olmo_fn.kernels.attention_tiles import document_starts
 from olmo_fn.mesh.axis import Axes, CPMethod
@@ -120,20 +120,21 @@ def _block_stage(part: Part, layer: int) -> Stage:
     def renamed(name: str, metric: Metric) -> str:
         return f"{name}/{layer}" if metric.shape else name
 
-    declared = {renamed(n, m): m for sub in part.sublayers for n, m in sub.metrics.items()}
+    declared = agreed((sub.name, {renamed(n, m): m for n, m in sub.metrics.items()}) for sub in part.sublayers)
 
     def fn(p: Tree, x: Tensor, ctx: Context) -> tuple[Tensor, Aux]:
-        reports: list[Aux] = []
+        total = NOTHING
 
         def run(sub: Sublayer, x: Tensor) -> Tensor:
+            nonlocal total
             y, aux = with_aux(sub.on(ctx.backend.axes.tp)(p[sub.name], x, ctx))
-            reports.append(Aux(aux.loss, {renamed(n, sub.metrics.get(n, Metric())): v for n, v in aux.metrics.items()}))
+            metrics = {renamed(n, sub.metrics.get(n, Metric())): value for n, value in aux.metrics.items()}
+            losses = [loss for loss in (total.loss, aux.loss) if loss is not None]
+            total = Aux(sum(losses[1:], losses[0]) if losses else None, add_metrics(dict(total.metrics), metrics, declared))
             return y
 
         out = part.fn(p, x, run, ctx)
-        losses = [aux.loss for aux in reports if aux.loss is not None]
-        metrics = {name: value for aux in reports for name, value in aux.metrics.items()}
-        return out, Aux(sum(losses[1:], losses[0]) if losses else None, metrics)
+        return out, total
 
     return Stage(part.name, tuple((name, f"blocks.{layer}.{name}") for name in names), fn, layer, declared)
 

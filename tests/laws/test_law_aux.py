@@ -15,7 +15,7 @@ import tyro
 from helpers import Broken, batch_of
 
 from olmo_fn import tree
-from olmo_fn.core.chain import IGNORE, Aux, Metric
+from olmo_fn.core.chain import IGNORE, PLAIN, Aux, Metric
 from olmo_fn.core.gradients import EAGER
 from olmo_fn.core.pipe import accumulate, clip, grad, pipe
 from olmo_fn.core.step import Step
@@ -24,8 +24,10 @@ from olmo_fn.mesh.collectives import all_gather, enter, pmax, psum
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.models import transformer
+from olmo_fn.models.blocks import Part
 from olmo_fn.models.config import Attention, Block, FeedForwardSettings, Model, SwiGLU
-from olmo_fn.nn.sublayer import Sublayer
+from olmo_fn.models.transformer import _block_stage
+from olmo_fn.nn.sublayer import Sublayer, with_aux
 from olmo_fn.optim import adamw
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.sharded import RankSharing
@@ -299,3 +301,29 @@ def test_two_meanings_of_a_name_are_refused() -> None:
     clash = chain.changed(lambda stage: stage._replace(metrics=other) if stage.block == 1 and stage.metrics else stage)
     with pytest.raises(ValueError, match=r"the metric 'balance' is .*mean.* in one stage and .*max.* in 'feed_forward'"):
         _ = clash.metrics
+
+
+def beside(first: Sublayer, second: Sublayer) -> Part:
+    """Both in one part: x + f(x) + g(x)."""
+    return Part("both", lambda p, x, run, ctx: x + run(first, x) + run(second, x), (first, second), {})
+
+
+def other_routed(metrics) -> Sublayer:
+    """A second router, in the place of the mixer."""
+    return replace(Routed().build(Model(6, 1, 11), 0), name="first", metrics=metrics)
+
+
+def test_two_sublayers_of_a_part_that_report_the_same_are_added_up() -> None:
+    """As those of two parts are."""
+    first, second = other_routed(METRICS), Routed().build(Model(6, 1, 11), 0)
+    stage, x = _block_stage(beside(first, second), 0), torch.randn(2, 3, 6, dtype=torch.float64)
+    p = {sub.name: init(sub.specs, seed, torch.float64) for seed, sub in enumerate((first, second))}
+    ctx = transformer.loss(WHOLE).context(batches(WHOLE)[0], PLAIN)
+    _, aux = stage.fn(p, x, ctx)
+    one, other = (with_aux(sub.apply(p[sub.name], x, ctx))[1] for sub in (first, second))
+    assert torch.equal(aux.loss, one.loss + other.loss)
+    assert torch.equal(aux.metrics["balance"], one.metrics["balance"] + other.metrics["balance"])
+    assert torch.equal(aux.metrics["sure"], one.metrics["sure"] + other.metrics["sure"])
+    assert torch.equal(aux.metrics["top_gate"], torch.maximum(one.metrics["top_gate"], other.metrics["top_gate"]))
+    with pytest.raises(ValueError, match=r"the metric 'balance' is .*max.* in one stage and .*mean.* in 'routed'"):
+        _block_stage(beside(other_routed({**METRICS, "balance": Metric("max")}), second), 0)
