@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -25,9 +25,8 @@ def pipelined(connection: Connection, specs: Tree, rules: Rules, cut: Cut, rows:
     placement = ShardedPlacement(connection, specs, rules, local, sharers)
     parts = cut.pipeline.parts(pp.size)
     sharing = RankSharing(connection.axes, rules.cp_method, placement, rows, parts)
-    layout = Layout(placement, TiedWeights(placement), MatrixOwners(placement), sharing)
-    sweep = Sweep(partial(pipeline_sweep, layout, cut), partial(pipeline_forward, layout, cut))
-    return replace(layout, sweep=sweep)
+    sweep = Sweep(partial(pipeline_sweep, cut), partial(pipeline_forward, cut))
+    return Layout(placement, TiedWeights(placement), MatrixOwners(placement), sharing, sweep)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from olmo_fn.core.chain import Batch, Chain, Metrics, Sums, loss_tokens, wide
 from olmo_fn.core.gradients import Execution
-from olmo_fn.core.layout import Layout, Weights
+from olmo_fn.core.layout import Weights
 from olmo_fn.core.tape import LateGrads, Segment, SegmentPullback, fetch, forward_segment, segments, vjp_segment
 from olmo_fn.parallel.pipeline.execute import execute
 from olmo_fn.parallel.pipeline.schedule import Kind
@@ -26,15 +26,13 @@ from olmo_fn.tree import Tree
 class Stages:
     """What one rank has of a chain during one step."""
 
-    def __init__(
-        self, layout: Layout, cut: Cut, chain: Chain, remat: str, params: Tree, batch: Batch, execution: Execution
-    ) -> None:
-        self.cut, self.chain, self.pp = cut, chain, layout.sharing.axes.pp
-        tokens = loss_tokens(batch)
-        pp, self.parts, backend = self.pp, layout.sharing.parts, execution.backend(tokens)
+    def __init__(self, cut: Cut, chain: Chain, remat: str, params: Tree, batch: Batch, execution: Execution) -> None:
+        sharing, backend = execution.layout.sharing, execution.backend(loss_tokens(batch))
+        self.cut, self.chain, self.pp, self.parts = cut, chain, sharing.axes.pp, sharing.parts
+        pp = self.pp
         assert backend.loss_weight is not None
         self.cotangent = backend.loss_weight
-        self.contexts = [chain.context(part, backend) for part in _split(layout.sharing.local_batch(batch), self.parts)]
+        self.contexts = [chain.context(part, backend) for part in _split(sharing.local_batch(batch), self.parts)]
         self.last = cut.pipeline.chunks - 1 if pp.index == pp.size - 1 else -1  # the chunk that ends the chain
         self.chunks: list[list[tuple[Segment, Weights]]] = [
             [(segment, fetch(params, segment, chain, execution)) for segment in segments(stages, remat)]
@@ -57,16 +55,10 @@ class Stages:
 
 
 def pipeline_sweep(
-    layout: Layout,
-    cut: Cut,
-    chain: Chain,
-    remat: str,
-    params: Tree,
-    batch: Batch,
-    execution: Execution,
+    cut: Cut, chain: Chain, remat: str, params: Tree, batch: Batch, execution: Execution
 ) -> tuple[dict[str, Tensor], Metrics]:
     """Gradients by path of this rank's parameters, as the layout keeps them, and the sums of its tokens."""
-    stages = Stages(layout, cut, chain, remat, params, batch, execution)
+    stages, weights_in_use = Stages(cut, chain, remat, params, batch, execution), execution.layout.weights
     pullbacks: dict[tuple[int, int], list[SegmentPullback]] = {}
     later: dict[tuple[int, int], list[LateGrads]] = {}
     grads: list[list[dict[str, Tensor]]] = [[{} for _ in chunk] for chunk in stages.chunks]
@@ -102,16 +94,16 @@ def pipeline_sweep(
     program = stages.program(cut.pipeline.kind)
     execute(program, forward, backward, backward_input, backward_weight, empty=stages.empty, axis=stages.pp)
     total: dict[str, Tensor] = {}
-    arriving: list[Callable[[], dict[str, Tensor]]] = [layout.weights.reduce(part) for chunk in grads for part in chunk]
+    arriving: list[Callable[[], dict[str, Tensor]]] = [weights_in_use.reduce(part) for chunk in grads for part in chunk]
     for arrive in arriving:
         for path, g in arrive().items():
             total[path] = total[path] + g if path in total else g
-    return layout.weights.finish(total), stages.metrics()
+    return weights_in_use.finish(total), stages.metrics()
 
 
-def pipeline_forward(layout: Layout, cut: Cut, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
+def pipeline_forward(cut: Cut, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
     """Forward only, for evaluation: the sums of this rank's tokens, zeros on ranks that do not end the chain."""
-    stages = Stages(layout, cut, chain, "none", params, batch, execution)
+    stages = Stages(cut, chain, "none", params, batch, execution)
     stages.contexts = [replace(ctx, backend=replace(ctx.backend, loss_weight=None)) for ctx in stages.contexts]
 
     def forward(chunk: int, part: int, x: Tensor | None) -> Tensor | None:
