@@ -120,11 +120,6 @@ def pipe(loss: LossFunction, *transforms: Transform[Any, Any]) -> Any:
     return value
 
 
-def compose(loss: LossFunction, transforms: Sequence[Transform[Any, Any]]) -> Any:
-    """`pipe` of a list of transforms, whose kinds only the run knows."""
-    return pipe(loss, *transforms)
-
-
 # --- what may follow what ---------------------------------------------------------------------------------------------
 
 LAWFUL_ORDER = "a loss, then grad(), then accumulate and clip, then an optimizer, then everything else"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from olmo_fn import spec, tree
+from olmo_fn import spec
 from olmo_fn.models.config import Model
 from olmo_fn.models.transformer import layers, specs
 
@@ -25,17 +25,6 @@ def num_non_embedding_params(cfg: Model) -> int:
     '31,720,477,696'
     """
     return num_params(cfg) - cfg.vocab_size * cfg.d_model
-
-
-def num_matrix_params(cfg: Model) -> int:
-    """Entries of the matrices that multiply every token: of the blocks and the head, also a tied one.
-
-    >>> from olmo_fn.models.config import OLMO2
-    >>> f"{num_matrix_params(OLMO2['olmo2-32b']):,}"
-    '31,719,424,000'
-    """
-    matrices = sum(s.size for path, s in tree.items(specs(cfg)) if len(s.shape) == 2 and path != "embed")
-    return matrices + cfg.vocab_size * cfg.d_model * cfg.tie_embeddings
 
 
 def flops_per_sequence(cfg: Model, sequence_length: int) -> int:

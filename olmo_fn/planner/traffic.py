@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from olmo_fn.mesh.axis import NAMES
-from olmo_fn.mesh.mesh import Mesh, members
 from olmo_fn.planner.plan_input import PlanInput, owners
 from olmo_fn.planner.profile import Profile, WholeUpdate
 from olmo_fn.planner.trace import Traffic
@@ -58,17 +56,6 @@ def share(updates: list[WholeUpdate], n: int) -> tuple[Traffic, int]:
         sent = sum(update.parts for update in dealt) + n * sum(update.rows for update in dealt[::n])
         traffic += _calls("fsdp", "all_to_all", 2 * len(dealt[::n]), sent)
     return traffic, sum(update.products for update in own)
-
-
-def shared_groups(mesh: Mesh, traffic: Traffic) -> Traffic:
-    """The same with every axis called by the first in `Axes` over the same ranks, as these share a process group."""
-    lines: dict[tuple[int, ...], str] = {}
-    for name in NAMES:
-        lines.setdefault(mesh.ranks(members(name), 0), name)
-    found = Traffic()
-    for (axis, kind, unit), n in traffic.items():
-        found[lines[mesh.ranks(members(axis), 0)], kind, unit] += n
-    return found
 
 
 def _add(total: Traffic, more: Mapping[tuple[str, str, str], int], times: int) -> None:

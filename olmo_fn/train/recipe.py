@@ -32,7 +32,7 @@ from olmo_fn.transforms import (
     train_only,
     unit_params,
 )
-from olmo_fn.transforms.lora import lora, lora_specs, merge_lora
+from olmo_fn.transforms.lora import lora, lora_specs
 from olmo_fn.tree import Tree
 
 
@@ -91,11 +91,6 @@ def first_parameters(cfg: Config, step: Step, device: torch.device) -> Tree:
     else:
         params = init(parameters(cfg), cfg.run.seed, device=device)
     return unit_params(params, dims_of(transformer.specs(cfg.model))) if cfg.recipe.normalize else params
-
-
-def model_parameters(cfg: Config, params: Tree) -> Tree:
-    """The parameters as those of an ordinary model: with adapters merged into it."""
-    return merge_lora(params, cfg.lora.alpha) if cfg.lora.rank else params
 
 
 def given(value: Any, make: Callable[[Any], Transform]) -> tuple[Transform, ...]:

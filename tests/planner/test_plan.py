@@ -6,9 +6,9 @@ import plan_ranks
 import pytest
 import torch
 
-from olmo_fn.mesh.axis import Axis
+from olmo_fn.mesh.axis import NAMES, Axis
 from olmo_fn.mesh.collectives import all_gather
-from olmo_fn.mesh.mesh import Mesh
+from olmo_fn.mesh.mesh import Mesh, members
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import Attention, Model, SwiGLU, dense
 from olmo_fn.models.count import flops_per_sequence
@@ -19,8 +19,8 @@ from olmo_fn.planner.estimate import profile_of
 from olmo_fn.planner.memory import peak_memory
 from olmo_fn.planner.plan_input import PlanInput, check
 from olmo_fn.planner.profile import profile
-from olmo_fn.planner.trace import Trace
-from olmo_fn.planner.traffic import shared_groups, traffic
+from olmo_fn.planner.trace import Trace, Traffic
+from olmo_fn.planner.traffic import traffic
 from olmo_fn.train.config import CHOICES, Config, Lora, Recipe, Run
 from olmo_fn.train.optimizers import OptimizerSettings
 
@@ -61,6 +61,17 @@ SINGLE = {
     "frozen": {"freeze": ("embed", "blocks.0.*"), "accumulate": 2},
     "one of many blocks frozen": {"freeze": ("blocks.2.*",), "n_layers": 7, "accumulate": 2},
 }
+
+
+def shared_groups(mesh: Mesh, traffic: Traffic) -> Traffic:
+    """The same with every axis called by the first in `Axes` over the same ranks, as these share a process group."""
+    lines: dict[tuple[int, ...], str] = {}
+    for name in NAMES:
+        lines.setdefault(mesh.ranks(members(name), 0), name)
+    found = Traffic()
+    for (axis, kind, unit), n in traffic.items():
+        found[lines[mesh.ranks(members(axis), 0)], kind, unit] += n
+    return found
 
 
 @pytest.mark.parametrize("fields", SINGLE.values(), ids=SINGLE.keys())
