@@ -173,10 +173,9 @@ class ForMatrices(WithMoments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon(ForMatrices):
+class Orthogonalised(ForMatrices):
     """Momentum, orthogonalised."""
 
-    name: Suppress[Literal["muon"]] = "muon"
     momentum: Annotated[float, DECAY] = 0.95
     """Momentum."""
     nesterov: bool = True
@@ -185,6 +184,13 @@ class Muon(ForMatrices):
     """By a matrix's width: rms keeps AdamW's learning rates, spectral is √(out / in), original Jordan's."""
     betas: Betas = (0.9, 0.95)
     """Decay of the moments of AdamW."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(Orthogonalised):
+    """Momentum, orthogonalised."""
+
+    name: Suppress[Literal["muon"]] = "muon"
 
     def build(self, lr: Schedule, parameters: Tree, dtype: torch.dtype) -> Transform:
         from olmo_fn.optim import muon
@@ -194,20 +200,12 @@ class Muon(ForMatrices):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NorMuon(ForMatrices):
+class NorMuon(Orthogonalised):
     """Muon with a learning rate of its own for every output neuron."""
 
     name: Suppress[Literal["normuon"]] = "normuon"
-    momentum: Annotated[float, DECAY] = 0.95
-    """Momentum."""
     beta2: Annotated[float, DECAY] = 0.95
     """Decay of the neurons' mean squares."""
-    nesterov: bool = True
-    """Look ahead by the momentum; OLMo-core does not."""
-    scale: Scale = "rms"
-    """By a matrix's width: rms keeps AdamW's learning rates, spectral is √(out / in), original Jordan's."""
-    betas: Betas = (0.9, 0.95)
-    """Decay of the moments of AdamW."""
 
     def build(self, lr: Schedule, parameters: Tree, dtype: torch.dtype) -> Transform:
         from olmo_fn.optim import normuon

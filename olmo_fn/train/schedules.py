@@ -166,9 +166,9 @@ class WSDS(Warmed):
 
     name: Suppress[Literal["wsds"]] = "wsds"
     lengths: Annotated[tuple[int, ...], AT_LEAST_ONE] = ()
-    """Lengths of the periods (wsds), of the pieces (piecewise), of the parts but the last (sequential)."""
+    """Lengths of the periods; one that lasts for all of the run when not given."""
     levels: tuple[float, ...] = ()
-    """As fractions of the peak: the rates of the periods (wsds), the ends of the pieces (piecewise)."""
+    """Rates of the periods, as fractions of the peak."""
 
     def shape(self, lr: float, total: int) -> Schedule:
         from olmo_fn.optim.schedules import wsds
@@ -183,11 +183,11 @@ class Piecewise(Warmed):
 
     name: Suppress[Literal["piecewise"]] = "piecewise"
     lengths: Annotated[tuple[int, ...], AT_LEAST_ONE] = ()
-    """Lengths of the periods (wsds), of the pieces (piecewise), of the parts but the last (sequential)."""
+    """Lengths of the pieces."""
     levels: tuple[float, ...] = ()
-    """As fractions of the peak: the rates of the periods (wsds), the ends of the pieces (piecewise)."""
+    """Rates at the ends of the pieces, as fractions of the peak."""
     shapes: tuple[Literal["linear", "cosine", "constant"], ...] = ()
-    """Shape of each piece (piecewise), or of each part (sequential)."""
+    """Shape of each piece, linear or cosine; lines when not given."""
 
     def shape(self, lr: float, total: int) -> Schedule:
         from olmo_fn.optim.schedules import Piece, piecewise, whole
@@ -209,9 +209,9 @@ class Sequential(Warmed):
 
     name: Suppress[Literal["sequential"]] = "sequential"
     lengths: Annotated[tuple[int, ...], AT_LEAST_ONE] = ()
-    """Lengths of the periods (wsds), of the pieces (piecewise), of the parts but the last (sequential)."""
+    """Lengths of the parts but the last, which lasts to the end."""
     shapes: tuple[Literal["linear", "cosine", "constant"], ...] = ()
-    """Shape of each piece (piecewise), or of each part (sequential)."""
+    """Shape of each part."""
 
     def shape(self, lr: float, total: int) -> Schedule:
         from olmo_fn.optim.schedules import sequential, whole
