@@ -9,7 +9,7 @@ sharding and plans may cut anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.primitive import VJP, WeightGrads
+from olmo_fn.core.primitive import WeightGrads
 from olmo_fn.kernels import Function, Kernel, identity
 from olmo_fn.mesh.axis import SINGLE_DEVICE, Axes, CPMethod
 from olmo_fn.tree import Tree
@@ -76,12 +76,12 @@ def bind(fn: Function, *constants: Any) -> Function:
 class Backend:
     """How a stage computes; never what. An engine hands it to the chain, which puts it into the stages' context.
 
-    ``primitive`` makes operations with a backward of their own (`olmo_fn.core.primitive`: the tape); None: stages use plain
-    operations that can be differentiated any number of times (``torch.func``). ``fuse(fn, *constants)`` compiles an elementwise
-    function of tensors that autograd goes through, ``kernel(fn)`` one that it does not. ``weight_grads(weight, gradient)``, if
-    given, takes from a primitive the gradient of a weight, as a function that computes it; False: it is not wanted there.
-    ``loss_weight`` (0-d) is what the engine will multiply the loss by in its backward, a hint for primitives that form
-    gradients on their way forward; None where there will be no backward.
+    ``primitive`` makes operations with a backward of their own, as `olmo_fn.core.primitive.primitive` does (the tape); None:
+    stages use plain operations that can be differentiated any number of times (``torch.func``). ``fuse(fn, *constants)``
+    compiles an elementwise function of tensors that autograd goes through, ``kernel(fn)`` one that it does not.
+    ``weight_grads(weight, gradient)``, if given, takes from a primitive the gradient of a weight, as a function that computes
+    it; False: it is not wanted there. ``loss_weight`` (0-d) is what the engine will multiply the loss by in its backward, a
+    hint for primitives that form gradients on their way forward; None where there will be no backward.
     """
 
     primitive: Callable[..., Any] | None = None
@@ -92,16 +92,6 @@ class Backend:
     kernel: Kernel = identity
     weight_grads: WeightGrads | None = None
     loss_weight: Tensor | None = None
-
-    @property
-    def fast(self) -> bool:
-        """Whether there are primitives."""
-        return self.primitive is not None
-
-    def apply(self, vjp: VJP, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
-        """A primitive's result."""
-        assert self.primitive is not None
-        return self.primitive(vjp, weights, inputs, self.weight_grads)
 
 
 PLAIN = Backend()

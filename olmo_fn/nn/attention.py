@@ -139,11 +139,11 @@ def attention(ctx: Context, q: Tensor, k: Tensor, v: Tensor, window: int | None,
     """
     backend, documents = ctx.backend, ctx.documents
     cp, method = backend.axes.cp, backend.cp_method
-    if not backend.fast:
+    if not backend.primitive:
         return _side_by_side(attend_over(q, k, v, cp=cp, method=method, window=window, documents=documents))
     options: dict[str, Any] = {"cp": cp, "method": method, "window": window, "documents": documents}
     vjp = _attention_vjp(partial(attend_over_vjp, **options, kernel=backend.kernel, attend=attend))
-    return backend.apply(vjp, [], [q, k, v])
+    return backend.primitive(vjp, [], [q, k, v])
 
 
 def _attention_vjp(attend: Callable[..., Any]) -> VJP:

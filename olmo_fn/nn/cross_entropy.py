@@ -44,12 +44,12 @@ def cross_entropy(
     """
     backend, tp, w_out = ctx.backend, ctx.backend.axes.tp, merged(matrix)
     rows, inside = local_rows(labels, vocab_size, tp)
-    if not backend.fast:
+    if not backend.primitive:
         return plain_cross_entropy(w_out, h, labels, rows, inside, z_loss, tp)
     if backend.loss_weight is None:  # there will be no backward
         return _by_rows(w_out, h, labels, rows, inside, z_loss, tp)
     vjp = _cross_entropy_vjp(labels, rows, inside, z_loss, tp, backend)
-    total, ce, z = backend.apply(vjp, [w_out], [h])
+    total, ce, z = backend.primitive(vjp, [w_out], [h], backend.weight_grads)
     return total, {"ce": ce.detach(), "z": z.detach()}
 
 

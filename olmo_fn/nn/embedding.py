@@ -24,7 +24,7 @@ def embedding(ctx: Context, table: Weight, vocab_size: int) -> Tensor:
     """
     tp, ids, weight = ctx.backend.axes.tp, ctx.input_ids, merged(table)
     rows, inside = local_rows(ids, vocab_size, tp)
-    if not ctx.backend.fast:
+    if not ctx.backend.primitive:
         return _look_up(weight, rows, inside, tp).to(ctx.backend.dtype or weight.dtype)
 
     def vjp(weights: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[Tensor, Callable[..., Any]]:
@@ -33,7 +33,7 @@ def embedding(ctx: Context, table: Weight, vocab_size: int) -> Tensor:
 
         return _look_up(weights[0], rows, inside, tp).to(ctx.backend.dtype or weight.dtype), pullback
 
-    return ctx.backend.apply(vjp, [weight], [])
+    return ctx.backend.primitive(vjp, [weight], [], ctx.backend.weight_grads)
 
 
 def local_rows(ids: Tensor, vocab_size: int, tp: Axis) -> tuple[Tensor, Tensor | None]:

@@ -49,8 +49,8 @@ def swiglu(ctx: Context, x: Tensor, w_gate: Weight, w_up: Weight, w_down: Weight
     if any(isinstance(w, Adapted) for w in weights):
         gate, up = linear(backend, x, [w_gate, w_up], gather=tp)
         return linear(backend, backend.fuse(gated)(gate, up), [w_down], scatter=tp)[0]
-    if backend.fast:
-        return backend.apply(_swiglu_vjp(tp, backend.kernel), weights, [x])  # type: ignore[arg-type]
+    if backend.primitive:
+        return backend.primitive(_swiglu_vjp(tp, backend.kernel), weights, [x], backend.weight_grads)
     h = all_gather(x, 1, tp)
     return reduce_scatter(gated(h @ w_gate, h @ w_up) @ w_down, 1, tp)  # type: ignore[operator]
 

@@ -58,8 +58,8 @@ def linear(
     """
     if any(isinstance(w, Adapted) for w in weights):
         return tuple(_adapted(backend, x, w, gather, scatter) for w in weights)
-    if backend.fast:
-        return backend.apply(_linear_vjp(gather, scatter), weights, [x])  # type: ignore[arg-type]
+    if backend.primitive:
+        return backend.primitive(_linear_vjp(gather, scatter), weights, [x], backend.weight_grads)
     h = all_gather(x, 1, gather)
     return tuple(reduce_scatter(h @ w, 1, scatter) for w in weights)  # type: ignore[operator]
 

@@ -16,7 +16,7 @@ from olmo_fn.models.config import dense
 from olmo_fn.optim import adamw, warmup_cosine
 from olmo_fn.spec import init
 
-MOST = 17
+MOST = 16
 PACKAGE = Path(olmo_fn.__file__).parent
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
 
