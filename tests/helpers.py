@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest.mock import patch
 
@@ -84,6 +84,24 @@ def mean_of_means(n: int) -> Transform[Grads, Grads]:
         return Grads(gradients)
 
     return Transform("mean_of_means", Grads, Grads, apply)
+
+
+def late_copy() -> Transform[Step, Step]:
+    """A mutant of `donate`: the parameter is overwritten before the moments are computed from it."""
+
+    def apply(step):
+        def leaf(path):
+            plain = step.leaf(path)
+
+            def update(p, g, slots, s):
+                p.copy_(plain.update(p, g, slots, s)[0])
+                return plain.update(p, g, slots, s)
+
+            return plain._replace(update=update)
+
+        return replace(step, leaf=leaf)
+
+    return Transform("late_copy()", Step, Step, apply)
 
 
 def through_a_checkpoint(step: Step, state: State, specs: Tree, dtype: torch.dtype = torch.float32):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from helpers import examples, mean_of_means, params_of, same_bits
+from helpers import examples, late_copy, mean_of_means, params_of, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, boxes, models, part_of
@@ -175,25 +175,6 @@ def law_donate(transform, optimizer):
 
 def test_law_5_donate():
     law_donate(donate(), adamw(1e-2))
-
-
-def late_copy():
-    """A mutant of donate: the parameter is overwritten before the moments are computed from it."""
-    from olmo_fn.core.step import Step
-
-    def apply(step):
-        def leaf(path):
-            plain = step.leaf(path)
-
-            def update(p, g, slots, s):
-                p.copy_(plain.update(p, g, slots, s)[0])
-                return plain.update(p, g, slots, s)
-
-            return plain._replace(update=update)
-
-        return replace(step, leaf=leaf)
-
-    return Transform("late_copy()", Step, Step, apply)
 
 
 def test_law_5_donate_catches():

@@ -1,11 +1,10 @@
 """Laws over every optimizer, each with a mutant that breaks it; those over every transform are in test_laws_transforms.py."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from helpers import caught, mean_of_means, same_bits, through_a_checkpoint
+from helpers import caught, late_copy, mean_of_means, same_bits, through_a_checkpoint
 from optimizers import (
     MATRIX,
     NORMAL,
@@ -25,8 +24,7 @@ from torch._dynamo.utils import counters
 from olmo_fn import tree
 from olmo_fn.core.compile import compile
 from olmo_fn.core.gradients import Gradients
-from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes, with_execution
-from olmo_fn.core.step import Step
+from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, pipe, skip_spikes, with_execution
 from olmo_fn.optim import adamw, sgd
 from olmo_fn.optim.base import Rule, optimizer
 from olmo_fn.optim.schedules import warmup_linear
@@ -225,21 +223,7 @@ def test_donate_is_invisible(make):
 
 
 def test_donate_catches():
-    """A mutant: the parameter is overwritten before its average is computed."""
-
-    def apply(step):
-        def leaf(path):
-            plain = step.leaf(path)
-
-            def update(p, g, slots, s):
-                p.copy_(plain.update(p, g, slots, s)[0])
-                return plain.update(p, g, slots, s)
-
-            return plain._replace(update=update)
-
-        return replace(step, leaf=leaf)
-
-    caught(law_donate, adamw(0.01), Transform("late", Step, Step, apply))
+    caught(law_donate, adamw(0.01), late_copy())
 
 
 # --- what a leaf says of itself ---------------------------------------------------------------------------------------
