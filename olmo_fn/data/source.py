@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from olmo_fn.data.corpus import stdlib_corpus
+from olmo_fn.data.heldout import TokenSet, by_name, joined, named
 from olmo_fn.data.instances import Instances
 from olmo_fn.data.instances.documents import MaskedDocuments
 from olmo_fn.data.loader import Loader
@@ -20,6 +21,7 @@ from olmo_fn.data.tokenizer import Tokenizer, load
 from olmo_fn.data.tokens import SIZES, TokenFile, check_vocab, expand, open_masks, open_tokens, smallest_dtype, view
 
 CORPUS_VOCAB = 4096
+HELDOUT = "heldout"  # the name of the set whose files have none of their own
 HELDOUT_TOKENS = 1 << 22  # the most that a fraction of the data holds out
 
 
@@ -28,16 +30,13 @@ class Source:
     """The data of a run."""
 
     train: Loader
-    heldout: np.ndarray
-    """Tokens to evaluate on, (N,) of an unsigned type; N is 0 when nothing is held out."""
+    heldout: Mapping[str, TokenSet]
+    """Tokens to evaluate on, by name: ``heldout``, and those that the settings name."""
     tokenizer: Tokenizer | None
     eos_id: int | None
     """The end-of-document token, if it is known."""
-    heldout_bytes: int | None
-    """UTF-8 bytes of the text behind ``heldout``, without the end-of-document tokens, which a model pays for all the same.
-    None without a tokenizer."""
     heldout_compressed: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of that text after gzip and xz, for the default corpus."""
+    """Bytes of the held-out text after gzip and xz, for the default corpus."""
 
 
 def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True) -> Source:
@@ -62,11 +61,13 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
             f"{model_vocab_size:,}; the model's vocab_size must be at least {tokenizer.vocab_size}"
         )
     vocab_size = tokenizer.vocab_size if tokenizer else model_vocab_size
-    files, heldout_files = (_open(p, data.dtype, vocab_size) for p in (data.paths, data.heldout_paths))
+    files, apart = open_files(data.paths, data.dtype, vocab_size), [named(path, HELDOUT) for path in data.heldout_paths]
+    opened = [(name, file) for name, path in apart for file in open_files((path,), data.dtype, vocab_size)]
+    heldout_files = tuple(file for _, file in opened)
     both = {Path(f.path).resolve() for f in files} & {Path(f.path).resolve() for f in heldout_files}
     if both:
         raise ValueError(f"{str(min(both))!r} is in --data.paths and in --data.heldout-paths; take it out of one")
-    eos_id = _eos_id(data, tokenizer, files, vocab_size)
+    eos_id = eos_id_of(data, tokenizer, files, vocab_size)
     masks = open_masks(expand(data.label_mask_paths), files)
     check_vocab(files + heldout_files, vocab_size)
     instances = data.instances.build(files, masks, sizes.window, vocab_size, eos_id)
@@ -78,9 +79,10 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
         count = min(max(1, int(len(instances) * data.heldout_fraction)), most)
     train = Loader(instances, sizes, data.order_seed, len(instances) - count)
     _check_size(train, files)
-    heldout = _all(heldout_files) if heldout_files else _last(instances, count, smallest_dtype(vocab_size))
-    num_bytes = tokenizer.count_bytes(heldout) if tokenizer else None
-    return Source(train, heldout, tokenizer, eos_id, num_bytes, compressed)
+    heldout = by_name(zip((name for name, _ in opened), masked(heldout_files, data.heldout_mask_paths), strict=True))
+    if count:
+        heldout = {HELDOUT: _last(instances, count, smallest_dtype(vocab_size))}
+    return Source(train, heldout, tokenizer, eos_id, compressed)
 
 
 def _check(data: Data) -> None:
@@ -93,7 +95,7 @@ def _check(data: Data) -> None:
         raise ValueError(f"--data.{name} needs --data.paths; the default corpus has a tokenizer of its own")
 
 
-def _open(patterns: tuple[str, ...], dtype: str, vocab_size: int) -> tuple[TokenFile, ...]:
+def open_files(patterns: Sequence[str], dtype: str, vocab_size: int) -> tuple[TokenFile, ...]:
     """The token files; ``auto`` is what meta.json beside them says, or else OLMo-core's choice."""
     paths = expand(patterns)
     auto = {folder: _beside(folder).get("dtype", smallest_dtype(vocab_size)) for folder in {Path(p).parent for p in paths}}
@@ -110,7 +112,7 @@ def _beside(folder: Path) -> dict[str, Any]:
     return meta if ours else {}
 
 
-def _eos_id(data: Data, tokenizer: Tokenizer | None, files: tuple[TokenFile, ...], vocab_size: int) -> int | None:
+def eos_id_of(data: Data, tokenizer: Tokenizer | None, files: tuple[TokenFile, ...], vocab_size: int) -> int | None:
     """The end-of-document token: of the settings, the tokenizer, or as written beside the files; None if nobody knows."""
     known = tokenizer.eos_id if tokenizer else _beside(Path(files[0].path).parent).get("eos_id")
     if data.eos_id is None:
@@ -145,12 +147,19 @@ def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:
         )
 
 
-def _all(files: tuple[TokenFile, ...]) -> np.ndarray:
-    return view(files[0]) if len(files) == 1 else np.concatenate([view(file) for file in files])
+def masked(files: Sequence[TokenFile], mask_paths: Sequence[str]) -> list[TokenSet]:
+    """The tokens of each file with its label mask, if there are any."""
+    masks: Sequence[np.ndarray | None] = [view(mask) for mask in open_masks(expand(mask_paths), files)] or (None,) * len(files)
+    return [TokenSet(view(file), mask) for file, mask in zip(files, masks, strict=True)]
 
 
-def _last(instances: Instances, count: int, dtype: str) -> np.ndarray:
-    """The tokens of the last ``count`` instances, a few instances at a time in memory as int64."""
+def _last(instances: Instances, count: int, dtype: str) -> TokenSet:
+    """The tokens of the last ``count`` instances with their label masks, a few instances at a time in memory as int64."""
+
+    def read(numbers: np.ndarray) -> TokenSet:
+        arrays = instances.read(numbers)
+        mask = arrays.get("label_mask")
+        return TokenSet(arrays["input_ids"].reshape(-1).astype(dtype), None if mask is None else mask.reshape(-1))
+
     numbers = np.arange(len(instances) - count, len(instances))
-    pieces = (instances.read(numbers[i : i + 64])["input_ids"].reshape(-1).astype(dtype) for i in range(0, count, 64))
-    return np.concatenate([np.zeros(0, dtype), *pieces])
+    return joined(read(numbers[i : i + 64]) for i in range(0, count, 64))
