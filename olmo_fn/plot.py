@@ -190,9 +190,13 @@ def plot_loss(folder: Path) -> Path | None:
         return None
     if not lines:
         return None
+    from matplotlib.ticker import LogLocator
+
     steps, losses = [line["step"] for line in lines], [line.get("ce", line["loss"]) for line in lines]
+    made = [math.nan if line.get("skipped") else loss for line, loss in zip(lines, losses, strict=True)]
+    wide = len(lines) // 100
     top.plot(steps, losses, linewidth=0.6, color="tab:blue", alpha=0.35, label="each step")
-    top.plot(steps, moving_average(losses, 1 - 1 / max(1, len(lines) / 50)), color="tab:blue", label="moving average")
+    top.plot(steps, centred_mean(made, wide), color="tab:blue", label=f"mean of {2 * wide + 1} steps")
     heldout: dict[str, dict[int, float]] = {}
     for line in read_evaluations(folder / "metrics.jsonl"):
         if "loss" in line:
@@ -214,10 +218,15 @@ def plot_loss(folder: Path) -> Path | None:
     middle.plot(steps, [line.get("grad_norm", math.nan) for line in lines], linewidth=0.8, color="tab:orange")
     middle.set_ylabel("gradient norm")
     middle.set_yscale("log")
+    middle.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=4))
+    middle.yaxis.set_major_formatter("{x:g}")
+    middle.yaxis.set_minor_formatter("")
     bottom.plot(steps, [line.get("lr", math.nan) for line in lines], linewidth=1.2, color="tab:green")
     bottom.set_ylabel("learning rate")
     bottom.set_ylim(bottom=0)
     bottom.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
+    bottom.locator_params(axis="y", nbins=4)
+    bottom.set_xlim(0, 1.01 * steps[-1])
     bottom.set_xlabel("step")
     bottom.xaxis.set_major_formatter(THOUSANDS)
     if len(lines) > 1:
@@ -227,6 +236,23 @@ def plot_loss(folder: Path) -> Path | None:
         axes.grid(alpha=0.3)
     save(page, output)
     return output
+
+
+def centred_mean(losses: Sequence[float], wide: int) -> Any:
+    """For each loss the mean of it and of ``wide`` ones on either side, of those that are finite; NaN where none is.
+
+    >>> centred_mean([1.0, 3.0, math.inf, 5.0], 1).tolist()
+    [2.0, 2.0, 4.0, 5.0]
+    """
+    import numpy as np
+
+    values = np.array(losses, dtype=float)
+    finite = np.isfinite(values)
+    sums, counts = (np.concatenate(([0.0], np.cumsum(x))) for x in (np.where(finite, values, 0.0), finite))
+    at = np.arange(len(values))
+    begin, end = np.maximum(at - wide, 0), np.minimum(at + wide + 1, len(values))
+    with np.errstate(invalid="ignore"):
+        return (sums[end] - sums[begin]) / (counts[end] - counts[begin])
 
 
 def between(xs: Sequence[float], ys: Sequence[float]) -> Any:
