@@ -51,9 +51,9 @@ def clock(seconds: float) -> str:
 
 
 FIELDS: dict[str, tuple[Callable[[Any], str], int]] = {
-    "loss": (lambda x: f"loss {x:.4f}" if abs(x) < 1e4 else f"loss {x:.3g}", 1),
+    "loss": (lambda x: f"loss {x:.3f}" if abs(x) < 1e4 else f"loss {x:.3g}", 1),
     "heldout": (lambda x: f"held-out {x:.3f}", 3),
-    "lr": (lambda x: f"lr {x:.1e}", 5),
+    "lr": (lambda x: f"lr {x:.1e}".replace("e-0", "e-"), 5),
     "grad_norm": (lambda x: f"|g| {x:.3g}", 7),
     "tokens_per_s": (lambda x: f"{short(x)} tok/s", 4),
     "mfu": (lambda x: f"MFU {100 * x:.0f}%" if x else "", 6),
@@ -68,9 +68,9 @@ def describe(values: Metrics, step: int, steps: int, width: float = inf) -> str:
 
     >>> values = {"loss": 4.5, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 5000.0, "mfu": 0.81, "left": 65}
     >>> describe(values, 3, 10)
-    'step 3/10  loss 4.5000  lr 1.0e-03  |g| 0.5  5k tok/s  MFU 81%  1:05 left'
+    'step 3/10  loss 4.500  lr 1.0e-3  |g| 0.5  5k tok/s  MFU 81%  1:05 left'
     >>> describe(values, 3, 10, width=50)
-    'step 3/10  loss 4.5000  5k tok/s  1:05 left'
+    'step 3/10  loss 4.500  5k tok/s  1:05 left'
     """
     shown = {name: show(values[name]) for name, (show, _) in FIELDS.items() if values.get(name) is not None}
     shown = {"step": f"step {step}/{steps}", **{name: text for name, text in shown.items() if text}}
