@@ -51,12 +51,8 @@ def command(line):
     if words[0] == "torchrun":
         words = words[words.index("olmo_fn") :]
     _, name, *rest = words
-    small = (
-        {"olmo2-7b": "olmo2-tiny", "olmo2-1b": "olmo2-tiny", "16": "2", "8": "2"}
-        if {"--mesh.dp-shard", "--gpus"} & {*rest}
-        else {}
-    )
-    words = [small.get(word, word) for word in rest]
+    small = {"olmo2-7b": "olmo2-tiny", "olmo2-1b": "olmo2-tiny", "16": "2", "8": "2"}
+    words = [small.get(word, word) for word in rest] if {"--mesh.dp-shard", "--gpus"} & {*rest} else rest
     if name == "train" and {"olmo2-tiny", "mine"} & {*words} and "--help" not in words:
         words += shlex.split(SMALL) + ([] if "--data.paths" in words else shlex.split(TOKENS))
     if "--mesh.dp-shard" in words or "--nproc" in words:
@@ -67,7 +63,7 @@ def command(line):
 @pytest.mark.parametrize("page", PAGES)
 def test_what_the_page_says_works(page, folder, capsys):
     found = blocks(page)
-    for language, text in found:
+    for _, text in found:
         if named := re.match(r"# ([\w.]+\.(?:py|yaml))\n", text):
             (folder / named[1]).write_text(text)
     if page != "your-data":

@@ -74,10 +74,12 @@ def test_a_skipped_step_is_named_and_explained_once():
     bad = [Stepped(n, {**METRICS, "loss": 900.0, "grad_norm": 77.0, "skipped": 1.0}) for n in (4, 5)]
     lines = screen([*steps, *bad, Stepped(10, {**METRICS, "loss": 3.0})], every=10).splitlines()
     assert lines[1] == "step 4/100  loss 900.000  |g| 77  SKIPPED"
-    assert lines[2].startswith("SKIPPED: the weights stay as they were")
-    assert lines[3] == "step 5/100  loss 900.000  |g| 77  SKIPPED"
-    assert "loss 3.000" in lines[4]
-    assert len(lines) == 5
+    assert lines[2].startswith("SKIPPED: no update")
+    assert "--recipe.skip-sigma" in lines[3]
+    assert lines[4] == "step 5/100  loss 900.000  |g| 77  SKIPPED"
+    assert "loss 3.000" in lines[5]
+    assert len(lines) == 6
+    assert all(len(line) <= 80 for line in lines)
 
 
 # --- how wide it is -------------------------------------------------------------------------------------------------------

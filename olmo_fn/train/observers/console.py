@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 Metrics: TypeAlias = Mapping[str, Any]
 BAR = 20
 """Columns of the bar of a live line, where there is room."""
-SKIPPED = (
-    "SKIPPED: the weights stay as they were after a step whose loss or gradient is not finite or far above the last ones "
-    "(--recipe.skip-sigma), or that --recipe.skip-steps names"
-)
+SKIPPED = """SKIPPED: no update, for the loss or |g| is not finite or far above the last ones
+(--recipe.skip-sigma), or the step is one of --recipe.skip-steps"""
 
 
 def short(x: float) -> str:
