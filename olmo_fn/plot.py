@@ -194,7 +194,7 @@ def plot_loss(folder: Path) -> Path | None:
 
     steps, losses = [line["step"] for line in lines], [line.get("ce", line["loss"]) for line in lines]
     made = [math.nan if line.get("skipped") else loss for line, loss in zip(lines, losses, strict=True)]
-    wide = len(lines) // 100
+    wide = max(2, len(lines) // 100)
     top.plot(steps, losses, linewidth=0.6, color="tab:blue", alpha=0.35, label="each step")
     top.plot(steps, centred_mean(made, wide), color="tab:blue", label=f"mean of {2 * wide + 1} steps")
     heldout: dict[str, dict[int, float]] = {}

@@ -4,12 +4,15 @@ The names of the cases are those of the list of what a first use ran into: use-4
 """
 
 import io
+import json
 import re
 
 import pytest
 import rich.console
 from rich.text import Text
 
+from olmo_fn import plot
+from olmo_fn.cli import main as cli
 from olmo_fn.train.events import Evaluated, Said, Started, Stepped, Stopped
 from olmo_fn.train.observers import Console
 from olmo_fn.train.observers.console import Line, describe
@@ -164,3 +167,67 @@ def test_other_lines_are_as_they_were():
         "arc-easy after step 12: accuracy 0.5000",
         "stopped after step 12: too hot",
     ]
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn_page(monkeypatch):
+    """The figure that was drawn last; nothing is written."""
+    pages = []
+    monkeypatch.setattr(plot, "save", lambda page, output: pages.append(page))
+    return pages
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_the_picture_of_the_loss(drawn_page, tmp_path):
+    """use.md, loss.png: steps and tokens, a smoothed curve, held-out points, skipped steps in the legend, ticks of the rate."""
+    lines = [
+        {"step": n, "loss": 5 - n / 100, "lr": 3e-2, "grad_norm": 0.5, "tokens": 1000 * n, "skipped": 0.0}
+        for n in range(1, 301)
+    ]
+    lines[99] |= {"loss": 500.0, "skipped": 1.0}
+    evaluations = [{"step": n, "eval": name, "loss": 4.0} for n in (150, 300) for name in ("heldout", "web")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + evaluations))
+    assert plot.plot_loss(tmp_path) == tmp_path / "loss.png"
+    top, middle, bottom = drawn_page[0].axes[:3]
+    assert legend(top) == ["each step", "mean of 7 steps", "held-out, 4.000", "web, 4.000", "skipped step, 1"]
+    raw, smooth = (line.get_ydata() for line in top.get_lines()[:2])
+    assert raw[99] == 500
+    assert smooth[99] == pytest.approx(4.0)
+    assert top.get_ylim()[1] < 6
+    assert bottom.get_xlabel() == "step"
+    assert [axis.get_xlabel() for axis in top.child_axes] == ["million tokens"]
+    drawn_page[0].canvas.draw()
+    assert len({tick.get_text() for tick in bottom.get_yticklabels()}) >= 3
+    assert all(re.fullmatch(r"[\d.]*", tick.get_text()) for tick in middle.get_yticklabels(which="both"))
+
+
+def test_schedules_of_different_lengths_are_in_per_cent(drawn_page, tmp_path, capsys):
+    """use.md, lr.png: a run of 1,000 steps beside schedules of 100,000 was a line at 0."""
+    words = ["plot", "schedule", "cosine", "wsd"]
+    assert cli.main([*words, "olmo2-tiny", "-o", "x.png"]) == cli.main([*words, "-o", "x.png"]) == 0
+    mixed, plain = (page.axes[0] for page in drawn_page)
+    assert mixed.get_xlabel() == "per cent of the run's steps"
+    assert all(line.get_ydata().max() == 100 and line.get_xdata()[-1] == 100 for line in mixed.get_lines())
+    assert "olmo2-tiny\n1,000 steps, peak 0.03" in legend(mixed)
+    assert (plain.get_xlabel(), plain.get_ylabel()) == ("step", "learning rate")
+
+
+@pytest.mark.parametrize("edge", [60, 79])
+def test_the_picture_of_a_range_test(drawn_page, tmp_path, edge):
+    """use.md, range-test.png: raw losses stay inside, no line lies on the frame, an end that still falls is said."""
+    losses = [9 - 0.05 * min(n, edge) + 0.2 * max(0, n - edge) - (n % 2) * 0.5 for n in range(80)]
+    lines = [{"step": n + 1, "loss": loss, "lr": 1e-5 * 1.2**n} for n, loss in enumerate(losses)]
+    found = plot.range_test(lines, smooth=0.0 if edge == 79 else 0.9)
+    plot.plot_range_test(found, tmp_path / "x.png")
+    axes = drawn_page[0].axes[0]
+    low, high = axes.get_ylim()
+    assert low < min(losses)
+    assert high > max(losses[:edge])
+    assert axes.get_xlim()[1] > found.rates[-1]
+    assert ("still falling at the end" in legend(axes)[-1]) == (edge == 79)
