@@ -114,7 +114,8 @@ def _opened(session: Session, args: Evaluate) -> tuple[Mapping[str, TokenSet], S
         if tokenizer and not path.endswith(TOKEN_FILES):
             texts = [text for chunk in chunks(expand((path,))) for text in documents(chunk, args.text_field)]
             ids = np.concatenate([np.zeros(0, np.int64), *tokenizer.encode_documents(texts)])
-            pairs.append((name, TokenSet(ids.astype(smallest_dtype(vocab_size)))))
+            num_bytes = sum(len(text.encode()) for text in texts)
+            pairs.append((name, TokenSet(ids.astype(smallest_dtype(vocab_size)), text_bytes=num_bytes)))
     sets, eos_id = by_name(pairs), eos_id_of(cfg.data, tokenizer, files, vocab_size)
     if args.tokens:
         sets = {name: found.first(args.tokens) for name, found in sets.items()}

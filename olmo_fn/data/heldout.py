@@ -21,20 +21,26 @@ from olmo_fn.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Tokens (N,) of an unsigned type to evaluate on; where ``mask`` (N,) is False, the prediction is not in the loss."""
+    """Tokens (N,) of an unsigned type to evaluate on; where ``mask`` (N,) is False, the prediction is not in the loss.
+
+    ``text_bytes``: UTF-8 bytes of the whole text, where somebody has counted them before it was tokenized.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray | None = None
+    text_bytes: int | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def first(self, count: int) -> TokenSet:
         """At most ``count`` tokens of it."""
-        return TokenSet(self.tokens[:count], None if self.mask is None else self.mask[:count])
+        return self if count >= len(self) else TokenSet(self.tokens[:count], None if self.mask is None else self.mask[:count])
 
     def num_bytes(self, tokenizer: Tokenizer | None) -> int | None:
         """UTF-8 bytes of the text that is predicted; those of end-of-document tokens, which a model pays for too, are 0."""
+        if self.text_bytes is not None and self.mask is None:
+            return self.text_bytes
         return tokenizer.count_bytes(self.tokens if self.mask is None else self.tokens[self.mask]) if tokenizer else None
 
 
@@ -45,7 +51,9 @@ def joined(sets: Iterable[TokenSet]) -> TokenSet:
         return sets[0]
     masks = [np.ones(len(each), bool) if each.mask is None else each.mask for each in sets]
     some = any(each.mask is not None for each in sets)
-    return TokenSet(np.concatenate([each.tokens for each in sets]), np.concatenate(masks) if some else None)
+    known = [each.text_bytes for each in sets if each.text_bytes is not None]
+    text_bytes = sum(known) if len(known) == len(sets) else None
+    return TokenSet(np.concatenate([each.tokens for each in sets]), np.concatenate(masks) if some else None, text_bytes)
 
 
 def by_name(pairs: Iterable[tuple[str, TokenSet]]) -> dict[str, TokenSet]:

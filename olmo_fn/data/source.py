@@ -148,9 +148,16 @@ def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:
 
 
 def masked(files: Sequence[TokenFile], mask_paths: Sequence[str]) -> list[TokenSet]:
-    """The tokens of each file with its label mask, if there are any."""
+    """The tokens of each file with its label mask, if there are any, and the bytes that the tokenizing command has counted."""
     masks: Sequence[np.ndarray | None] = [view(mask) for mask in open_masks(expand(mask_paths), files)] or (None,) * len(files)
-    return [TokenSet(view(file), mask) for file, mask in zip(files, masks, strict=True)]
+    return [TokenSet(view(file), mask, _written_bytes(file)) for file, mask in zip(files, masks, strict=True)]
+
+
+def _written_bytes(file: TokenFile) -> int | None:
+    """The bytes of the text of ``file`` by meta.json, if that speaks of this file."""
+    path = Path(file.path)
+    counts = _beside(path.parent).get("files", {}).get(path.name, {})
+    return counts.get("bytes") if counts.get("tokens") == file.num_tokens else None
 
 
 def _last(instances: Instances, count: int, dtype: str) -> TokenSet:

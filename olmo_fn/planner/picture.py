@@ -27,7 +27,7 @@ def draw(found: Sequence[Estimate], base: Config, path: Path) -> Path:
         (gpu.memory - RESERVED) / GIB,
         color="black",
         linestyle="--",
-        label=f"a {gpu.name}, less {RESERVED / GIB:.1f} GiB for the system",
+        label=f"{gpu.name}, less {RESERVED / GIB:.1f} GiB for the system",
     )
     words = [flags(one.plan.cfg, base).replace("--mesh.", "").replace("--recipe.", "") for one in found]
     speeds = [f"{one.clock.tokens:,.0f} tokens/s a device" for one in found]

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -172,13 +173,19 @@ class Session:
         found = self._find(where, read, **options)
         return found and (self._model(found[1], leaves, weights, where), found[0])
 
-    def evaluate(self, state: State, weights: Weights = "params", name: str = HELDOUT) -> Heldout | None:
-        """The model's loss on a set that is held out, on at most ``run.eval_tokens`` of it; None when nothing is predicted."""
+    def evaluate(
+        self, state: State, weights: Weights = "params", name: str = HELDOUT, given_up: Callable[[], bool] = lambda: False
+    ) -> Heldout | None:
+        """The model's loss on a set that is held out, on at most ``run.eval_tokens`` of it.
+
+        None when nothing is predicted, and when it is ``given_up``, which is asked before each batch.
+        """
         source = self.source
         if name not in source.heldout:
             return None
         tokens = source.heldout[name].first(self.cfg.run.eval_tokens)
-        return self.evaluate_tokens(self.model_parameters(state, weights), tokens, source.tokenizer, source.eos_id)
+        params = self.model_parameters(state, weights)
+        return self.evaluate_tokens(params, tokens, source.tokenizer, source.eos_id, given_up=given_up)
 
     def evaluate_tokens(
         self,
@@ -187,17 +194,20 @@ class Session:
         tokenizer: Tokenizer | None,
         eos_id: int | None,
         show: Callable[[int], Any] = lambda tokens: None,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> Heldout | None:
         """The loss of an ordinary model's parameters on ``tokens``, in windows and batches of the sizes of training.
 
-        None when nothing is predicted. ``show`` gets the number of tokens of each batch that is done.
+        None when nothing is predicted, or it is ``given_up``. ``show`` gets the number of tokens of each batch that is done.
         """
         r = self.cfg.recipe
         stride, rows = max(1, r.sequence_length // 2), max(1, r.batch_size // r.accumulate)
         batches = heldout_batches(tokens, r.sequence_length, stride, rows, eos_id, self.cfg.data.mask_documents)
-        there = ({name: value.to(self.process.device) for name, value in batch.items()} for batch in batches)
+        going = takewhile(lambda _: not given_up(), batches)
+        there = ({name: value.to(self.process.device) for name, value in batch.items()} for batch in going)
         num_bytes, loss = tokens.num_bytes(tokenizer), transformer.loss(self.cfg.model)
-        return evaluate(loss, params, there, num_bytes, dtype=self.dtype, execution=self.step.execution, show=show)
+        found = evaluate(loss, params, there, num_bytes, dtype=self.dtype, execution=self.step.execution, show=show)
+        return None if given_up() else found
 
     def merged(self, params: Tree) -> Tree:
         """The parameters with adapters, if the run trains any, merged into the model's."""

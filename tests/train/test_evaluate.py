@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -145,6 +146,27 @@ def test_a_label_mask_leaves_predictions_out(run, folder):
     assert one.tokens + other.tokens == whole.tokens
     assert one.loss * one.tokens + other.loss * other.tokens == pytest.approx(whole.loss * whole.tokens, rel=1e-6)
     assert one.bits_per_byte == pytest.approx(one.loss * one.tokens / math.log(2) / mask[:-1].sum())
+
+
+def test_bytes_are_those_of_the_text(folder, run):
+    """reports-18: a tokenizer that changes the text would count its own bytes; those of the text are counted before."""
+    (folder / "big.txt").write_text("ÄÖÜ " * 30)
+    lower = json.loads((folder / "tokenizer.json").read_text())
+    lower["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}]}
+    own = shutil.copytree(run[0], folder / "lossy")
+    (own / "tokenizer.json").write_text(json.dumps(lower))
+    _, found = evaluate(Evaluate(str(own), (f"text={folder / 'big.txt'}",)))
+    assert found["text"].tokens == 4 * 30 + 1
+    bits = found["text"].loss * found["text"].tokens / math.log(2)
+    assert found["text"].bits_per_byte == pytest.approx(bits / (7 * 30))
+
+
+def test_an_evaluation_can_be_given_up(run):
+    """reports-33: between two batches."""
+    session, asked = open_run(run[0]), []
+    state = session.newest(run[0]).state
+    assert session.evaluate(state, given_up=lambda: asked.append(1) or len(asked) > 3) is None
+    assert len(asked) == 5
 
 
 def test_the_command_line(run, folder, capsys):
