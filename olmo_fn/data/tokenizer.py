@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,13 @@ EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>"
 # Words with the character before them, up to 3 digits, punctuation, line breaks; the last two with the
 # indentation that follows. With 4096 tokens the default corpus is 3.15 M long, with GPT-2's pattern 3.48 M.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
+MAX_WORD = 1000  # of words to learn from: the time grows with the square of the length
+# Texts that tokenizers like to change, and every byte that UTF-8 has.
+PROBES = (
+    "a  b \t\r\n e\u0301 \u2126 \ufb01 \u2581 \ufeff<|endoftext|>\n",
+    "  a",
+    "".join(map(chr, (*range(0x800), *range(0x800, 0xD800, 61), *range(0xE000, 0x110000, 611)))),
+)
 
 
 @dataclass(frozen=True)
@@ -74,15 +82,31 @@ class Tokenizer:
             lengths[i] = 0 if added.special else len(added.content.encode())
         return lengths
 
-    def count_bytes(self, ids: np.ndarray) -> int:
+    @cached_property
+    def keeps_text(self) -> bool:
+        """Whether its ids are the bytes of the text and no others: not so if it normalizes, or puts a space before it."""
+        lengths = self.byte_lengths
+        return lengths is not None and all(
+            lengths[ids].sum() == len(text.encode()) and self.decode(ids) == text
+            for text, ids in ((text, self.encode(text)) for text in PROBES)
+        )
+
+    @cached_property
+    def vocab_hash(self) -> str:
+        """A hash of the tokens in the order of their ids."""
+        vocabulary = sorted((i, token) for token, i in self.backend.get_vocab(with_added_tokens=True).items())
+        return sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+    def count_bytes(self, ids: np.ndarray) -> int | None:
         """UTF-8 bytes of the text of ``ids`` (N,), the denominator of bits per byte. Special tokens count 0.
+
+        None if ids do not tell, as `keeps_text` says.
 
         >>> byte_level().count_bytes(np.array([104, 195, 169, 256]))
         3
         """
-        if self.byte_lengths is None:
-            ends = np.flatnonzero(ids == self.eos_id)
-            return sum(len(self.decode(part).encode()) for part in np.split(ids, ends))
+        if self.byte_lengths is None or not self.keeps_text:
+            return None
         chunk = 1 << 22
         return sum(int(self.byte_lengths[ids[i : i + chunk]].sum()) for i in range(0, len(ids), chunk))
 
@@ -115,11 +139,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([words, as_bytes]), decoders.ByteLevel()
+    shorter = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{MAX_WORD}}}"), behavior="isolated")
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([words, shorter, as_bytes]), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=_byte_characters(), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     return _with_eos(backend, 0)
 
 
