@@ -221,9 +221,7 @@ def summary(config: Tokenize, meta: dict[str, Any]) -> str:
         n = meta["train"]["documents"]
         why = f"none of {n:,} was drawn at --heldout {config.heldout:g}" if config.heldout else "as --heldout 0 asks"
         more = f"--heldout {max(2 * config.heldout, 10 / n):.1g} or " if n > 20 else ""
-        lines[1] = (
-            f"heldout: 0 documents ({why}): training holds out its last tokens; for documents {more}--heldout-inputs FILES"
-        )
+        lines[1] = f"heldout: 0 documents ({why}): training holds out its last tokens; to choose: {more}--heldout-inputs FILES"
     if meta["skipped"]:
         lines.append(f"passed over: {meta['skipped']:,} without a text in {config.text_field!r}")
     return "\n".join(lines)

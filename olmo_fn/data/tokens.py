@@ -28,23 +28,7 @@ CHUNK = 1 << 22
 CHECKED = 1 << 20
 HELDOUT_FILE = "heldout.npy"
 CONTROL = bytes({*range(32)} - {*b"\t\n\r\f"})
-TEXT = {
-    ".txt",
-    ".md",
-    ".json",
-    ".jsonl",
-    ".ndjson",
-    ".csv",
-    ".tsv",
-    ".html",
-    ".xml",
-    ".py",
-    ".parquet",
-    ".gz",
-    ".bz2",
-    ".xz",
-    ".zst",
-}
+TEXT = (".txt", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".html", ".xml", ".parquet", ".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -154,7 +138,7 @@ def looks_like_text(head: bytes) -> bool:
 def _is_text(path: str, head: bytes, size: int) -> bool:
     """By its ending; or by its beginning, unless tokens are single bytes: those may be letters."""
     printable = len(head) >= 64 and head.translate(None, CONTROL) == head and looks_like_text(head)
-    return Path(path).suffix.lower() in TEXT or (size > 1 and printable)
+    return path.lower().endswith(TEXT) or (size > 1 and printable)
 
 
 def check_type(file: TokenFile) -> None:
@@ -216,7 +200,7 @@ def read_tokens(file: TokenFile, start: int = 0, stop: int | None = None) -> np.
     ValueError if the file has become shorter since it was opened. A memory map of it would end the process without a word.
     """
     tokens = np.empty((file.num_tokens if stop is None else min(stop, file.num_tokens)) - start, file.dtype)
-    data, offset, done = tokens.view(np.uint8), start * tokens.itemsize, 0
+    data, offset, done = tokens.view(np.uint8).data, start * tokens.itemsize, 0
     try:
         opened = _opened(file)
         while done < len(data) and (count := os.preadv(opened.fileno(), [data[done:]], offset + done)):
@@ -249,8 +233,9 @@ def check_vocab(files: Iterable[TokenFile], vocab_size: int, scan_bytes: int = S
 
 def vocab_error(file: TokenFile, offset: int, vocab_size: int) -> ValueError:
     """The error for the token at ``offset`` of ``file``."""
+    token = int(read_tokens(file, offset, offset + 1)[0])
     return ValueError(
-        f"token {int(read_tokens(file, offset, offset + 1)[0])} at offset {offset:,} of {file.path!r} (read as {file.dtype}) is "
+        f"token {token} at offset {offset:,} of {file.path!r} (read as {file.dtype}) is "
         f"not below {vocab_size:,}, the vocabulary of the model or the tokenizer; use a larger "
         f"--model.vocab-size, the tokenizer of the data (--data.tokenizer), or --data.dtype if the file is of another type"
     )
