@@ -81,9 +81,8 @@ def documents(chunk: Chunk, field: str, skip_missing: bool = False) -> Iterator[
 
 
 def _text(record: Any, field: str, where: str, skip_missing: bool) -> str | None:
-    names = [field] if isinstance(record, dict) and field in record else field.split(".")
-    value, there = record, True
-    for name in names:
+    value, there = record, isinstance(record, dict)
+    for name in [field] if there and field in record else field.split("."):
         there = there and isinstance(value, dict) and name in value
         value = value[name] if there else None
     if isinstance(value, str):
@@ -91,12 +90,17 @@ def _text(record: Any, field: str, where: str, skip_missing: bool) -> str | None
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if skip_missing:
         return None
-    what = "no text" if not there else "null" if value is None else f"no text but {type(value).__name__}"
-    found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-    raise ValueError(
-        f"{where} has {what} in {field!r}; there is: {found}; name the field with --text-field, or pass such documents over "
-        "with --skip-missing"
-    )
+    if not isinstance(record, dict):
+        hint = "`jq -c '.[]' FILE` writes the objects of a list so"
+        raise ValueError(f"{where} is no JSON object but {type(record).__name__}; {hint}")
+    if not there:
+        found = ", ".join(
+            name for key, x in record.items() for name in ([f"{key}.{inner}" for inner in x] if isinstance(x, dict) else [key])
+        )
+        what = f"has no text in {field!r}; there is: {found}; name the field with --text-field"
+    else:
+        what = f"has no text in {field!r} but {'null' if value is None else type(value).__name__}"
+    raise ValueError(f"{where} {what}; --skip-missing passes such documents over")
 
 
 def _parse(line: bytes, where: str) -> Any:
@@ -105,7 +109,7 @@ def _parse(line: bytes, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
         hint = "a line is a whole object, as `jq -c . FILE` writes it"
-        raise ValueError(f"{where} cannot be read as JSON: {e}; {hint}") from None
+        raise ValueError(f"{where} cannot be read as JSON: {str(e).split(';')[0]}; {hint}") from None
 
 
 def _decode(data: bytes, where: str) -> str:

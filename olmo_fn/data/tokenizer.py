@@ -22,9 +22,9 @@ EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>"
 # Words with the character before them, up to 3 digits, punctuation, line breaks; the last two with the
 # indentation that follows. With 4096 tokens the default corpus is 3.15 M long, with GPT-2's pattern 3.48 M.
 # None is longer than some thousand characters: the time that one takes grows with the square of its length.
-WORDS = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
-).translate({ord("+"): "{1,1000}", ord("*"): "{0,1000}"})
+WORDS = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+").translate(
+    {ord("+"): "{1,1000}", ord("*"): "{0,1000}"}
+)
 # Texts that tokenizers like to change, and every byte that UTF-8 has.
 PROBES = (
     "a  b \t\r\n e\u0301 \u2126 \ufb01 \u2581 \ufeff<|endoftext|>\n",

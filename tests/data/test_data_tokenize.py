@@ -209,7 +209,7 @@ def run(capsys, *arguments):
             b'{"text": "x"}\n{"body": 1, "id": 2}\n',
             "a.jsonl' line 2 has no text in 'text'; there is: body, id;",
         ),
-        ("a.jsonl", b'{"text": "x"}\n\n[1]\n', "a.jsonl' line 3 has no text in 'text'; there is: list"),
+        ("a.jsonl", b'{"text": "x"}\n\n[1]\n', "a.jsonl' line 3 is no JSON object but list; `jq -c"),
         ("a.jsonl", b'{"text": "x"\n', "a.jsonl' line 1 cannot be read as JSON: "),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl' line 1 is not UTF-8 text (byte 10)"),
         ("a.txt", b"ab\xff", "a.txt' is not UTF-8 text (byte 2)"),
@@ -245,7 +245,7 @@ def test_parquet_columns(tmp_path, capsys):
         "1",
     )
     assert "has no column 'text'; there is: body, n; name the column" in run(capsys, *common)[1]
-    assert "row group 0 row 0 has null in 'n'" in run(capsys, *common, "--text-field", "n")[1]
+    assert "row group 0 row 0 has no text in 'n' but null" in run(capsys, *common, "--text-field", "n")[1]
     assert run(capsys, *common, "--text-field", "body", "--heldout", "0")[0] == 0
 
 
