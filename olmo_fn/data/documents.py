@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olmo_fn.data.inputs import HEAD, is_lines, is_parquet, opened
+from olmo_fn.data.inputs import HEAD, kind, opened
 
 CHUNK_BYTES = 1 << 20
 LINE_BYTES = 1 << 26  # tokenizing needs several times as much memory
@@ -37,9 +37,9 @@ def chunks(files: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[Chunk]:
     texts: list[str] = []
     total = 0
     for path in files:
-        if is_lines(path):
+        if kind(path) == "lines":
             yield from _line_chunks(path, size)
-        elif is_parquet(path):
+        elif kind(path) == "rows":
             with _parquet(path) as file:
                 groups, bytes_on_disk = file.num_row_groups, Path(path).stat().st_size
             for i in range(groups):
@@ -65,7 +65,7 @@ def documents(chunk: Chunk, field: str, skip_missing: bool = False) -> Iterator[
             if not line.isspace():
                 where = f"{path!r} line {number}"
                 yield _text(_parse(line, where), field, where, skip_missing)
-    elif is_parquet(path):
+    elif kind(path) == "rows":
         with _parquet(path) as file:
             names = file.schema_arrow.names
             name = field if field in names else field.split(".")[0]

@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 
     def __str__(self) -> str:
         """In words, by ending."""
-        counts = Counter((not is_rows(path), "".join(endings(path)) or "without an ending") for path in self.files)
+        counts = Counter((kind(path) == "text", "".join(endings(path)) or "without an ending") for path in self.files)
         parts = []
         for whole, what in ((False, "a document a line or row"), (True, "each one document")):
             if names := [f"{n:,} {name}" for (one, name), n in sorted(counts.items()) if one == whole]:
@@ -79,19 +79,10 @@ def endings(path: str) -> tuple[str, str]:
     return (os.path.splitext(name)[1], last) if last in _READERS else (last, "")
 
 
-def is_lines(path: str) -> bool:
-    """Whether the file has a JSON object a line."""
-    return endings(path)[0] in LINES
-
-
-def is_parquet(path: str) -> bool:
-    """Whether the file is a table whose rows are documents."""
-    return endings(path)[0] in PARQUET
-
-
-def is_rows(path: str) -> bool:
-    """Whether the file has many documents; any other is one."""
-    return is_lines(path) or is_parquet(path)
+def kind(path: str) -> str:
+    """How a file holds documents: ``lines``, a JSON object each; ``rows`` of a table; or ``text``, which is one."""
+    ending = endings(path)[0]
+    return "lines" if ending in LINES else "rows" if ending in PARQUET else "text"
 
 
 @contextmanager
@@ -127,17 +118,17 @@ def _unfit(path: str) -> str:
         return "README"
     if not os.path.isfile(path):
         return "not a regular file"
-    kind = endings(path)[0]
-    if kind in NOT_READ:
-        return f"{kind} is not read"
-    if kind != ".json" and is_rows(path):
+    ending = endings(path)[0]
+    if ending in NOT_READ:
+        return f"{ending} is not read"
+    if ending != ".json" and kind(path) != "text":
         return ""
     try:
         with opened(path) as (file, _):
-            head = file.readline(LONG) if kind == ".json" else file.read(HEAD)
+            head = file.readline(LONG) if ending == ".json" else file.read(HEAD)
     except Exception as e:  # each decompressor has errors of its own
         raise ValueError(f"cannot read {path!r}: {e}") from None
-    if kind != ".json":
+    if ending != ".json":
         return "" if looks_like_text(head) else "not UTF-8 text"
     try:
         return "" if len(head) == LONG or isinstance(json.loads(head), dict) else "not a JSON object a line"

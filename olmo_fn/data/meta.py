@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +66,6 @@ def check_vocabulary(metas: Mapping[Path, Meta], tokenizer: Tokenizer | None, na
         own = Vocabulary(tokenizer.eos_id, tokenizer.vocab_size, tokenizer.vocab_hash)
         known.insert(0, (f"the tokenizer {name!r}", own))
     for whose, vocabulary in known[1:]:
-        first, expected = known[0]
-        if vocabulary.differs(expected):
-            hint = f"; give --data.tokenizer {shlex.quote(str(Path(next(iter(metas)), 'tokenizer.json')))}" if tokenizer else ""
-            raise ValueError(f"{whose} are of another tokenizer ({vocabulary}) than {first} ({expected}){hint}")
+        if vocabulary.differs(known[0][1]):
+            hint = "train on and hold out files of one tokenizer, and give its tokenizer.json, which is beside them"
+            raise ValueError(f"{whose} are of another tokenizer ({vocabulary}) than {known[0][0]} ({known[0][1]}); {hint}")

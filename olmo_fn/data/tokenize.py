@@ -25,7 +25,7 @@ from olmo_fn.data.encode import Encoder, encode_all, is_heldout
 from olmo_fn.data.inputs import expand
 from olmo_fn.data.tokenizer import Tokenizer, byte_level, load, train_bpe
 from olmo_fn.data.tokens import HELDOUT_FILE, SIZES, Dtype, smallest_dtype
-from olmo_fn.fields import AT_LEAST_ONE, DECAY, Range, check_numbers
+from olmo_fn.fields import AT_LEAST_ONE, Range, check_numbers
 from olmo_fn.progress import progress
 
 
@@ -51,7 +51,7 @@ class Tokenize:
     """Pass over lines and rows without a text there, and count them."""
     workers: Annotated[int, Range(0, 1024)] = 0
     """Processes; 0: one a processor. The output is the same for any number."""
-    heldout: Annotated[float, DECAY] = 0.01
+    heldout: Annotated[float, Range(0, 1, below=True)] = 0.01
     """Part of the documents that goes to heldout.npy, chosen by their content."""
     heldout_inputs: tuple[str, ...] = ()
     """Files, globs and folders of which all goes to heldout.npy."""
@@ -104,7 +104,7 @@ def tokenize(config: Tokenize, show: bool = True, say: Callable[[str], object] =
 def _check(config: Tokenize, output: Path) -> None:
     if not config.inputs:
         raise ValueError("no input; name the files, globs or folders to tokenize")
-    if both := {*config.inputs} & {*config.heldout_inputs}:
+    if both := {*map(os.path.realpath, config.inputs)} & {*map(os.path.realpath, config.heldout_inputs)}:
         raise ValueError(f"{min(both)!r} is in the inputs and in --heldout-inputs; take it out of one")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {config.output!r} is a file; give a folder")

@@ -59,7 +59,10 @@ class Tokenizer:
         >>> byte_level().encode_documents(["hi", ""])
         [array([104, 105, 256]), array([256])]
         """
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as e:  # the library raises bare Exceptions
+            raise ValueError(f"the tokenizer cannot encode this text: {e}") from None
         return [np.array([*e.ids, self.eos_id], dtype=np.int64) for e in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

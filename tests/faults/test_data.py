@@ -243,7 +243,8 @@ def test_use_2_1_and_reports_11_a_folder_says_what_it_takes(folder, tmp_path, ca
     assert (code, error) == (0, "")
     assert lines[0] == (
         "inputs: 4 .jsonl (a document a line or row); 1 .py, 1 .txt (each one document); "
-        "left out: table.csv (.csv is not read); left out: README.md (README); left out: .DS_Store, .git (hidden); left out: ids.txt, img.png (not UTF-8 text); "
+        "left out: table.csv (.csv is not read); left out: README.md (README); left out: .DS_Store, .git (hidden); "
+        "left out: ids.txt, img.png (not UTF-8 text); "
         "left out: config.json (not a JSON object a line); left out: nowhere (not a regular file)"
     )
     assert "many words" in byte_level().decode(np.fromfile(tmp_path / "out" / "part-00000.npy", np.uint16))
@@ -379,7 +380,7 @@ def test_use_4_a_tokenizer_that_is_not_that_of_the_files(both):
     same = (found.vocab_size, found.eos_id) == (other.vocab_size, other.eos_id)
     data = Data((parts(both, "bpe"),), tokenizer=str(both / "other.json"))
     assert same
-    with pytest.raises(ValueError, match=rf"give --data\.tokenizer {re.escape(bpe)}"):
+    with pytest.raises(ValueError, match=r"\(300 ids, end of document 0\) than the tokenizer '.*/other\.json' \(300 ids"):
         open_data(data, 300, SIZES)
     open_data(Data((parts(both, "bpe"),), tokenizer=bpe), 300, SIZES)
     meta = json.loads((both / "bpe" / "meta.json").read_text())
@@ -497,6 +498,21 @@ def test_reports_18_a_trained_tokenizer_tells_its_bytes():
         assert tokenizer.keeps_text
     lacking = made({c: i for i, c in enumerate("abc")}, pre_tokenizers.ByteLevel(False), decoders.ByteLevel())
     assert not Tokenizer(lacking, 3).keeps_text
+
+
+def test_a_tokenizer_that_cannot_encode_is_one_line(tmp_path):
+    backend = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="[UNK]"))
+    backend.save(str(tmp_path / "t.json"))
+    (tmp_path / "a.txt").write_text("other words")
+    config = Tokenize((str(tmp_path / "a.txt"),), str(tmp_path / "out"), str(tmp_path / "t.json"), workers=1, heldout=0.0)
+    with pytest.raises(ValueError, match="the tokenizer cannot encode this text: "):
+        tokenize(config)
+
+
+def test_text_that_is_in_both_inputs_by_a_link(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(jsonl(tmp_path))
+    with pytest.raises(ValueError, match=r"a\.jsonl' is in the inputs and in --heldout-inputs"):
+        tokenize(Tokenize((str(tmp_path / "a.jsonl"),), str(tmp_path / "out"), heldout_inputs=(str(tmp_path / "link.jsonl"),)))
 
 
 def test_reports_19_no_figure_where_nothing_is_predicted(tmp_path, capsys):
