@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _text(record: Any, field: str, where: str, skip_missing: bool) -> str | None
         found = ", ".join(
             name for key, x in record.items() for name in ([f"{key}.{inner}" for inner in x] if isinstance(x, dict) else [key])
         )
-        what = f"has no text in {field!r}; there is: {found}; name the field with --text-field"
+        what = f"has no text in {field!r}; there is: {found:.300}; name the field with --text-field"
     else:
         what = f"has no text in {field!r} but {'null' if value is None else type(value).__name__}"
     raise ValueError(f"{where} {what}; --skip-missing passes such documents over")
@@ -123,7 +124,8 @@ def _decode(data: bytes, where: str) -> str:
 def _read_text(path: str) -> str:
     try:
         with opened(path) as (file, _):
-            data = file.read(FILE_BYTES + 1)
+            pieces = iter(lambda: file.read(CHUNK_BYTES), b"")
+            data = b"".join(islice(pieces, FILE_BYTES // CHUNK_BYTES + 1))
     except Exception as e:  # each decompressor has errors of its own
         raise ValueError(f"cannot read {path!r}: {e}") from None
     if len(data) > FILE_BYTES:

@@ -12,6 +12,7 @@ import random
 import re
 import resource
 import shlex
+import sys
 import zlib
 from contextlib import suppress
 
@@ -179,6 +180,7 @@ def test_a_damaged_or_foreign_file_is_one_line_that_names_it(tmp_path, capsys, m
     assert error.count("\n") == 1
     assert message.format(path) in error
     assert name in error
+    assert len(error) < 700
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -610,6 +612,17 @@ def test_reliability_18_a_text_that_unpacks_without_end(tmp_path, capsys, monkey
     monkeypatch.setattr(documents, "FILE_BYTES", 1000)
     code, _, error = run(capsys, tmp_path / "a.txt.gz", "--output", tmp_path / "out", "--tokenizer", "byte")
     assert (code, "a.txt.gz' is one document of more than 1,000 bytes; split it" in error) == (2, True)
+
+
+def test_use_2_6_zst_without_its_library_is_said(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd(LINES))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for given in (tmp_path / "a.jsonl.zst", tmp_path):
+        code, _, error = run(capsys, given, "--output", tmp_path / "out", "--tokenizer", "byte")
+        assert (code, "a.jsonl.zst' after line 0: reading .zst needs pyarrow: pip install 'olmo-fn[parquet]'" in error) == (
+            2,
+            True,
+        )
 
 
 def test_reports_25_a_full_disk(tmp_path, capsys):
