@@ -53,7 +53,4 @@ def cache_dir(data: Data) -> Path:
     >>> cache_dir(Data(cache_dir="/tmp/cache"))
     PosixPath('/tmp/cache')
     """
-    folder = os.path.expanduser(data.cache_dir or os.environ.get("OLMO_FN_CACHE") or "~/.cache/olmo_fn")
-    if folder.startswith("~"):
-        raise ValueError(f"there is no home folder to keep {folder!r} in; name one with --data.cache-dir")
-    return Path(folder)
+    return Path(data.cache_dir or os.environ.get("OLMO_FN_CACHE") or "~/.cache/olmo_fn").expanduser()

@@ -151,7 +151,7 @@ def check_type(file: TokenFile) -> None:
         columns = tokens[: len(tokens) // width * width].reshape(-1, width)
         if columns[:, 0].any() and not columns[:, 1:].any():
             raise ValueError(
-                f"{file.path!r}, read as {file.dtype}, is 0 in {width - 1} of every {width} tokens, as a file of {name} would be; "
+                f"{file.path!r}, read as {file.dtype}, is 0 in {width - 1} of every {width} tokens, as {name} would be; "
                 f"say which it is: --data.dtype {name}, or --data.dtype {file.dtype}"
             )
 
@@ -179,9 +179,7 @@ def _check_mask(mask: TokenFile) -> None:
             raise ValueError(f"the label mask {mask.path!r} has {part.max()} at offset {offset:,}; it must hold bytes 0 and 1")
         if part.any():
             return
-    raise ValueError(
-        f"the label mask {mask.path!r} is false throughout: none of its tokens would be in the loss; leave both files out"
-    )
+    raise ValueError(f"the label mask {mask.path!r} is false throughout: nothing of it is in the loss; leave both files out")
 
 
 class _Open(FileIO):
