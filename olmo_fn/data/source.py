@@ -78,7 +78,7 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
             f"{model_vocab_size:,}; give --model.vocab-size {tokenizer.vocab_size}"
         )
     vocab_size = tokenizer.vocab_size if tokenizer else model_vocab_size
-    paths, heldout_paths = expand(data.paths), expand(data.heldout_paths)
+    paths, heldout_paths = expand(data.paths), expand(data.heldout_paths, HELDOUT_FILE)
     folders = {Path(path).parent: None for path in (*paths, *heldout_paths)}
     metas = {folder: meta for folder in folders if (meta := read_meta(folder))}
     _check_apart(paths, heldout_paths, metas)
@@ -167,14 +167,9 @@ def _eos_id(data: Data, tokenizer: Tokenizer | None, beside: tuple[Path, Meta] |
 
 def _written_bytes(files: tuple[TokenFile, ...], metas: Mapping[Path, Meta]) -> int | None:
     """The bytes of the text of ``files`` that the tokenizing command counted, if it wrote all of them."""
-    total = 0
-    for file in files:
-        path = Path(file.path)
-        count = metas[path.parent].num_bytes.get((path.name, file.num_tokens)) if path.parent in metas else None
-        if count is None:
-            return None
-        total += count
-    return total if files else None
+    paths = [(Path(file.path), file.num_tokens) for file in files]
+    found = [metas[path.parent].num_bytes.get((path.name, n)) if path.parent in metas else None for path, n in paths]
+    return sum(n for n in found if n is not None) if found and None not in found else None
 
 
 def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:

@@ -60,8 +60,10 @@ def matches(pattern: str) -> list[str]:
     return sorted(name for name in found if os.path.isfile(name))
 
 
-def expand(patterns: Iterable[str]) -> tuple[str, ...]:
+def expand(patterns: Iterable[str], usual: str = "part-*.npy") -> tuple[str, ...]:
     """Paths of token files of ``patterns``, in order, the matches of each sorted. ValueError for a pattern without a file.
+
+    ``usual``: what the files are called in a folder of the tokenizing command.
 
     >>> expand(["/no/such/*.npy"])
     Traceback (most recent call last):
@@ -71,7 +73,7 @@ def expand(patterns: Iterable[str]) -> tuple[str, ...]:
     for pattern in patterns:
         full = Path(os.path.expanduser(pattern))
         if os.path.isdir(full):
-            raise ValueError(f"{pattern!r} is a folder; {_inside(full)}")
+            raise ValueError(f"{pattern!r} is a folder; {_inside(full, usual)}")
         if not (found := matches(pattern)):
             here = "" if full.is_absolute() else f" (from {Path.cwd()})"
             what = f"{pattern!r} is not a regular file" if os.path.exists(full) else f"no token file matches {pattern!r}{here}"
@@ -80,11 +82,11 @@ def expand(patterns: Iterable[str]) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _inside(folder: Path) -> str:
+def _inside(folder: Path, usual: str) -> str:
     """What to type for the token files in a folder."""
     inside = Path(glob.escape(str(folder)))
-    if matches(str(inside / "part-*.npy")):
-        return f"name the token files in it: {shlex.quote(str(inside / 'part-*.npy'))}"
+    if matches(str(inside / usual)):
+        return f"name the token files in it: {shlex.quote(str(inside / usual))}"
     names = [shlex.quote(path) for path in matches(str(inside / "*.npy")) if Path(path).name != HELDOUT_FILE]
     if not names:
         return f"no .npy file to train on is in it; text is tokenized first: {tokenize_command(folder)}"

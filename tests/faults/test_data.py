@@ -339,6 +339,8 @@ def test_use_2_5_the_advice_for_a_folder_never_names_what_is_held_out(tmp_path):
         tokens.expand([str(tmp_path / "my [data]")])
     (pattern,) = shlex.split(str(error.value).split("in it: ")[1])
     assert tokens.expand([pattern]) == (str(tmp_path / "my [data]" / "part-00000.npy"),)
+    with pytest.raises(ValueError, match=r"is a folder; name the token files in it: '.*/heldout\.npy'$"):
+        open_data(Data((pattern,), (str(tmp_path / "my [data]"),)), 300, SIZES)
     (tmp_path / "my [data]" / "part-00000.npy").unlink()
     with pytest.raises(ValueError, match=r"no \.npy file to train on is in it; .*olmo-fn tokenize '.*/my \[data\]' --output"):
         tokens.expand([str(tmp_path / "my [data]")])
