@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from olmo_fn.checkpoint.boxes import bands, contiguous, covering, overlap, strides
 from olmo_fn.checkpoint.commit import step_path, steps
-from olmo_fn.checkpoint.format import DTYPE_NAMES, DTYPES, BrokenCheckpoint, Index, host_bytes
+from olmo_fn.checkpoint.format import DTYPE_NAMES, DTYPES, Index, host_bytes
 from olmo_fn.checkpoint.ranks import SINGLE_PROCESS, Ranks
+from olmo_fn.checkpoint.schema import BrokenCheckpoint
 from olmo_fn.checkpoint.shards import leaves_of, local_box
 from olmo_fn.checkpoint.stored import JOB_BYTES, OpenFiles, PartBytes, default_threads, read_index, some, verify
 from olmo_fn.spec import Box
@@ -137,13 +138,9 @@ def _read_tensors(
         for name, leaf in wanted.items():
             tensor = index.tensors[name]
             box = Box.whole(tensor.shape) if leaf is None else local_box(leaf)
-            out = torch.empty(box.shape, dtype=DTYPES[tensor.dtype])
-            reads = (
-                read
-                for part in tensor.parts
-                if (shared := overlap(part.box, box))
-                for read in _reads(files.part(name, part), part.box, shared, out, box)
-            )
+            parts = [(files.part(name, part), part.box, shared) for part in tensor.parts if (shared := overlap(part.box, box))]
+            out = torch.empty(box.shape, dtype=DTYPES[tensor.dtype])  # the files are as long as the index says
+            reads = (read for part in parts for read in _reads(*part, out, box))
             ahead.append((name, out, [pool.submit(read) for read in reads]))
             while len(ahead) > 1 and sum(len(futures) for *_, futures in ahead) > JOBS_AHEAD:
                 yield next_one()
@@ -197,7 +194,7 @@ def _check_like(path: str | Path, index: Index, wanted: Mapping[str, Any], extra
     if extra:
         differences.append(f"there but not asked for: {some(extra)}")
     stored = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in index.tensors.items() if name in wanted}
-    asked = {name: f"{DTYPE_NAMES[leaf.dtype]} {list(leaf.shape)}" for name, leaf in wanted.items()}
+    asked = {name: f"{DTYPE_NAMES.get(leaf.dtype, leaf.dtype)} {list(leaf.shape)}" for name, leaf in wanted.items()}
     differences += [f"{name} is {x}, asked for {asked[name]}" for name, x in stored.items() if x != asked[name]]
     if differences:
         more = [f"… ({len(differences)} differences in all)"] if len(differences) > 8 else []
