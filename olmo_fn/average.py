@@ -162,10 +162,10 @@ def same_kind(runs: Sequence[Session]) -> Path | None:
                 raise ValueError(
                     f"{run.folder} is of another model than {first.folder}: {flag} is {other}, not {one}, so there is no mean"
                 )
-    known, *others = [run for run in runs if (run.folder / "tokenizer.json").is_file()] or [None]
-    for run in others:
-        if known.tokenizer.backend.get_vocab() != run.tokenizer.backend.get_vocab():
+    known = [run for run in runs if (run.folder / "tokenizer.json").is_file()]
+    for run in known[1:]:
+        if known[0].tokenizer.backend.get_vocab() != run.tokenizer.backend.get_vocab():
             raise ValueError(
-                f"{run.folder} has another tokenizer.json than {known.folder}: an id means another text, so there is no mean"
+                f"{run.folder} has another tokenizer.json than {known[0].folder}: an id means another text, so there is no mean"
             )
-    return known and known.folder / "tokenizer.json"
+    return known[0].folder / "tokenizer.json" if known else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from sharding import Layout
 from torch.distributed import TCPStore
@@ -38,6 +40,19 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def small_disk(where: Path, options: str) -> Iterator[Path]:
+    """A disk of its own, with the ``options`` of tmpfs; skips the test where mounting is not permitted."""
+    where.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", where], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", where], check=True)
 
 
 def save_forever(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str], None]) -> None:

@@ -119,7 +119,7 @@ class Saver:
             sweep(self.folder)
 
     def submit(self, tree: Mapping[str, Any], *, step: int, meta: Mapping[str, Any] | None = None) -> None:
-        """Save ``tree`` as it is now, once the previous checkpoint is done. If that failed, wait for this one; raise its error."""
+        """Save ``tree`` as it is now, when the previous checkpoint is done; if that failed, wait for this one, or its error."""
         state = local_state(tree, step, meta, self.ranks)
         self.settle()
         failed, self._failure = self._failure, None

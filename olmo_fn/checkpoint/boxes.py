@@ -77,9 +77,7 @@ def tiles(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
     >>> tiles([Box((0,), (2,)), Box((2,), (2,))], (4,)), tiles([Box((0,), (2,)), Box((1,), (2,))], (4,))
     (True, False)
     """
-    if not boxes or any(
-        not len(offset) == len(lengths) == len(shape) or min(lengths, default=0) < 0 for offset, lengths in boxes
-    ):
+    if not boxes or any(not len(i) == len(n) == len(shape) or min(n, default=0) < 0 for i, n in boxes):
         return False
     if 0 in shape:
         return all(0 in box.shape for box in boxes)

@@ -102,12 +102,15 @@ class Index:
                 f"load it with {'a newer' if version > FORMAT else 'an older'} olmo_fn"
             )
         index = _index(parse(data, INDEX, where))
-        if wrong := index.contradiction():
-            raise BrokenCheckpoint(f"{where}: {wrong}")
+        index.check(where)
         return index
 
-    def contradiction(self) -> str:
-        """What cannot be, in words, such as a tensor whose boxes leave something out or hold something twice; else empty."""
+    def check(self, where: str) -> None:
+        """`BrokenCheckpoint` for what cannot be, such as a tensor whose boxes leave something out or hold something twice."""
+        if wrong := self._contradiction():
+            raise BrokenCheckpoint(f"{where}: {wrong[:400]}")
+
+    def _contradiction(self) -> str:
         lengths = {name: file.header_bytes for name, file in self.files.items()}
         paths = [*self.tensors, *self.empty]
         branches = {path[:i] for path in paths for i, letter in enumerate(path) if letter == "."}
@@ -115,7 +118,7 @@ class Index:
             return f"{min(twice)} is a tensor, or an empty branch, and a branch with tensors"
         for name, tensor in self.tensors.items():
             if tensor.dtype not in DTYPES:
-                return f"{name} is of the dtype {tensor.dtype[:20]!r}, which this olmo_fn ({__version__}) does not know; a newer one may"
+                return f"{name} has the dtype {tensor.dtype[:20]!r}, unknown to olmo_fn {__version__}; a newer one may know it"
             item = DTYPES[tensor.dtype].itemsize
             if item * math.prod(n or 1 for n in tensor.shape) >= 1 << 63:
                 return f"{name} is larger than any memory, {tensor.shape}"
@@ -173,13 +176,11 @@ def parse_header(header: bytes, size: int, where: str) -> Header:
     `BrokenCheckpoint`, beginning with ``where``, unless they fill the file one after another.
     """
     entries = parse(header[8:], HEADER, where)
-    del entries["__metadata__"]
+    entries.pop("__metadata__", None)
     spans = sorted(entry["data_offsets"] for entry in entries.values())
-    ends = [[0, 0], *spans, [size - len(header)]]
-    pairs = int.from_bytes(header[:8], "little") == len(header) - 8 and all(
-        len(span) == 2 and span[0] <= span[1] for span in spans
-    )
-    if not pairs or any(a[-1] != b[0] for a, b in pairwise(ends)):
+    ends = [[int.from_bytes(header[:8], "little") + 8 - len(header)], *spans, [size - len(header)]]
+    ordered = all(len(span) == 2 and span[0] <= span[1] for span in spans)
+    if not ordered or ends[0] != [0] or any(a[-1] != b[0] for a, b in pairwise(ends)):
         raise BrokenCheckpoint(f"{where}: damaged, its tensors do not lie one after another")
     return {
         key: (entry["dtype"], tuple(entry["shape"]), *(len(header) + offset for offset in entry["data_offsets"]))

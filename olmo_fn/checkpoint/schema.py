@@ -1,4 +1,4 @@
-"""What JSON in a checkpoint may hold: types and ranges, checked once when it is read, so that no other code meets anything else."""
+"""What the JSON of a checkpoint may hold: types and ranges, checked once when it is read: no other code meets anything else."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 JSON_BYTES = 1 << 30  # what is larger was not written by this package, and is not read
 
 COUNT = range(1 << 63)
-FILE = re.compile(r"\w[\w.-]*", re.ASCII)  # beside the index: no folder, not hidden
-PATH = re.compile(r"(?=.{1,1000}\Z)[^.]+(\.[^.]+){0,99}")  # no line ends: it stands in messages
+FILE = re.compile(r"\w[\w.-]{0,254}", re.ASCII)  # beside the index: no folder, not hidden
+_KEY = r"[^.\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+"  # a message that names it is one line
+PATH = re.compile(rf"(?=.{{1,1000}}\Z){_KEY}(\.{_KEY}){{0,99}}")
 CRC = re.compile(r"[0-9a-f]{8}")
 TEXT = re.compile(r".*", re.DOTALL)
 
@@ -26,7 +27,7 @@ INDEX = {
     "files": {FILE: {"bytes": COUNT, "header_bytes": range(8, JSON_BYTES), "header_crc32": CRC}},
     "tensors": {PATH: {"dtype": TEXT, "shape": [COUNT], "boxes": [BOX]}},
 }
-HEADER = {"__metadata__": None, PATH: {"dtype": TEXT, "shape": [COUNT], "data_offsets": [COUNT]}}
+HEADER = {"__metadata__": None, TEXT: {"dtype": TEXT, "shape": [COUNT], "data_offsets": [COUNT]}}
 
 
 class BrokenCheckpoint(ValueError):
@@ -61,12 +62,11 @@ def _check(value: Any, schema: Any, place: str) -> None:
         case list() if type(value) is list:
             for item in value:
                 _check(item, schema[0], place)
-        case dict() if type(value) is dict and all(name in value for name in schema if isinstance(name, str)):
-            for name, item in value.items():
-                kinds = (
-                    kind for key, kind in schema.items() if key == name or (isinstance(key, re.Pattern) and key.fullmatch(name))
-                )
-                _check(item, next(kinds, ()), f"{place}.{name}" if place else name)
+        case dict() if type(value) is dict:
+            names = [key for key in schema if isinstance(key, str)]
+            for name in dict.fromkeys([*names, *value]):
+                key = name if name in names else next((key for key in schema if key not in names and key.fullmatch(name)), None)
+                _check(value.get(name), schema.get(key, ()), f"{place}.{name}" if place else name)
         case range() if type(value) is int and value in schema:
             pass
         case re.Pattern() if type(value) is str and schema.fullmatch(value):

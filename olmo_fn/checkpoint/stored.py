@@ -158,13 +158,12 @@ def some(names: Iterable[str], limit: int = 6) -> str:
 
 
 def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO, int]:
-    """A file, which ``stack`` closes, and its length; `BrokenCheckpoint` if it is a device or a pipe."""
-    file = stack.enter_context(
-        open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    )  # a pipe waits
-    if not stat.S_ISREG((status := os.fstat(file.fileno())).st_mode):
-        raise BrokenCheckpoint(f"{path}: no regular file")
-    return file, status.st_size
+    """A file, which ``stack`` closes, and its length; `BrokenCheckpoint` if it is a folder, a device or a pipe."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
+    stack.callback(os.close, fd)
+    if not stat.S_ISREG((status := os.fstat(fd)).st_mode):
+        raise BrokenCheckpoint(f"{path}: not a regular file")
+    return stack.enter_context(open(fd, "rb", closefd=False)), status.st_size
 
 
 @contextmanager
@@ -175,9 +174,6 @@ def _unreadable_is_broken(where: str, missing: str = "missing") -> Iterator[None
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, None):
             raise
-        reason = (
-            missing
-            if error.errno in (errno.ENOENT, errno.ENOTDIR)
-            else _REASONS.get(error.errno, f"cannot be read ({error.strerror})")
-        )
+        reasons = {**_REASONS, errno.ENOENT: missing, errno.ENOTDIR: missing}
+        reason = reasons.get(error.errno, f"cannot be read ({error.strerror})")
         raise BrokenCheckpoint(f"{where} {reason}") from error

@@ -135,7 +135,7 @@ def merge(plan: Plan, parts: Sequence[Part], state: LocalState, where: str) -> I
         tensors[name] = StoredTensor(stored[0].dtype, stored[0].shape, tuple(boxes))
     files = {name: file for _, files_of_rank in parts for name, file in files_of_rank.items()}
     index = Index(state.step, tensors, files, plan.empty, state.meta)
-    index.check_tiles(where)
+    index.check(where)
     return index
 
 
