@@ -105,7 +105,7 @@ def run(
     caller's, or that of rank 0 if it is ``host``.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "olmo_fn.checkpoint"])
+    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "checkpoint_jobs"])
     store = None if host else TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = store.port if store else _free_port()
     pipes, processes = [], []
