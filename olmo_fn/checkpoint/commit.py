@@ -54,10 +54,6 @@ def hidden(path: Path, kind: str) -> Path:
     return path.with_name(f".{kind}-{path.name}-{uuid.uuid4().hex[:12]}")
 
 
-class Busy(TimeoutError):
-    """Another process has been saving into a folder for too long."""
-
-
 @contextmanager
 def drafting(path: Path, nbytes: int, replace: bool) -> Iterator[Path]:
     """A hidden folder to write the checkpoint ``path`` into, removed at the end unless committed; the writer's lock is held.
@@ -133,7 +129,7 @@ def tolerated(what: str) -> Iterator[None]:
 def locked(folder: Path, patience: float = 60.0) -> Iterator[None]:
     """Hold ``folder`` as its only writer, and sweep it; the kernel lets go when the process dies, however it dies.
 
-    Waits up to ``patience`` seconds for another writer, then raises `Busy`. On a filesystem without locks it neither
+    Waits up to ``patience`` seconds for another writer, then raises TimeoutError. On a filesystem without locks it neither
     waits nor sweeps.
     """
     deadline = time.monotonic() + patience
@@ -147,7 +143,7 @@ def locked(folder: Path, patience: float = 60.0) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise Busy(
+                    raise TimeoutError(
                         f"{folder}: another process has been saving there for {patience:.0f} s; "
                         "two runs must not share a folder: give one of them another"
                     ) from None
@@ -166,7 +162,7 @@ def locked(folder: Path, patience: float = 60.0) -> Iterator[None]:
 def sweep(folder: str | Path) -> None:
     """Remove what a killed writer left in ``folder``; does nothing while another process saves there."""
     if os.path.isdir(folder):
-        with tolerated(f"cannot sweep {folder}"), suppress(Busy), locked(Path(folder), patience=0.0):
+        with tolerated(f"cannot sweep {folder}"), suppress(TimeoutError), locked(Path(folder), patience=0.0):
             pass
 
 

@@ -112,11 +112,13 @@ def load_newest(
 
 def newest_whole(folder: str | Path, *, on_skip: Callable[[str], None] = log.warning) -> Path | None:
     """The newest checkpoint in ``folder`` in which `verify` finds nothing; None if there is none. As `load_newest`."""
-    for path in (step_path(folder, step) for step in reversed(steps(folder))):
-        if not (problems := verify(path)):
-            return path
-        on_skip(f"skipping {path}, it is broken: {problems[0]}")
-    return None
+
+    def check(path: Path) -> None:
+        for problem in verify(path):
+            raise BrokenCheckpoint(problem)
+
+    found = load_newest(folder, check, on_skip=on_skip)
+    return found and found[0]
 
 
 def _read_tensors(

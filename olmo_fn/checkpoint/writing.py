@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from olmo_fn.checkpoint.commit import Busy, commit, drafting, free_bytes, step_path, sync_folder
+from olmo_fn.checkpoint.commit import commit, drafting, free_bytes, step_path, sync_folder
 from olmo_fn.checkpoint.format import (
     CHUNK_BYTES,
     DTYPE_NAMES,
@@ -108,7 +108,7 @@ def failures_named(path: Path, nbytes: int = 0) -> Iterator[None]:
         yield
     except (RankLost, BrokenCheckpoint) as error:
         raise SaveFailed(f"{what}: {error}. Older checkpoints are untouched") from error
-    except Busy:
+    except TimeoutError:
         raise
     except OSError as error:
         details = f" ({error.filename})" if error.filename else ""

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -332,7 +333,7 @@ def mutate(value: Any, rng: random.Random) -> Any:
             case _:
                 value[key] = mutate(value[key], rng)
         return value
-    return rng.choice(BAD)
+    return deepcopy(rng.choice(BAD))
 
 
 def fuzz(folder: Path, seed: int) -> None:
