@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_jobs import file_size_limit, small_disk
@@ -36,12 +37,16 @@ from olmo_fn.checkpoint import (
 from olmo_fn.checkpoint.commit import hidden
 from olmo_fn.checkpoint.format import FORMAT, crc32
 from olmo_fn.cli import main as cli
+from olmo_fn.data.settings import Data
 from olmo_fn.data.tokenizer import Tokenizer, byte_level, train_bpe
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
 from olmo_fn.spec import init
-from olmo_fn.train.config import Config
+from olmo_fn.train.config import Config, Recipe, Run
+from olmo_fn.train.events import Event, Observer, Stepped
 from olmo_fn.train.folder import write_config
+from olmo_fn.train.loop import train
+from olmo_fn.train.schedules import Constant
 from olmo_fn.tree import Tree
 
 STATE: Tree = {"step": torch.tensor(7), "params": {"w": torch.arange(12.0).reshape(3, 4), "b": torch.ones(3).bfloat16()}}
@@ -531,29 +536,82 @@ def test_old_checkpoints_go_before_a_save_that_does_not_fit(tmp_path: Path, keep
         assert steps(disk) == ([4, 5] if keep == 1 else [3, 4, 5])
 
 
-def a_file_is_there(folder: Path) -> None:
-    folder.write_text("")
+@contextmanager
+def a_file_is_there(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "checkpoints").write_text("")
+    yield tmp_path / "checkpoints"
 
 
-def no_more_files(folder: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+@contextmanager
+def no_more_files(tmp_path: Path) -> Iterator[Path]:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        yield tmp_path
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@contextmanager
+def a_disk_that_is_only_read(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "ro") as disk:
+        yield disk / "checkpoints"
+
+
+@contextmanager
+def a_folder_of_others(tmp_path: Path) -> Iterator[Path]:
+    tmp_path.chmod(0o700)
+    with another_user():
+        yield tmp_path
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [(a_file_is_there, "File exists"), (no_more_files, "Too many open files")],
-    ids=["reliability-23-file exists", "reliability-23-EMFILE"],
+    ("where", "words"),
+    [
+        (a_file_is_there, "File exists"),
+        (no_more_files, "Too many open files"),
+        (a_disk_that_is_only_read, "Read-only file system"),
+        (a_folder_of_others, "Permission denied"),
+    ],
+    ids=[f"reliability-23-{name}" for name in ("EEXIST", "EMFILE", "EROFS", "EACCES")],
 )
-def test_only_a_full_disk_is_told_to_free_space(tmp_path: Path, change: Callable[[Path], None], words: str) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        change(tmp_path / "checkpoints")
-        with pytest.raises(SaveFailed) as error:
-            save(STATE, tmp_path / "checkpoints", step=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert f"could not save step 1 into {tmp_path}/checkpoints: {words} (" in str(error.value)
+def test_only_a_full_disk_is_told_to_free_space(tmp_path: Path, where: Any, words: str) -> None:
+    with where(tmp_path) as folder, pytest.raises(SaveFailed) as error:
+        save(STATE, folder, step=1)
+    assert f"could not save step 1 into {folder}: {words} ({folder}" in str(error.value)
     assert "free" not in str(error.value)
+
+
+class FillsTheDisk(Observer):
+    """Leaves no room for the checkpoint after step 4, and makes room again before that of step 8."""
+
+    def __init__(self, disk: Path) -> None:
+        self.other = disk / "other"
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 4:
+            self.other.write_bytes(bytes(shutil.disk_usage(self.other.parent).free))
+        elif isinstance(event, Stepped) and event.step == 7:
+            self.other.unlink()
+
+
+def test_reports_25a_a_run_goes_on_when_there_is_room_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    np.random.default_rng(0).integers(1, 64, 4_000, dtype=np.uint8).tofile(tmp_path / "tokens.npy")
+    with small_disk(tmp_path / "disk", "size=1m") as disk:
+        result = train(
+            Config(
+                dense(8, 1, 2, 12, vocab_size=64),
+                data=Data(paths=(str(tmp_path / "tokens.npy"),), dtype="uint8", heldout_fraction=0, cache_dir=str(tmp_path)),
+                recipe=Recipe(4, 16, compile=False, dtype="float32"),
+                schedule=Constant(warmup=0),
+                run=Run(str(disk / "run"), steps=10, checkpoint_every=4, threads=1, sample="", device="cpu"),
+            ),
+            [FillsTheDisk(disk)],
+        )
+        assert (result.exit_code, result.step) == (0, 10)
+        assert steps(disk / "run" / "checkpoints") == [8, 10]
+        failed = [message for message in caplog.messages if message.startswith("could not save")]
+        assert [message.startswith("could not save step 4 into") for message in failed] == [True]
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP], ids=["reports-26-EINVAL", "reports-26-ENOTSUP"])
