@@ -7,6 +7,7 @@ A stage is the embedding, a part of a block (`olmo_fn.models.blocks`), or the he
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from olmo_fn.kernels.attention_cp import positions_of
 from olmo_fn.kernels.attention_tiles import document_starts
 from olmo_fn.mesh.axis import Axes, CPMethod
 from olmo_fn.mesh.collectives import all_gather
+from olmo_fn.models.batch import can_be_read, check_form, check_values
 from olmo_fn.models.blocks import Part
 from olmo_fn.models.config import Model
 from olmo_fn.nn.context import Context
@@ -86,7 +88,10 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     With tensor parallelism the stream between stages is a rank's part of the sequence (Korthikanti et al. 2022, sequence
     parallelism), with context parallelism everything but the mixing of positions is. The sum is that of this rank's tokens.
     """
-    cfg.check()
+    try:
+        cfg.check()
+    except ValueError as error:  # here there are fields, and no flags
+        raise ValueError(re.sub(r"--model\.([\w-]+)", lambda flag: flag[1].replace("-", "_"), str(error))) from None
     built = layers(cfg)
     blocks = [_block_stage(part, i) for i, layer in enumerate(built) for part in layer.parts]
     w_out = "embed" if cfg.tie_embeddings else "head.w_out"
@@ -97,11 +102,12 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     def head(p: Tree, x: Tensor, ctx: Context) -> tuple[None, Aux]:
         tp = ctx.backend.axes.tp
         h = all_gather(norm_stream(cfg.norm_eps, tp, p["norm"], x), 1, tp)
-        assert ctx.labels is not None
+        if ctx.labels is None:
+            raise ValueError("the loss is of labels (B, T) int64, and the batch has none; logits(cfg, params, batch) needs none")
         return None, Aux(*cross_entropy(ctx, p["w_out"], h, ctx.labels, cfg.vocab_size, z_loss))
 
     return Chain(
-        partial(context, cfg, built),
+        partial(context, cfg, built, set()),
         (
             Stage("embed", (("embed", "embed"),), embed),
             *blocks,
@@ -110,6 +116,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
         empty=partial(_empty, cfg.d_model),
         uncast=frozenset({"embed", w_out}),
         check=partial(_check_axes, built),
+        specs=specs(cfg),
     )
 
 
@@ -154,9 +161,18 @@ def _check_axes(built: tuple[Layer, ...], axes: Axes, cp_method: CPMethod) -> No
                 )
 
 
-def context(cfg: Model, built: tuple[Layer, ...], batch: Batch, backend: Backend) -> Context:
-    """What all stages share: ids and labels of this rank's positions, the positions, documents, and the sublayers' tables."""
-    T = batch["input_ids"].shape[1]
+def context(cfg: Model, built: tuple[Layer, ...], seen: set[torch.Size], batch: Batch, backend: Backend) -> Context:
+    """What all stages share: ids and labels of this rank's positions, the positions, documents, and the sublayers' tables.
+
+    ValueError for a batch of the wrong form; or with tokens beyond the vocabulary, where it costs no waiting to look: on a CPU,
+    and elsewhere in the first batch of each of the shapes ``seen``.
+    """
+    check_form(batch)
+    ids = batch["input_ids"]
+    if can_be_read(ids) and (ids.device.type == "cpu" or ids.shape not in seen):
+        check_values(batch, cfg.vocab_size)
+        seen.add(ids.shape)
+    T = ids.shape[1]
     local = positions_of(T, backend.axes.cp, batch["input_ids"].device)
     documents = document_starts(batch["documents"]) if "documents" in batch else None
     positions = local if documents is None else local - documents[:, local]
