@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -37,8 +38,14 @@ def loss_tokens(batch: Batch) -> Tensor:
     >>> loss_tokens({"labels": torch.tensor([[5, 7, -100]])})
     tensor(2)
     """
-    given = batch.get("loss_tokens")
-    return (batch["labels"] != IGNORE).sum() if given is None else given
+    if "loss_tokens" in batch:
+        return batch["loss_tokens"]
+    if "labels" not in batch:
+        close = "; did you mean labels?" if get_close_matches("labels", batch, 1) else ", or loss_tokens to divide the loss by"
+        raise ValueError(
+            f"this batch has {', '.join(batch) or 'nothing'}; it needs labels, {IGNORE} where there is no loss{close}"
+        )
+    return (batch["labels"] != IGNORE).sum()
 
 
 class Metric(NamedTuple):

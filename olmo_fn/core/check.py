@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -14,25 +13,16 @@ from olmo_fn.tree import Tree
 
 
 def check_batch(batch: Any) -> None:
-    """ValueError unless a batch is tensors by name, with ``labels`` or ``loss_tokens``: what every loss needs.
-
-    >>> check_batch({"label": Tensor()})
-    Traceback (most recent call last):
-    ValueError: a batch has labels, int64 with -100 where there is no loss; this one has label: did you mean labels?
-    """
+    """ValueError unless a batch is tensors by name."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch is a dict of tensors, not a {type(batch).__name__}")
     for name, value in batch.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"batch[{name!r}] is a {_type(value)}; make it a tensor: torch.as_tensor(batch[{name!r}])")
         if name == "loss_tokens" and value.ndim:
-            raise ValueError(f"loss_tokens is the number that the summed loss is divided by, 0-d, and here {tuple(value.shape)}")
-    if "labels" not in batch and "loss_tokens" not in batch:
-        close = get_close_matches("labels", batch, 1)
-        raise ValueError(
-            f"a batch has labels, int64 with -100 where there is no loss; this one has {', '.join(batch) or 'nothing'}"
-            + (": did you mean labels?" if close else " (a loss without labels takes loss_tokens, which it is divided by)")
-        )
+            raise ValueError(
+                f"loss_tokens is the number that the summed loss is divided by, 0-d, and here {tuple(value.shape)}"
+            )
 
 
 def check_loss(found: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -62,7 +52,9 @@ def check_tensors(params: Any) -> None:
         if isinstance(p, Spec):
             raise ValueError(f"{path} is a Spec and not yet a tensor; {make}")
         if not isinstance(p, Tensor) or not p.is_floating_point():
-            raise ValueError(f"the parameter {path} is {getattr(p, 'dtype', _type(p))}; it must be a tensor of floating numbers")
+            raise ValueError(
+                f"the parameter {path} is {getattr(p, 'dtype', _type(p))}; it must be a tensor of floating numbers"
+            )
     if next(tree.items(params), None) is None:
         raise ValueError(f"there are no parameters; {make}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, get_args
 
 import torch
@@ -98,7 +98,9 @@ def reported(metrics: Metrics, gradients: Iterable[str], batch: Batch, declared:
 
     ``gradients`` are the names of those that came with the gradients.
     """
-    none = loss_tokens(batch) == 0
+    if "loss_tokens" not in batch:
+        return metrics
+    none = batch["loss_tokens"] == 0
     means = {"grad_norm", *(name for name in gradients if declared.get(name, Metric()).how == "mean")}
     return {name: value.masked_fill(none, 0) if name in means else value for name, value in metrics.items()}
 

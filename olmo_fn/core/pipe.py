@@ -115,7 +115,7 @@ def pipe(loss: LossFunction, *transforms: Transform[Any, Any]) -> Any:
     Traceback (most recent call last):
     ValueError: clip(1.0) takes a Grads, but it follows sgd(...), which is a Step; put it before sgd(...) ...
     """
-    if not callable(loss) and not isinstance(loss, Loss) or isinstance(loss, (Transform, Grads, Step)):
+    if (not callable(loss) and not isinstance(loss, Loss)) or isinstance(loss, (Transform, Grads, Step)):
         what = loss.name if isinstance(loss, Transform) else f"a {type(loss).__name__}"
         raise ValueError(
             f"the first argument of a pipe is the loss, (params, batch) -> (sum, metrics), and this one is {what}; "
@@ -187,8 +187,14 @@ def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torc
     if engine not in ENGINES:
         raise ValueError(f"grad({engine!r}): engines are {' and '.join(ENGINES)}")
     if dtype not in DTYPES:
-        why = "the gradients of float16 underflow without a scaler of the loss, which is not there" if dtype == torch.float16 else ""
-        raise ValueError(f"grad(dtype={dtype}): {why or 'a step is computed in floating numbers'}; use one of {', '.join(map(str, DTYPES))}")
+        why = (
+            "the gradients of float16 underflow without a scaler of the loss, which is not there"
+            if dtype == torch.float16
+            else ""
+        )
+        raise ValueError(
+            f"grad(dtype={dtype}): {why or 'a step is computed in floating numbers'}; use one of {', '.join(map(str, DTYPES))}"
+        )
 
     def apply(loss: Loss) -> Grads:
         if engine == "func":
@@ -240,10 +246,9 @@ def split_batch(batch: Batch, n: int) -> list[Batch]:
     >>> [part["loss_tokens"].item() for part in split_batch({"labels": torch.tensor([[1, 2], [3, -100]])}, 2)]
     [3, 3]
     """
-    rows = len(batch["labels"])
+    tokens, rows = loss_tokens(batch), len(batch["labels"])
     if rows % n:
         raise ValueError(f"accumulate({n}) cannot split a batch of {rows} sequences in equal parts")
-    tokens = loss_tokens(batch)
     chunks = {name: value.chunk(n) for name, value in batch.items() if value.ndim}
     return [{**{k: v[i] for k, v in chunks.items()}, "loss_tokens": tokens} for i in range(n)]
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metrics
@@ -37,10 +38,20 @@ class State(NamedTuple):
     slots: Tree
 
 
+def refuse_compile() -> None:
+    """ValueError inside of ``torch.compile``: whether it traces this, or runs it and would trace what is called."""
+    if torch.compiler.is_compiling() or callable(get_eval_frame_callback()):
+        raise ValueError(
+            "torch.compile cannot take a step, which compiles its own parts: put compile() last in the pipe instead"
+        )
+
+
 def check_state(state: Any) -> None:
     """ValueError for what is no state, and for one that a step with `donate` has written the next one into."""
     if not isinstance(state, State):
-        raise ValueError(f"a step takes (state, batch), and this is a {type(state).__name__}; state = step.init(params) makes one")
+        raise ValueError(
+            f"a step takes (state, batch), and this is a {type(state).__name__}; state = step.init(params) makes one"
+        )
     if hasattr(state.step, "spent"):
         raise ValueError(
             "this state is spent: a step with donate() has written the next state into its memory; use that one, "
@@ -126,6 +137,7 @@ class Step:
         return State(own["step"], params, {**own["slots"], **shaped})
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        refuse_compile()
         check_state(state)
         check_batch(batch)
         placement, batch = self.execution.layout.placement, self.execution.layout.sharing.with_tokens(batch)

@@ -17,7 +17,7 @@ INSTEAD = {
     "cu_seqlens": "documents (B, T), numbers that tell the texts of a row apart, keep them from attending to each other",
 }
 INSTEAD |= {"token_type_ids": "the model has no types of tokens", "max_seqlen": INSTEAD["cu_seqlens"]}
-INSTEAD |= {name: "labels are -100 where there is no loss" for name in ("loss_mask", "label_mask")}
+INSTEAD |= dict.fromkeys(("loss_mask", "label_mask"), "labels are -100 where there is no loss")
 
 
 def check_form(batch: Batch) -> None:
@@ -50,7 +50,7 @@ def check_values(batch: Batch, vocab_size: int) -> None:
     ids, labels = batch["input_ids"], batch.get("labels")
     scored = ids if labels is None else labels.where(labels != IGNORE, 0)
     low, high = torch.stack((ids, scored)).aminmax()
-    if 0 <= int(low) and int(high) < vocab_size:
+    if int(low) >= 0 and int(high) < vocab_size:
         if torch.equal(ids, scored) and not torch.equal(ids[:, 1:], ids[:, :-1]):
             warnings.warn("labels are equal to input_ids; a label is the token after it: ids[:, :-1], ids[:, 1:]", stacklevel=2)
         return
@@ -59,7 +59,11 @@ def check_values(batch: Batch, vocab_size: int) -> None:
         if len(bad):
             row, column = bad[0].tolist()
             value = int(x[row, column])
-            fix = "where there is no loss a label is -100" if name == "labels" and value < 0 else f"the vocabulary has {vocab_size:,}"
+            fix = (
+                "where there is no loss a label is -100"
+                if name == "labels" and value < 0
+                else f"the vocabulary has {vocab_size:,}"
+            )
             raise ValueError(f"{name} has {value} at row {row}, position {column}, which is no token; {fix}")
 
 
