@@ -55,8 +55,6 @@ def check_tensors(params: Any) -> None:
             raise ValueError(
                 f"the parameter {path} is {getattr(p, 'dtype', _type(p))}; it must be a tensor of floating numbers"
             )
-    if next(tree.items(params), None) is None:
-        raise ValueError(f"there are no parameters; {make}")
 
 
 def check_shapes(given: Tree, specs: Mapping[str, Spec], needed: Iterable[str], own: Set[str] = frozenset()) -> None:

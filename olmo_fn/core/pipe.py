@@ -187,14 +187,8 @@ def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torc
     if engine not in ENGINES:
         raise ValueError(f"grad({engine!r}): engines are {' and '.join(ENGINES)}")
     if dtype not in DTYPES:
-        why = (
-            "the gradients of float16 underflow without a scaler of the loss, which is not there"
-            if dtype == torch.float16
-            else ""
-        )
-        raise ValueError(
-            f"grad(dtype={dtype}): {why or 'a step is computed in floating numbers'}; use one of {', '.join(map(str, DTYPES))}"
-        )
+        why = "gradients underflow in float16 without a scaler of the loss" if dtype == torch.float16 else "no such step"
+        raise ValueError(f"grad(dtype={dtype}): {why}; use {', '.join(map(str, DTYPES))}")
 
     def apply(loss: Loss) -> Grads:
         if engine == "func":

@@ -31,7 +31,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def normal(seed: int | Tensor, step: Tensor, path: str, entries: Tensor) -> Tensor:
-    """A standard normal number, fp32, for each of the ``entries`` of the parameter at ``path``: their numbers in the whole of it.
+    """A standard normal number, fp32, for each of the ``entries``, by their numbers in the whole parameter at ``path``.
 
     In a transform of gradients ``step`` is ``execution.step``, and ``execution.layout.placement.entries(path, g)`` says which
     entries this rank has of it. ``seed`` is from 0 to 2^32; a tensor where ``vmap`` runs several seeds at once.

@@ -41,17 +41,13 @@ class State(NamedTuple):
 def refuse_compile() -> None:
     """ValueError inside of ``torch.compile``: whether it traces this, or runs it and would trace what is called."""
     if torch.compiler.is_compiling() or callable(get_eval_frame_callback()):
-        raise ValueError(
-            "torch.compile cannot take a step, which compiles its own parts: put compile() last in the pipe instead"
-        )
+        raise ValueError("torch.compile takes no step, which compiles its own parts: put compile() at the end of the pipe")
 
 
 def check_state(state: Any) -> None:
     """ValueError for what is no state, and for one that a step with `donate` has written the next one into."""
     if not isinstance(state, State):
-        raise ValueError(
-            f"a step takes (state, batch), and this is a {type(state).__name__}; state = step.init(params) makes one"
-        )
+        raise ValueError(f"a step takes (state, batch), and this is a {type(state).__name__}: step.init(params) first")
     if hasattr(state.step, "spent"):
         raise ValueError(
             "this state is spent: a step with donate() has written the next state into its memory; use that one, "
@@ -132,7 +128,9 @@ class Step:
         if clash := slots.keys() & control.keys():
             raise ValueError(f"{min(clash)!r} is a slot of parameters and one of its own; rename one, such as {min(clash)}_m")
         shaped = {name: tree.unflatten(values) for name, values in slots.items()}
-        device = next(p.device for _, p in tree.items(params))
+        device = next((p.device for _, p in tree.items(params)), None)
+        if device is None:
+            raise ValueError("there are no parameters; init(transformer.specs(model), seed=0) makes those of a model")
         own = tree.map(lambda value: value.to(device), {"step": torch.tensor(0), "slots": control})
         return State(own["step"], params, {**own["slots"], **shaped})
 

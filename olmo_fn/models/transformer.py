@@ -103,9 +103,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
         tp = ctx.backend.axes.tp
         h = all_gather(norm_stream(cfg.norm_eps, tp, p["norm"], x), 1, tp)
         if ctx.labels is None:
-            raise ValueError(
-                "the loss is of labels (B, T) int64, and the batch has none; logits(cfg, params, batch) needs none"
-            )
+            raise ValueError("the loss is of labels (B, T) int64, and the batch has none; transformer.logits needs none")
         return None, Aux(*cross_entropy(ctx, p["w_out"], h, ctx.labels, cfg.vocab_size, z_loss))
 
     return Chain(

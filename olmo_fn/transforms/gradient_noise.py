@@ -21,8 +21,8 @@ def gradient_noise(std: float | Callable[[Tensor], Tensor], seed: int | Tensor =
 
         g = g + std(step) · n          with n a function of (seed, step, path, entry) alone: `olmo_fn.core.random.normal`
 
-    The paper's schedule is ``lambda step: (eta / step**0.55) ** 0.5``. The numbers are those of the gradient of the mean loss, so it goes
-    after ``accumulate``; before or after ``clip`` is two different things.
+    The paper's deviations are ``lambda step: (eta / step**0.55) ** 0.5``. It goes after ``accumulate``, before ``clip`` as there.
+    Several seeds at once: build the pipe inside the function that is vmapped, with ``seed`` a tensor.
 
     >>> gradient_noise(0.01).name
     'gradient_noise(0.01, seed=0)'
