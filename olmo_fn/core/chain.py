@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.check import check_shapes, check_tensors
+from olmo_fn.core.check import check_batch, check_shapes, check_tensors
 from olmo_fn.core.primitive import WeightGrads
 from olmo_fn.kernels import Function, Kernel, identity
 from olmo_fn.mesh.axis import SINGLE_DEVICE, Axes, CPMethod
@@ -41,9 +40,9 @@ def loss_tokens(batch: Batch) -> Tensor:
     if "loss_tokens" in batch:
         return batch["loss_tokens"]
     if "labels" not in batch:
-        close = "; did you mean labels?" if get_close_matches("labels", batch, 1) else ", or loss_tokens to divide the loss by"
         raise ValueError(
-            f"this batch has {', '.join(batch) or 'nothing'}; it needs labels, {IGNORE} where there is no loss{close}"
+            f"this batch has {', '.join(batch) or 'nothing'}; it needs labels, {IGNORE} where there is no loss, or loss_tokens, "
+            "by which the summed loss is divided"
         )
     return (batch["labels"] != IGNORE).sum()
 
@@ -166,6 +165,8 @@ class Chain:
     """Paths of matrices that the stages take as they are stored, and cast themselves."""
     check: Callable[[Axes, CPMethod], None] = refuse_axes
     """ValueError if the stages cannot be divided over these axes."""
+    takes: Callable[[Any], None] = check_batch
+    """ValueError for a batch that ``context`` makes nothing of."""
     specs: Tree = field(default_factory=dict, repr=False)
     """The parameters that it was made for; none: not known. Stages that were changed may use others."""
 
@@ -193,6 +194,7 @@ class Chain:
     def __call__(self, params: Tree, batch: Batch, backend: Backend = PLAIN) -> tuple[Tensor, Metrics]:
         check_tensors(params)
         self.check_parameters(params)
+        self.takes(batch)
         return self.sum(params, batch, backend)
 
     def sum(self, params: Tree, batch: Batch, backend: Backend) -> tuple[Tensor, Metrics]:

@@ -52,9 +52,7 @@ def check_tensors(params: Any) -> None:
         if isinstance(p, Spec):
             raise ValueError(f"{path} is a Spec and not yet a tensor; {make}")
         if not isinstance(p, Tensor) or not p.is_floating_point():
-            raise ValueError(
-                f"the parameter {path} is {getattr(p, 'dtype', _type(p))}; it must be a tensor of floating numbers"
-            )
+            raise ValueError(f"{path} is {getattr(p, 'dtype', _type(p))}; a parameter is a tensor of floating numbers")
 
 
 def check_shapes(given: Tree, specs: Mapping[str, Spec], needed: Iterable[str], own: Set[str] = frozenset()) -> None:

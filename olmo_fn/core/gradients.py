@@ -140,8 +140,12 @@ class Grads:
         if self.chain:
             self.chain.check_parameters(params)
 
+    def check_batch(self, batch: Batch) -> None:
+        """ValueError for a batch that the loss cannot use."""
+        (self.chain.takes if self.chain else check_batch)(batch)
+
     def __call__(self, params: Tree, batch: Batch, execution: Execution = EAGER) -> tuple[Tree, Metrics]:
-        check_batch(batch)
+        self.check_batch(batch)
         if execution.layout is SINGLE:  # elsewhere they are shards
             self.check_parameters(params)
         batch = execution.layout.sharing.with_tokens(batch)

@@ -16,7 +16,6 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metrics
-from olmo_fn.core.check import check_batch
 from olmo_fn.core.gradients import EAGER, Execution, Gradients, Grads, Signals, pipe_of, reported
 from olmo_fn.core.layout import SINGLE
 from olmo_fn.kernels import Function
@@ -137,7 +136,7 @@ class Step:
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         refuse_compile()
         check_state(state)
-        check_batch(batch)
+        self.grads.check_batch(batch)
         placement, batch = self.execution.layout.placement, self.execution.layout.sharing.with_tokens(batch)
         local = State(state.step, placement.to_local(state.params), placement.to_local(state.slots))
         gradients = self.grads.fn(self.point(local), batch, replace(self.execution, step=state.step))

@@ -20,7 +20,7 @@ from olmo_fn.kernels.attention_cp import positions_of
 from olmo_fn.kernels.attention_tiles import document_starts
 from olmo_fn.mesh.axis import Axes, CPMethod
 from olmo_fn.mesh.collectives import all_gather
-from olmo_fn.models.batch import can_be_read, check_form, check_values
+from olmo_fn.models.batch import TokenBatch
 from olmo_fn.models.blocks import Part
 from olmo_fn.models.config import Model
 from olmo_fn.nn.context import Context
@@ -102,12 +102,11 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     def head(p: Tree, x: Tensor, ctx: Context) -> tuple[None, Aux]:
         tp = ctx.backend.axes.tp
         h = all_gather(norm_stream(cfg.norm_eps, tp, p["norm"], x), 1, tp)
-        if ctx.labels is None:
-            raise ValueError("the loss is of labels (B, T) int64, and the batch has none; transformer.logits needs none")
+        assert ctx.labels is not None
         return None, Aux(*cross_entropy(ctx, p["w_out"], h, ctx.labels, cfg.vocab_size, z_loss))
 
     return Chain(
-        partial(context, cfg, built, set()),
+        partial(context, cfg, built),
         (
             Stage("embed", (("embed", "embed"),), embed),
             *blocks,
@@ -116,6 +115,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
         empty=partial(_empty, cfg.d_model),
         uncast=frozenset({"embed", w_out}),
         check=partial(_check_axes, built),
+        takes=TokenBatch(cfg.vocab_size),
         specs=specs(cfg),
     )
 
@@ -161,18 +161,9 @@ def _check_axes(built: tuple[Layer, ...], axes: Axes, cp_method: CPMethod) -> No
                 )
 
 
-def context(cfg: Model, built: tuple[Layer, ...], seen: set[torch.Size], batch: Batch, backend: Backend) -> Context:
-    """What all stages share: ids and labels of this rank's positions, the positions, documents, and the sublayers' tables.
-
-    ValueError for a batch of the wrong form; or with tokens beyond the vocabulary, where it costs no waiting to look: on a CPU,
-    and elsewhere in the first batch of each of the shapes ``seen``.
-    """
-    check_form(batch)
-    ids = batch["input_ids"]
-    if can_be_read(ids) and (ids.device.type == "cpu" or ids.shape not in seen):
-        check_values(batch, cfg.vocab_size)
-        seen.add(ids.shape)
-    T = ids.shape[1]
+def context(cfg: Model, built: tuple[Layer, ...], batch: Batch, backend: Backend) -> Context:
+    """What all stages share: ids and labels of this rank's positions, the positions, documents, and the sublayers' tables."""
+    T = batch["input_ids"].shape[1]
     local = positions_of(T, backend.axes.cp, batch["input_ids"].device)
     documents = document_starts(batch["documents"]) if "documents" in batch else None
     positions = local if documents is None else local - documents[:, local]
@@ -188,6 +179,7 @@ def tables_of(built: tuple[Layer, ...], positions: Tensor) -> dict[Any, Any]:
 
 def logits(cfg: Model, params: Tree, batch: Batch, backend: Backend = PLAIN) -> Tensor:
     """Logits (B, T, V) of ``batch["input_ids"]`` (B, T)."""
+    TokenBatch(cfg.vocab_size, labels=False)(batch)
     chain, x = loss(cfg), None
     ctx = chain.context(batch, backend)
     for stage in chain.stages[:-1]:

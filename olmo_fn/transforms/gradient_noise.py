@@ -21,7 +21,7 @@ def gradient_noise(std: float | Callable[[Tensor], Tensor], seed: int | Tensor =
 
         g = g + std(step) · n          with n a function of (seed, step, path, entry) alone: `olmo_fn.core.random.normal`
 
-    The paper's deviations are ``lambda step: (eta / step**0.55) ** 0.5``. It goes after ``accumulate``, before ``clip`` as there.
+    The paper's deviations are ``lambda step: (eta / step**0.55) ** 0.5``. It goes after ``accumulate``, and before ``clip``.
     Several seeds at once: build the pipe inside the function that is vmapped, with ``seed`` a tensor.
 
     >>> gradient_noise(0.01).name
@@ -42,5 +42,5 @@ def gradient_noise(std: float | Callable[[Tensor], Tensor], seed: int | Tensor =
 
         return replace(inner, fn=gradients)
 
-    name = f"gradient_noise({std if not callable(std) else '...'}, seed={seed})"
+    name = f"gradient_noise({'...' if callable(std) else std}, seed={seed if isinstance(seed, int) else '...'})"
     return Transform(name, Grads, Grads, apply, frozenset({NOISES}))
