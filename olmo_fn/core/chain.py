@@ -40,10 +40,8 @@ def loss_tokens(batch: Batch) -> Tensor:
     if "loss_tokens" in batch:
         return batch["loss_tokens"]
     if "labels" not in batch:
-        raise ValueError(
-            f"this batch has {', '.join(batch) or 'nothing'}; it needs labels, {IGNORE} where there is no loss, or loss_tokens, "
-            "by which the summed loss is divided"
-        )
+        has = ", ".join(batch) or "nothing"
+        raise ValueError(f"this batch has {has}; the summed loss is divided by the number of its labels, or by loss_tokens")
     return (batch["labels"] != IGNORE).sum()
 
 

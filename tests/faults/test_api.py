@@ -472,7 +472,7 @@ def test_noise_of_each_step_is_another():
 
 def test_noise_is_the_same_in_every_layout(pool):
     layouts = [*LAYOUTS.values(), Layout(Mesh(dp_replicate=2)), Layout(Mesh(cp=2))]
-    assert_equivalent(partial(noisy, MODEL), SPECS, layouts, [BATCH] * 2, pool=pool)
+    assert_equivalent(partial(noisy, MODEL), SPECS, layouts, [batch_of(16, rows=8)] * 2, pool=pool)
 
 
 def no_entries(self, path, local):
