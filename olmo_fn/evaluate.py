@@ -91,32 +91,34 @@ def _opened(session: Session, args: Evaluate) -> tuple[Mapping[str, TokenSet], S
     """The sets that the files are, and how to find the loss on them; the run's training data may be gone."""
     import numpy as np
 
-    from olmo_fn.data.documents import chunks, documents, expand
+    from olmo_fn.data.documents import chunks, documents
     from olmo_fn.data.heldout import TokenSet, by_name, named
-    from olmo_fn.data.source import eos_id_of, masked, open_files
-    from olmo_fn.data.tokens import check_vocab, smallest_dtype
+    from olmo_fn.data.inputs import expand as expand_texts
+    from olmo_fn.data.meta import check_vocabulary
+    from olmo_fn.data.source import eos_id_of, masked, metas_beside, open_files
+    from olmo_fn.data.tokens import HELDOUT_FILE, check_vocab, expand, smallest_dtype
 
     cfg, words = session.cfg, [named(word, word) for word in args.files]
     has_text = any(not path.endswith(TOKEN_FILES) for _, path in words)
     has_own = cfg.data.tokenizer or (session.folder / "tokenizer.json").is_file()
     tokenizer = session.tokenizer if has_text or has_own else None
     vocab_size = tokenizer.vocab_size if tokenizer else cfg.model.vocab_size
-    opened = [
-        (name, file)
-        for name, path in words
-        if path.endswith(TOKEN_FILES)
-        for file in open_files((path,), args.dtype, vocab_size)
-    ]
-    files = tuple(file for _, file in opened)
+    pattern = [(name, path) for name, path in words if path.endswith(TOKEN_FILES)]
+    paths = [(name, path) for name, one in pattern for path in expand((one,), HELDOUT_FILE)]
+    metas = metas_beside(path for _, path in paths)
+    check_vocabulary(metas, tokenizer, f"of {args.run}")
+    files = open_files([path for _, path in paths], args.dtype, vocab_size, metas)
     check_vocab(files, vocab_size)
-    pairs = list(zip((name for name, _ in opened), masked(files, args.mask_paths), strict=True))
+    pairs = list(zip((name for name, _ in paths), masked(files, args.mask_paths, metas), strict=True))
     for name, path in words:
         if tokenizer and not path.endswith(TOKEN_FILES):
-            texts = [text for chunk in chunks(expand((path,))) for text in documents(chunk, args.text_field)]
+            texts = [
+                text for chunk in chunks(expand_texts((path,)).files) for text in documents(chunk, args.text_field) if text
+            ]
             ids = np.concatenate([np.zeros(0, np.int64), *tokenizer.encode_documents(texts)])
             num_bytes = sum(len(text.encode()) for text in texts)
             pairs.append((name, TokenSet(ids.astype(smallest_dtype(vocab_size)), text_bytes=num_bytes)))
-    sets, eos_id = by_name(pairs), eos_id_of(cfg.data, tokenizer, files, vocab_size)
+    sets, eos_id = by_name(pairs), eos_id_of(cfg.data, tokenizer, next(iter(metas.items()), None), vocab_size)
     if args.tokens:
         sets = {name: found.first(args.tokens) for name, found in sets.items()}
     return sets, lambda params, tokens, show: session.evaluate_tokens(params, tokens, tokenizer, eos_id, show)

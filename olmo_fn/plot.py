@@ -143,7 +143,7 @@ def plot_schedules(found: Mapping[str, tuple[Schedule, int]], output: Path, log:
     relative = len({steps for _, steps in found.values()}) > 1
     for style, (name, (schedule, steps)) in zip(cycle(("-", "--", "-.", ":")), found.items(), strict=False):
         at = torch.linspace(1, steps, min(steps, 4000), dtype=torch.float64).round().long().unique()
-        rates, label = schedule(at), name
+        rates, label = torch.tensor([float(schedule(step)) for step in at]), name
         if relative:
             peak = float(rates.max())
             at, rates, label = 100 * at / steps, 100 * rates / peak, f"{name}\n{steps:,} steps, peak {peak:.2g}"

@@ -60,22 +60,6 @@ def test_heldout_files(files):
     assert sorted(labels[labels >= 0].tolist()) == [*range(2001, 2057)]  # no known context for the first
 
 
-def test_bytes_of_text_that_the_tokenizer_changes(tmp_path):
-    """reports-18: the bytes are those that the tokenizing command has read, not those of the ids' text."""
-    byte_level().save(tmp_path / "tokenizer.json")
-    lossy = json.loads((tmp_path / "tokenizer.json").read_text())
-    lossy["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}]}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(lossy))
-    for i in range(40):
-        (tmp_path / f"{i}.txt").write_text(f"é{i} " * (i + 5))
-    out, tokenizer = tmp_path / "out", str(tmp_path / "tokenizer.json")
-    meta = tokenize(Tokenize((str(tmp_path / "*.txt"),), str(out), tokenizer, workers=1, heldout=0.2))
-    data = Data((f"{out}/part-*.npy",), (f"{out}/heldout.npy",), tokenizer=tokenizer)
-    found = open_data(data, 257, constant_sizes(4, 16))
-    assert found.heldout["heldout"].num_bytes(found.tokenizer) == meta["heldout"]["bytes"]
-    assert found.heldout["heldout"].first(100).num_bytes(found.tokenizer) < 100
-
-
 def test_named_sets_and_label_masks(files, tmp_path):
     """use-15: sets by name, each with its masks; a held-out fraction has those of training; bytes are of what is predicted."""
     masks = [str(tmp_path / f"{n}.mask") for n in (105, 57)]
@@ -160,7 +144,7 @@ def test_mistakes(files, tokenized, tmp_path):
         ),
         (Data(tokenizer=tokenizer), (3000, 10, 4), "--data.tokenizer needs --data.paths"),
         (Data(cache_dir=one), (300, 10, 4), f"cannot keep the default corpus in '{one}' ("),
-        (Data(cache_dir=str(tmp_path)), (200, 10, 4), "a byte-level BPE has at least 257 tokens"),
+        (Data(cache_dir=str(tmp_path)), (200, 10, 4), "--vocab-size is 200; it must be at least 257"),
     ]:
         with pytest.raises(ValueError, match=r".") as e:
             open_data(data, vocab, constant_sizes(batch, length))

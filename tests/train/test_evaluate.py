@@ -201,10 +201,11 @@ def test_mistakes(words, message, run, folder, capsys):
 
 
 def test_no_figure_where_nothing_is_predicted(folder, capsys):
-    """reports-19: one held-out token and no tokenizer, so it is only context."""
-    np.array([5], np.uint16).tofile(folder / "one.npy")
+    """reports-19: all of the held-out text that is read is masked."""
+    (np.arange(300) > 260).tofile(folder / "nothing.npy")
     cfg = open_run(trained(folder, "first")[0]).cfg
-    data = replace(cfg.data, heldout_paths=(str(folder / "one.npy"),), tokenizer="")
+    heldout = {"heldout_paths": (str(folder / "web.npy"),), "heldout_mask_paths": (str(folder / "nothing.npy"),)}
+    data = replace(cfg.data, **heldout)
     result = train(replace(cfg, data=data, run=replace(cfg.run, folder=str(folder / "none"))))
     assert result.heldout is None
     said = capsys.readouterr().out
