@@ -135,7 +135,7 @@ def plan_input(cfg: Config) -> PlanInput:
     """
     c = cfg.mesh
     size = cfg.gpus or cfg.nproc or prod(n for n in (c.pp, c.dp_replicate, c.dp_shard, c.cp, c.tp) if n)
-    return check(PlanInput(cfg, c.on(size)))
+    return check(PlanInput(cfg.on(size), c.on(size)))
 
 
 def check(plan: PlanInput) -> PlanInput:
