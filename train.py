@@ -16,7 +16,7 @@ def main(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    from configs import CONFIGS  # here, so that an error in it, or Ctrl-C while it is read, is told in one line
+    from configs import CONFIGS  # here, so that Ctrl-C while all this is read is told in one line
     from olmo_fn.cli import training
 
     return training.main(words, CONFIGS, "train.py", (__file__,))

@@ -86,7 +86,7 @@ def average(checkpoints: Sequence[Path], shares: Sequence[float] = (), weights: 
 
 def chosen(what: Sequence[Path], last: int) -> list[Path]:
     """The checkpoints meant: the ``last`` newest of each run, or those named; ValueError for what is none."""
-    from olmo_fn.checkpoint.command import checkpoints
+    from olmo_fn.checkpoints import checkpoints
 
     if last < 1:
         raise ValueError(f"--last {last} takes no checkpoint; it must be at least 1")

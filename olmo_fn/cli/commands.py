@@ -82,7 +82,7 @@ def plot(words: Sequence[str]) -> int:
 
 def checkpoint(words: Sequence[str]) -> int:
     """The checkpoints of a run; 1 if one is broken."""
-    from olmo_fn.checkpoint.command import Arguments, run
+    from olmo_fn.checkpoints import Arguments, run
 
     return run(parse(Arguments, "olmo-fn checkpoint", words))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import re
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -23,7 +23,9 @@ def parse(cls: type[A], prog: str, words: Sequence[str], others: Mapping[str, st
 
     def refuse(event: events.ParseErrorEvent) -> None:
         flags = [flag for action in tyro.extras.get_parser(cls, **options)._actions for flag in action.option_strings]
-        raise ValueError(complaint(event, flags, others or {}))
+        given = [word.partition("=")[0] for word in words if word.startswith("--")]
+        unknown = [word for word in given if word.replace("_", "-") not in flags] or getattr(event, "tokens", [])
+        raise ValueError(_unknown(unknown[0], flags, others or {}, event.prog) if unknown else complaint(event))
 
     with events.on_parse_error(refuse):
         found = tyro.cli(cls, prog=prog, args=list(words), **options)
@@ -32,16 +34,9 @@ def parse(cls: type[A], prog: str, words: Sequence[str], others: Mapping[str, st
     return found
 
 
-def complaint(event: events.ParseErrorEvent, flags: Collection[str], others: Mapping[str, str]) -> str:
-    """What is wrong, in one line. tyro knows it by an event of its own."""
+def complaint(event: events.ParseErrorEvent) -> str:
+    """What is wrong with the values of known flags, in one line."""
     more = f"see {event.prog} --help"
-    unknown = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", [])
-    if unknown:
-        first = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-        if first in others:
-            return f"{first}: {others[first]}"
-        close = closest(first, flags) if first.startswith("-") else ""
-        return f"{first}: did you mean {close}?" if close else f"{first!r} is not understood; {more}"
     match event:
         case events.MissingArgs(missing_arguments=missing):
             return f"{' and '.join(_name(one.arg) for one in missing)} must be given; {more}"
@@ -50,8 +45,15 @@ def complaint(event: events.ParseErrorEvent, flags: Collection[str], others: Map
         case events.InvalidChoice(argument=argument, value=value, choices=choices):
             return f"{_name(argument)} {value!r} is unknown{did_you_mean(value, choices)} There are {', '.join(choices)}"
         case events.InstantiationFailure(message=message, argument=argument):
-            return f"{_name(argument)}: {_plain(message)}; {more}" if argument else f"{_plain(message)}; {more}"
-    return f"{type(event).__name__}: {more}"
+            return f"{f'{_name(argument)}: ' if argument else ''}{_plain(message)}; {more}"
+    return f"these words do not go together; {more}"
+
+
+def _unknown(word: str, flags: Collection[str], others: Mapping[str, str], prog: str) -> str:
+    if word in others:
+        return f"{word}: {others[word]}"
+    close = closest(word, flags) if word.startswith("-") else ""
+    return f"{word}: did you mean {close}?" if close else f"{word!r} is not understood; see {prog} --help"
 
 
 def closest(word: str, flags: Collection[str]) -> str:
@@ -80,19 +82,23 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
     return f", did you mean {close[0]}?" if close else ";"
 
 
-def command(prog: str, *words: str) -> str:
-    """A command to type, with its words quoted where a shell needs it.
-
-    >>> command("olmo-fn checkpoint", "my run")
-    "olmo-fn checkpoint 'my run'"
-    """
-    return f"{prog} {shlex.join(words)}"
-
-
 def _name(argument: Any) -> str:
     """The flag of an argument, or what stands for it in the help."""
-    return str(argument.lowered.metavar) if argument.is_positional() else argument.lowered.name_or_flags[0]
+    return str(argument.lowered.metavar) if argument.is_positional() else max(argument.lowered.name_or_flags, key=len)
 
 
 def _plain(message: object) -> str:
-    return " ".join(str(message).split()).rstrip(".")
+    """What Python says of a number, in plain words.
+
+    >>> _plain("invalid literal for int() with base 10: '1e3'")
+    "'1e3' is no whole number; write 1000"
+    """
+    found = re.search(r"(float|int)\(?\)?(?: with base 10)?: ('.*')$", text := " ".join(str(message).split()).rstrip("."))
+    if not found:
+        return text
+    kind, value = found.groups()
+    try:
+        number = float(value.strip("'"))
+        return f"{value} is no whole number" + (f"; write {number:.0f}" if number.is_integer() and abs(number) < 1e15 else "")
+    except ValueError:
+        return f"{value} is no {'whole ' if kind == 'int' else ''}number"

@@ -48,7 +48,7 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
         choices, _ = with_files(choices, config.use)
     else:
         hint = parsing.did_you_mean(first, presets)
-        raise ValueError(f"{first!r} is no preset, and no run's config.yaml or folder{hint} There are {', '.join(presets)}")
+        raise ValueError(f"{first!r} is no preset, and no run's config.yaml or folder{hint} {prog} --help lists the presets")
     config, flags = choose(replace(config, use=tuple(dict.fromkeys((*config.use, *files)))), flags, choices)
     cls, default = group(config, flags)
     words = describe(config, choices)

@@ -19,7 +19,8 @@ def read_config(run: Path) -> Config:
     """The config that a run folder, or a config file, holds."""
     path = run / "config.yaml" if run.is_dir() else run
     if not path.is_file():
-        raise ValueError(f"{str(run)!r} is no run folder: there is no config.yaml in it")
+        what = "is no run folder: there is no config.yaml in it" if run.is_dir() else "is not there"
+        raise ValueError(f"{str(run)!r} {what}{runs_near(run)}")
     try:
         value = upgrade(parse(path.read_text()))
         use = locate(files_of(value), path.parent)
@@ -27,6 +28,12 @@ def read_config(run: Path) -> Config:
         return replace(config, use=use)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def runs_near(run: Path) -> str:
+    """``; there are runs/a, …``: the runs in the folder where ``run`` was looked for, or the one above; empty without any."""
+    found = [str(path.parent) for above in (run.parent, run.parent.parent) for path in sorted(above.glob("*/config.yaml"))]
+    return f"; there are {', '.join(found[:8])}" if found else ""
 
 
 def check_folder(cfg: Config) -> None:

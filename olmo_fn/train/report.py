@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from itertools import pairwise
 from pathlib import Path
 
@@ -81,11 +82,12 @@ def comparison(result: Result) -> str:
 def next_commands(result: Result) -> str:
     """What a user may type after a run."""
     cfg, folder = result.session.cfg, result.session.folder
-    test = f"loss over lr:  olmo-fn plot range-test {folder}\n" if cfg.schedule.name == "range-test" else ""
+    where, config, other = (shlex.quote(str(path)) for path in (folder, folder / "config.yaml", f"{folder}-2"))
+    test = f"loss over lr:  olmo-fn plot range-test {where}\n" if cfg.schedule.name == "range-test" else ""
     return test + (
-        f"sample more:   olmo-fn generate {folder} 'def ' --temperature 0.7\n"
-        f"checkpoints:   olmo-fn checkpoint {folder}\n"
-        f"train again:   python train.py {folder}/config.yaml --optim.lr {cfg.optim.lr / 2:g} --run.folder {folder}-2"
+        f"sample more:   olmo-fn generate {where} {shlex.quote(cfg.run.sample or 'def ')} --temperature 0.7\n"
+        f"checkpoints:   olmo-fn checkpoint {where}\n"
+        f"train again:   python train.py {config} --optim.lr {cfg.optim.lr / 2:g} --run.folder {other}"
     )
 
 
@@ -124,10 +126,10 @@ def plot_loss(folder: Path) -> Path | None:
 
 def stopped(result: Result) -> str:
     """What to say when a signal or an observer ended a run."""
-    run, by = result.session.cfg.run, ":" if result.stopped_by == OBSERVER else " by"
+    run, folder, by = result.session.cfg.run, result.session.folder, ":" if result.stopped_by == OBSERVER else " by"
     return (
         f"stopped{by} {result.reason} after step {result.step} of {run.steps}; the state is saved. To go on:\n"
-        f"  python train.py {run.folder}/config.yaml"
+        f"  python train.py {shlex.quote(str(folder / 'config.yaml'))}"
     )
 
 
