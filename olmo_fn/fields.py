@@ -105,10 +105,10 @@ def check_values(settings: Any) -> None:
     """ValueError for what a field cannot mean: a number that is not finite, too large to count with, or out of its range; and
     a text that is no text, as a word of the command line may be that is not in the terminal's encoding.
 
-    >>> from olmo_fn.mesh.settings import MeshConfig
-    >>> check_values(MeshConfig(tp=-1))
+    >>> from olmo_fn.generate.config import Sampling
+    >>> check_values(Sampling(top_k=-1))
     Traceback (most recent call last):
-    ValueError: --tp is -1; it must not be negative
+    ValueError: --top-k is -1; it must not be negative
     """
     for field in values(settings):
         allowed = next((mark for mark in reversed(field.marks) if isinstance(mark, Range)), NOT_NEGATIVE)

@@ -33,6 +33,8 @@ def exit_code(command: Callable[[], int]) -> int:
         if sys.stdout:
             sys.stdout.flush()
         return code
+    except SystemExit as end:  # of tyro, which has printed help
+        return end.code if isinstance(end.code, int) else 0
     except BrokenPipeError:  # whoever read the text has enough of it
         _drop_stdout()
         return 0

@@ -217,7 +217,7 @@ class Model:
 
     d_model: Annotated[int, WIDTH]
     """Width of the residual stream."""
-    n_layers: Annotated[int, Range(1, 4096)]
+    n_layers: Annotated[int, Range(1, 1024)]
     """Number of blocks."""
     vocab_size: Annotated[int, Range(1, 1 << 31)] = 100_352
     """Rows of the embedding and of the head; the default is dolma2's 100,278 rounded up to a multiple of 128."""

@@ -13,6 +13,7 @@ from olmo_fn.planner.plan_input import flags, plan_input
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import parameters, rules
 from olmo_fn.train.report import dry_run
+from olmo_fn.train.serialize import to_yaml
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -36,7 +37,10 @@ def report(cfg: Config) -> str:
     mesh = found.plan.mesh
     placed = table(placements(parameters(cfg), rules(cfg), mesh), mesh)
     answer = f"{layout(found)}\n{verdict(found)}"
-    return "\n\n".join((answer, dry_run(found.plan.cfg), placed, memory(found), traffic(found), time(found)))
+    config = found.plan.cfg
+    return "\n\n".join(
+        (answer, placed, memory(found), traffic(found), time(found), dry_run(config), to_yaml(config).rstrip())
+    )
 
 
 def layout(found: Estimate) -> str:

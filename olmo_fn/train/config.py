@@ -36,6 +36,9 @@ CHOICES: Choices = {
 """What the fields of a `Config` may hold; the first of each is its default."""
 
 
+MOST = 10**14  # parameters
+
+
 @dataclass(frozen=True)
 class Growth:
     """Batch size and sequence length that grow to those of the recipe during the run."""
@@ -192,6 +195,10 @@ class Config:
         """Raise ValueError, in one line with the fix, if the numbers do not fit together."""
         check_values(self)
         self.model.check()
+        m = self.model
+        if m.d_model * (m.vocab_size + m.n_layers * m.d_model) > MOST:
+            sizes = f"--model.d-model {m.d_model}, --model.n-layers {m.n_layers} and --model.vocab-size {m.vocab_size}"
+            raise ValueError(f"{sizes} make more than {MOST:.0e} parameters; make the model smaller")
         check_device("--run.device", self.run.device)
         self.schedule.check(self.optim.lr, total(self))
         r = self.recipe

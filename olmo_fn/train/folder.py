@@ -11,7 +11,7 @@ from typing import Any
 from olmo_fn.fields import values
 from olmo_fn.train.choices import locate, with_files
 from olmo_fn.train.config import CHOICES, Config
-from olmo_fn.train.serialize import files_of, parse, structure, to_yaml
+from olmo_fn.train.serialize import LARGEST, files_of, parse, structure, to_yaml
 from olmo_fn.train.upgrade import upgrade
 
 
@@ -22,10 +22,13 @@ def read_config(run: Path) -> Config:
         what = "is no run folder: there is no config.yaml in it" if run.is_dir() else "is not there"
         raise ValueError(f"{str(run)!r} {what}{runs_near(run)}")
     try:
-        value = upgrade(parse(path.read_text()))
+        with path.open(encoding="utf-8") as file:
+            value = upgrade(parse(file.read(LARGEST + 1)))
         use = locate(files_of(value), path.parent)
         config = structure(value, Config, with_files(CHOICES, use)[0])
         return replace(config, use=use)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: it is not UTF-8, at byte {error.start}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -14,12 +14,11 @@ from olmo_fn.train.loop import OBSERVER, Result
 from olmo_fn.train.observers import read_metrics
 from olmo_fn.train.recipe import is_trained, parameters, recipe
 from olmo_fn.train.schedule import sizes
-from olmo_fn.train.serialize import to_yaml
 from olmo_fn.train.session import abstract_state
 
 
 def dry_run(cfg: Config) -> str:
-    """The resolved config, parameters, FLOPs and memory of the state, without allocating anything."""
+    """Counts of parameters, tokens and FLOPs, and memory of the state, without allocating anything."""
     step = recipe(cfg)  # a wrong one is refused here too
     r, total, specs = cfg.recipe, num_params(cfg.model), tree.flatten(parameters(cfg))
     trained = sum(spec.size for path, spec in specs.items() if is_trained(cfg, path))
@@ -31,8 +30,6 @@ def dry_run(cfg: Config) -> str:
     all_tokens, flops = sizes(cfg).tokens_before(cfg.run.steps), flops_per_token(cfg.model, r.sequence_length)
     return "\n".join(
         (
-            to_yaml(cfg).rstrip(),
-            "",
             f"parameters        {total:>20,}",
             f"  not embedding   {num_non_embedding_params(cfg.model):>20,}",
             f"  largest         {largest[0]:>20,}  {largest[1]}",
@@ -42,8 +39,7 @@ def dry_run(cfg: Config) -> str:
             f"FLOPs of the run  {run_flops(cfg):>20.3e}",
             f"memory of state   {gib(sum(parts.values())):>20}  "
             + ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-            + "; by rank, with activations:",
-            "",
+            + " (above by rank, with activations)",
         )
     )
 
