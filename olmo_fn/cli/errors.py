@@ -55,6 +55,10 @@ def describe(error: BaseException) -> str | None:
             text = f"what was read is compressed, and damaged: {text}"
         case BrokenExecutor():
             text = "a worker process died, as when memory runs out; use fewer workers"
+        case RuntimeError() if "home directory" in text:  # pathlib's, of a ~ without $HOME or of an unknown user
+            text = "there is no home folder here for ~, or for a cache: set HOME, OLMO_FN_CACHE or --data.cache-dir to a folder"
+        case RuntimeError() if text.startswith("Symlink loop"):  # pathlib's, before Python 3.13
+            text = f"{text}; {ADVICE[errno.ELOOP]}"
         case RuntimeError() if "can't allocate memory" in text or "out of memory" in text:
             text = f"there is not enough memory ({text.splitlines()[0]}); make the batch or the model smaller"
         case ValueError() | OSError():

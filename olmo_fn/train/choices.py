@@ -21,6 +21,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
@@ -147,10 +149,11 @@ def choosable(config: Any, choices: Choices) -> dict[str, tuple[str, ...]]:
 def describe(config: Any, choices: Choices) -> str:
     """What may be chosen, and what is, as the end of a help text."""
     lines = [
-        f"  {flag} {{{','.join(classes_of(get(config, path), choices))}}} (now {get(config, path).name})"
+        f"  {flag} {', '.join(classes_of(get(config, path), choices))} (now {get(config, path).name})"
         for flag, path in choosable(config, choices).items()
     ]
-    return "\n".join(["Each of these brings its own flags, which are listed here for what is chosen now:", *lines])
+    first, width = "Each of these brings its own flags, which are listed here for what is chosen now:", get_terminal_size().columns
+    return "\n".join(fill(line, width, subsequent_indent="    ") for line in (first, *lines))
 
 
 def base_of(cls: type, choices: Choices) -> type | None:

@@ -249,7 +249,8 @@ def test_help_of_a_group_is_of_that_group_alone(capsys):
     assert "--run.steps" not in text
     assert text.count("\n") < 60
     assert train.main(["olmo2-tiny", "--help"]) == 0
-    assert all(flag in (whole := capsys.readouterr().out) for flag in ("--optim.lr", "--run.steps", "--mesh.tp"))
+    whole = capsys.readouterr().out
+    assert all(flag in whole for flag in ("--optim.lr", "--run.steps", "--mesh.tp"))
     assert max(map(len, whole.splitlines())) <= 80
 
 
@@ -309,7 +310,7 @@ def test_presets_fit_on_a_node(name):
 
 
 def test_the_dry_run_and_the_refusal_of_a_run_give_the_same_advice():
-    cfg = training.parse(["olmo2-1b", "--recipe.accumulate", "1", "--gpus", "8", "--gpu", "a100"], CONFIGS, "train.py")
+    cfg = training.parse(["olmo2-30m", "--recipe.accumulate", "1", "--gpu", "a100"], CONFIGS, "train.py")
     advice = re.search(r"^try (--.*), which takes", "\n".join(tables.report(cfg).splitlines()[:10]), re.M)[1]
     found = plan_input(cfg)
     with pytest.raises(ValueError, match=f"This fits: {advice}$"):
@@ -373,7 +374,7 @@ def mutated(text, draw):
 
 
 def fuzz(seed, capsys):
-    """One command line, drawn from ``seed``: it ends with 0, 1, 2 or 130, and without a traceback."""
+    """What is wrong with the end of one command, drawn from ``seed``: another code than 0, 1, 2 or 130, or a traceback."""
     draw = random.Random(seed)
     name = draw.choice(list(cli.COMMANDS))
     if draw.random() < 0.3:
@@ -389,10 +390,9 @@ def fuzz(seed, capsys):
     try:
         code = cli.main([name, *words])
     except Exception as error:
-        raise AssertionError(f"seed {seed}: olmo-fn {name} {words} ended in a traceback") from error
+        return seed, name, words, repr(error)
     said = capsys.readouterr().err
-    assert code in (0, 1, 2, 130), (seed, name, words, code)
-    assert code != 2 or said.count("\n") == 1, (seed, name, words, said)
+    return None if code in (0, 1, 130) or (code == 2 and said.count("\n") == 1) else (seed, name, words, code, said)
 
 
 def searched(cfg, *rest):
@@ -415,12 +415,10 @@ def no_work(folder, monkeypatch):
 
 
 def test_sixty_random_commands_end_without_a_traceback(no_work, capsys):
-    for seed in range(60):
-        fuzz(seed, capsys)
+    assert [wrong for seed in range(60) if (wrong := fuzz(seed, capsys))] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_two_thousand_random_commands_end_without_a_traceback(no_work, capsys):
-    for seed in range(60, 2060):
-        fuzz(seed, capsys)
+    assert [wrong for seed in range(60, 2060) if (wrong := fuzz(seed, capsys))] == []
