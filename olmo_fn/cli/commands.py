@@ -71,7 +71,9 @@ def plot(words: Sequence[str]) -> int:
         print(f"usage: olmo-fn plot {{{','.join(commands)}}} …\n\n{plot.__doc__}\nolmo-fn plot COMMAND --help says more")
         return 0
     if name not in commands:
-        raise ValueError(f"olmo-fn plot {name}: there is no such picture{did_you_mean(name, commands)} There are {', '.join(commands)}")
+        raise ValueError(
+            f"olmo-fn plot {name}: there is no such picture{did_you_mean(name, commands)} There are {', '.join(commands)}"
+        )
     args = parse(commands[name], f"olmo-fn plot {name}", rest)
     if name == "range-test":
         print(plot.draw_range_test(args))

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from olmo_fn.cli import parsing
-from olmo_fn.models.config import Attention, Model, SwiGLU
 from olmo_fn.fields import get
+from olmo_fn.models.config import Attention, Model, SwiGLU
 from olmo_fn.train.choices import Choices, choosable, choose, classes_of, describe, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
 from olmo_fn.train.folder import read_config

@@ -43,9 +43,7 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
     fitting, least = remedy(plan, lambda smaller: need(smaller) <= memory)
     if fitting:
         raise ValueError(f"{words}. This fits: {flags(fitting.cfg, plan.cfg)}")
-    raise ValueError(
-        f"{words}. Even {flags(least.cfg, plan.cfg)} needs {need(least) / GIB:,.1f}: {MORE}"
-    )
+    raise ValueError(f"{words}. Even {flags(least.cfg, plan.cfg)} needs {need(least) / GIB:,.1f}: {MORE}")
 
 
 def need(plan: PlanInput) -> float:

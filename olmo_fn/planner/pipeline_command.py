@@ -10,11 +10,9 @@ from typing import Annotated
 import tyro
 
 from olmo_fn.fields import Range
-
 from olmo_fn.parallel.pipeline.schedule import Kind, schedule
 from olmo_fn.planner.pipeline_picture import draw, summary, text
 from olmo_fn.planner.pipeline_simulate import Costs, simulate
-
 
 MOST = 20_000  # pieces of work, forward ones alone
 

@@ -38,9 +38,7 @@ def report(cfg: Config) -> str:
     placed = table(placements(parameters(cfg), rules(cfg), mesh), mesh)
     answer = f"{layout(found)}\n{verdict(found)}"
     config = found.plan.cfg
-    return "\n\n".join(
-        (answer, placed, memory(found), traffic(found), time(found), dry_run(config), to_yaml(config).rstrip())
-    )
+    return "\n\n".join((answer, placed, memory(found), traffic(found), time(found), dry_run(config), to_yaml(config).rstrip()))
 
 
 def layout(found: Estimate) -> str:

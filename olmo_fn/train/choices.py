@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -152,7 +152,10 @@ def describe(config: Any, choices: Choices) -> str:
         f"  {flag} {', '.join(classes_of(get(config, path), choices))} (now {get(config, path).name})"
         for flag, path in choosable(config, choices).items()
     ]
-    first, width = "Each of these brings its own flags, which are listed here for what is chosen now:", get_terminal_size().columns
+    first, width = (
+        "Each of these brings its own flags, which are listed here for what is chosen now:",
+        get_terminal_size().columns,
+    )
     return "\n".join(fill(line, width, subsequent_indent="    ") for line in (first, *lines))
 
 

@@ -1,7 +1,6 @@
 """What is typed wrong, or cannot be read or written, is answered in one line with exit code 2: a table, and a seeded fuzz."""
 
 import errno
-import os
 import random
 import re
 import signal
@@ -87,7 +86,10 @@ TYPED = {
     "reports-56": (["olmo2-1b", "--run.steps", "100"], "--schedule.warmup 2000 is longer than the whole schedule of 100"),
     "use-4-other-class": ([T, "--optim.rank", "1"], "--optim.rank: dion has it, choose that with --optim.name dion"),
     "use-3-group": ([T, "--help", "optm"], "--help optm: there is no such group of flags, did you mean optim?"),
-    "reliability-15-threads": ([T, "--run.threads", "100000"], "--run.threads is 100000; it must be at least 0 and at most 1,024"),
+    "reliability-15-threads": (
+        [T, "--run.threads", "100000"],
+        "--run.threads is 100000; it must be at least 0 and at most 1,024",
+    ),
     "reliability-15-threads-31": ([T, "--run.threads", "2147483648"], "--run.threads is 2147483648"),
     "reliability-15-device": ([T, "--run.device", "meta"], "--run.device 'meta' is no device to compute on"),
     "reliability-15-width-32": ([T, "--model.d-model", "4294967296"], "--model.d-model is 4294967296"),
@@ -135,7 +137,9 @@ def test_what_is_typed_wrong_is_answered_in_one_line(name, folder, capsys):
     assert said.startswith("error: ")
     assert line in said
     assert len(said) < 3500
-    assert time.process_time() - start < 10  # seconds of a processor: nothing is built, or looked for, in proportion to a number
+    assert (
+        time.process_time() - start < 10
+    )  # seconds of a processor: nothing is built, or looked for, in proportion to a number
 
 
 OTHERS = {
@@ -143,10 +147,22 @@ OTHERS = {
     "missing": ("generate", [], "RUN must be given; see olmo-fn generate --help"),
     "generate-device": ("generate", ["runs/a", "--device", "meta"], "--device 'meta' is no device to compute on"),
     "generate-number": ("generate", ["runs/a", "--temperature", "hot"], "--temperature: 'hot' is no number"),
-    "generate-run": ("generate", ["runs/x"], "runs/x is not there; give the folder of a run, or one of its checkpoints; there are"),
+    "generate-run": (
+        "generate",
+        ["runs/x"],
+        "runs/x is not there; give the folder of a run, or one of its checkpoints; there are",
+    ),
     "plan-gpus": ("plan", [T, "--gpus", "1000000000"], "--gpus is 1000000000; it must be at least 1 and at most 262,144"),
-    "plan-preset": ("plan", ["olmo2_7b", "--gpus", "8"], "'olmo2_7b' is neither a preset nor a config.yaml; did you mean olmo2-7b?"),
-    "pipeline-sizes": ("pipeline", ["1f1b", "--ranks", "4000", "--microbatches", "60000"], "--ranks 4000 x --microbatches 60000"),
+    "plan-preset": (
+        "plan",
+        ["olmo2_7b", "--gpus", "8"],
+        "'olmo2_7b' is neither a preset nor a config.yaml; did you mean olmo2-7b?",
+    ),
+    "pipeline-sizes": (
+        "pipeline",
+        ["1f1b", "--ranks", "4000", "--microbatches", "60000"],
+        "--ranks 4000 x --microbatches 60000",
+    ),
     "pipeline-kind": ("pipeline", ["1f2b"], "'1f2b' is unknown, did you mean 1f1b?"),
     "plot-picture": ("plot", ["schedul"], "there is no such picture, did you mean schedule?"),
     "plot-flag": ("plot", ["schedule", "cosine", "--totl", "5"], "--totl: did you mean --total?"),
@@ -213,7 +229,10 @@ def test_a_full_stdout_is_one_line():
         done = subprocess.run(
             [sys.executable, "-m", "olmo_fn", "--help"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
         )
-    assert (done.returncode, done.stderr) == (2, "error: No space left on device; free some space there, or take another folder\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: No space left on device; free some space there, or take another folder\n",
+    )
 
 
 # --- signals at any moment ----------------------------------------------------------------------------------------------
@@ -223,7 +242,9 @@ def test_a_full_stdout_is_one_line():
 @pytest.mark.parametrize("after", ["at once", "in an import of torch"])
 def test_a_signal_while_it_starts_is_one_line(number, said, after):
     """use-10: in an import, which would hold the exception back or print it, and between imports."""
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
+    )
     code += "from olmo_fn.cli.main import main, run_process\n"
     code += "def command():\n  print('ready', flush=True)\n"
     code += "  import torch\n" if after != "at once" else "  while True: pass\n"
@@ -369,7 +390,9 @@ def mutated(text, draw):
         elif kind == 2:
             data[at:at] = data[at : at + draw.randint(1, 30)]
         else:
-            data[at:at] = draw.choice([b": ", b"- ", b"{", b"[", b"&a ", b"*a", b"!!python/object:os.system ", b"\t", b"\x00", b"9" * 400])
+            data[at:at] = draw.choice(
+                [b": ", b"- ", b"{", b"[", b"&a ", b"*a", b"!!python/object:os.system ", b"\t", b"\x00", b"9" * 400]
+            )
     return bytes(data)
 
 

@@ -52,7 +52,9 @@ def test_what_the_message_names_fits(name, memory, flags):
 
 
 def test_what_can_never_fit_is_told_how_far_it_is():
-    with pytest.raises(ValueError, match=r"Even --recipe.accumulate 128 .* needs 7\.\d: take a smaller model or shorter sequences, or more"):
+    with pytest.raises(
+        ValueError, match=r"Even --recipe.accumulate 128 .* needs 7\.\d: take a smaller model or shorter sequences, or more"
+    ):
         check_memory(CONFIGS["olmo2-1b"], Mesh(dp_shard=4), "bfloat16", 6 * GB)
 
 

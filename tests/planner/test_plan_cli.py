@@ -37,7 +37,9 @@ def test_dry_run_of_32b(capsys):
     printed = capsys.readouterr().out
     assert f"{num_params(CONFIGS['olmo2-32b'].model):,}" in printed
     plan = f"{printed.partition(COUNTS)[0]}\n"
-    assert plan == GOLDEN.read_text(), f"if this is meant: python train.py {DRY_RUN}, what comes before the counts, into {GOLDEN}"
+    assert plan == GOLDEN.read_text(), (
+        f"if this is meant: python train.py {DRY_RUN}, what comes before the counts, into {GOLDEN}"
+    )
 
 
 def test_what_does_not_fit_names_the_flag_that_helps(capsys):
