@@ -74,8 +74,8 @@ def range_test(lines: list[dict[str, Any]], smooth: float = 0.9) -> RangeTest:
     >>> round(found.steepest, 6), round(found.lowest, 6)
     (0.000562, 0.001778)
     """
-    points = [(line.get("lr"), line.get("ce", line.get("loss"))) for line in lines]
-    points = [point for point in points if all(isinstance(x, (int, float)) and math.isfinite(x) for x in point)]
+    read: list[tuple[Any, Any]] = [(line.get("lr"), line.get("ce", line.get("loss"))) for line in lines]
+    points = [point for point in read if all(isinstance(x, (int, float)) and math.isfinite(x) for x in point)]
     rates, losses = [rate for rate, _ in points], [loss for _, loss in points]
     if len(rates) < 5 or any(b <= a for a, b in pairwise(rates)):
         raise ValueError("this is no range test, whose rate grows at every step: train with --schedule.name range-test")

@@ -64,16 +64,14 @@ def plot(words: Sequence[str]) -> int:
 
     presets, choices, rest = with_use(words)
     schedules = choices[ScheduleSettings]
-    of_schedules = plot.arguments_of(schedules)
     commands = {"schedule": plot.arguments_of(schedules), "range-test": plot.PlotRangeTest}
     name, *rest = rest or ["--help"]
     if name in ("-h", "--help"):
         print(f"usage: olmo-fn plot {{{','.join(commands)}}} …\n\n{plot.__doc__}\nolmo-fn plot COMMAND --help says more")
         return 0
     if name not in commands:
-        raise ValueError(
-            f"olmo-fn plot {name}: there is no such picture{did_you_mean(name, commands)} There are {', '.join(commands)}"
-        )
+        hint = did_you_mean(name, commands)
+        raise ValueError(f"olmo-fn plot {name}: there is no such picture{hint} There are {', '.join(commands)}")
     args = parse(commands[name], f"olmo-fn plot {name}", rest)
     if name == "range-test":
         print(plot.draw_range_test(args))

@@ -48,9 +48,7 @@ def describe(error: BaseException) -> str | None:
             what = f"cannot use {_shown(path)}: {reason}" if path is not None else reason
             text = f"{what}; {ADVICE[number]}" if number in ADVICE else what
         case MemoryError():
-            text = (
-                f"there is not enough memory{f' ({text})' if text else ''}; make the batch, the model or what is read smaller"
-            )
+            text = f"there is not enough memory{f' ({text})' if text else ''}; make batch, model or input smaller"
         case RecursionError():
             text = "what was read is nested too deeply"
         case zlib.error() | EOFError():

@@ -59,7 +59,7 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
 
 
 def group(config: Config, flags: list[str]) -> tuple[Any, Any]:
-    """The class, and the values, of the settings that the flags are about: all; or, where they are ``--help optim``, one group."""
+    """The class, and the values, of the settings that the flags are about: all, or one group after ``--help optim``."""
     asked = next((i for i, flag in enumerate(flags) if flag in ("-h", "--help")), len(flags)) + 1
     if asked >= len(flags) or flags[asked].startswith("-"):
         return Config, config
@@ -77,7 +77,7 @@ def elsewhere(config: Config, choices: Choices) -> dict[str, str]:
     return {
         f"{flag.removesuffix('name')}{field.name.replace('_', '-')}": f"{name} has it, choose that with {flag} {name}"
         for flag, path in choosable(config, choices).items()
-        for name, cls in reversed(classes_of(get(config, path), choices).items())
+        for name, cls in reversed([*classes_of(get(config, path), choices).items()])
         for field in fields(cls)
     }
 

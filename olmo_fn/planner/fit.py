@@ -32,10 +32,10 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
     if cfg.recipe.engine != "tape" or PROCESS + formulas.WITHIN * formulas.memory(plan) <= memory:
         return
     *_, smallest = (_computing_less_at_once(smaller)[-1] for smaller in _keeping_less(plan))
-    if formulas.memory(smallest) > formulas.WITHIN * memory:
+    if (rough := formulas.memory(smallest)) > formulas.WITHIN * memory:
         raise ValueError(
             f"a step needs about {formulas.memory(plan) / GIB:,.0f} GiB, for {plan.at_once} at once; there are "
-            f"{memory / GIB:,.1f}. Even {flags(smallest.cfg, plan.cfg)} needs about {formulas.memory(smallest) / GIB:,.0f}: {MORE}"
+            f"{memory / GIB:,.1f}. Even {flags(smallest.cfg, plan.cfg)} needs about {rough / GIB:,.0f}: {MORE}"
         )
     if cfg.recipe.sequence_length // mesh.cp > LONGEST or need(plan) <= memory:
         return

@@ -60,9 +60,9 @@ class Warmed(ScheduleSettings):
             sizes.append(round(value * total) if isinstance(value, float) else value)
         if sum(sizes) > total:
             long = " and ".join(given) + (" together are" if len(given) > 1 else " is")
+            tenths = " ".join(f"--schedule.{name} 0.1" for name in self.parts)
             raise ValueError(
-                f"{long} longer than the whole schedule of {total}; give {' '.join(f'--schedule.{name} 0.1' for name in self.parts)}"
-                f", a tenth of it, or more --run.steps"
+                f"{long} longer than the whole schedule of {total}; give {tenths}, a tenth of it, or more --run.steps"
             )
 
     def build(self, lr: float, total: int) -> Schedule:
