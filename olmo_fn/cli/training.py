@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from olmo_fn.cli import parsing
-from olmo_fn.fields import get
+from olmo_fn.fields import get, values
 from olmo_fn.models.config import Attention, Model, SwiGLU
 from olmo_fn.train.choices import Choices, choosable, choose, classes_of, describe, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
 from olmo_fn.train.folder import read_config
+
+
+SHAPE = {"d_model", "n_layers", "vocab_size", "tie_embeddings", "n_heads", "n_kv_heads", "head_dim", "hidden_size"}
+"""Fields of a model, and of its parts, without which parameters do not fit."""
 
 
 def main(words: Sequence[str], presets: Mapping[str, Config], prog: str, again: Sequence[str]) -> int:
@@ -137,9 +141,26 @@ def parameters(model: Model) -> str:
     return f"{entries / 10**exponent:.3g} {'B' if exponent == 9 else 'M'}"
 
 
+def check_start(cfg: Config) -> None:
+    """ValueError, with the flags to take, if the run that this one starts from has a model of another shape."""
+    start = Path(cfg.run.start_from)
+    folder = next((path for path in (start, start.parent.parent) if (path / "config.yaml").is_file()), None)
+    if not cfg.run.start_from or folder is None:
+        return
+    there, differ = {field.path: field.value for field in values(read_config(folder))}, []
+    for field in values(cfg):
+        old = there.get(field.path, field.value)
+        if field.path[0] == "model" and field.path[-1] in SHAPE and old != field.value:
+            off = field.flag.replace("--model.", "--model.no-")
+            differ.append((field.flag if old else off) if isinstance(old, bool) else f"{field.flag} {old}")
+    if differ:
+        raise ValueError(f"--run.start-from {str(start)!r} has a model of another shape; add {' '.join(differ)}")
+
+
 def run(cfg: Config, command: Sequence[str]) -> int:
     """Train, evaluate, sample, and say what to type next."""
     cfg.check()
+    check_start(cfg)
     if cfg.lora.rank and not cfg.run.start_from and os.environ.get("RANK", "0") == "0":
         print("warning: --lora.rank trains adapters of random weights here; give --run.start-from RUN", file=sys.stderr)
     if cfg.nproc and "RANK" not in os.environ and not cfg.dry_run:

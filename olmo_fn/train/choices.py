@@ -23,6 +23,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill
+from traceback import walk_tb
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
@@ -79,9 +80,13 @@ def load(name: str) -> ModuleType:
         sys.modules[key] = module = module_from_spec(spec)  # dataclasses, and the help, look their module up there
         try:
             spec.loader.exec_module(module)
-        except BaseException:
+        except BaseException as error:
             del sys.modules[key]
-            raise
+            if not isinstance(error, Exception):
+                raise
+            lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
+            line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+            raise ValueError(f"--use {name}, line {line or 1}: {type(error).__name__}: {error}") from error
     return sys.modules[key]
 
 

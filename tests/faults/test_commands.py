@@ -1,6 +1,7 @@
 """What is typed wrong, or cannot be read or written, is answered in one line with exit code 2: a table, and a seeded fuzz."""
 
 import errno
+import json
 import random
 import re
 import signal
@@ -54,6 +55,8 @@ CONFIG_FILES = {
     "latin.yaml": b"run: {sample: '\xe4'}\n",
     "zero.yaml": bytes(100),
     "empty.yaml": b"",
+    "broken.py": b"import os\nnothing\n",
+    "syntax.py": b"def f(:\n",
 }
 
 
@@ -121,6 +124,12 @@ TYPED = {
     "reliability-12-loop": (["loop.yaml"], "'loop.yaml' is not there"),
     "reliability-11-folder": (["folder.yaml"], "'folder.yaml' is no run folder: there is no config.yaml in it"),
     "reports-14-nobody": ([T, "--run.folder=~nobody-of-that-name/x"], "--run.folder '~nobody-of-that-name/x': Could not"),
+    "use-4-start-from": (
+        ["olmo2-tiny", "--run.start-from", "runs/a", "--model.d-model", "96", "--model.hidden-size", "64"],
+        "--run.start-from 'runs/a' has a model of another shape; add --model.d-model 192 --model.hidden-size 512",
+    ),
+    "use-broken-file": (["--use", "broken.py", T], "--use broken.py, line 2: NameError: name 'nothing' is not defined"),
+    "use-no-python": (["--use", "syntax.py", T], "--use syntax.py, line 1: SyntaxError: "),
     "micro-batch-and-accumulate": (
         [T, "--recipe.micro-batch", "1", "--recipe.accumulate", "2"],
         "--recipe.micro-batch 1 makes 4 parts of the 4 sequences of a process, --recipe.accumulate 2; leave one of them out",
@@ -348,6 +357,24 @@ def test_lora_on_random_weights_is_said(folder, capsys, monkeypatch):
     with pytest.raises(TypeError):
         training.run(training.parse(["olmo2-tiny", "--lora.rank", "8", "--nproc", "1"], CONFIGS, "train.py"), [])
     assert "trains adapters of random weights here; give --run.start-from RUN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("losses", "total", "words"),
+    [
+        ([5, 5, 4.8, 4.0, 3.0, 2.8, 2.9, 5.0], 8, "falls fastest at 1.00e-03 and is lowest at "),
+        ([5, 5, 4.8, 4.0, 3.0, 2.0], 100, "is still falling at the end, 1.00e-02, and the test has done 6 of its 100 steps; finish it"),
+        ([5, 5, 4.8, 4.0, 3.0, 2.0], 6, "is still falling at the end, 1.00e-02, and the test is done; raise --optim.lr"),
+    ],
+    ids=["whole", "unfinished", "too-low"],
+)
+def test_a_range_test_that_never_reached_its_edge_says_so(losses, total, words, folder, capsys):
+    """use-2; lines that are no metrics are passed over."""
+    write_config(replace(TINY, run=replace(TINY.run, steps=total)), Path("runs/t"))
+    lines = [json.dumps({"step": i + 1, "lr": 10 ** (i / 2 - 4.5), "loss": loss}) for i, loss in enumerate(losses)]
+    Path("runs/t/metrics.jsonl").write_text("\n".join([*lines[:2], '{"step": 2, "lr": null, "loss": "x"}', *lines[2:], ""]))
+    assert cli.main(["plot", "range-test", "runs/t", "--smooth", "0"]) == 0
+    assert words in capsys.readouterr().out
 
 
 # --- fuzz -----------------------------------------------------------------------------------------------------------------
