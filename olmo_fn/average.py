@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from olmo_fn.fields import SIGNED
 from olmo_fn.tree import Tree
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Soup:
     """Folder for the result; it must not be there."""
     last: int = 1
     """Take this many of the newest checkpoints of each run."""
-    shares: tuple[float, ...] = ()
+    shares: Annotated[tuple[float, ...], SIGNED] = ()
     """Share of each checkpoint, in the order they are listed, oldest first; alike if not given. They need not sum to 1."""
     weights: Literal["params", "ema", "merge"] = "params"
     """Which weights: the parameters, their moving averages, or the means of the last steps."""

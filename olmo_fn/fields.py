@@ -122,7 +122,8 @@ def check_values(settings: Any) -> None:
             elif isinstance(item, float) and not isfinite(item):
                 raise ValueError(f"{field.flag} is {item}; it must be a finite number")
             elif isinstance(item, (int, float)) and not isinstance(item, bool) and not allowed.holds(item):
-                raise ValueError(f"{field.flag} is {item}; {allowed.says}")
+                negative = item < 0 == allowed.low and not allowed.above
+                raise ValueError(f"{field.flag} is {item}; {NOT_NEGATIVE.says if negative else allowed.says}")
 
 
 def expanded(settings: S) -> S:

@@ -21,7 +21,6 @@ from olmo_fn.train.choices import Choices, choosable, choose, classes_of, descri
 from olmo_fn.train.config import CHOICES, Config
 from olmo_fn.train.folder import read_config
 
-
 SHAPE = {"d_model", "n_layers", "vocab_size", "tie_embeddings", "n_heads", "n_kv_heads", "head_dim", "hidden_size"}
 """Fields of a model, and of its parts, without which parameters do not fit."""
 

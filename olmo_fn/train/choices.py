@@ -161,7 +161,7 @@ def describe(config: Any, choices: Choices) -> str:
         "Each of these brings its own flags, which are listed here for what is chosen now:",
         get_terminal_size().columns,
     )
-    return "\n".join(fill(line, width, subsequent_indent="    ") for line in (first, *lines))
+    return "\n".join(fill(line, width, subsequent_indent="    ", break_on_hyphens=False) for line in (first, *lines))
 
 
 def base_of(cls: type, choices: Choices) -> type | None:

@@ -202,7 +202,7 @@ SYSTEM = {
     "not-utf-8": (UnicodeDecodeError("utf-8", b"a\xff", 1, 2, "invalid start byte"), "no utf-8 text: byte 1 is 0xff"),
     "not-ascii": (UnicodeEncodeError("ascii", "a\xe4", 1, 2, "ordinal"), "cannot be written as ascii: character 2"),
     "nested": (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
-    "memory": (MemoryError(), "there is not enough memory; make the batch"),
+    "memory": (MemoryError(), "there is not enough memory; make batch"),
     "torch-memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory"),
     "zlib": (zlib.error("Error -3 while decompressing data"), "compressed, and damaged: Error -3"),
     "worker": (BrokenProcessPool("A process in the process pool was terminated"), "a worker process died"),
@@ -363,7 +363,11 @@ def test_lora_on_random_weights_is_said(folder, capsys, monkeypatch):
     ("losses", "total", "words"),
     [
         ([5, 5, 4.8, 4.0, 3.0, 2.8, 2.9, 5.0], 8, "falls fastest at 1.00e-03 and is lowest at "),
-        ([5, 5, 4.8, 4.0, 3.0, 2.0], 100, "is still falling at the end, 1.00e-02, and the test has done 6 of its 100 steps; finish it"),
+        (
+            [5, 5, 4.8, 4.0, 3.0, 2.0],
+            100,
+            "is still falling at the end, 1.00e-02, and the test has done 6 of its 100 steps; finish it",
+        ),
         ([5, 5, 4.8, 4.0, 3.0, 2.0], 6, "is still falling at the end, 1.00e-02, and the test is done; raise --optim.lr"),
     ],
     ids=["whole", "unfinished", "too-low"],
