@@ -146,12 +146,12 @@ def check_start(cfg: Config) -> None:
     folder = next((path for path in (start, start.parent.parent) if (path / "config.yaml").is_file()), None)
     if not cfg.run.start_from or folder is None:
         return
-    there, differ = {field.path: field.value for field in values(read_config(folder))}, []
-    for field in values(cfg):
-        old = there.get(field.path, field.value)
-        if field.path[0] == "model" and field.path[-1] in SHAPE and old != field.value:
-            off = field.flag.replace("--model.", "--model.no-")
-            differ.append((field.flag if old else off) if isinstance(old, bool) else f"{field.flag} {old}")
+    there, differ = {one.path: one.value for one in values(read_config(folder))}, []
+    for one in values(cfg):
+        old = there.get(one.path, one.value)
+        if one.path[0] == "model" and one.path[-1] in SHAPE and old != one.value:
+            off = one.flag.replace("--model.", "--model.no-")
+            differ.append((one.flag if old else off) if isinstance(old, bool) else f"{one.flag} {old}")
     if differ:
         raise ValueError(f"--run.start-from {str(start)!r} has a model of another shape; add {' '.join(differ)}")
 
