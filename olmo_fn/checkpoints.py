@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ def checkpoints(where: Path) -> list[Path]:
 
     if not where.is_dir():
         raise ValueError(f"{where}: no such folder; give a run's folder, its checkpoints folder or one checkpoint")
-    if (where / "index.json").exists():
+    if os.path.lexists(where / "index.json"):
         return [where]
     for folder in (where, where / "checkpoints"):
         if found := steps(folder):
@@ -36,24 +37,27 @@ def checkpoints(where: Path) -> list[Path]:
 
 def row(path: Path, problems: list[str]) -> tuple[str, str, str, str]:
     """One line of the table: name, size, number of tensors, whole or broken."""
+    from rich.markup import escape
+
     from olmo_fn.checkpoint import BrokenCheckpoint, read_index
 
     size, tensors = "?", "?"
     with suppress(BrokenCheckpoint):
         index = read_index(path)
         size, tensors = f"{sum(file.bytes for file in index.files.values()) / 1e6:,.1f}", str(len(index.tensors))
-    return path.name, size, tensors, "[red]broken[/]" if problems else "[green]whole[/]"
+    return escape(path.name), size, tensors, "[red]broken[/]" if problems else "[green]whole[/]"
 
 
 def run(args: Arguments) -> int:
     """Print the table; 0 if all checkpoints are whole, 1 if one is broken."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from olmo_fn.checkpoint import verify
 
     paths = checkpoints(args.folder)
-    table = Table(title=str(paths[0].parent), title_justify="left")
+    table = Table(title=escape(str(paths[0].parent)), title_justify="left")
     for column in ("checkpoint", "MB", "tensors", "state"):
         table.add_column(column, justify="right" if column in ("MB", "tensors") else "left")
     problems = {path: verify(path, deep=not args.quick) for path in paths}
