@@ -157,10 +157,7 @@ def describe(config: Any, choices: Choices) -> str:
         f"  {flag} {', '.join(classes_of(get(config, path), choices))} (now {get(config, path).name})"
         for flag, path in choosable(config, choices).items()
     ]
-    first, width = (
-        "Each of these brings its own flags, which are listed here for what is chosen now:",
-        get_terminal_size().columns,
-    )
+    first, width = "Each of these brings its own flags; here are those of what is chosen now:", get_terminal_size().columns
     return "\n".join(fill(line, width, subsequent_indent="    ", break_on_hyphens=False) for line in (first, *lines))
 
 
