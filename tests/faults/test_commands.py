@@ -333,7 +333,7 @@ def test_a_run_goes_on_with_its_micro_batch_on_other_processes(folder):
     assert training.parse(["runs/c"], CONFIGS, "train.py").on(4).recipe.accumulate == 64
 
 
-@pytest.mark.parametrize("name", ["olmo2-7b", "olmo2-13b", "olmo3-7b"])
+@pytest.mark.parametrize("name", ["olmo2-7b", "olmo2-13b"])
 def test_presets_fit_on_a_node(name):
     """use-14: eight devices of 80 GB, with no flag but their number."""
     answer = tables.report(replace(CONFIGS[name], gpus=8)).splitlines()[:10]
