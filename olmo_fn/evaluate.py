@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from olmo_fn.data.tokens import Dtype
+from olmo_fn.fields import PATH, Range
 from olmo_fn.train.observers.jsonl import to_json
 
 if TYPE_CHECKING:
@@ -24,16 +25,16 @@ TOKEN_FILES = (".npy", ".bin")
 class Evaluate:
     """Print the loss of a trained model on texts: of a token, as perplexity, and of a byte."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[tyro.conf.Positional[str], PATH, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, or one of its checkpoints."""
-    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], PATH, tyro.conf.arg(metavar="FILE")] = ()
     """Token files (.npy, .bin), text, jsonl and parquet files, or globs. Each is a set by itself; NAME=FILE puts it into the
     set NAME. Without any: what the run holds out."""
-    mask_paths: tuple[str, ...] = ()
+    mask_paths: Annotated[tuple[str, ...], PATH] = ()
     """For each token file a label mask, one byte a token; the prediction of a 0 is not in the loss."""
     weights: Literal["params", "ema", "merge"] = "params"
     """The weights; or their moving average, or the mean of the last steps, if the run kept one."""
-    step: int | None = None
+    step: Annotated[int | None, Range()] = None
     """Take the checkpoint of this step instead of the newest whole one."""
     tokens: int = 0
     """At most so many tokens of each set. 0: all of a file; of what the run holds out, as many as the run read."""
@@ -44,7 +45,7 @@ class Evaluate:
     """Field or column of the text in jsonl and parquet files."""
     json: bool = False
     """Print a line of JSON for each set instead of a table."""
-    threads: int = 0
+    threads: Annotated[int, Range(0, 1024)] = 0
     """CPU threads; 0: as many as the run was told."""
     device: str = "auto"
     """Device to run on: auto takes cuda when there is one."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+from olmo_fn.fields import DECAY, POSITIVE, Range
 from olmo_fn.picture import figure
 from olmo_fn.train.config import Config
 from olmo_fn.train.observers.jsonl import read_evaluations, read_metrics
@@ -32,9 +33,9 @@ class PlotSchedule:
 
     what: Words = ()
     """Schedules (cosine, wsd, …), presets (olmo2-1b), run folders or config.yaml files. The flags are for schedules only."""
-    lr: float = 4e-4
+    lr: Annotated[float, POSITIVE] = 4e-4
     """Peak learning rate."""
-    total: int = 100_000
+    total: Annotated[int, Range(1, 1 << 40)] = 100_000
     """Length of the whole."""
     log: bool = False
     """Logarithmic scale of the rate."""
@@ -48,7 +49,7 @@ class PlotRangeTest:
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
-    smooth: float = 0.9
+    smooth: Annotated[float, DECAY] = 0.9
     """Decay of the moving average that is read; 0 reads the losses as they are."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Where the picture goes; range-test.png in the run's folder if not given."""
@@ -76,8 +77,9 @@ def range_test(lines: list[dict[str, Any]], smooth: float = 0.9) -> RangeTest:
     >>> round(found.steepest, 6), round(found.lowest, 6)
     (0.000562, 0.001778)
     """
-    lines = [line for line in lines if math.isfinite(line.get("ce", line["loss"]))]
-    rates, losses = [line["lr"] for line in lines], [line.get("ce", line["loss"]) for line in lines]
+    read: list[tuple[Any, Any]] = [(line.get("lr"), line.get("ce", line.get("loss"))) for line in lines]
+    points = [point for point in read if all(isinstance(x, (int, float)) and math.isfinite(x) for x in point)]
+    rates, losses = [rate for rate, _ in points], [loss for _, loss in points]
     if len(rates) < 5 or any(b <= a for a, b in pairwise(rates)):
         raise ValueError("this is no range test, whose rate grows at every step: train with --schedule.name range-test")
     smoothed = moving_average(losses, smooth)
@@ -292,7 +294,15 @@ def draw_schedules(args: Any, schedules: Mapping[str, Any], presets: Mapping[str
 
 def draw_range_test(args: PlotRangeTest) -> str:
     """The command ``plot range-test``: what it found, and the picture's path."""
-    found = range_test(read_metrics(args.run / "metrics.jsonl"), args.smooth)
+    from olmo_fn.train.folder import read_config
+
+    steps, lines = read_config(args.run).run.steps, read_metrics(args.run / "metrics.jsonl")
+    found = range_test(lines, args.smooth)
     output = args.output or args.run / "range-test.png"
     plot_range_test(found, output)
-    return f"the loss falls fastest at {found.steepest:.2e} and is lowest at {found.lowest:.2e}: {output}"
+    fastest, done = f"the loss falls fastest at {found.steepest:.2e}", lines[-1]["step"]
+    if found.lowest < found.rates[-1]:
+        return f"{fastest} and is lowest at {found.lowest:.2e}: {output}"
+    mend = "finish it" if done < steps else "raise --optim.lr"
+    short = f"the test has done {done:,} of its {steps:,} steps" if done < steps else "the test is done"
+    return f"{fastest}, but is still falling at the end, {found.lowest:.2e}, and {short}; {mend}: {output}"

@@ -11,7 +11,7 @@ from typing import Any
 from olmo_fn.fields import values
 from olmo_fn.train.choices import locate, with_files
 from olmo_fn.train.config import CHOICES, Config
-from olmo_fn.train.serialize import files_of, parse, structure, to_yaml
+from olmo_fn.train.serialize import LARGEST, files_of, parse, structure, to_yaml
 from olmo_fn.train.upgrade import upgrade
 
 
@@ -19,14 +19,24 @@ def read_config(run: Path) -> Config:
     """The config that a run folder, or a config file, holds."""
     path = run / "config.yaml" if run.is_dir() else run
     if not path.is_file():
-        raise ValueError(f"{str(run)!r} is no run folder: there is no config.yaml in it")
+        what = "is no run folder: there is no config.yaml in it" if run.is_dir() else "is not there"
+        raise ValueError(f"{str(run)!r} {what}{runs_near(run)}")
     try:
-        value = upgrade(parse(path.read_text()))
+        with path.open(encoding="utf-8") as file:
+            value = upgrade(parse(file.read(LARGEST + 1)))
         use = locate(files_of(value), path.parent)
         config = structure(value, Config, with_files(CHOICES, use)[0])
         return replace(config, use=use)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: it is not UTF-8, at byte {error.start}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def runs_near(run: Path) -> str:
+    """``; there are runs/a, …``: the runs in the folder where ``run`` was looked for, or the one above; empty without any."""
+    found = [str(path.parent) for above in (run.parent, run.parent.parent) for path in sorted(above.glob("*/config.yaml"))]
+    return f"; there are {', '.join(found[:8])}" if found else ""
 
 
 def check_folder(cfg: Config) -> None:

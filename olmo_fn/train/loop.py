@@ -96,7 +96,7 @@ def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
     """
     if isinstance(run, Config):
         with join(run) as context:
-            return train(open_run(run, context), observers)
+            return train(open_run(run.on(context.process.size), context), observers)
     if run.cfg.run.threads:
         torch.set_num_threads(run.cfg.run.threads)
     stop, heldout, ended = Stop(), None, Stopped(0)

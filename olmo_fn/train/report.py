@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from itertools import pairwise
 
 from olmo_fn import tree
@@ -12,12 +13,11 @@ from olmo_fn.train.config import Config
 from olmo_fn.train.loop import OBSERVER, Result
 from olmo_fn.train.recipe import is_trained, parameters, recipe
 from olmo_fn.train.schedule import sizes
-from olmo_fn.train.serialize import to_yaml
 from olmo_fn.train.session import abstract_state
 
 
 def dry_run(cfg: Config) -> str:
-    """The resolved config, parameters, FLOPs and memory of the state, without allocating anything."""
+    """Counts of parameters, tokens and FLOPs, and memory of the state, without allocating anything."""
     step = recipe(cfg)  # a wrong one is refused here too
     r, total, specs = cfg.recipe, num_params(cfg.model), tree.flatten(parameters(cfg))
     trained = sum(spec.size for path, spec in specs.items() if is_trained(cfg, path))
@@ -29,8 +29,6 @@ def dry_run(cfg: Config) -> str:
     all_tokens, flops = sizes(cfg).tokens_before(cfg.run.steps), flops_per_token(cfg.model, r.sequence_length)
     return "\n".join(
         (
-            to_yaml(cfg).rstrip(),
-            "",
             f"parameters        {total:>20,}",
             f"  not embedding   {num_non_embedding_params(cfg.model):>20,}",
             f"  largest         {largest[0]:>20,}  {largest[1]}",
@@ -40,8 +38,7 @@ def dry_run(cfg: Config) -> str:
             f"FLOPs of the run  {run_flops(cfg):>20.3e}",
             f"memory of state   {gib(sum(parts.values())):>20}  "
             + ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-            + "; by rank, with activations:",
-            "",
+            + " (above by rank, with activations)",
         )
     )
 
@@ -81,20 +78,21 @@ def comparison(result: Result) -> str:
 def next_commands(result: Result) -> str:
     """What a user may type after a run."""
     cfg, folder = result.session.cfg, result.session.folder
-    test = f"loss over lr:  olmo-fn plot range-test {folder}\n" if cfg.schedule.name == "range-test" else ""
+    where, config, other = (shlex.quote(str(path)) for path in (folder, folder / "config.yaml", f"{folder}-2"))
+    test = f"loss over lr:  olmo-fn plot range-test {where}\n" if cfg.schedule.name == "range-test" else ""
     return test + (
-        f"sample more:   olmo-fn generate {folder} 'def ' --temperature 0.7\n"
-        f"checkpoints:   olmo-fn checkpoint {folder}\n"
-        f"train again:   python train.py {folder}/config.yaml --optim.lr {cfg.optim.lr / 2:g} --run.folder {folder}-2"
+        f"sample more:   olmo-fn generate {where} {shlex.quote(cfg.run.sample or 'def ')} --temperature 0.7\n"
+        f"checkpoints:   olmo-fn checkpoint {where}\n"
+        f"train again:   python train.py {config} --optim.lr {cfg.optim.lr / 2:g} --run.folder {other}"
     )
 
 
 def stopped(result: Result) -> str:
     """What to say when a signal or an observer ended a run."""
-    run, by = result.session.cfg.run, ":" if result.stopped_by == OBSERVER else " by"
+    run, folder, by = result.session.cfg.run, result.session.folder, ":" if result.stopped_by == OBSERVER else " by"
     return (
         f"stopped{by} {result.reason} after step {result.step} of {run.steps}; the state is saved. To go on:\n"
-        f"  python train.py {run.folder}/config.yaml"
+        f"  python train.py {shlex.quote(str(folder / 'config.yaml'))}"
     )
 
 

@@ -27,7 +27,7 @@ from olmo_fn.spec import abstract
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout, evaluate
-from olmo_fn.train.folder import read_config
+from olmo_fn.train.folder import read_config, runs_near
 from olmo_fn.train.process import ProcessContext
 from olmo_fn.train.recipe import first_parameters, parameters, recipe
 from olmo_fn.train.schedule import sizes
@@ -250,9 +250,7 @@ def find_run(where: Path, step: int | None = None) -> tuple[Path, Path | None]:
         return inside.parent.parent, inside
     if not (inside / "config.yaml").is_file():
         what = "is no run, it holds no config.yaml" if where.is_dir() else "is not there"
-        runs = sorted(str(path.parent) for path in where.parent.glob("*/config.yaml"))
-        hint = f"; there are {', '.join(runs[:8])}" if runs else ""
-        raise ValueError(f"{where} {what}; give the folder of a run, or one of its checkpoints{hint}")
+        raise ValueError(f"{where} {what}; give the folder of a run, or one of its checkpoints{runs_near(where)}")
     if step is None:
         return inside, None
     if step not in (saved := steps(inside / "checkpoints")):
