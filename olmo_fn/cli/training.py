@@ -6,7 +6,6 @@ The first word is a preset, or the ``config.yaml`` (or the folder) of an earlier
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import tyro
 
+from olmo_fn.launch.place import place_from_env
 from olmo_fn.train.choices import choose, describe, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
 from olmo_fn.train.folder import read_config
@@ -83,9 +83,12 @@ def overview(presets: Mapping[str, Config], prog: str) -> str:
 def run(cfg: Config, command: Sequence[str]) -> int:
     """Train, evaluate, sample, and say what to type next."""
     cfg.check()
-    if cfg.nproc and "RANK" not in os.environ and not cfg.dry_run:
+    place = None if cfg.dry_run else place_from_env()
+    if cfg.nproc and not cfg.dry_run and not (place and place.status):
         from olmo_fn.launch.local import launch
 
+        if place:
+            raise ValueError("RANK is set, by torchrun or an earlier job, and --nproc starts ranks of its own; leave out one of them")
         cfg.check_processes(cfg.nproc)  # refused here, once
         return launch(command, cfg.nproc, Path(cfg.run.folder))
     from olmo_fn.checkpoint import SaveFailed
@@ -105,7 +108,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
         with join(cfg) as context:
             session, size = open_run(cfg, context), context.process.size
             dtype = str(session.dtype).removeprefix("torch.")
-            check_memory(cfg, cfg.mesh.on(size), dtype, machine.total_memory(context.device))
+            check_memory(cfg, cfg.mesh.on(size), dtype, machine.total_memory(context.device, place.local_size if place else 1))
             result = train(session)
     except SaveFailed as error:
         raise ValueError(str(error)) from error

@@ -10,7 +10,7 @@ import tyro
 from olmo_fn.data.instances import InstancesSettings
 from olmo_fn.data.instances.fixed import FixedLength
 from olmo_fn.data.settings import Data
-from olmo_fn.fields import AT_LEAST_ONE, DECAY, INVISIBLE, SIGNED, VISIBLE, check_numbers
+from olmo_fn.fields import AT_LEAST_ONE, DECAY, INVISIBLE, SIGNED, VISIBLE, Range, check_numbers
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import Attention, Block, FeedForwardSettings, MixerSettings, Model, PreNorm, SwiGLU, divisors
 from olmo_fn.train.check_mesh import check_layout
@@ -141,6 +141,8 @@ class Run:
     """CPU threads; 0 leaves it to torch (all cores)."""
     device: str = "auto"
     """Device to train on: auto takes cuda when there is one."""
+    stall_timeout: Annotated[int, Range(1, 10**7)] = 1800
+    """Seconds that processes wait for one that does not come, or stands still, before the job ends; a line names it before."""
 
 
 @dataclass(frozen=True)

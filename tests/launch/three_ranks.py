@@ -5,16 +5,27 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from olmo_fn.launch.local import reserved_port
-from olmo_fn.launch.process import init_process_group_from_env
+from olmo_fn.launch.process import rendezvous
 from olmo_fn.testing.pool import PRELOAD
 
 SIZE = 3
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A free port of the loopback, kept from others: bound, so that only one who asks for it by number can listen there."""
+    with socket.socket() as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
 
 
 def run_ranks(tmp_path: Path, program) -> tuple[list[int], list[str], float]:
@@ -38,8 +49,7 @@ def run_ranks(tmp_path: Path, program) -> tuple[list[int], list[str], float]:
 def member(program, rank: int, port: int, tmp_path: Path) -> None:
     os.dup2(os.open(tmp_path / f"{rank}.err", os.O_CREAT | os.O_WRONLY), 2)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.chdir(tmp_path)
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(40)  # should it hang, the test shows where
-    program(init_process_group_from_env())
+    program(rendezvous())
