@@ -88,7 +88,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
         from olmo_fn.launch.local import launch
 
         if place:
-            raise ValueError("RANK is set, by torchrun or an earlier job, and --nproc starts ranks of its own; leave out one of them")
+            raise ValueError("RANK is set, by torchrun or an earlier job, and --nproc starts ranks of its own; leave out one")
         cfg.check_processes(cfg.nproc)  # refused here, once
         return launch(command, cfg.nproc, Path(cfg.run.folder))
     from olmo_fn.checkpoint import SaveFailed

@@ -28,9 +28,9 @@ STRANGER_SECONDS = 2.0
 def patience(place: Place, timeout: float) -> Callable[[str], None]:
     """A function to call again and again while waiting for somebody: says so after ten seconds, OSError after ``timeout``.
 
-    >>> patience(Place(0, 2, 0, 2, "127.0.0.1", 29500), 0.0)("1 of 2 processes")
+    >>> patience(Place(0, 2, 0, 2, "node1", 29500), 0.0)("1 of 2 processes")
     Traceback (most recent call last):
-    TimeoutError: waited 0 s for 1 of 2 processes (WORLD_SIZE=2) at 127.0.0.1:29500 (--run.stall-timeout); unset RANK to run alone
+    TimeoutError: waited 0 s for 1 of 2 processes (WORLD_SIZE=2) at node1:29500 (--run.stall-timeout); unset RANK to run alone
     """
     begun, said = time.monotonic(), False
 

@@ -29,9 +29,7 @@ Failure = tuple[int, float, str]
 
 
 @contextmanager
-def monitor(
-    process: Process, stall_seconds: float = 60.0, stall_timeout: float = math.inf
-) -> Iterator[Callable[[int], None]]:
+def monitor(process: Process, stall_seconds: float = 60.0, stall_timeout: float = math.inf) -> Iterator[Callable[[int], None]]:
     """End this rank if another fails inside the block; gives a function to call with each step that is done.
 
     All ranks enter the block, once in the life of a process, and wait for each other at its end. A rank that raises tells the
@@ -62,7 +60,7 @@ class RankMonitor:
 
     def __init__(self, process: Process, stall_seconds: float, stall_timeout: float) -> None:
         self.rank, self.stall_seconds, self.stall_timeout = process.rank, stall_seconds, stall_timeout
-        self.steps = {rank: 0.0 for rank in {process.rank, *process.peers.values()}}  # the last that it did
+        self.steps = dict.fromkeys({process.rank, *process.peers.values()}, 0.0)  # the last that it did
         self.heard = dict.fromkeys(self.steps, time.monotonic())  # when a rank last gave a sign of life
         self.looked = self.advanced = time.monotonic()  # when a rank last did a step
         self.named = False  # the rank that stands still
@@ -137,7 +135,7 @@ class RankMonitor:
             self.finished.set()
 
     def _look_for_stall(self, now: float) -> None:
-        """Name, once a stall, a rank for which others seem to wait: a silent one, else one that is behind. In the end it failed."""
+        """Name, once a stall, a rank that others seem to wait for: a silent one, else one behind; in the end it failed."""
         self.heard[self.rank] = now
         asleep, self.looked = max(0.0, now - self.looked - 5.0), now  # this process was stopped as well: Ctrl-Z, a closed lid
         self.advanced += asleep

@@ -87,6 +87,6 @@ def _check_alone() -> None:
             continue
         start = "start one a machine, which starts the others: `torchrun …`, or here --nproc"
         if name != "SLURM_NTASKS" or os.environ.get("SLURM_PROCID", "0") != "0":
-            raise ValueError(f"{name}={tasks}: this is one of {tasks} processes that do not know of each other; {start} {tasks}")
+            raise ValueError(f"{name}={tasks}: this is one of {tasks} processes that do not know each other; {start} {tasks}")
         if "SLURM_PROCID" in os.environ:  # a batch script's own process, or the first of srun
             print(f"{name}={tasks}, but this process trains alone; {start} {tasks}", file=sys.stderr, flush=True)

@@ -79,7 +79,7 @@ def _store(place: Place, wait: Callable[[str], None], timeout: float) -> Any:
         try:
             server = listen(place, port)
         except OSError as error:
-            raise ValueError(f"MASTER_PORT={port} cannot be had here: {error.strerror}; choose another, or unset RANK") from None
+            raise ValueError(f"MASTER_PORT={port} cannot be had here ({error.strerror}); take another, or unset RANK") from None
         return dist.TCPStore(host, port, place.size, is_master=True, master_listen_fd=server.detach(), **options)
     while True:
         try:  # as often as it takes, for torch's own waiting cannot be interrupted
