@@ -28,12 +28,15 @@ def reserved_port() -> Iterator[int]:
         yield bound.getsockname()[1]
 
 
-def run_ranks(tmp_path: Path, program) -> tuple[list[int], list[str], float]:
-    """Run ``program(process)`` as three ranks: their exit codes, what they said, the seconds from the failure to the end."""
+def run_ranks(tmp_path: Path, program, before_meeting: bool = False) -> tuple[list[int], list[str], float]:
+    """Run ``program(process)`` as three ranks: their exit codes, what they said, the seconds from the failure to the end.
+
+    A program that is run ``before_meeting`` gets None.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with reserved_port() as port:
-        ranks = [context.Process(target=member, args=(program, rank, port, tmp_path)) for rank in range(SIZE)]
+        ranks = [context.Process(target=member, args=(program, rank, port, tmp_path, before_meeting)) for rank in range(SIZE)]
         for rank in ranks:
             rank.start()
         for rank in ranks:
@@ -46,10 +49,10 @@ def run_ranks(tmp_path: Path, program) -> tuple[list[int], list[str], float]:
     return [rank.exitcode for rank in ranks], [(tmp_path / f"{rank}.err").read_text() for rank in range(SIZE)], seconds
 
 
-def member(program, rank: int, port: int, tmp_path: Path) -> None:
+def member(program, rank: int, port: int, tmp_path: Path, before_meeting: bool) -> None:
     os.dup2(os.open(tmp_path / f"{rank}.err", os.O_CREAT | os.O_WRONLY), 2)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.chdir(tmp_path)
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(40)  # should it hang, the test shows where
-    program(rendezvous())
+    program(None if before_meeting else rendezvous())
