@@ -19,11 +19,10 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -95,20 +94,11 @@ def _deafen_compilers() -> None:
     """
     from torch._inductor import cpp_builder
 
-    run = cpp_builder._run_compile_cmd
+    run, signals = cpp_builder._run_compile_cmd, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
-    def deaf(*args: Any) -> None:
-        done = Future[None]()
-
-        def work() -> None:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-            try:
-                done.set_result(run(*args))
-            except BaseException as error:
-                done.set_exception(error)
-
-        Thread(target=work, daemon=True).start()
-        done.result()
+    def deaf(cmd_line: str, cwd: str) -> None:
+        thread = ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, signals))
+        thread.submit(run, cmd_line, cwd).result()
 
     cpp_builder._run_compile_cmd = deaf  # torch 2.13: all compilers start there
 
