@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -153,7 +154,7 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
                 stopped = max(stopped, code)
                 yield Stepped(arrived.step, meter.metrics(arrived.step, values, arrived.done))
             if saver.is_done or save or stopped:
-                yield from saved(saver)
+                yield from saved(saver.settle())
             if save or stopped:
                 saver.submit(as_tree(state), step=n, meta={"tokens": meter.sizes.tokens_before(n)})
             if stopped:
@@ -161,16 +162,16 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
             if evaluate and n < run.steps:
                 yield from evaluated(session, state)
                 meter.before = Moment(context.device)
-        yield from saved(saver)
+        yield from saved(saver.wait())
         stop.code = context.all_reduce_max(stopped or stop.code)
         if not stop.code:
             yield from evaluated(session, state)
     yield Stopped(n, stop.reason)
 
 
-def saved(saver: Saver) -> Iterator[Event]:
-    """Wait for the checkpoint that is being written, if one is."""
-    if path := saver.wait():
+def saved(path: Path | None) -> Iterator[Event]:
+    """Say that a checkpoint is committed, if one is."""
+    if path:
         yield Saved(int(path.name.removeprefix("step")), path)
 
 
