@@ -62,6 +62,7 @@ class LocalRanks:
 
     def __init__(self, arguments: Sequence[str], nproc: int, status: Path, folder: Path | None) -> None:
         self.status, self.folder, self.signal = status, folder, 0
+        self.said = (status / SAID).open("a+")
         self.logs = {rank: status / f"rank{rank}.log" for rank in range(1, nproc)}
         self.codes: dict[int, int] = {}
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -78,8 +79,7 @@ class LocalRanks:
 
     def running(self) -> bool:
         """Whether a rank still runs. Notes which have ended, says what they have to say, and links the logs into the folder."""
-        if (said := self.status / SAID).exists():
-            print(said.rename(said.with_suffix(".copy")).read_text(), end="", file=sys.stderr, flush=True)
+        print(self.said.read(), end="", file=sys.stderr, flush=True)
         for rank, process in enumerate(self.processes):
             if rank not in self.codes and (code := process.poll()) is not None:
                 self.codes[rank] = code
@@ -106,6 +106,7 @@ class LocalRanks:
         for link in self.logs.values():
             if link.is_symlink():
                 os.replace(shutil.copyfile(link, link.with_suffix(".copy")), link)
+        self.said.close()
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: send the signal to every rank."""
