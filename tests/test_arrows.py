@@ -42,8 +42,9 @@ KNOWS: dict[str, set[str]] = {
     "replay": RUN | {"research"},
     "generate": RUN,
     "average": RUN,
-    "plot": RUN,
-    "cli": RUN | {"presets", "planner", "replay", "generate", "average", "plot"},
+    "evaluate": RUN | {"progress"},
+    "plot": RUN | {"picture"},
+    "cli": RUN | {"presets", "planner", "replay", "generate", "average", "evaluate", "plot"},
     "__main__": {"cli"},
 }
 """A folder, or a file at the top, and what it may import besides itself and the version in ``olmo_fn``."""

@@ -27,6 +27,14 @@ def generate(words: Sequence[str]) -> int:
     return run(parse(Generate, "generate", words, tyro.conf.UseAppendAction))
 
 
+def evaluate(words: Sequence[str]) -> int:
+    """The loss of a trained model on texts."""
+    from olmo_fn.evaluate import Evaluate, run
+
+    print(run(parse(Evaluate, "evaluate", words)))
+    return 0
+
+
 def plan(words: Sequence[str]) -> int:
     """The best layouts of a number of accelerators."""
     from olmo_fn.planner.plan_command import Plan, run

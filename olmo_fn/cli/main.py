@@ -16,6 +16,7 @@ from olmo_fn.train.environment import prepare_environment
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (commands.train, "train a model, a preset or the config.yaml of a run"),
     "generate": (commands.generate, "text from a trained model"),
+    "evaluate": (commands.evaluate, "the loss of a trained model on texts, in perplexity and bits per byte"),
     "plan": (commands.plan, "the best layouts of a number of accelerators"),
     "pipeline": (commands.pipeline, "a pipeline schedule, drawn and counted"),
     "replay": (commands.replay, "a step of a run once more, bit for bit, with the text that it saw"),

@@ -95,6 +95,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
     from olmo_fn.generate.load import sample_run
     from olmo_fn.planner import tables
     from olmo_fn.planner.fit import check_memory
+    from olmo_fn.plot import plot_loss
     from olmo_fn.train import machine, report
 
     if cfg.dry_run:
@@ -118,7 +119,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
         else:
             report.say(report.comparison(result))
             report.say(sample_run(session.folder, cfg.run.sample))
-            picture = report.plot_loss(session.folder)
+            picture = plot_loss(session.folder)
             report.say(f"loss curve:    {picture}" if picture else "")
             report.say(report.next_commands(result))
     return result.exit_code

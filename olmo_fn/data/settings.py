@@ -21,7 +21,9 @@ class Data:
     paths: tuple[str, ...] = ()
     """Token files or globs, in this order. Empty: the sources of this Python's standard library, tokenized on first use."""
     heldout_paths: tuple[str, ...] = ()
-    """Token files or globs that are only evaluated on."""
+    """Token files or globs that are only evaluated on. NAME=FILE evaluates it by itself, as the set NAME."""
+    heldout_mask_paths: tuple[str, ...] = ()
+    """For each held-out token file a label mask; where heldout_fraction holds out, label_mask_paths are of all."""
     heldout_fraction: float = 0.01
     """Without heldout_paths: hold out the last instances of the data, this part of all and at most 4 Mi tokens.
     0 holds out nothing; the order of the same files is then OLMo-core's."""

@@ -15,6 +15,7 @@ import torch
 from olmo_fn.checkpoint import Retention, Saver
 from olmo_fn.core.step import State
 from olmo_fn.data.prefetch import prefetch
+from olmo_fn.data.source import HELDOUT
 from olmo_fn.mesh.mesh import describe
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
@@ -109,7 +110,7 @@ def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
             match event:
                 case Stepped(step):
                     run.process.step_done(step)
-                case Evaluated(name="heldout", values=values):
+                case Evaluated(name=name, values=values) if name == HELDOUT:
                     heldout = Heldout(values["loss"], int(values["tokens"]), values.get("bits_per_byte"))
                 case Stopped():
                     ended = event
@@ -176,12 +177,16 @@ def saved(path: Path | None) -> Iterator[Event]:
 
 
 def evaluated(session: Session, state: State) -> Iterator[Event]:
-    """Evaluate on the held-out tokens, if there are any."""
-    if count := min(len(session.source.heldout), session.cfg.run.eval_tokens):
-        yield Said(f"evaluating on {count:,} held-out tokens")
-    if found := session.evaluate(state):
-        values = {name: value for name, value in found._asdict().items() if value is not None}
-        yield Evaluated(int(state.step), "heldout", values)
+    """Evaluate on each set of held-out tokens."""
+    for name, tokens in session.source.heldout.items():
+        if count := min(len(tokens), session.cfg.run.eval_tokens):
+            words = "held-out tokens" if name == HELDOUT else f"tokens of {name}"
+            yield Said(f"evaluating on {count:,} {words}")
+            if found := session.evaluate(state, name=name):
+                values = {name: value for name, value in found._asdict().items() if value is not None}
+                yield Evaluated(int(state.step), name, values)
+            else:
+                yield Said("none of them is predicted, so there is no loss")
 
 
 def prepare_folder(session: Session) -> list[str]:

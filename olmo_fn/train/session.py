@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -16,8 +17,8 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import Index, load, load_newest, read_index, step_path, steps
 from olmo_fn.core.chain import Batch
 from olmo_fn.core.step import State, Step
-from olmo_fn.data.heldout import heldout_batches
-from olmo_fn.data.source import Source, open_data
+from olmo_fn.data.heldout import TokenSet, heldout_batches
+from olmo_fn.data.source import HELDOUT, Source, open_data
 from olmo_fn.data.tokenizer import Tokenizer
 from olmo_fn.data.tokenizer import load as load_tokenizer
 from olmo_fn.launch.process import agree
@@ -172,18 +173,41 @@ class Session:
         found = self._find(where, read, **options)
         return found and (self._model(found[1], leaves, weights, where), found[0])
 
-    def evaluate(self, state: State, weights: Weights = "params") -> Heldout | None:
-        """The model's loss on the held-out tokens, at most ``run.eval_tokens`` of them; None when nothing is held out."""
-        source, r = self.source, self.cfg.recipe
-        tokens = source.heldout[: self.cfg.run.eval_tokens]
-        if len(tokens) <= (source.eos_id is None):  # the first is predicted from the end-of-document token alone
+    def evaluate(
+        self, state: State, weights: Weights = "params", name: str = HELDOUT, given_up: Callable[[], bool] = lambda: False
+    ) -> Heldout | None:
+        """The model's loss on a set that is held out, on at most ``run.eval_tokens`` of it.
+
+        None when nothing is predicted, and when it is ``given_up``, which is asked before each batch.
+        """
+        source = self.source
+        if name not in source.heldout:
             return None
+        tokens = source.heldout[name].first(self.cfg.run.eval_tokens)
+        params = self.model_parameters(state, weights)
+        return self.evaluate_tokens(params, tokens, source.tokenizer, source.eos_id, given_up=given_up)
+
+    def evaluate_tokens(
+        self,
+        params: Tree,
+        tokens: TokenSet,
+        tokenizer: Tokenizer | None,
+        eos_id: int | None,
+        show: Callable[[int], Any] = lambda tokens: None,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> Heldout | None:
+        """The loss of an ordinary model's parameters on ``tokens``, in windows and batches of the sizes of training.
+
+        None when nothing is predicted, or it is ``given_up``. ``show`` gets the number of tokens of each batch that is done.
+        """
+        r = self.cfg.recipe
         stride, rows = max(1, r.sequence_length // 2), max(1, r.batch_size // r.accumulate)
-        batches = heldout_batches(tokens, r.sequence_length, stride, rows, source.eos_id, self.cfg.data.mask_documents)
-        there = ({name: value.to(self.process.device) for name, value in batch.items()} for batch in batches)
-        num_bytes = source.bytes_of(len(tokens))
-        loss, params = transformer.loss(self.cfg.model), self.model_parameters(state, weights)
-        return evaluate(loss, params, there, num_bytes, dtype=self.dtype, execution=self.step.execution)
+        batches = heldout_batches(tokens, r.sequence_length, stride, rows, eos_id, self.cfg.data.mask_documents)
+        going = takewhile(lambda _: not given_up(), batches)
+        there = ({name: value.to(self.process.device) for name, value in batch.items()} for batch in going)
+        num_bytes, loss = tokens.num_bytes(tokenizer), transformer.loss(self.cfg.model)
+        found = evaluate(loss, params, there, num_bytes, dtype=self.dtype, execution=self.step.execution, show=show)
+        return None if given_up() else found
 
     def merged(self, params: Tree) -> Tree:
         """The parameters with adapters, if the run trains any, merged into the model's."""
@@ -289,4 +313,4 @@ def with_new_slots(step: Step, loaded: Tree, slots: Collection[str]) -> tuple[St
 def fingerprint(source: Source) -> str:
     """What two processes with the same data agree on, as text."""
     parts = {name: f"{zlib.crc32(x.numpy().tobytes()):08x}" for name, x in source.train(0).items() if x.ndim}
-    return f"{len(source.heldout)} held-out tokens\nfirst batch {parts}"
+    return f"held-out tokens { {name: len(found) for name, found in source.heldout.items()} }\nfirst batch {parts}"
