@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace) -> None:
 
     from olmo_fn.core.compile import compile, prepare_cache
     from olmo_fn.core.pipe import clip, donate, grad, pipe
-    from olmo_fn.launch.process import init_process_group_from_env
+    from olmo_fn.launch.process import init_process_group, rendezvous
     from olmo_fn.mesh.connect import connect
     from olmo_fn.mesh.mesh import Mesh
     from olmo_fn.mesh.placement import Rules
@@ -64,7 +64,8 @@ def measure(args: argparse.Namespace) -> None:
     from olmo_fn.train.machine import warm_up
 
     torch.set_num_threads(1)
-    process = init_process_group_from_env()
+    process = rendezvous()
+    init_process_group(process)
     prepare_cache(Path(args.cache) / f"rank{process.rank}")
     model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, vocab_size=args.vocab_size)
     specs, dtype = transformer.specs(model), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]

@@ -55,8 +55,6 @@ def evaluate(args: Evaluate, show: bool = True) -> tuple[Path, dict[str, Heldout
     """The checkpoint, and the loss on each set of which something is predicted, to the bit as the run itself finds it."""
     import torch
 
-    from olmo_fn.core.compile import prepare_cache
-    from olmo_fn.data.settings import cache_dir
     from olmo_fn.progress import progress
     from olmo_fn.train.machine import pick_device
     from olmo_fn.train.session import load_parameters
@@ -66,8 +64,6 @@ def evaluate(args: Evaluate, show: bool = True) -> tuple[Path, dict[str, Heldout
     session, params, path = load_parameters(args.run, step=args.step, weights=args.weights, device=pick_device(args.device))
     if threads := args.threads or session.cfg.run.threads:
         torch.set_num_threads(threads)
-    if session.cfg.recipe.compile:
-        prepare_cache(cache_dir(session.cfg.data) / "compiled")
     found = {}
     sets, score = _opened(session, args) if args.files else _held_out(session, args)
     for name, tokens in sets.items():

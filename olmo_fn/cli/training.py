@@ -6,7 +6,6 @@ The first word is a preset, or the ``config.yaml`` (or the folder) of an earlier
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, get_type_hints
 
 from olmo_fn.cli import parsing
 from olmo_fn.fields import get, values
+from olmo_fn.launch.place import place_from_env
 from olmo_fn.models.config import Attention, Model, SwiGLU
 from olmo_fn.train.choices import Choices, choosable, choose, classes_of, describe, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
@@ -160,11 +160,14 @@ def run(cfg: Config, command: Sequence[str]) -> int:
     """Train, evaluate, sample, and say what to type next."""
     cfg.check()
     check_start(cfg)
-    if cfg.lora.rank and not cfg.run.start_from and os.environ.get("RANK", "0") == "0":
+    place = None if cfg.dry_run else place_from_env()
+    if cfg.lora.rank and not cfg.run.start_from and (place is None or place.rank == 0):
         print("warning: --lora.rank trains adapters of random weights here; give --run.start-from RUN", file=sys.stderr)
-    if cfg.nproc and "RANK" not in os.environ and not cfg.dry_run:
+    if cfg.nproc and not cfg.dry_run and not (place and place.status):
         from olmo_fn.launch.local import launch
 
+        if place:
+            raise ValueError("RANK is set, by torchrun or an earlier job, and --nproc starts ranks of its own; leave out one")
         cfg.on(cfg.nproc).check_processes(cfg.nproc)  # refused here, once
         return launch(command, cfg.nproc, Path(cfg.run.folder))
     from olmo_fn.generate.load import sample_run
@@ -184,7 +187,8 @@ def run(cfg: Config, command: Sequence[str]) -> int:
         size = context.process.size
         session = open_run(cfg.on(size), context)
         dtype = str(session.dtype).removeprefix("torch.")
-        check_memory(session.cfg, cfg.mesh.on(size), dtype, machine.total_memory(context.device))
+        memory = machine.total_memory(context.device, place.local_size if place else 1)
+        check_memory(session.cfg, cfg.mesh.on(size), dtype, memory)
         result = train(session)
     if context.is_main:
         if result.stopped_by:

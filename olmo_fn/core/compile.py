@@ -6,10 +6,21 @@ later run that needs them; `prepare_cache` drops them.
 
 from __future__ import annotations
 
+import atexit
+import fcntl
+import grp
 import os
+import pwd
 import shutil
+import signal
+import stat
 import struct
+import sys
+import tempfile
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,25 +34,73 @@ from olmo_fn.core.step import Step
 from olmo_fn.kernels import Function
 
 
-def compile() -> Transform:
-    """Compile what is between matrix products, and every update; invisible but for speed. Without a C++ compiler: a warning,
-    eager.
+def compile(folder: Path | None = None) -> Transform:
+    """Compile what is between matrix products, and every update; invisible but for speed. Where no C++ compiler is, or it does
+    not work: a warning, eager.
 
     Alike blocks share their compiled functions. Updates that are elementwise see each parameter flattened, so that one
-    compiled function serves all shapes.
+    compiled function serves all shapes. They are kept in ``folder``, see `prepare_cache`.
     """
 
     def apply(step: Step) -> Step:
         if not has_compiler():
-            warnings.warn("no C++ compiler (c++, g++, clang++ or $CXX) found: running eager, which is slower", stacklevel=2)
+            compiler = f"$CXX is {cxx!r}, which is no program" if (cxx := os.environ.get("CXX")) else "no C++ compiler found"
+            warnings.warn(f"{compiler}: running eager, which is slower", stacklevel=2)
             return step
         # isolated: closures of the same code would otherwise share Dynamo's limit of eight compilations
-        own = partial(torch.compile, fullgraph=True, isolate_recompiles=True, options=_options())
+        own = partial(torch.compile, fullgraph=True, isolate_recompiles=True, backend=_inductor_or_eager(folder))
         fuse = cache(lambda fn, *constants: own(bind(fn, *constants), dynamic=False))
         kernel = cache(lambda fn: _of_plain_tensors(own(fn, dynamic=True)))
         return with_execution(step, fuse=fuse, kernel=kernel)
 
     return Transform("compile()", Step, Step, apply)
+
+
+def _inductor_or_eager(folder: Path | None) -> Callable[..., Any]:
+    """A backend of ``torch.compile``: Inductor; from its first failure on, which a warning tells, none."""
+    failed = False
+    prepare = cache(prepare_cache)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        nonlocal failed
+        if failed:
+            return graph.forward
+        if folder:
+            prepare(folder)  # before the import: Inductor looks for its folder but once
+        from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.exc import InductorError
+
+        _deafen_compilers()
+        try:
+            return compile_fx(graph, inputs, config_patches=_options())
+        except InductorError as error:
+            failed = True
+            warnings.warn(f"cannot compile ({_reason(error)}): running eager, which is slower", stacklevel=2)
+            return graph.forward
+
+    return backend
+
+
+def _reason(error: Exception) -> str:
+    """The line that says what is wrong, of up to a thousand."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "error: " in line), lines[0])[:200]
+
+
+@cache
+def _deafen_compilers() -> None:
+    """Keep from Inductor's compilers the signals that a terminal or a batch system sends to all processes of a job, and which
+    this one answers by saving its state. A process inherits the mask of the thread that starts it.
+    """
+    from torch._inductor import cpp_builder
+
+    run, signals = cpp_builder._run_compile_cmd, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+    def deaf(cmd_line: str, cwd: str) -> None:
+        thread = ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, signals))
+        thread.submit(run, cmd_line, cwd).result()
+
+    cpp_builder._run_compile_cmd = deaf  # torch 2.13: all compilers start there
 
 
 def _options() -> dict[str, Any]:
@@ -61,23 +120,63 @@ def _plain(x: Any) -> Any:
 
 def has_compiler() -> bool:
     """Whether Inductor will find a C++ compiler, or the GPU needs none."""
-    candidates = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    return torch.cuda.is_available() or any(shutil.which(c) for c in candidates if c)
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    return torch.cuda.is_available() or shutil.which(os.environ.get("CXX", usual)) is not None
 
 
-def prepare_cache(folder: Path, sweep: bool = True) -> list[Path]:
-    """Make Inductor keep its files in ``folder``, and ``sweep`` away those that a killed compile left broken; returns them."""
-    folder.mkdir(parents=True, exist_ok=True)
+def prepare_cache(folder: Path) -> list[Path]:
+    """Make Inductor keep its files in ``folder``, and drop those that a killed compile left broken, which are returned.
+
+    Nothing is dropped while another process that called this lives. Where nobody can write, or others can (what is kept there
+    is run), a warning, and a temporary folder instead.
+    """
+    if problem := _problem(folder):
+        temporary = Path(tempfile.mkdtemp(prefix="olmo_fn-compiled-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        warnings.warn(f"{folder} {problem}: code is compiled anew; another --data.cache-dir can keep it", stacklevel=2)
+        folder = temporary
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    broken = [path for path in (folder.rglob("*") if sweep else ()) if path.is_file() and not _whole(path)]
-    for path in broken:
-        path.unlink(missing_ok=True)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)  # until the process ends
+    broken: list[Path] = []
+    with suppress(OSError):  # another process is at work there, or its file system has no locks
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        broken = [path for path in folder.rglob("*") if path.is_file() and not _whole(path)]
+        for path in broken:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_SH)
     return broken
+
+
+def _problem(folder: Path) -> str:
+    """Why code must not, or cannot, be kept in ``folder``, which is made if it is not there; empty if it can."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.utime(folder)
+        for place, sticky in ((folder, 0), (folder.parent, stat.S_ISVTX)):
+            if _others_can_write(place.stat(), sticky):
+                return f"is not used, for others can write in {place} (chmod go-w {place})"
+    except OSError as error:
+        return f"cannot be written ({error.strerror})"
+    return ""
+
+
+def _others_can_write(found: os.stat_result, sticky: int) -> bool:
+    """Whether other users can. A group of the user's own name is the user."""
+    others = stat.S_IWOTH | stat.S_IWGRP
+    with suppress(KeyError):
+        if grp.getgrgid(found.st_gid).gr_name == pwd.getpwuid(os.geteuid()).pw_name:
+            others = stat.S_IWOTH
+    return found.st_uid not in (0, os.geteuid()) or bool(found.st_mode & others and not found.st_mode & sticky)
 
 
 def _whole(path: Path) -> bool:
     """False for an empty file, and for an ELF library that ends before its section table does."""
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:  # gone meanwhile
+        return True
     if path.suffix == ".lock":
         return True
     if size == 0:

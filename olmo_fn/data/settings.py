@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +48,7 @@ class Data:
     order_seed: int = 34521
     """Seed of the order of the training instances, OLMo-core's data loader seed."""
     cache_dir: Annotated[str, PATH] = ""
-    """Where the default corpus is kept. Empty: $OLMO_FN_CACHE or ~/.cache/olmo_fn."""
+    """Where the default corpus and compiled code are kept. Empty: $OLMO_FN_CACHE, or olmo_fn in $XDG_CACHE_HOME or ~/.cache."""
 
 
 def cache_dir(data: Data) -> Path:
@@ -56,4 +57,8 @@ def cache_dir(data: Data) -> Path:
     >>> cache_dir(Data(cache_dir="/tmp/cache"))
     PosixPath('/tmp/cache')
     """
-    return Path(data.cache_dir or os.environ.get("OLMO_FN_CACHE") or "~/.cache/olmo_fn").expanduser()
+    if given := data.cache_dir or os.environ.get("OLMO_FN_CACHE"):
+        return Path(os.path.expanduser(given))
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    base = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
+    return Path(base, "olmo_fn") if os.path.isabs(base) else Path(tempfile.gettempdir(), f"olmo_fn-{os.getuid()}")  # no home

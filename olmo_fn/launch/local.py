@@ -9,20 +9,22 @@ name a rank that only followed; and 30 s after SIGTERM it kills ranks that are s
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import FrameType
 
-STATUS = "OLMO_FN_STATUS"
-"""Environment variable: the folder in which each rank notes its last step. Set for ranks that `launch` started."""
+from olmo_fn.launch.place import STATUS, TOKEN
+
+SAID, FAILURE = "said", "failure"
+"""Files of the status folder: lines for the terminal; what ended the ranks that ended for another."""
 PEER_FAILED = os.EX_TEMPFAIL
 """Exit code of a rank that ended because another failed."""
 GRACE_SECONDS = 3.0  # after a failure, until the ranks that still run are killed
@@ -37,7 +39,7 @@ def launch(arguments: Sequence[str], nproc: int, folder: Path | None = None) -> 
     """
     with ExitStack() as stack:
         status = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="olmo_fn-")))
-        ranks = LocalRanks(arguments, nproc, stack.enter_context(reserved_port()), status, folder)
+        ranks = LocalRanks(arguments, nproc, status, folder)
         stack.callback(ranks.close)
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, ranks.pass_on))
@@ -58,15 +60,15 @@ def launch(arguments: Sequence[str], nproc: int, folder: Path | None = None) -> 
 class LocalRanks:
     """The processes of the ranks, and the exit codes of those that have ended, in that order."""
 
-    def __init__(self, arguments: Sequence[str], nproc: int, port: int, status: Path, folder: Path | None) -> None:
+    def __init__(self, arguments: Sequence[str], nproc: int, status: Path, folder: Path | None) -> None:
         self.status, self.folder, self.signal = status, folder, 0
+        self.said = (status / SAID).open("a+")
         self.logs = {rank: status / f"rank{rank}.log" for rank in range(1, nproc)}
         self.codes: dict[int, int] = {}
         self.processes: list[subprocess.Popen[bytes]] = []
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        loopback = "lo" if sys.platform == "linux" else "lo0"
-        environment = {"OMP_NUM_THREADS": str(max(1, cores // nproc)), "GLOO_SOCKET_IFNAME": loopback, **os.environ}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), STATUS: str(status)}
+        environment = {"OMP_NUM_THREADS": str(max(1, cores // nproc)), **os.environ}
+        environment |= {STATUS: str(status), TOKEN: secrets.token_hex(16)}
         environment |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
         for rank in range(nproc):
             own, command = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, [sys.executable, *arguments]
@@ -76,7 +78,8 @@ class LocalRanks:
             self.processes.append(process)
 
     def running(self) -> bool:
-        """Whether a rank still runs. Notes which have ended, and links the logs once the run has a folder."""
+        """Whether a rank still runs. Notes which have ended, says what they have to say, and links the logs into the folder."""
+        print(self.said.read(), end="", file=sys.stderr, flush=True)
         for rank, process in enumerate(self.processes):
             if rank not in self.codes and (code := process.poll()) is not None:
                 self.codes[rank] = code
@@ -103,6 +106,7 @@ class LocalRanks:
         for link in self.logs.values():
             if link.is_symlink():
                 os.replace(shutil.copyfile(link, link.with_suffix(".copy")), link)
+        self.said.close()
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: send the signal to every rank."""
@@ -114,6 +118,8 @@ class LocalRanks:
         """Which rank failed, after which step and how, and the end of its log, with its traceback if it raised."""
         code, step, log = self.codes[rank], self.status / f"rank{rank}.step", self.logs.get(rank)
         lines = log.read_text(errors="replace").splitlines()[-40:] if log else []  # rank 0 has printed it
+        if code == PEER_FAILED and (failure := self.status / FAILURE).exists():  # of one that stands still
+            return failure.read_text()
         if code == 2 and lines and lines[-1].startswith("error: "):  # wrong input, which is said in one line
             return lines[-1]
         after = f" after step {step.read_text().strip()}" if step.exists() and step.stat().st_size else ""
@@ -121,12 +127,3 @@ class LocalRanks:
         how += ", as a system does when memory runs out" if code == -signal.SIGKILL else ""
         more = [f"log: {log}"] if log and log.parent != self.status else []
         return "\n".join([f"rank {rank} failed{after}: {how}", *lines, *more])
-
-
-@contextmanager
-def reserved_port() -> Iterator[int]:
-    """A free port of the loopback, kept from others: bound, so that only one who asks for it by number can listen there."""
-    with socket.socket() as bound:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(("127.0.0.1", 0))
-        yield bound.getsockname()[1]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
+import socket
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import zip_longest
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 import olmo_fn
+from olmo_fn.launch.meeting import listen, meet, patience
+from olmo_fn.launch.place import Place, place_from_env
 
 
 @dataclass(frozen=True)
@@ -26,48 +31,64 @@ class Process:
     size: int = 1  # processes of the job
     local_rank: int = 0  # among those of this machine
     store: Any = None  # the torch.distributed.Store that they share
+    peers: Mapping[Connection, int] = field(default_factory=dict)
+    """The connections that `olmo_fn.launch.monitor` listens to, and the rank at the other end of each."""
 
 
-def init_process_group_from_env(device_type: str = "cpu", timeout: timedelta = timedelta(minutes=30)) -> Process:
-    """Join the job that the environment describes (``RANK``, ``WORLD_SIZE``, …: torchrun sets it, and `launch`).
+def rendezvous(timeout: float = 1800.0) -> Process:
+    """Meet the other processes of the job that the environment describes; without one the job is this process alone.
 
-    Initialises ``torch.distributed`` with gloo for the CPU, and NCCL beside it for ``cuda``. Without that environment
-    the job is this process alone, and nothing is initialised. ValueError if only a part of the environment is set.
+    After ten seconds a line says who is waited for. ValueError for an environment that cannot be, OSError if another process
+    does not come for ``timeout`` seconds. One that comes and dies is found out by `monitor`, which is to be entered next.
     """
-    if "RANK" not in os.environ:
+    place = place_from_env()
+    if place is None or place.size == 1:
         return Process()
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ValueError(f"RANK is set, but {', '.join(missing)} is not; start with torchrun or --nproc, or unset RANK")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device_type == "cuda":
-        torch.cuda.set_device(local_rank)
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    shared, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    store = _new_prefix(shared, rank, size)
-    dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size, timeout=timeout)
-    return Process(rank, size, local_rank, store)
+    wait = patience(place, timeout)
+    store = _store(place, wait, timeout)
+    try:
+        prefix, peers = meet(place, store, wait)
+    except RuntimeError as error:  # of the store
+        raise ConnectionError(f"process 0 of {place.size} has ended: {str(error).splitlines()[0]}") from None
+    return Process(place.rank, place.size, place.local_rank, dist.PrefixStore(prefix, store), peers)
 
 
-def _new_prefix(store: Any, rank: int, size: int) -> Any:
-    """The part of ``store`` that belongs to this start of the job alone.
+def init_process_group(process: Process, device_type: str = "cpu", timeout: float = 1800.0) -> None:
+    """Initialise ``torch.distributed`` for these processes, with gloo for the CPU, and NCCL beside it for ``cuda``.
 
-    torchrun (torch 2.13) gives restarted ranks the store of the ranks before them, addresses of dead processes included; its
-    ``TORCHELASTIC_RESTART_COUNT`` may differ between machines. So every rank leaves a random token, rank 0 publishes all
-    that it sees, and a rank that finds its own token there knows that the list is of this start.
+    ``timeout``: seconds that a collective may take.
     """
-    token = secrets.token_hex(8)
-    store.set(f"token{rank}", token)
+    if (place := place_from_env()) and place.one_machine:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    if device_type == "cuda":
+        torch.cuda.set_device(process.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    store, longest = dist.PrefixStore("groups", process.store), timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.size, timeout=longest)
+
+
+def _store(place: Place, wait: Callable[[str], None], timeout: float) -> Any:
+    """The store of a job: files in the folder of `launch`, which nobody else can read; torchrun's; or one that rank 0 hosts,
+    which only this machine can reach if all processes are on it.
+    """
+    if place.status:
+        return dist.FileStore(str(place.status / "store"), place.size)
+    options: Any = {"timeout": timedelta(seconds=timeout), "wait_for_workers": False}
+    host, port = place.host if place.agent or not place.one_machine else "127.0.0.1", place.port
+    if place.rank == 0 and not place.agent:
+        try:
+            server = listen(place, port)
+        except OSError as error:
+            raise ValueError(f"MASTER_PORT={port} cannot be had here ({error.strerror}); take another, or unset RANK") from None
+        return dist.TCPStore(host, port, place.size, is_master=True, master_listen_fd=server.detach(), **options)
     while True:
-        if rank == 0:
-            store.set("tokens", b" ".join(store.get(f"token{other}") for other in range(size)))
-        tokens = store.get("tokens").decode().split()
-        if token in tokens:
-            prefix = dist.PrefixStore(tokens[0], store)
-            prefix.set(f"joined{rank}", "")
-            if prefix.check([f"joined{other}" for other in range(size)]):
-                return prefix
-        time.sleep(0.02)
+        try:  # as often as it takes, for torch's own waiting cannot be interrupted
+            socket.create_connection((host, port), 2.0).close()
+        except OSError:
+            wait(f"process 0 of {place.size} (RANK={place.rank})")
+            time.sleep(0.05)
+        else:
+            return dist.TCPStore(host, port, place.size, is_master=False, **options)
 
 
 def agree(value: str, name: str, process: Process) -> None:

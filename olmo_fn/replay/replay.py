@@ -18,9 +18,7 @@ import torch
 from olmo_fn import tree
 from olmo_fn.checkpoint import steps
 from olmo_fn.core.chain import Batch
-from olmo_fn.core.compile import prepare_cache
 from olmo_fn.core.step import State
-from olmo_fn.data.settings import cache_dir
 from olmo_fn.research.per_example import per_example_loop
 from olmo_fn.train.config import Config
 from olmo_fn.train.folder import read_config
@@ -81,8 +79,6 @@ def replay(run: Session | str | Path, step: int, say: Callable[[str], Any] = lam
         raise ValueError(f"{session.folder / 'metrics.jsonl'} has no step {step}; it has {has}")
     if session.cfg.run.threads:
         torch.set_num_threads(session.cfg.run.threads)
-    if session.cfg.recipe.compile:
-        prepare_cache(cache_dir(session.cfg.data) / "compiled")
     state, checkpoint, _ = state_before(session, step, say)
     start = int(state.step)
     differences: list[str] = []

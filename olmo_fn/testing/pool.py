@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -219,6 +220,7 @@ def _serve(pipe: Pipe, rank: int, size: int, port: int, folder: Path) -> None:
     stack = (folder / f"rank{rank}.stack").open("w")
     faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
     faulthandler.enable(stack)
+    warnings.filterwarnings("error", message="cannot compile")  # what is tested compiled must not go on eager
     cache = folder / "compiled"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)

@@ -150,6 +150,8 @@ class Run:
     """CPU threads; 0 leaves it to torch (all cores)."""
     device: str = "auto"
     """Device to train on: auto takes cuda when there is one."""
+    stall_timeout: Annotated[int, Range(1, 10**7)] = 1800
+    """Seconds that processes wait for one that does not come, or stands still, before the job ends; a line names it before."""
 
 
 @dataclass(frozen=True)

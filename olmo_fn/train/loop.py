@@ -13,10 +13,8 @@ from types import FrameType
 import torch
 
 from olmo_fn.checkpoint import Retention, Saver
-from olmo_fn.core.compile import prepare_cache
 from olmo_fn.core.step import State
 from olmo_fn.data.prefetch import prefetch
-from olmo_fn.data.settings import cache_dir
 from olmo_fn.data.source import HELDOUT
 from olmo_fn.mesh.mesh import describe
 from olmo_fn.train import machine
@@ -192,15 +190,11 @@ def evaluated(session: Session, state: State) -> Iterator[Event]:
 
 
 def prepare_folder(session: Session) -> list[str]:
-    """Write the config and the tokenizer into the run's folder, sweep the cache of compiled code; what there is to say."""
-    context, compiled = session.process, cache_dir(session.cfg.data) / "compiled"
-    broken = context.local_main_first(lambda: prepare_cache(compiled, sweep=context.process.local_rank == 0))
+    """Write the config and the tokenizer into the run's folder; what there is to say."""
+    context = session.process
     if context.is_main:
         write_config(session.cfg, session.folder)
         if session.source.tokenizer:
             session.source.tokenizer.save(session.folder / "tokenizer.json")
     context.barrier()
-    notes = [f"dropped {len(broken)} files that a killed compilation left broken"] if broken else []
-    if context.connection:
-        notes.append(f"{context.process.size} processes: {describe(context.connection.mesh)}")
-    return notes
+    return [f"{context.process.size} processes: {describe(context.connection.mesh)}"] if context.connection else []

@@ -69,8 +69,8 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def total_memory(device: torch.device) -> float:
-    """Bytes that one process may use: those of its accelerator, or its part of the machine's, or of its container's.
+def total_memory(device: torch.device, processes: int = 1) -> float:
+    """Bytes that one of ``processes`` on this machine may use: its accelerator's, or its part of the machine's or container's.
 
     >>> total_memory(torch.device("cpu")) > 1e8
     True
@@ -81,7 +81,7 @@ def total_memory(device: torch.device) -> float:
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroups 2 and 1
         with suppress(OSError, ValueError):  # not there, or "max"
             limits.append(int(Path(path).read_text()))
-    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(limits) / processes
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from olmo_fn import tree
 from olmo_fn.core.compile import compile
 from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.core.step import Step
+from olmo_fn.data.settings import cache_dir
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.models import transformer
@@ -57,7 +58,7 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connecti
         *given(cfg.lora.rank, lambda _: train_only("lora.*", parameters=specs)),
         *given(connection, lambda mesh: shard(mesh, specs, rules(cfg), pipeline(cfg), rows="own")),
         donate(),
-        *given(r.compile, lambda _: compile()),
+        *given(r.compile, lambda _: compile(cache_dir(cfg.data) / "compiled")),
     )
 
 

@@ -412,7 +412,7 @@ def flags_of(name):
         "pipeline": Show,
         "evaluate": Evaluate,
     }
-    classes |= {"plan": Plan, "plot": PlotSchedule, "replay": Arguments, "train": Config}
+    classes |= {"evaluate": Evaluate, "plan": Plan, "plot": PlotSchedule, "replay": Arguments, "train": Config}
     options = {"default": TINY} if name == "train" else {}
     parser = tyro.extras.get_parser(classes[name], **options)
     return [flag for action in parser._actions for flag in action.option_strings if flag not in ("-h", "--help")]

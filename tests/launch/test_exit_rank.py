@@ -5,8 +5,7 @@ import subprocess
 import sys
 
 import pytest
-
-from olmo_fn.launch.local import reserved_port
+from three_ranks import reserved_port
 
 HEAD = "import atexit, sys, threading, time\nfrom olmo_fn.launch.exit_rank import exit_rank\n"
 

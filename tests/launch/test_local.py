@@ -133,11 +133,12 @@ def test_the_whole_with_collectives(tmp_path: Path) -> None:
         tmp_path,
         """
         import torch, torch.distributed as dist
-        from olmo_fn.launch.process import agree, code_hash, init_process_group_from_env
+        from olmo_fn.launch.process import agree, code_hash, init_process_group, rendezvous
         from olmo_fn.launch.monitor import monitor
-        process = init_process_group_from_env()
-        agree(code_hash(), "code", process)
+        process = rendezvous()
         with monitor(process) as step_done:
+            agree(code_hash(), "code", process)
+            init_process_group(process)
             for step in range(1, 1000):
                 x = torch.ones(3)
                 dist.all_reduce(x)
@@ -155,11 +156,11 @@ def test_the_ranks_of_a_killed_launch_stop_in_order(tmp_path: Path) -> None:
     process = start(
         tmp_path,
         """
-        from olmo_fn.launch.process import init_process_group_from_env
+        from olmo_fn.launch.process import rendezvous
         from olmo_fn.launch.monitor import monitor
         caught = []
         signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
-        with monitor(init_process_group_from_env()) as step_done:
+        with monitor(rendezvous()) as step_done:
             Path(sys.argv[0]).with_name(f"ready{rank}").touch()
             while not caught:
                 time.sleep(0.01)
@@ -179,15 +180,16 @@ def test_the_ranks_of_a_killed_launch_stop_in_order(tmp_path: Path) -> None:
 PROGRAM = """
 import torch, torch.distributed as dist
 from olmo_fn.launch.exit_rank import exit_rank
-from olmo_fn.launch.process import init_process_group_from_env
+from olmo_fn.launch.process import init_process_group, rendezvous
 from olmo_fn.launch.monitor import monitor
-process = init_process_group_from_env()
+process = rendezvous()
 saved = Path(sys.argv[1])
 first = int(saved.read_text()) if saved.exists() else 0
 torchruns = next(dist.rendezvous("env://"))[0]  # a second connection to the store of torchrun's agent
 assert torchruns.check(["of the first start"]) == (first > 0), "torchrun gives restarted ranks the store of the dead"
 assert not process.store.check(["of the first start"]), "the job's part of it is new"
 with exit_rank(), monitor(process) as step_done:
+    init_process_group(process)
     for step in range(first + 1, 11):
         if rank == 1 and step == 5 and first == 0:
             torchruns.set("of the first start", "")

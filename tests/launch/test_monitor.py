@@ -16,7 +16,7 @@ from three_ranks import SIZE, run_ranks
 
 from olmo_fn.launch.local import PEER_FAILED
 from olmo_fn.launch.monitor import monitor
-from olmo_fn.launch.process import Process
+from olmo_fn.launch.process import Process, init_process_group
 from olmo_fn.mesh.collectives import psum
 from olmo_fn.mesh.connect import connect
 from olmo_fn.mesh.mesh import Mesh
@@ -24,8 +24,9 @@ from olmo_fn.mesh.mesh import Mesh
 
 def training(process: Process, rank: int, how: str) -> None:
     """Steps with a collective each; ``rank`` fails in the fifth."""
-    axis = connect(Mesh(dp_shard=SIZE)).axes.world
     with monitor(process) as step_done:
+        init_process_group(process)
+        axis = connect(Mesh(dp_shard=SIZE)).axes.world
         for step in range(1, 1000):
             if step == 5 and process.rank == rank:
                 Path("failed").touch()
@@ -97,8 +98,9 @@ def test_an_orderly_end_waits_for_all(tmp_path: Path) -> None:
 
 def stopped(process: Process) -> None:
     """Rank 1 stops itself after step 3, the others wait for it in step 4; a helper lets it go on."""
-    axis = connect(Mesh(dp_shard=SIZE)).axes.world
     with monitor(process, stall_seconds=2.0) as step_done:
+        init_process_group(process)
+        axis = connect(Mesh(dp_shard=SIZE)).axes.world
         for step in range(1, 6):
             if process.rank == 1 and step == 4:
                 subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 import torch.distributed as dist
 from three_ranks import SIZE, run_ranks
 
-from olmo_fn.launch.process import Process, _new_prefix, agree, code_hash, init_process_group_from_env
+from olmo_fn.launch.meeting import meet
+from olmo_fn.launch.place import Place
+from olmo_fn.launch.process import Process, agree, code_hash, rendezvous
 
 
 def differ(process: Process) -> None:
@@ -38,22 +41,22 @@ def test_a_rank_with_another_config_is_refused_by_all(tmp_path: Path) -> None:
     assert said == ["rank 1 has another data than rank 0: '1' instead of '0' (2 of 3 ranks differ)\n"] * SIZE
 
 
-def test_a_store_of_an_earlier_start_is_not_believed() -> None:
-    """After a restart, rank 0's message to the dead still stands there, and so do their tokens."""
+def test_a_store_of_an_earlier_start_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart, rank 0's address still stands in torchrun's store; another process may even listen there by now."""
+    monkeypatch.delenv("OLMO_FN_TOKEN", raising=False)
     host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    tokens = []
-    for _ in range(3):
-        clients = [dist.TCPStore("127.0.0.1", host.port, is_master=False) for _ in range(SIZE)]
-        with ThreadPoolExecutor(SIZE) as threads:
-            jobs = [threads.submit(_new_prefix, clients[rank], rank, SIZE) for rank in reversed(range(SIZE))]
-            stores = [job.result(20) for job in jobs]
-        for rank, store in enumerate(stores):
-            assert not store.check(["address"]), "of an earlier start"
-            store.set(f"mine{rank}", "")
-        assert all(store.check([f"mine{rank}" for rank in range(SIZE)]) for store in stores), "one place for all"
-        stores[0].set("address", "of the dead")
-        tokens.append(clients[0].get("tokens"))
-    assert len(set(tokens)) == 3
+    names = []
+    with socket.create_server(("127.0.0.1", 0)) as stranger, ThreadPoolExecutor(SIZE) as threads:
+        for dead in ("", "1 of-the-dead", f"{stranger.getsockname()[1]} of-the-dead"):
+            host.set("monitor", dead or "1 ")
+            stores = [dist.TCPStore("127.0.0.1", host.port, is_master=False) for _ in range(SIZE)]
+            places = [Place(rank, SIZE, rank, SIZE, "127.0.0.1", host.port) for rank in range(SIZE)]
+            jobs = [threads.submit(meet, places[r], stores[r], lambda missing: None) for r in reversed(range(SIZE))]
+            found = [job.result(20) for job in jobs]
+            assert [sorted(peers.values()) for _, peers in found] == [[0]] * (SIZE - 1) + [list(range(1, SIZE))]
+            names.append({name for name, _ in found})
+    assert len(set.union(*names)) == 3
+    assert [len(each) for each in names] == [1, 1, 1]
 
 
 def test_the_code_is_its_files_and_torch() -> None:
@@ -68,5 +71,5 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match="RANK is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"):
-        init_process_group_from_env()
+        rendezvous()
     assert not dist.is_initialized()

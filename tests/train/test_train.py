@@ -17,9 +17,11 @@ from programs import ROOT, context, python
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, newest_whole, steps
-from olmo_fn.core.compile import has_compiler, prepare_cache
+from olmo_fn.core.compile import compile, has_compiler, prepare_cache
+from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.data.settings import Data
 from olmo_fn.models.config import dense
+from olmo_fn.optim import adamw
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.observers import read_metrics
 from olmo_fn.train.optimizers import AdamW
@@ -110,24 +112,40 @@ def test_killed_ten_times_is_bitwise_the_same(tmp_path, tokens):
     assert [line["step"] for line in read_metrics(tmp_path / "killed" / "metrics.jsonl")] == list(range(1, 61))
 
 
-def test_killed_while_compiling(tmp_path, tokens):
-    """Half-written libraries in the compile cache do not break the next start."""
-    cfg = run_of(tmp_path / "killed", tokens)
-    cfg = replace(cfg, recipe=replace(cfg.recipe, compile=True), run=replace(cfg.run, steps=6))
-    cache = Path(cfg.data.cache_dir) / "compiled"
-    process = start(cfg)
-    end = time.monotonic() + 120
+def steps_of_one_kernel(cache, out):
+    """Three compiled steps of a model of one parameter: its update is all that is compiled."""
+
+    def loss(params, batch):
+        return ((params["w"] - 0.3) ** 2).sum() * batch["x"].sum(), {}
+
+    step = pipe(loss, grad("func"), adamw(1e-2), compile(cache))
+    state = step.init({"w": torch.linspace(0.0, 1.0, 40)})
+    for _ in range(3):
+        state, _ = step(state, {"x": torch.ones(4, 1), "labels": torch.zeros(4, 1, dtype=torch.int64)})
+    out.write_text(str(state.params["w"].tolist()))
+
+
+def test_killed_while_compiling(tmp_path):
+    """A half-written library in the compile cache does not break the next start, and is made anew."""
+    cache, out, whole = tmp_path / "compiled", tmp_path / "out", tmp_path / "whole"
+    process = context.Process(target=steps_of_one_kernel, args=(cache, out))
+    process.start()
+    end = time.monotonic() + 200
     while not list(cache.rglob("*.cpp")) and process.is_alive() and time.monotonic() < end:
         time.sleep(0.01)
-    time.sleep(random.Random(1).random() * 0.5)
     process.kill()
     process.join(60)
-    for library in list(cache.rglob("*.so"))[:1]:
-        library.write_bytes(b"")  # what a kill at the worst moment leaves
-    finish(cfg)
-    whole = replace(cfg, run=replace(cfg.run, folder=str(tmp_path / "whole")))
-    finish(whole)
-    assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
+    assert not out.exists(), "it was killed in time"
+    sources = list(cache.rglob("*.cpp"))
+    assert sources
+    for source in sources:
+        source.with_suffix(".so").write_bytes(b"\x7fELF half of it")
+    for path in (out, whole):
+        process = context.Process(target=steps_of_one_kernel, args=(cache if path is out else tmp_path / "other", path))
+        process.start()
+        process.join(120)
+        assert process.exitcode == 0
+    assert out.read_text() == whole.read_text()
 
 
 @pytest.mark.skipif(not has_compiler(), reason="without a compiler there is no library to leave broken")
@@ -140,7 +158,7 @@ def test_prepare_cache_drops_only_what_is_broken(tmp_path):
     (tmp_path / "a.lock").write_bytes(b"")
     broken = prepare_cache(tmp_path)
     assert sorted(p.name for p in broken) == ["cut.so", "empty.so"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.lock", "good.so"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "a.lock", "good.so"]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, tokens, caplog):
