@@ -191,7 +191,7 @@ def draw_range_test(args: PlotRangeTest) -> str:
     """The command ``plot range-test``: what it found, and the picture's path."""
     from olmo_fn.train.observers.jsonl import read_metrics
 
-    found = range_test(read_metrics(args.run / "metrics.jsonl"), args.smooth)
+    found = range_test(read_metrics(args.run / "metrics.jsonl", "loss", "lr"), args.smooth)
     output = args.output or args.run / "range-test.png"
     plot_range_test(found, output)
     return f"the loss falls fastest at {found.steepest:.2e} and is lowest at {found.lowest:.2e}: {output}"

@@ -16,7 +16,7 @@ import tyro
 
 from olmo_fn.train.choices import choose, describe, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
-from olmo_fn.train.folder import read_config
+from olmo_fn.train.folder import expanded, read_config
 
 
 def main(words: Sequence[str], presets: Mapping[str, Config], prog: str, again: Sequence[str]) -> int:
@@ -47,7 +47,8 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
     config, flags = choose(replace(config, use=tuple(dict.fromkeys((*config.use, *files)))), flags, choices)
     config = tyro.cli(Config, args=flags, default=config, prog=f"{prog} {first}", description=describe(config, choices))
     name = first if first in presets else Path(first).stem
-    return config if config.run.folder else replace(config, run=replace(config.run, folder=f"runs/{name}"))
+    config = config if config.run.folder else replace(config, run=replace(config.run, folder=f"runs/{name}"))
+    return expanded(config)
 
 
 def take(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:

@@ -224,6 +224,6 @@ def add_metrics(a: Metrics, b: Metrics, declared: Mapping[str, Metric]) -> Metri
 
 
 def per_token(metrics: Metrics, tokens: Tensor, declared: Mapping[str, Metric]) -> Metrics:
-    """Sums over tokens become means over all tokens that count, but for metrics declared as something else."""
+    """Sums over tokens become means over all tokens that count (0 if none does), but for metrics declared as something else."""
     means = {name for name in metrics if name not in declared or declared[name].how == "mean"}
-    return {name: (value / tokens if name in means else value).detach() for name, value in metrics.items()}
+    return {name: (value / tokens.clamp(min=1) if name in means else value).detach() for name, value in metrics.items()}

@@ -38,6 +38,8 @@ class Source:
     None without a tokenizer."""
     heldout_compressed: Mapping[str, int] = field(default_factory=dict)
     """Bytes of that text after gzip and xz, for the default corpus."""
+    files: tuple[tuple[str, str], ...] = ()
+    """Path and type of every file that all this comes from: tokens, held-out tokens, label masks, tokenizer."""
 
 
 def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True) -> Source:
@@ -80,7 +82,8 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
     _check_size(train, files)
     heldout = _all(heldout_files) if heldout_files else _last(instances, count, smallest_dtype(vocab_size))
     num_bytes = tokenizer.count_bytes(heldout) if tokenizer else None
-    return Source(train, heldout, tokenizer, eos_id, num_bytes, compressed)
+    read = [*((f.path, f.dtype) for f in (*files, *heldout_files, *masks)), *([(data.tokenizer, "json")] if tokenizer else [])]
+    return Source(train, heldout, tokenizer, eos_id, num_bytes, compressed, tuple(read))
 
 
 def _check(data: Data) -> None:

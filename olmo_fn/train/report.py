@@ -9,8 +9,9 @@ from olmo_fn import tree
 from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
 from olmo_fn.train.config import Config
-from olmo_fn.train.loop import OBSERVER, Result
+from olmo_fn.train.loop import FAILURE, OBSERVER, Result
 from olmo_fn.train.observers import read_metrics
+from olmo_fn.train.observers.console import mute
 from olmo_fn.train.recipe import is_trained, parameters, recipe
 from olmo_fn.train.schedule import sizes
 from olmo_fn.train.serialize import to_yaml
@@ -91,7 +92,7 @@ def next_commands(result: Result) -> str:
 
 def plot_loss(folder: Path) -> Path | None:
     """Draw ``loss.png`` from ``metrics.jsonl``; None without matplotlib (extra ``plot``) or without steps."""
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder / "metrics.jsonl", "tokens", "loss", "grad_norm", "lr", "skipped")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -124,6 +125,8 @@ def plot_loss(folder: Path) -> Path | None:
 
 def stopped(result: Result) -> str:
     """What to say when a signal or an observer ended a run."""
+    if result.stopped_by == FAILURE:  # its line says it all
+        return ""
     run, by = result.session.cfg.run, ":" if result.stopped_by == OBSERVER else " by"
     return (
         f"stopped{by} {result.reason} after step {result.step} of {run.steps}; the state is saved. To go on:\n"
@@ -132,6 +135,9 @@ def stopped(result: Result) -> str:
 
 
 def say(text: str) -> None:
-    """Print a paragraph unless it is empty."""
-    if text:
-        print(text, flush=True)
+    """Print a paragraph unless it is empty, or nobody reads it any more."""
+    try:
+        if text:
+            print(text, flush=True)
+    except OSError:
+        mute()

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -26,7 +27,7 @@ from olmo_fn.spec import abstract
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout, evaluate
-from olmo_fn.train.folder import read_config
+from olmo_fn.train.folder import expanded, origin, read_config
 from olmo_fn.train.process import ProcessContext
 from olmo_fn.train.recipe import first_parameters, parameters, recipe
 from olmo_fn.train.schedule import sizes
@@ -43,7 +44,8 @@ def open_run(run: Session | Config | str | Path, process: ProcessContext | None 
     """
     if isinstance(run, Session):
         return run
-    cfg, folder = (run, Path(run.run.folder)) if isinstance(run, Config) else (read_config(Path(run)), Path(run))
+    cfg = expanded(run) if isinstance(run, Config) else read_config(Path(run))
+    folder = Path(cfg.run.folder if isinstance(run, Config) else run).expanduser()
     process = process or ProcessContext(machine.pick_device(cfg.run.device))
     dtype = machine.compute_dtype(cfg.recipe.dtype, process.device)
     return Session(cfg, folder, process, dtype, parameters(cfg))
@@ -116,9 +118,14 @@ class Session:
         found = self.newest(self.folder)
         if found is None and run.start_from:
             params_only = run.start_with == "params" or self.cfg.lora.rank > 0
-            found = self._params_of(Path(run.start_from)) if params_only else self.newest(Path(run.start_from))
+            found = self._params_of(origin(self.cfg)) if params_only else self.newest(origin(self.cfg))
             if found is None:
                 raise ValueError(f"--run.start-from {run.start_from!r}: there is no whole checkpoint")
+            if (done := int(found.state.step)) >= run.steps:
+                raise ValueError(
+                    f"--run.start-from {run.start_from}: {done} steps are done there, so that of --run.steps {run.steps} "
+                    "none is left; give more, or --run.start-with params to begin anew"
+                )
         return found or Loaded(self.first_state())
 
     def newest(self, where: Path, **options: Any) -> Loaded | None:
@@ -172,18 +179,25 @@ class Session:
         found = self._find(where, read, **options)
         return found and (self._model(found[1], leaves, weights, where), found[0])
 
-    def evaluate(self, state: State, weights: Weights = "params") -> Heldout | None:
-        """The model's loss on the held-out tokens, at most ``run.eval_tokens`` of them; None when nothing is held out."""
+    def evaluate(
+        self, state: State, weights: Weights = "params", given_up: Callable[[], bool] = lambda: False
+    ) -> Heldout | None:
+        """The model's loss on the held-out tokens, at most ``run.eval_tokens`` of them.
+
+        None when none of them is predicted, and when it is ``given_up``, which is asked before each batch.
+        """
         source, r = self.source, self.cfg.recipe
         tokens = source.heldout[: self.cfg.run.eval_tokens]
         if not len(tokens):
             return None
         stride, rows = max(1, r.sequence_length // 2), max(1, r.batch_size // r.accumulate)
         batches = heldout_batches(tokens, r.sequence_length, stride, rows, source.eos_id, self.cfg.data.mask_documents)
-        there = ({name: value.to(self.process.device) for name, value in batch.items()} for batch in batches)
+        going = takewhile(lambda _: not given_up(), batches)
+        there = ({name: value.to(self.process.device) for name, value in batch.items()} for batch in going)
         num_bytes = source.tokenizer.count_bytes(tokens) if source.tokenizer else None
         loss, params = transformer.loss(self.cfg.model), self.model_parameters(state, weights)
-        return evaluate(loss, params, there, num_bytes, dtype=self.dtype, execution=self.step.execution)
+        found = evaluate(loss, params, there, num_bytes, dtype=self.dtype, execution=self.step.execution)
+        return None if given_up() or not found.tokens else found
 
     def merged(self, params: Tree) -> Tree:
         """The parameters with adapters, if the run trains any, merged into the model's."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from olmo_fn.train.events import Evaluated, Event, Observer, Said, Started, Stepped, Stopped
@@ -59,14 +62,21 @@ def clock(seconds: float) -> str:
 
 
 def terminal() -> rich.console.Console:
-    """Standard output. When its reader goes away (``| head``), lines go nowhere, and the process goes on."""
+    """Standard output. That its reader goes away (``| head``) is an OSError like another: rich would end the process."""
     import rich.console
 
     class Terminal(rich.console.Console):
-        def on_broken_pipe(self) -> None:  # rich would end the process
-            self.quiet = True
+        def on_broken_pipe(self) -> None:
+            raise  # where this is called the error is handled
 
     return Terminal()
+
+
+def mute() -> None:
+    """Send standard output nowhere from here on: nobody reads it any more, or its disk is full."""
+    with suppress(OSError, AttributeError, ValueError):  # it is no file, or closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout.flush()
 
 
 class Console(Observer):
@@ -82,6 +92,12 @@ class Console(Observer):
         self.clock_start: float | None = None
 
     def __call__(self, event: Event) -> None:
+        try:
+            self._tell(event)
+        except OSError:  # progress that cannot be shown is none of the run's business
+            mute()
+
+    def _tell(self, event: Event) -> None:
         match event:
             case Started(step, steps):
                 self.first, self.steps = step, steps
@@ -98,7 +114,8 @@ class Console(Observer):
 
     def close(self) -> None:
         if self.live:
-            self.live.stop()
+            with suppress(OSError):
+                self.live.stop()
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
