@@ -165,7 +165,7 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
         keeper = Keeper(session, stack)
         state, checkpoint, new_slots = session.resume()
         start = n = int(state.step)
-        notes = [*keeper.notes, *prepare_compiling(session)]
+        notes = prepare_compiling(session)
         keeper.begin(n, checkpoint)
         stack.enter_context(stop.listening())
         batches = stack.enter_context(closing(prefetch(session.batch, start, run.steps)))
@@ -173,7 +173,7 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
         if checkpoint:
             lacks = f", which has no {', '.join(new_slots)}: begun anew" if new_slots else ""
             yield Said(f"going on from {checkpoint}{lacks}")
-        yield from map(Said, notes)
+        yield from map(Said, (*notes, *keeper.notes))
         rate = machine.gemm_rate(context.device, session.dtype) * context.process.size
         warm = stack.enter_context(machine.warm_up())
         meter = Meter(session.cfg.model, sizes(session.cfg), context.device, rate, Moment(context.device))

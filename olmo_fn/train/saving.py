@@ -12,7 +12,7 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import BrokenCheckpoint, Retention, SaveFailed, Saver, read_index, step_path, steps
 from olmo_fn.core.step import State
 from olmo_fn.data.identity import identity
-from olmo_fn.files import sync, write_whole
+from olmo_fn.files import make_folder, sync, write_whole
 from olmo_fn.train.events import Event, Said, Saved
 from olmo_fn.train.folder import check_same, claimed, held, numbers, write_config, write_origin
 from olmo_fn.train.schedule import sizes
@@ -52,6 +52,7 @@ class Keeper:
             return
         if self.session.process.is_main:
             if not (folder / ".lock").exists():  # somebody deleted the folder
+                make_folder(folder)
                 self.stack.enter_context(held(folder))
                 self._write()
             with suppress(OSError):  # not there, or the disk fails: it is no reason not to save
