@@ -150,11 +150,11 @@ def steps_changed(cfg: Config, old: int, done: int) -> str:
 
     if cfg.run.steps < done:
         return f", and {done} are done"
-    at = torch.arange(1, done + 1)
-    before, after = (schedule(replace(cfg, run=replace(cfg.run, steps=steps)))(at) for steps in (old, cfg.run.steps))
+    at = torch.arange(1, done + 1)  # fp32, as an update sees it
+    before, after = (schedule(replace(cfg, run=replace(cfg.run, steps=steps)))(at).float() for steps in (old, cfg.run.steps))
     if len(changed := (before != after).nonzero()):
         first = int(changed[0])
-        rates = f"{float(before[first])}, would have been {float(after[first])}"
+        rates = f"{float(before[first]):.6g}, would have been {float(after[first]):.6g}"
         return f": the rate of step {first + 1} was {rates}, as {cfg.schedule.name} depends on the steps in all"
     last, every = cfg.recipe.merge_last, cfg.recipe.merge_every
     end = (min(old, cfg.run.steps) // every + 1) * every  # the first at which only one of the two merges

@@ -36,7 +36,7 @@ OBSERVER, FAILURE, SIGNAL = 1, 2, 128
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """The signals that end a run in order: of a terminal, or a cluster before its limit."""
 NOT_FINITE = 30
-"""Steps in a row without a finite loss that end a run."""
+"""Steps in a row without a finite loss that end a run; two at its end make it a failure."""
 LOST = "the checkpoints from before are kept; lower --optim.lr, and begin from one with --run.start-from"
 
 
@@ -146,7 +146,7 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
             values, code = arrived.arrive()
             stopped = max(stopped, code)
             lost = streak(lost, values["loss"])
-            if lost == NOT_FINITE:
+            if lost == NOT_FINITE or (lost > 1 and arrived.step == run.steps):
                 stop.ask(Failure(f"the loss is not finite since step {arrived.step - lost + 1}; {LOST}"))
             yield Stepped(arrived.step, meter.metrics(arrived.step, values, arrived.done))
             if values["loss"] == 0 and not isfinite(values["grad_norm"]):

@@ -337,7 +337,7 @@ GROWS = {
         WSD(warmup=2, decay=2),
         8,
         16,
-        r"the rate of step 7 was 0\.0055, would have been 0\.01, as wsd depends",
+        r"the rate of step 7 was 0\.0055, would have been 0\.01, as wsd depends on",
     ),
     "cosine": (
         Cosine(warmup=2),
@@ -430,7 +430,8 @@ def test_metrics_that_cannot_be_read_do_not_keep_a_run_from_going_on(cfg, spoil,
 
 
 def test_reports_29_numbers_that_are_not_finite_are_json(cfg):
-    go(replace(cfg, optim=AdamW(lr=1e30)))
+    result, _ = go(with_run(replace(cfg, optim=AdamW(lr=1e30)), keep_last=1))
+    assert (result.exit_code, result.heldout) == (1, None), "it ends without a loss, which is no success"
     text = Path(cfg.run.folder, "metrics.jsonl").read_text()
     lines = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in text.splitlines()]
     assert lines[-1]["loss"] == "NaN"
