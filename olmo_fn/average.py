@@ -7,9 +7,12 @@ or the model with LoRA's adapters merged into it, or the adapters alone.
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,6 +22,8 @@ from olmo_fn.tree import Tree
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from olmo_fn.train.session import Session
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,10 @@ def average(checkpoints: Sequence[Path], shares: Sequence[float] = (), weights: 
     from olmo_fn.train.session import weight_places
 
     shares = tuple(shares) or (1.0,) * len(checkpoints)
-    if len(shares) != len(checkpoints) or sum(shares) == 0:
+    if len(shares) != len(checkpoints) or not isfinite(sum(shares)) or sum(shares) == 0:
         raise ValueError(
-            f"{len(shares)} shares for {len(checkpoints)} checkpoints; give one for each, with a sum that is not 0"
+            f"{len(shares)} shares for {len(checkpoints)} checkpoints, {sum(shares):g} in sum; "
+            "give one for each, with a finite sum that is not 0"
         )
     stored = [{name: (t.dtype, t.shape) for name, t in read_index(path).tensors.items()} for path in checkpoints]
     paths = [name.removeprefix("params.") for name in stored[0] if name.startswith("params.")]
@@ -99,8 +105,8 @@ def chosen(what: Sequence[Path], last: int) -> list[Path]:
     return found
 
 
-def soup(args: Soup) -> Path:
-    """Make the folder of the result, and return the path of its checkpoint."""
+def soup(args: Soup) -> str:
+    """Make the folder of the result, whole or not at all; what it is, and what to type next."""
     import torch
 
     from olmo_fn.checkpoint import read_index, save
@@ -108,13 +114,16 @@ def soup(args: Soup) -> Path:
     from olmo_fn.train.process import ProcessContext
     from olmo_fn.train.session import find_run, open_run
 
-    if args.output.exists():
-        raise ValueError(f"{args.output} is there already; choose another folder with -o")
+    output = args.output
+    if output.exists():
+        raise ValueError(f"{output} is there already; choose another folder with -o")
     if not args.what:
         raise ValueError("name the runs or checkpoints to average")
     paths = chosen(args.what, args.last)
-    session = open_run(find_run(paths[0])[0], ProcessContext(torch.device("cpu")))
-    cfg, tokenizer = session.cfg, session.folder / "tokenizer.json"
+    step = max(read_index(path).step for path in paths)
+    folders = dict.fromkeys(find_run(path)[0] for path in paths)
+    session, *others = (open_run(folder, ProcessContext(torch.device("cpu"))) for folder in folders)
+    cfg, tokenizer = session.cfg, same_kind([session, *others])
     params = average(paths, args.shares, args.weights)
     if args.lora != "keep" and "lora" not in params:
         raise ValueError(f"{paths[0]} has no adapters; leave out --lora {args.lora}")
@@ -122,8 +131,41 @@ def soup(args: Soup) -> Path:
         params, cfg = session.merged(params), replace(cfg, lora=replace(cfg.lora, rank=0))
     elif args.lora == "alone":
         params = {"lora": params["lora"]}
-    write_config(replace(cfg, run=replace(cfg.run, folder=str(args.output))), args.output)
-    if tokenizer.is_file():
-        shutil.copy(tokenizer, args.output)
-    step = max(read_index(path).step for path in paths)
-    return save({"params": params}, args.output / "checkpoints", step=step, meta={"averaged": [str(path) for path in paths]})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".average-", dir=output.parent) as beside:
+        draft = Path(beside) / "run"
+        write_config(replace(cfg, run=replace(cfg.run, folder=str(output))), draft)
+        if tokenizer:
+            shutil.copy(tokenizer, draft)
+        saved = save({"params": params}, draft / "checkpoints", step=step, meta={"averaged": [str(path) for path in paths]})
+        draft.rename(output)
+    name, other = shlex.quote(str(output)), shlex.quote(f"{output}-2")
+    text = f"{output / saved.relative_to(draft)}\n"
+    if tokenizer and args.lora != "alone":
+        text += f"sample:        olmo-fn generate {name} 'def '\n"
+    if args.lora != "alone":
+        text += f"train on:      olmo-fn train {name} --run.start-from {name} --run.start-with params --run.folder {other}\n"
+    return text.strip()
+
+
+def same_kind(runs: Sequence[Session]) -> Path | None:
+    """The tokenizer.json of runs whose weights may be averaged, None if none has one.
+
+    ValueError if their configs describe different models, or their tokenizers give an id different texts.
+    """
+    from olmo_fn.train.folder import differences, numbers
+
+    first, *others = runs
+    for run in others:
+        for flag, one, other in differences(numbers(first.cfg), numbers(run.cfg)):
+            if flag.startswith("--model.") or flag == "--lora.alpha":
+                raise ValueError(
+                    f"{run.folder} is of another model than {first.folder}: {flag} is {other}, not {one}, so there is no mean"
+                )
+    known = [run for run in runs if (run.folder / "tokenizer.json").is_file()]
+    for run in known[1:]:
+        if known[0].tokenizer.backend.get_vocab() != run.tokenizer.backend.get_vocab():
+            raise ValueError(
+                f"{run.folder} has another tokenizer.json than {known[0].folder}: an id means another text, so there is no mean"
+            )
+    return known[0].folder / "tokenizer.json" if known else None

@@ -128,7 +128,7 @@ def plot_schedules(found: Mapping[str, tuple[Schedule, int]], output: Path, log:
     figure, axes = canvas()
     for style, (name, (schedule, steps)) in zip(cycle(("-", "--", "-.", ":")), found.items(), strict=False):
         at = torch.linspace(1, steps, min(steps, 4000), dtype=torch.float64).round().long().unique()
-        axes.plot(at, schedule(at), label=name, linewidth=1.8, linestyle=style)
+        axes.plot(at, [float(schedule(step)) for step in at], label=name, linewidth=1.8, linestyle=style)
     axes.set_xlim(0, max(steps for _, steps in found.values()))
     axes.set_yscale("log" if log else "linear")
     if not log:

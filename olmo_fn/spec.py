@@ -42,6 +42,17 @@ class Box(NamedTuple):
         """The index that takes this part out of the tensor."""
         return tuple(slice(start, start + length) for start, length in zip(*self, strict=True))
 
+    def entries(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """The number of each of its entries in a tensor of ``shape``, row after row.
+
+        >>> Box((1, 0), (1, 3)).entries((2, 3))
+        tensor([[3, 4, 5]])
+        """
+        found = torch.zeros((), dtype=torch.int64, device=device)
+        for start, length, size in zip(*self, shape, strict=True):
+            found = found[..., None] * size + torch.arange(start, start + length, device=device)
+        return found
+
 
 class Init(NamedTuple):
     """How to fill a parameter: ``trunc_normal`` is cut at ±3 std (and not rescaled, as in OLMo-core)."""
@@ -91,6 +102,8 @@ def init(specs: Tree, seed: int, dtype: torch.dtype = torch.float32, device: tor
     >>> torch.equal(init(specs, 0)["w"], init(specs, 0)["w"])
     True
     """
+    if not isinstance(specs, dict) or not all(isinstance(spec, Spec) for _, spec in tree.items(specs)):
+        raise ValueError("init makes parameters of a tree of Spec, such as init(transformer.specs(model), seed=0)")
     return tree.map_with_path(lambda path, spec: init_leaf(spec, seed, path).to(device=device, dtype=dtype), specs)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar
 
 Tree: TypeAlias = dict[str, Any]
@@ -87,6 +88,15 @@ def at(tree: Mapping[str, Any], path: str) -> Any:
             raise KeyError(f"no {path!r} in the tree; at {key!r} there is {_describe(node)}")
         node = node[key]
     return node
+
+
+def ancestors(path: str) -> list[str]:
+    """The paths of the subtrees that a leaf is in, and its own.
+
+    >>> ancestors("a.b.c")
+    ['a', 'a.b', 'a.b.c']
+    """
+    return list(accumulate(path.split("."), "{}.{}".format))
 
 
 def replace(tree: Mapping[str, Any], path: str, value: Any) -> Tree:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from sharding import Layout
 from torch.distributed import TCPStore
@@ -38,6 +40,19 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def small_disk(where: Path, options: str) -> Iterator[Path]:
+    """A disk of its own, with the ``options`` of tmpfs; skips the test where mounting is not permitted."""
+    where.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", where], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", where], check=True)
 
 
 def save_forever(ranks: Ranks, layout: Layout, folder: str, say: Callable[[str], None]) -> None:
@@ -90,7 +105,7 @@ def run(
     caller's, or that of rank 0 if it is ``host``.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "olmo_fn.checkpoint"])
+    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "checkpoint_jobs"])
     store = None if host else TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = store.port if store else _free_port()
     pipes, processes = [], []

@@ -34,7 +34,7 @@ KNOWS: dict[str, set[str]] = {
     "parallel": CORE,
     "research": CORE,
     "testing": CORE | {"parallel"},
-    "data": CORE | {"progress"},
+    "data": CORE | {"progress", "fields"},
     "checkpoint": GROUND | {"mesh", "files"},
     "launch": set(),
     "train": RUN - {"train"},

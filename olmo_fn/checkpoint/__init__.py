@@ -6,9 +6,10 @@ on from.
 
 from olmo_fn.checkpoint.background import Retention, Saver, retire, to_delete
 from olmo_fn.checkpoint.commit import step_path, steps, sweep
-from olmo_fn.checkpoint.format import BrokenCheckpoint, Index
+from olmo_fn.checkpoint.format import Index
 from olmo_fn.checkpoint.ranks import RankLost, Ranks
 from olmo_fn.checkpoint.reading import load, load_newest, newest_whole
+from olmo_fn.checkpoint.schema import BrokenCheckpoint
 from olmo_fn.checkpoint.shards import local_box
 from olmo_fn.checkpoint.stored import read_index, verify
 from olmo_fn.checkpoint.writing import SaveFailed, save

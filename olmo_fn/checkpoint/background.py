@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from olmo_fn.checkpoint.commit import delete, locked, step_path, steps, sweep
+from olmo_fn.checkpoint.commit import delete, free_bytes, locked, step_path, steps, sweep, tolerated
 from olmo_fn.checkpoint.ranks import SINGLE_PROCESS, Ranks
+from olmo_fn.checkpoint.reading import newest_whole
 from olmo_fn.checkpoint.shards import Held, LocalState, Plan, assign, local_state
 from olmo_fn.checkpoint.stored import verify
 from olmo_fn.checkpoint.writing import FILE_BYTES, failures_named, save_planned
@@ -57,20 +58,32 @@ def to_delete(steps: Collection[int], retention: Retention, protected: Collectio
     return [step for step in ordered if step not in kept]
 
 
-def retire(folder: str | Path, retention: Retention, *, protected: int) -> list[int]:
+def retire(folder: str | Path, retention: Retention, *, protected: int, coming: Collection[int] = ()) -> list[int]:
     """Delete what ``retention`` does not keep in ``folder``, never ``protected``; the deleted steps.
 
     Only what looks intact (index, lengths, headers) counts and is deleted: a broken checkpoint neither takes the place of an
-    intact one among the last k, nor is it removed.
+    intact one among the last k, nor is it removed. Steps that are still ``coming`` count as well. What cannot be deleted is
+    a warning.
     """
+    deleted: list[int] = []
     if retention == KEEP_ALL:
-        return []
-    with locked(Path(folder)):
+        return deleted
+    with tolerated(f"cannot delete old checkpoints in {folder}"), locked(Path(folder)):
         intact = [step for step in steps(folder) if not verify(step_path(folder, step), deep=False)]
-        deleted = to_delete(intact, retention, protected=[protected])
-        for step in deleted:
-            delete(step_path(folder, step))
+        for step in to_delete({*intact, *coming}, retention, [protected, *coming]):
+            with tolerated(f"cannot delete {step_path(folder, step)}"):
+                delete(step_path(folder, step))
+                deleted.append(step)
     return deleted
+
+
+def make_room(folder: Path, retention: Retention, nbytes: int, step: int) -> None:
+    """Where ``nbytes`` are not free, delete what `retire` would after ``step`` already now, but never the newest whole one."""
+    if retention == KEEP_ALL or free_bytes(folder) >= nbytes:
+        return
+    with tolerated(f"cannot delete old checkpoints in {folder}"):
+        if newest := newest_whole(folder):
+            retire(folder, retention, protected=int(newest.name.removeprefix("step")), coming=[step])
 
 
 class Saver:
@@ -78,9 +91,9 @@ class Saver:
 
     `submit` returns when the state is copied, so that training may change or donate its memory. Only what this rank writes is
     copied, into the same buffers each time, pinned for a GPU's tensors. With ``ranks``, all of them submit the same steps (see
-    `save`); who writes what is agreed on at the first `submit`, and again when the names or shapes change. An error of the
-    background is logged when it happens and raised by the next `submit` or `wait`. Used as a context, a saver waits at the
-    end. What a killed run left half written is removed at the start.
+    `save`); who writes what is agreed on at the first `submit`, and again when the names or shapes change. A checkpoint that
+    fails is logged by the next `settle` or `submit`, and the one after it is waited for: two in a row are an error. Used as a
+    context, a saver waits at the end. What a killed run left half written is removed at the start.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, Saver(folder, retention=Retention(keep_last=1)) as save:
@@ -101,13 +114,15 @@ class Saver:
         self._buffers: dict[str, torch.Tensor] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[Path] | None = None
+        self._failure: Exception | None = None
         if ranks.rank == 0:
             sweep(self.folder)
 
     def submit(self, tree: Mapping[str, Any], *, step: int, meta: Mapping[str, Any] | None = None) -> None:
-        """Save ``tree`` as it is now; waits for the previous checkpoint, raises its error if it had any."""
+        """Save ``tree`` as it is now, when the previous checkpoint is done; if that failed, wait for this one, or its error."""
         state = local_state(tree, step, meta, self.ranks)
-        self.wait()
+        self.settle()
+        failed, self._failure = self._failure, None
         if self._plan is None or self._plan[0] != state.held():
             with failures_named(step_path(self.folder, step)):
                 _, plan = self.ranks.exchange(f"the plan of step {step}", lambda: state, assign, LocalState.held)
@@ -117,6 +132,8 @@ class Saver:
         self._buffers = {name: _copy(shard.data, self._buffers.get(name)) for name, shard in shards.items()}
         copies = {name: shard._replace(data=self._buffers[name]) for name, shard in shards.items()}
         self._running = self._pool.submit(self._save, replace(state, shards=copies), plan)
+        if failed and self._running.exception():
+            self.wait()
 
     @property
     def is_done(self) -> bool:
@@ -126,7 +143,20 @@ class Saver:
     def wait(self) -> Path | None:
         """The path of the submitted checkpoint when it is committed, or its error; None if there is none."""
         running, self._running = self._running, None
-        return running.result() if running is not None else None
+        failure, self._failure = self._failure, None
+        if running is None and failure:
+            raise failure
+        return running.result() if running else None
+
+    def settle(self) -> Path | None:
+        """As `wait`, but an error is logged, once; `wait` raises it unless another checkpoint is submitted before."""
+        try:
+            return self.wait() if self._running else None
+        except Exception as error:
+            self._failure = error
+            if self.ranks.rank == 0:
+                log.error("%s. The next checkpoint is tried all the same; two in a row that fail are an error", error)
+            return None
 
     def __enter__(self) -> Saver:
         return self
@@ -134,25 +164,21 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
             self.wait()
-        except Exception:
-            # It is in the log already, and must not hide why the block ended.
+        except Exception as late:
             if error is None:
                 raise
+            log.error("%s", late)  # it must not hide why the block ended
         finally:
             self._pool.shutdown()
             self._buffers = {}
 
     def _save(self, state: LocalState, plan: Plan) -> Path:
-        try:
-            path = save_planned(
-                state, plan, self.folder, self.ranks, replace=False, file_bytes=FILE_BYTES, threads=self.threads
-            )
-            if self.ranks.rank == 0:
-                retire(self.folder, self.retention, protected=state.step)
-            return path
-        except Exception as error:
-            log.error("checkpoint of step %d: %s", state.step, error)
-            raise
+        if self.ranks.rank == 0:
+            make_room(self.folder, self.retention, plan.nbytes, state.step)
+        path = save_planned(state, plan, self.folder, self.ranks, replace=False, file_bytes=FILE_BYTES, threads=self.threads)
+        if self.ranks.rank == 0:
+            retire(self.folder, self.retention, protected=state.step)
+        return path
 
 
 def _copy(leaf: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:

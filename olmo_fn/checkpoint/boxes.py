@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from olmo_fn.spec import Box
 
@@ -70,27 +72,22 @@ def bands(part: Box, box: Box, limit: int, sparse: int) -> Iterator[Box]:
 
 
 def tiles(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
-    """Whether the boxes fill a tensor of ``shape`` and hold no element twice.
+    """Whether the boxes fill a tensor of ``shape`` and hold no element twice. They may cut it along 16 dims at most.
 
     >>> tiles([Box((0,), (2,)), Box((2,), (2,))], (4,)), tiles([Box((0,), (2,)), Box((1,), (2,))], (4,))
     (True, False)
     """
-    if any(not len(box.offset) == len(box.shape) == len(shape) for box in boxes):
+    if not boxes or any(not len(i) == len(n) == len(shape) or min(n, default=0) < 0 for i, n in boxes):
         return False
-    if any(i < 0 or n < 0 or i + n > size for box in boxes for i, n, size in zip(*box, shape, strict=True)):
+    if 0 in shape:
+        return all(0 in box.shape for box in boxes)
+    cut = [dim for dim, n in enumerate(shape) if any((box.offset[dim], box.shape[dim]) != (0, n) for box in boxes)]
+    if len(cut) > 16:
         return False
-    volume = sum(math.prod(box.shape) for box in boxes)
-    return bool(boxes) and volume == math.prod(shape) and (volume == 0 or not _any_overlap(boxes))
-
-
-def _any_overlap(boxes: Sequence[Box], dim: int = 0) -> bool:
-    # Cuts at all borders along `dim` and looks into each slice: quick for the grids that meshes make.
-    if len(boxes) < 2 or dim == len(boxes[0].shape):
-        return len(boxes) > 1
-    cuts = sorted({cut for offset, shape in boxes for cut in (offset[dim], offset[dim] + shape[dim])})
-    number = {cut: i for i, cut in enumerate(cuts)}
-    slices: list[list[Box]] = [[] for _ in cuts]
-    for box in boxes:
-        for i in range(number[box.offset[dim]], number[box.offset[dim] + box.shape[dim]]):
-            slices[i].append(box)
-    return any(_any_overlap(inside, dim + 1) for inside in slices)
+    # Σ 1_box = 1_tensor exactly where their mixed differences agree, and those are not zero at corners only.
+    corners: Counter[tuple[int, ...]] = Counter()
+    for sign, (offset, lengths) in [(-1, Box.whole(shape)), *((1, box) for box in boxes)]:
+        for ends in product((0, 1), repeat=len(cut)):
+            corner = tuple(offset[dim] + end * lengths[dim] for dim, end in zip(cut, ends, strict=True))
+            corners[corner] += sign * (-1) ** sum(ends)
+    return not any(corners.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from olmo_fn.checkpoint import BrokenCheckpoint, read_index, step_path, steps, verify
@@ -28,7 +30,7 @@ def checkpoints(where: Path) -> list[Path]:
     """The checkpoints meant by ``where``: one of them, a folder of them, or a run; else ValueError."""
     if not where.is_dir():
         raise ValueError(f"{where}: no such folder; give a run's folder, its checkpoints folder or one checkpoint")
-    if (where / "index.json").exists():
+    if os.path.lexists(where / "index.json"):
         return [where]
     for folder in (where, where / "checkpoints"):
         if found := steps(folder):
@@ -42,13 +44,13 @@ def row(path: Path, problems: list[str]) -> tuple[str, str, str, str]:
     with suppress(BrokenCheckpoint):
         index = read_index(path)
         size, tensors = f"{sum(file.bytes for file in index.files.values()) / 1e6:,.1f}", str(len(index.tensors))
-    return path.name, size, tensors, "[red]broken[/]" if problems else "[green]whole[/]"
+    return escape(path.name), size, tensors, "[red]broken[/]" if problems else "[green]whole[/]"
 
 
 def run(args: Arguments) -> int:
     """Print the table; 0 if all checkpoints are whole, 1 if one is broken."""
     paths = checkpoints(args.folder)
-    table = Table(title=str(paths[0].parent), title_justify="left")
+    table = Table(title=escape(str(paths[0].parent)), title_justify="left")
     for column in ("checkpoint", "MB", "tensors", "state"):
         table.add_column(column, justify="right" if column in ("MB", "tensors") else "left")
     problems = {path: verify(path, deep=not args.quick) for path in paths}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import re
 import shutil
@@ -32,7 +33,10 @@ def steps(folder: str | Path) -> list[int]:
     >>> steps("/nowhere")
     []
     """
-    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
 
 
@@ -57,15 +61,19 @@ def drafting(path: Path, nbytes: int, replace: bool) -> Iterator[Path]:
     ValueError if ``path`` is an intact checkpoint and not ``replace``; a broken one is kept under another name. OSError if
     less than ``nbytes`` are free.
     """
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        sync_folder(folder.parent)
     with locked(path.parent):
-        broken = path.exists() and verify(path)
-        if path.exists() and not broken and not replace:
+        there = os.path.lexists(path)  # also a link to nothing, which is broken
+        broken = there and verify(path)
+        if there and not broken and not replace:
             raise ValueError(
                 f"{path} is there already, and whole; pass replace=True to put this state in its place, "
                 "or save into another folder"
             )
-        if shutil.disk_usage(path.parent).free < nbytes:
+        if free_bytes(path.parent) < nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if broken:
             aside = path.rename(path.with_name(f"{path.name}.broken-{uuid.uuid4().hex[:12]}"))
@@ -85,18 +93,36 @@ def commit(draft: Path, path: Path, index: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync_folder(draft)
-    replaced = path.rename(hidden(path, "replaced")) if path.exists() else None
+    replaced = path.rename(hidden(path, "replaced")) if os.path.lexists(path) else None
     draft.rename(path)
     sync_folder(path.parent)
     if replaced:
-        shutil.rmtree(replaced)
+        _remove(replaced)
 
 
 def delete(path: Path) -> None:
-    """Delete the checkpoint ``path``: it stops being one by a rename, before its first file goes."""
+    """Delete the checkpoint ``path``: it stops being one by a rename, before its first file goes. Of a link, the link goes."""
     deleted = path.rename(hidden(path, "deleted"))
     sync_folder(path.parent)
-    shutil.rmtree(deleted)
+    _remove(deleted)
+
+
+def free_bytes(folder: Path) -> float:
+    """Bytes that are free in ``folder``; infinitely many where the filesystem does not count them: it has none in all."""
+    with suppress(OSError):
+        usage = shutil.disk_usage(folder)
+        if usage.total:
+            return usage.free
+    return math.inf
+
+
+@contextmanager
+def tolerated(what: str) -> Iterator[None]:
+    """Warn of an error of the system that is no reason to end a run, as when something old cannot be deleted."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s: %s", what, error)
 
 
 @contextmanager
@@ -112,7 +138,8 @@ def locked(folder: Path, patience: float = 60.0) -> Iterator[None]:
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _sweep(folder)
+                with tolerated(f"cannot sweep {folder}"):
+                    _sweep(folder)
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
@@ -135,15 +162,18 @@ def locked(folder: Path, patience: float = 60.0) -> Iterator[None]:
 def sweep(folder: str | Path) -> None:
     """Remove what a killed writer left in ``folder``; does nothing while another process saves there."""
     if os.path.isdir(folder):
-        with suppress(TimeoutError), locked(Path(folder), patience=0.0):
+        with tolerated(f"cannot sweep {folder}"), suppress(TimeoutError), locked(Path(folder), patience=0.0):
             pass
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
+    """Make the names in ``folder`` durable, where the filesystem can."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(fd)
 
@@ -153,9 +183,17 @@ def _sweep(folder: Path) -> None:
         match = _HIDDEN.fullmatch(path.name)
         if match is None:
             continue
-        if match[1] == "replaced" and not (folder / match[2]).exists():
+        if match[1] == "replaced" and not os.path.lexists(folder / match[2]):
             # Killed between the two renames of a replacement: the old checkpoint is the one of its step.
             path.rename(folder / match[2])
             sync_folder(folder)
         else:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with tolerated(f"cannot delete {path}"):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -7,9 +7,11 @@ for each; ranks that hold shards store one for each distinct shard, in files of 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +19,7 @@ from zlib_ng.zlib_ng import crc32 as _crc32  # zlib's numbers five times faster,
 
 from olmo_fn import __version__
 from olmo_fn.checkpoint.boxes import tiles
+from olmo_fn.checkpoint.schema import HEADER, INDEX, BrokenCheckpoint, parse
 from olmo_fn.spec import Box
 
 FORMAT = 1
@@ -31,11 +34,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Header: TypeAlias = dict[str, tuple[str, tuple[int, ...], int, int]]
 """``{key: (dtype, shape, start, stop)}`` of a safetensors file; the bytes count from the beginning of the file."""
-_FIRST_LINE = re.compile(rb'\{"format": "olmo_fn (\d+)", "crc32": "([0-9a-f]{8})",\n')
-
-
-class BrokenCheckpoint(ValueError):
-    """A checkpoint is damaged or incomplete; the message names the file, and the tensor where it is known."""
+_FIRST_LINE = re.compile(rb'\{"format": "olmo_fn (\d{1,9})", "crc32": "([0-9a-f]{8})",\n')
 
 
 class StoredPart(NamedTuple):
@@ -102,15 +101,36 @@ class Index:
                 f"{where}: written in format {version}, this olmo_fn reads format {FORMAT} (it is version {__version__}); "
                 f"load it with {'a newer' if version > FORMAT else 'an older'} olmo_fn"
             )
-        index = _index(json.loads(data))
-        index.check_tiles(where)
+        index = _index(parse(data, INDEX, where))
+        index.check(where)
         return index
 
-    def check_tiles(self, where: str) -> None:
-        """Raise `BrokenCheckpoint` for a tensor whose boxes leave something out, or hold something twice."""
+    def check(self, where: str) -> None:
+        """`BrokenCheckpoint` for what cannot be, such as a tensor whose boxes leave something out or hold something twice."""
+        if wrong := self._contradiction():
+            raise BrokenCheckpoint(f"{where}: {wrong[:400]}")
+
+    def _contradiction(self) -> str:
+        lengths = {name: file.header_bytes for name, file in self.files.items()}
+        paths = [*self.tensors, *self.empty]
+        branches = {path[:i] for path in paths for i, letter in enumerate(path) if letter == "."}
+        if twice := branches.intersection(paths) | self.tensors.keys() & set(self.empty):
+            return f"{min(twice)} is a tensor, or an empty branch, and a branch with tensors"
         for name, tensor in self.tensors.items():
+            if tensor.dtype not in DTYPES:
+                return f"{name} has the dtype {tensor.dtype[:20]!r}, unknown to olmo_fn {__version__}; a newer one may know it"
+            item = DTYPES[tensor.dtype].itemsize
+            if item * math.prod(n or 1 for n in tensor.shape) >= 1 << 63:
+                return f"{name} is larger than any memory, {tensor.shape}"
             if not tiles([part.box for part in tensor.parts], tensor.shape):
-                raise BrokenCheckpoint(f"{where}: the boxes of {name} do not tile its shape {tensor.shape}")
+                return f"the boxes of {name} do not tile its shape {tensor.shape}"
+            for part in tensor.parts:
+                nbytes = item * math.prod(part.box.shape)
+                if part.file not in lengths or len(part.crc32) != max(1, -(-nbytes // self.chunk_bytes)):
+                    return f"the bytes of {name} are not all in its files, or not all checksummed"
+                lengths[part.file] += nbytes
+        wrong = (name for name, file in self.files.items() if file.bytes != lengths[name])
+        return next((f"the tensors of {name} are not as long as the file" for name in wrong), "")
 
 
 def crc32(data: bytes | memoryview) -> str:
@@ -150,12 +170,21 @@ def dump_header(parts: Iterable[tuple[str, str, tuple[int, ...], int]]) -> tuple
     return header, [len(header) + start for start in starts], len(header) + end
 
 
-def parse_header(header: bytes) -> Header:
-    """The parts of a safetensors file, from its header with the length prefix."""
+def parse_header(header: bytes, size: int, where: str) -> Header:
+    """The parts of a safetensors file of ``size`` bytes, from its header with the length prefix.
+
+    `BrokenCheckpoint`, beginning with ``where``, unless they fill the file one after another.
+    """
+    entries = parse(header[8:], HEADER, where)
+    entries.pop("__metadata__", None)
+    spans = sorted(entry["data_offsets"] for entry in entries.values())
+    ends = [[int.from_bytes(header[:8], "little") + 8 - len(header)], *spans, [size - len(header)]]
+    ordered = all(len(span) == 2 and span[0] <= span[1] for span in spans)
+    if not ordered or ends[0] != [0] or any(a[-1] != b[0] for a, b in pairwise(ends)):
+        raise BrokenCheckpoint(f"{where}: damaged, its tensors do not lie one after another")
     return {
         key: (entry["dtype"], tuple(entry["shape"]), *(len(header) + offset for offset in entry["data_offsets"]))
-        for key, entry in json.loads(header[8:]).items()
-        if key != "__metadata__"
+        for key, entry in entries.items()
     }
 
 

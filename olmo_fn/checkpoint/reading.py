@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from olmo_fn.checkpoint.boxes import bands, contiguous, covering, overlap, strides
 from olmo_fn.checkpoint.commit import step_path, steps
-from olmo_fn.checkpoint.format import DTYPE_NAMES, DTYPES, BrokenCheckpoint, Index, host_bytes
+from olmo_fn.checkpoint.format import DTYPE_NAMES, DTYPES, Index, host_bytes
 from olmo_fn.checkpoint.ranks import SINGLE_PROCESS, Ranks
+from olmo_fn.checkpoint.schema import BrokenCheckpoint
 from olmo_fn.checkpoint.shards import leaves_of, local_box
 from olmo_fn.checkpoint.stored import JOB_BYTES, OpenFiles, PartBytes, default_threads, read_index, some, verify
 from olmo_fn.spec import Box
@@ -111,11 +112,13 @@ def load_newest(
 
 def newest_whole(folder: str | Path, *, on_skip: Callable[[str], None] = log.warning) -> Path | None:
     """The newest checkpoint in ``folder`` in which `verify` finds nothing; None if there is none. As `load_newest`."""
-    for path in (step_path(folder, step) for step in reversed(steps(folder))):
-        if not (problems := verify(path)):
-            return path
-        on_skip(f"skipping {path}, it is broken: {problems[0]}")
-    return None
+
+    def check(path: Path) -> None:
+        for problem in verify(path):
+            raise BrokenCheckpoint(problem)
+
+    found = load_newest(folder, check, on_skip=on_skip)
+    return found and found[0]
 
 
 def _read_tensors(
@@ -137,13 +140,9 @@ def _read_tensors(
         for name, leaf in wanted.items():
             tensor = index.tensors[name]
             box = Box.whole(tensor.shape) if leaf is None else local_box(leaf)
-            out = torch.empty(box.shape, dtype=DTYPES[tensor.dtype])
-            reads = (
-                read
-                for part in tensor.parts
-                if (shared := overlap(part.box, box))
-                for read in _reads(files.part(name, part), part.box, shared, out, box)
-            )
+            parts = [(files.part(name, part), part.box, shared) for part in tensor.parts if (shared := overlap(part.box, box))]
+            out = torch.empty(box.shape, dtype=DTYPES[tensor.dtype])  # the files are as long as the index says
+            reads = (read for part in parts for read in _reads(*part, out, box))
             ahead.append((name, out, [pool.submit(read) for read in reads]))
             while len(ahead) > 1 and sum(len(futures) for *_, futures in ahead) > JOBS_AHEAD:
                 yield next_one()
@@ -197,7 +196,7 @@ def _check_like(path: str | Path, index: Index, wanted: Mapping[str, Any], extra
     if extra:
         differences.append(f"there but not asked for: {some(extra)}")
     stored = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in index.tensors.items() if name in wanted}
-    asked = {name: f"{DTYPE_NAMES[leaf.dtype]} {list(leaf.shape)}" for name, leaf in wanted.items()}
+    asked = {name: f"{DTYPE_NAMES.get(leaf.dtype, leaf.dtype)} {list(leaf.shape)}" for name, leaf in wanted.items()}
     differences += [f"{name} is {x}, asked for {asked[name]}" for name, x in stored.items() if x != asked[name]]
     if differences:
         more = [f"… ({len(differences)} differences in all)"] if len(differences) > 8 else []

@@ -82,9 +82,9 @@ def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
     """
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if not isinstance(key, str) or not key or "." in key or path == "__metadata__":
+        if not isinstance(key, str) or not key or not key.isprintable() or "." in key or path == "__metadata__":
             where = f"in {prefix[:-1]}" if prefix else "at the root"
-            raise ValueError(f"key {key!r} {where} of the tree: must be a str, not empty, without dots")
+            raise ValueError(f"key {key!r} {where} of the tree: must be a printable str, not empty, without dots")
         if isinstance(value, Mapping) and value:
             yield from leaves_of(value, f"{path}.")
         else:

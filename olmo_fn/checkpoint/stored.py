@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -11,23 +13,28 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-from olmo_fn.checkpoint.format import BrokenCheckpoint, Header, Index, StoredPart, crc32, parse_header, part_key
+from olmo_fn.checkpoint.format import DTYPES, Header, Index, StoredPart, crc32, parse_header, part_key
+from olmo_fn.checkpoint.schema import JSON_BYTES, BrokenCheckpoint
 
 # What one call of a thread reads: many chunks, as a call costs 50 µs.
 JOB_BYTES = 16 << 20
+_REASONS = {
+    errno.EIO: "cannot be read from the disk (input/output error)",
+    errno.EACCES: "may not be read by you (permission denied); its owner can let you, with chmod -R a+rX",
+}
 T = TypeVar("T")
 
 
 def read_index(path: str | Path) -> Index:
     """The index of the checkpoint at ``path``; `BrokenCheckpoint` if there is none that is intact."""
     file = Path(path) / "index.json"
-    try:
-        with _unreadable_is_broken(f"{file}:"):
-            return Index.loads(file.read_bytes(), str(file))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BrokenCheckpoint(f"{file}: missing, so {path} is not a whole checkpoint") from None
+    with ExitStack() as stack, _unreadable_is_broken(f"{file}:", f"missing, so {path} is not a whole checkpoint"):
+        opened, size = _open(file, stack)
+        if size > JSON_BYTES:
+            raise BrokenCheckpoint(f"{file}: damaged, no index is {size:,} bytes long")
+        return Index.loads(opened.read(size + 1), str(file))
 
 
 def verify(path: str | Path, *, deep: bool = True) -> list[str]:
@@ -69,29 +76,30 @@ class OpenFiles:
         """Descriptor and header of a file; `BrokenCheckpoint` unless length and header are as the index says."""
         if name not in self._opened:
             path, file = self.path / name, self.index.files[name]
-            try:
-                fd = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                raise BrokenCheckpoint(f"{path}: missing") from None
-            self.stack.callback(os.close, fd)
             with _unreadable_is_broken(f"{path}:"):
-                header = os.pread(fd, file.header_bytes, 0)
+                opened, size = _open(path, self.stack)
+                header = opened.read(file.header_bytes)
             intact = crc32(header) == file.header_crc32
-            if (size := os.fstat(fd).st_size) != file.bytes:
-                lost = [key for key, (*_, stop) in parse_header(header).items() if stop > size] if intact else []
+            parts = parse_header(header, file.bytes, str(path)) if intact else {}
+            if size != file.bytes:
+                lost = [key for key, (*_, stop) in parts.items() if stop > size]
                 what = "truncated" if size < file.bytes else "too long"
                 more = f"; lost: {some(lost, 3)}" if lost else ""
                 raise BrokenCheckpoint(f"{path}: {what}, {size:,} bytes of {file.bytes:,}{more}")
             if not intact:
                 raise BrokenCheckpoint(f"{path}: the header does not match its checksum")
-            self._opened[name] = fd, parse_header(header)
+            self._opened[name] = opened.fileno(), parts
         return self._opened[name]
 
     def part(self, name: str, part: StoredPart) -> PartBytes:
         """The bytes of a part of the tensor ``name``."""
         fd, header = self.open(part.file)
-        _, _, start, stop = header[part_key(name, self.index.tensors[name].shape, part.box)]
-        return PartBytes(f"{self.path / part.file}: {name}", fd, start, stop - start, self.index.chunk_bytes, part.crc32)
+        tensor, where = self.index.tensors[name], f"{self.path / part.file}: {name}"
+        dtype, shape, start, stop = header.get(part_key(name, tensor.shape, part.box), ("", (), 0, 0))
+        size = DTYPES[tensor.dtype].itemsize * math.prod(shape)
+        if (dtype, shape, stop - start) != (tensor.dtype, part.box.shape, size):
+            raise BrokenCheckpoint(f"{where} is not what the index says")
+        return PartBytes(where, fd, start, size, self.index.chunk_bytes, part.crc32)
 
 
 @dataclass(frozen=True)
@@ -149,12 +157,23 @@ def some(names: Iterable[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
 
 
+def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO, int]:
+    """A file, which ``stack`` closes, and its length; `BrokenCheckpoint` if it is a folder, a device or a pipe."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
+    stack.callback(os.close, fd)
+    if not stat.S_ISREG((status := os.fstat(fd)).st_mode):
+        raise BrokenCheckpoint(f"{path}: not a regular file")
+    return stack.enter_context(open(fd, "rb", closefd=False)), status.st_size
+
+
 @contextmanager
-def _unreadable_is_broken(where: str) -> Iterator[None]:
-    """Turn the disk's input/output error, and no other (it might be passing), into `BrokenCheckpoint`."""
+def _unreadable_is_broken(where: str, missing: str = "missing") -> Iterator[None]:
+    """Turn an error of the system into `BrokenCheckpoint`, but for one that this process has with any file."""
     try:
         yield
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, None):
             raise
-        raise BrokenCheckpoint(f"{where} cannot be read from the disk (input/output error)") from error
+        reasons = {**_REASONS, errno.ENOENT: missing, errno.ENOTDIR: missing}
+        reason = reasons.get(error.errno, f"cannot be read ({error.strerror})")
+        raise BrokenCheckpoint(f"{where} {reason}") from error

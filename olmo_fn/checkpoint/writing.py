@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from olmo_fn.checkpoint.commit import commit, drafting, step_path, sync_folder
+from olmo_fn.checkpoint.commit import commit, drafting, free_bytes, step_path, sync_folder
 from olmo_fn.checkpoint.format import (
     CHUNK_BYTES,
     DTYPE_NAMES,
-    BrokenCheckpoint,
     Index,
     StoredFile,
     StoredPart,
@@ -25,6 +24,7 @@ from olmo_fn.checkpoint.format import (
     part_key,
 )
 from olmo_fn.checkpoint.ranks import SINGLE_PROCESS, RankLost, Ranks
+from olmo_fn.checkpoint.schema import BrokenCheckpoint
 from olmo_fn.checkpoint.shards import LocalShard, LocalState, Plan, assign, local_state
 from olmo_fn.checkpoint.stored import default_threads
 
@@ -33,6 +33,11 @@ FILE_BYTES = 4 << 30
 _WORTH_A_FILE = 256 << 20
 # The disk begins while later chunks are still being copied, not only at the end.
 _SYNC_BYTES = 128 << 20
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+}
 
 
 class SaveFailed(OSError):
@@ -84,7 +89,7 @@ def save_planned(
     path, label = step_path(folder, state.step), f"step {state.step}"
     shards = plan.written_by(ranks.rank, state.shards)
     prefix = "state" if ranks.size == 1 else f"state-rank{ranks.rank:05d}"
-    with failures_named(path, plan.nbytes), ExitStack() as stack:
+    with ExitStack() as stack, failures_named(path, plan.nbytes):  # inside: what is free is counted before the draft goes
         draft = path.with_name(ranks.broadcast(label, lambda: stack.enter_context(drafting(path, plan.nbytes, replace)).name))
         ranks.exchange(
             label,
@@ -106,10 +111,12 @@ def failures_named(path: Path, nbytes: int = 0) -> Iterator[None]:
     except TimeoutError:
         raise
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        details = f" ({error.filename})" if error.filename else ""
+        if remedy := _REMEDIES.get(error.errno or 0):
+            details = f"; the checkpoint needs {nbytes:,} bytes, {free_bytes(path.parent):,} are free there"
         raise SaveFailed(
-            f"{what}: {error.strerror or error}; the checkpoint needs {nbytes:,} bytes, {free:,} are free there. Nothing of it "
-            "is left behind and older checkpoints are untouched; free some space, or save into another folder"
+            f"{what}: {error.strerror or error}{details}. Nothing of it is left behind and older checkpoints are untouched; "
+            f"{remedy or 'mend that'}, or save into another folder"
         ) from error
 
 
@@ -128,7 +135,7 @@ def merge(plan: Plan, parts: Sequence[Part], state: LocalState, where: str) -> I
         tensors[name] = StoredTensor(stored[0].dtype, stored[0].shape, tuple(boxes))
     files = {name: file for _, files_of_rank in parts for name, file in files_of_rank.items()}
     index = Index(state.step, tensors, files, plan.empty, state.meta)
-    index.check_tiles(where)
+    index.check(where)
     return index
 
 

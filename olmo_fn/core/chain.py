@@ -10,16 +10,19 @@ sharding and plans may cut anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from olmo_fn import tree
+from olmo_fn.core.check import check_batch, check_shapes, check_tensors
 from olmo_fn.core.primitive import WeightGrads
 from olmo_fn.kernels import Function, Kernel, identity
 from olmo_fn.mesh.axis import SINGLE_DEVICE, Axes, CPMethod
+from olmo_fn.spec import Spec
 from olmo_fn.tree import Tree
 
 IGNORE = -100  # the label of a position that has no loss
@@ -34,8 +37,12 @@ def loss_tokens(batch: Batch) -> Tensor:
     >>> loss_tokens({"labels": torch.tensor([[5, 7, -100]])})
     tensor(2)
     """
-    given = batch.get("loss_tokens")
-    return (batch["labels"] != IGNORE).sum() if given is None else given
+    if "loss_tokens" in batch:
+        return batch["loss_tokens"]
+    if "labels" not in batch:
+        has = ", ".join(batch) or "nothing"
+        raise ValueError(f"this batch has {has}; the summed loss is divided by the number of its labels, or by loss_tokens")
+    return (batch["labels"] != IGNORE).sum()
 
 
 class Metric(NamedTuple):
@@ -156,10 +163,26 @@ class Chain:
     """Paths of matrices that the stages take as they are stored, and cast themselves."""
     check: Callable[[Axes, CPMethod], None] = refuse_axes
     """ValueError if the stages cannot be divided over these axes."""
+    takes: Callable[[Any], None] = check_batch
+    """ValueError for a batch that ``context`` makes nothing of."""
+    specs: Tree = field(default_factory=dict, repr=False)
+    """The parameters that it was made for; none: not known. Stages that were changed may use others."""
 
     def changed(self, change: Callable[[Stage], Stage]) -> Chain:
         """The chain with every stage changed."""
         return replace(self, stages=tuple(map(change, self.stages)))
+
+    def check_parameters(self, params: Tree) -> None:
+        """ValueError for parameters, or specs of them, that are not its own, if it knows its own."""
+        if self.specs:
+            check_shapes(params, *self._parameters)
+
+    @cached_property
+    def _parameters(self) -> tuple[dict[str, Spec], list[str], set[str]]:
+        """Those that it was made for, which of them its stages use, and the paths of what they use besides."""
+        specs, used = tree.flatten(self.specs), {path for stage in self.stages for path in stage.paths}
+        known = {top for path in specs for top in tree.ancestors(path)}
+        return specs, [path for path in specs if not used.isdisjoint(tree.ancestors(path))], used - known
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -167,6 +190,13 @@ class Chain:
         return agreed((stage.name, stage.metrics) for stage in self.stages)
 
     def __call__(self, params: Tree, batch: Batch, backend: Backend = PLAIN) -> tuple[Tensor, Metrics]:
+        check_tensors(params)
+        self.check_parameters(params)
+        self.takes(batch)
+        return self.sum(params, batch, backend)
+
+    def sum(self, params: Tree, batch: Batch, backend: Backend) -> tuple[Tensor, Metrics]:
+        """The same, of parameters that are known to be its own."""
         ctx, x, sums = self.context(batch, backend), None, Sums(self.metrics)
         for stage in self.stages:
             x, aux = stage.fn({key: tree.at(params, path) for key, path in stage.params}, x, ctx)
@@ -224,6 +254,6 @@ def add_metrics(a: Metrics, b: Metrics, declared: Mapping[str, Metric]) -> Metri
 
 
 def per_token(metrics: Metrics, tokens: Tensor, declared: Mapping[str, Metric]) -> Metrics:
-    """Sums over tokens become means over all tokens that count (0 if none does), but for metrics declared as something else."""
+    """Sums over tokens become means over all tokens that count, but for metrics declared as something else."""
     means = {name for name in metrics if name not in declared or declared[name].how == "mean"}
-    return {name: (value / tokens.clamp(min=1) if name in means else value).detach() for name, value in metrics.items()}
+    return {name: (value / tokens if name in means else value).detach() for name, value in metrics.items()}

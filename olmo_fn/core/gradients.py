@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Backend, Batch, Chain, LossFunction, Metric, Metrics, bind, loss_tokens, per_token, wide
+from olmo_fn.core.check import check_batch, check_loss, check_tensors
 from olmo_fn.core.layout import SINGLE, Layout
 from olmo_fn.core.primitive import primitive
 from olmo_fn.kernels import Function, Kernel, identity
 from olmo_fn.tree import Tree
 
 Engine: TypeAlias = Literal["tape", "func"]
+ENGINES = get_args(Engine)
 
 
 def everything(path: str) -> bool:
@@ -31,7 +33,8 @@ class Execution:
     ``primitive``, ``fuse`` and ``kernel`` go to the chain's `Backend`; ``donate`` lets an update write into the memory of the
     state it replaces; ``layout`` says where things are; ``dtype`` is that of matrices and activations. ``wants`` says of a
     path whether its gradient is asked for; the tree of gradients has no others. ``differentiable`` keeps what a derivative of
-    the whole step needs.
+    the whole step needs. ``step`` () is the number of steps before this one, None where gradients are taken outside of a step:
+    what a transform needs to do something else at each, such as noise (`olmo_fn.core.random.normal`).
     """
 
     primitive: Callable[..., Any] = primitive
@@ -42,6 +45,7 @@ class Execution:
     dtype: torch.dtype = torch.float32
     wants: Callable[[str], bool] = everything
     differentiable: bool = False
+    step: Tensor | None = None
 
     def backend(self, tokens: Tensor | None = None) -> Backend:
         """What the tape hands to a chain; ``tokens``: the loss tokens of the batch, if there will be a backward."""
@@ -89,27 +93,71 @@ class Gradients(NamedTuple):
         return Gradients(grads, self.metrics, self.signals._replace(scale=None))
 
 
+def reported(metrics: Metrics, gradients: Iterable[str], batch: Batch, declared: Mapping[str, Metric]) -> Metrics:
+    """Metrics as people see them: in a batch without a label means are 0, of 0 tokens, and not NaN.
+
+    ``gradients`` are the names of those that came with the gradients.
+    """
+    if "loss_tokens" not in batch:
+        return metrics
+    none = batch["loss_tokens"] == 0
+    means = {"grad_norm", *(name for name in gradients if declared.get(name, Metric()).how == "mean")}
+    return {name: value.masked_fill(none, 0) if name in means else value for name, value in metrics.items()}
+
+
+def pipe_of(names: Iterable[str]) -> str:
+    """What was typed, from the names of a pipe's transforms.
+
+    >>> pipe_of(["grad('tape')", "clip(1.0)"])
+    "pipe(loss, grad('tape'), clip(1.0))"
+    """
+    return f"pipe({', '.join(['loss', *names])})"
+
+
 GradFunction: TypeAlias = Callable[[Tree, Batch, Execution], Gradients]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Grads:
     """A gradient function. ``fn(params, batch, execution) -> Gradients`` is what transforms work on: ``params`` are local
     shards and ``batch`` has its ``loss_tokens``. Called by a user it is ``(params, batch) -> (gradients, metrics)``, finished.
     """
 
-    fn: GradFunction = field(repr=False)
-    chain: Chain | None = field(default=None, repr=False)
+    fn: GradFunction
+    chain: Chain | None = None
     """The loss, if it is a chain: a pipeline cuts it."""
+    names: tuple[str, ...] = ()
+    """Those of the transforms that made it."""
 
     @property
     def declared(self) -> Mapping[str, Metric]:
         """How its metrics are put together; those that are not named are means over tokens."""
         return self.chain.metrics if self.chain else {}
 
+    def check_parameters(self, params: Tree) -> None:
+        """ValueError for parameters that are not the loss's, if it is one that knows its own."""
+        check_tensors(params)
+        if self.chain:
+            self.chain.check_parameters(params)
+
+    def check_batch(self, batch: Batch) -> None:
+        """ValueError for a batch that the loss cannot use."""
+        (self.chain.takes if self.chain else check_batch)(batch)
+
     def __call__(self, params: Tree, batch: Batch, execution: Execution = EAGER) -> tuple[Tree, Metrics]:
-        done = self.fn(params, execution.layout.sharing.with_tokens(batch), execution).finished(execution)
-        return done.tree, done.metrics
+        self.check_batch(batch)
+        if execution.layout is SINGLE:  # elsewhere they are shards
+            self.check_parameters(params)
+        batch = execution.layout.sharing.with_tokens(batch)
+        done = self.fn(params, batch, execution).finished(execution)
+        return done.tree, reported(done.metrics, done.metrics, batch, self.declared)
+
+    def __repr__(self) -> str:
+        return pipe_of(self.names)
+
+    def init(self, params: Tree) -> NoReturn:
+        """ValueError: only a `olmo_fn.core.step.Step` has a state."""
+        raise ValueError(f"{self!r} gives gradients and has no state; put an optimizer such as adamw(1e-3) last in the pipe")
 
 
 def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
@@ -128,7 +176,7 @@ def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
 
         def scaled(wanted: Tree, frozen: Tree, part: Batch) -> tuple[Tensor, Metrics]:
             both = tree.combine(wanted, frozen) if frozen else wanted
-            total, metrics = loss(both, part) if chain is None else chain(both, part, backend)
+            total, metrics = check_loss(loss(both, part)) if chain is None else chain.sum(both, part, backend)
             return total / tokens, {name: value.to(total.dtype) for name, value in {"loss": total, **metrics}.items()}
 
         wanted, frozen = tree.split(layout.weights.fetch(params, tuple(params), dtype).ready(), execution.wants)

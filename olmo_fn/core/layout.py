@@ -23,6 +23,7 @@ from olmo_fn import tree
 from olmo_fn.core.chain import IGNORE, Batch, Metric, Metrics, wide
 from olmo_fn.kernels.huge_pages import to_large
 from olmo_fn.mesh.axis import SINGLE_DEVICE, Axes, CPMethod
+from olmo_fn.spec import Box
 from olmo_fn.tree import Tree
 
 
@@ -78,6 +79,10 @@ class Placement:
     def to_stored(self, local: Tree, like: Tree) -> Tree:
         """The inverse of `to_local`, given the leaves before it."""
         return local
+
+    def entries(self, path: str, local: Tensor) -> Tensor:
+        """The number of each entry of a local shard in the whole parameter, row after row: an int64 tensor shaped like it."""
+        return Box.whole(local.shape).entries(local.shape, local.device)
 
     def full_tensor(self, path: str, local: Tensor) -> Tensor:
         """The whole tensor, on every rank; of a meta tensor, a meta tensor."""

@@ -12,24 +12,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Chain, LossFunction, Metrics, add_metrics, loss_tokens
-from olmo_fn.core.gradients import Engine, Execution, Gradients, Grads, Signals, func_gradients
+from olmo_fn.core.gradients import ENGINES, Engine, Execution, Gradients, Grads, Signals, func_gradients
 from olmo_fn.core.step import Leaf, Scalars, Slots, State, Step
 from olmo_fn.core.tape import tape_gradients
 from olmo_fn.kernels import Function
 from olmo_fn.tree import Tree
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """The first kind: ``(params, batch) -> (sum of losses, metrics)``. A `Chain` or a plain function becomes one."""
 
     fn: LossFunction
+    names: tuple[str, ...] = ()
 
 
 A = TypeVar("A", Loss, Grads, Step)
@@ -63,7 +65,7 @@ class Transform(Generic[A, B]):
             raise ValueError(
                 f"{self.name} takes a {self.takes.__name__}, not a {type(x).__name__}; the order is {LAWFUL_ORDER}"
             )
-        return self.apply(x)
+        return replace(self.apply(x), names=(*x.names, self.name))
 
 
 def slot(name: str) -> dict[str, Any]:
@@ -113,10 +115,19 @@ def pipe(loss: LossFunction, *transforms: Transform[Any, Any]) -> Any:
     Traceback (most recent call last):
     ValueError: clip(1.0) takes a Grads, but it follows sgd(...), which is a Step; put it before sgd(...) ...
     """
+    if (not callable(loss) and not isinstance(loss, Loss)) or isinstance(loss, (Transform, Grads, Step)):
+        what = loss.name if isinstance(loss, Transform) else f"a {type(loss).__name__}"
+        raise ValueError(
+            f"the first argument of a pipe is the loss, (params, batch) -> (sum, metrics), and this one is {what}; "
+            "begin with a loss such as transformer.loss(model)"
+        )
     value: Any = loss if isinstance(loss, Loss) else Loss(loss)
     for i, transform in enumerate(transforms):
+        if not isinstance(transform, Transform):
+            name = getattr(transform, "__name__", None)
+            raise ValueError(f"{name or transform!r} is no transform" + (f"; call it: {name}(...)" if name else ""))
         check_order(transform, type(value).__name__, transforms[:i])
-        value = transform.apply(value)
+        value = transform(value)
     return value
 
 
@@ -126,8 +137,8 @@ LAWFUL_ORDER = "a loss, then grad(), then accumulate and clip, then an optimizer
 KINDS = ("Loss", "Grads", "Step")
 MISSING = {"Grads": "grad()", "Step": "an optimizer such as adamw(1e-3)"}
 """What gives each kind."""
-CLIPS, FREEZES, AVERAGES = "clips", "freezes", "averages"
-"""Tags: scales gradients down; leaves parameters as they are; keeps a mean of the weights."""
+CLIPS, NOISES, FREEZES, AVERAGES = "clips", "noises", "freezes", "averages"
+"""Tags: scales gradients down; adds noise to them; leaves parameters as they are; keeps a mean of the weights."""
 
 
 def check_order(transform: Transform[Any, Any], kind: str, before: Sequence[Transform[Any, Any]]) -> None:
@@ -162,6 +173,9 @@ def _fix(transform: Transform[Any, Any], kind: str, before: Sequence[Transform[A
 # --- Loss -> Grads ----------------------------------------------------------------------------------------------------
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
 def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torch.float32) -> Transform[Loss, Grads]:
     """Differentiate the loss; the gradient is of the mean over all loss tokens of the batch.
 
@@ -169,6 +183,12 @@ def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torc
     is ``torch.func.grad_and_value`` of any loss. ``dtype``: that of matrices and activations in the computation;
     parameters keep their own, and gradients are in at least fp32 (see `Grads`).
     """
+
+    if engine not in ENGINES:
+        raise ValueError(f"grad({engine!r}): engines are {' and '.join(ENGINES)}")
+    if dtype not in DTYPES:
+        why = "gradients underflow in float16 without a scaler of the loss" if dtype == torch.float16 else "no such step"
+        raise ValueError(f"grad(dtype={dtype}): {why}; use {', '.join(map(str, DTYPES))}")
 
     def apply(loss: Loss) -> Grads:
         if engine == "func":
@@ -207,7 +227,10 @@ def accumulate(n: int) -> Transform[Grads, Grads]:
     return Transform(f"accumulate({n})", Grads, Grads, apply if n > 1 else lambda inner: inner, not_after=PARTS_CLIPPED)
 
 
-PARTS_CLIPPED = {CLIPS: "would clip every part of the batch by itself"}
+PARTS_CLIPPED = {
+    CLIPS: "would clip every part of the batch by itself",
+    NOISES: "would add the same noise with every part of the batch",
+}
 """What accumulation must not follow."""
 
 
@@ -217,10 +240,9 @@ def split_batch(batch: Batch, n: int) -> list[Batch]:
     >>> [part["loss_tokens"].item() for part in split_batch({"labels": torch.tensor([[1, 2], [3, -100]])}, 2)]
     [3, 3]
     """
-    rows = len(batch["labels"])
+    tokens, rows = loss_tokens(batch), len(batch["labels"])
     if rows % n:
         raise ValueError(f"accumulate({n}) cannot split a batch of {rows} sequences in equal parts")
-    tokens = loss_tokens(batch)
     chunks = {name: value.chunk(n) for name, value in batch.items() if value.ndim}
     return [{**{k: v[i] for k, v in chunks.items()}, "loss_tokens": tokens} for i in range(n)]
 

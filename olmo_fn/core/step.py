@@ -6,16 +6,18 @@ What is remembered from one step to the next is in the `State`, and nowhere else
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metrics
-from olmo_fn.core.gradients import EAGER, Execution, Gradients, Grads, Signals
+from olmo_fn.core.gradients import EAGER, Execution, Gradients, Grads, Signals, pipe_of, reported
+from olmo_fn.core.layout import SINGLE
 from olmo_fn.kernels import Function
 from olmo_fn.tree import Tree
 
@@ -33,6 +35,28 @@ class State(NamedTuple):
     step: Tensor
     params: Tree
     slots: Tree
+
+
+def refuse_compile() -> None:
+    """ValueError inside of ``torch.compile``: whether it traces this, or runs it and would trace what is called."""
+    if torch.compiler.is_compiling() or callable(get_eval_frame_callback()):
+        raise ValueError("torch.compile takes no step, which compiles its own parts: put compile() at the end of the pipe")
+
+
+def check_state(state: Any) -> None:
+    """ValueError for what is no state, and for one that a step with `donate` has written the next one into."""
+    if not isinstance(state, State):
+        raise ValueError(f"a step takes (state, batch), and this is a {type(state).__name__}: step.init(params) first")
+    if hasattr(state.step, "spent"):
+        raise ValueError(
+            "this state is spent: a step with donate() has written the next state into its memory; use that one, "
+            "or leave donate() out of the pipe"
+        )
+
+
+def spend(state: State) -> None:
+    """Mark a state that is about to be overwritten, with all others that share its ``step``, for `check_state`."""
+    state.step.spent = True  # type: ignore[attr-defined]
 
 
 class Leaf(NamedTuple):
@@ -58,7 +82,7 @@ Control: TypeAlias = Callable[[State, Signals, Metrics], tuple[Tree, Scalars, Me
 """From what the gradients and the transforms say: the control slots after this step, its scalars, and what to report."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Step:
     """How training starts, ``init(params) -> state``, and how it moves, ``(state, batch) -> (state, metrics)``.
 
@@ -67,18 +91,29 @@ class Step:
     """
 
     grads: Grads
-    init_control: Callable[[], Tree] = field(repr=False)
-    control: Control = field(repr=False)
-    leaf: Callable[[str], Leaf] = field(repr=False)
+    init_control: Callable[[], Tree]
+    control: Control
+    leaf: Callable[[str], Leaf]
     execution: Execution = EAGER
+    names: tuple[str, ...] = ()
+    """Those of the transforms that made it."""
+
+    def __repr__(self) -> str:
+        return pipe_of(self.names)
 
     def init(self, params: Tree) -> State:
-        """The state before the first step. Its parameters are the ones given, not a copy, if they are contiguous and whole.
+        """The state before the first step. Its parameters are the ones given, if they are contiguous and whole: a copy only
+        where `donate` lets steps write into them.
 
-        Under `shard` whole parameters are cut; ``layout.placement.init`` makes them in parts.
+        Under `shard` whole parameters are cut; ``layout.placement.init`` makes them in parts. ValueError for parameters that
+        are not the loss's.
         """
         placement = self.execution.layout.placement
+        if self.execution.layout is SINGLE:  # or else the placement knows them
+            self.grads.check_parameters(params)
         params = placement.shard(params)
+        if self.execution.donate:
+            params = tree.map(lambda p: p if p.is_meta else p.clone(), params)
         slots: dict[str, dict[str, Tensor]] = {}
         for path, p in tree.items(placement.to_local(params)):
             leaf = self.leaf(path)
@@ -92,17 +127,24 @@ class Step:
         if clash := slots.keys() & control.keys():
             raise ValueError(f"{min(clash)!r} is a slot of parameters and one of its own; rename one, such as {min(clash)}_m")
         shaped = {name: tree.unflatten(values) for name, values in slots.items()}
-        device = next(p.device for _, p in tree.items(params))
+        device = next((p.device for _, p in tree.items(params)), None)
+        if device is None:
+            raise ValueError("there are no parameters; init(transformer.specs(model), seed=0) makes those of a model")
         own = tree.map(lambda value: value.to(device), {"step": torch.tensor(0), "slots": control})
         return State(own["step"], params, {**own["slots"], **shaped})
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        placement, sharing = self.execution.layout.placement, self.execution.layout.sharing
+        refuse_compile()
+        check_state(state)
+        self.grads.check_batch(batch)
+        placement, batch = self.execution.layout.placement, self.execution.layout.sharing.with_tokens(batch)
         local = State(state.step, placement.to_local(state.params), placement.to_local(state.slots))
-        gradients = self.grads.fn(self.point(local), sharing.with_tokens(batch), self.execution)
+        gradients = self.grads.fn(self.point(local), batch, replace(self.execution, step=state.step))
+        if self.execution.donate:
+            spend(state)
         new, metrics = self.update(local, gradients)
         params, slots = placement.to_stored(new.params, state.params), placement.to_stored(new.slots, state.slots)
-        return State(new.step, params, slots), metrics
+        return State(new.step, params, slots), reported(metrics, gradients.metrics, batch, self.grads.declared)
 
     @torch.no_grad()
     def point(self, state: State) -> Tree:

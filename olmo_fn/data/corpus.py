@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from olmo_fn.data.tokenize import Tokenize, tokenize
+from olmo_fn.fields import LARGEST
 
 VERSION = 1  # raise it when the same sources would give other tokens
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -113,7 +114,7 @@ def _make(sources: Mapping[str, str], work: Path, vocab_size: int, show: bool) -
         path.write_bytes(text.encode())
     heldout = (str(work / "heldout"),) if (work / "heldout").exists() else ()
     config = Tokenize((str(work / "train"),), str(work / "tokens"), "bpe", vocab_size, heldout=0.0, heldout_inputs=heldout)
-    meta = tokenize(replace(config, workers=1, part_tokens=1 << 62, train_bytes=1 << 62), show)
+    meta = tokenize(replace(config, workers=1, part_tokens=LARGEST, train_bytes=LARGEST), show)
     heldout_text = "".join(sources[name] for name in sorted(sources) if is_heldout_source(name)).encode()
     del meta["command"]  # of folders that go
     meta |= {"gzip_bytes": len(gzip.compress(heldout_text, 9)), "xz_bytes": len(lzma.compress(heldout_text, preset=9))}

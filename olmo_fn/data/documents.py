@@ -1,26 +1,29 @@
-"""Documents out of text, jsonl, jsonl.gz and parquet files.
+"""Documents out of text, JSON lines and parquet files.
 
 They come in chunks that are the same however many processes work on them.
 """
 
 from __future__ import annotations
 
-import gzip
+import codecs
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from olmo_fn.data.tokens import matches
+from olmo_fn.data.inputs import HEAD, kind, opened
 
 CHUNK_BYTES = 1 << 20
-LINES = (".jsonl", ".jsonl.gz", ".json.gz")
+LINE_BYTES = 1 << 26  # tokenizing needs several times as much memory
+FILE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some documents: text files, lines of one jsonl file, or a row group of one parquet file."""
+    """Some documents: text files, lines of one file, or a row group of one parquet file."""
 
     paths: tuple[str, ...]
     size: int
@@ -30,30 +33,16 @@ class Chunk:
     """Number of the first line (from 1), or of the row group."""
 
 
-def expand(inputs: Iterable[str]) -> tuple[str, ...]:
-    """The files that ``inputs`` name, sorted, each once: files, globs, and folders with everything in them.
-
-    Hidden files are left out of folders. ValueError when an input matches no file.
-    """
-    files: set[str] = set()
-    for name in inputs:
-        if not (found := matches(name)):
-            folder = Path(name).expanduser().is_dir()
-            what = "the folder has no files" if folder else "no such file, and no file matches it as a pattern"
-            raise ValueError(f"input {name!r}: {what}")
-        files.update(found)
-    return tuple(sorted(files))
-
-
 def chunks(files: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """``files`` in chunks of about ``size`` bytes, in order."""
     texts: list[str] = []
     total = 0
     for path in files:
-        if path.endswith(LINES):
+        if kind(path) == "lines":
             yield from _line_chunks(path, size)
-        elif path.endswith(".parquet"):
-            groups, bytes_on_disk = _parquet(path).num_row_groups, Path(path).stat().st_size
+        elif kind(path) == "rows":
+            with _parquet(path) as file:
+                groups, bytes_on_disk = file.num_row_groups, Path(path).stat().st_size
             for i in range(groups):
                 yield Chunk((path,), bytes_on_disk * (i + 1) // groups - bytes_on_disk * i // groups, first=i)
         else:
@@ -66,39 +55,62 @@ def chunks(files: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[Chunk]:
         yield Chunk(tuple(texts), total)
 
 
-def documents(chunk: Chunk, field: str) -> Iterator[str]:
-    """The texts of ``chunk``, in jsonl and parquet those in ``field``. ValueError names the file and the line."""
+def documents(chunk: Chunk, field: str, skip_missing: bool = False) -> Iterator[str | None]:
+    """The texts of ``chunk``, in lines and rows those in ``field``, such as ``text`` or ``data.text``.
+
+    One without a text there is None with ``skip_missing``, and else a ValueError that names the file and the line.
+    """
     path = chunk.paths[0]
     if chunk.lines:
         for number, line in enumerate(chunk.lines, chunk.first):
             if not line.isspace():
-                yield _parse(line, field, f"{path!r} line {number}")
-    elif path.endswith(".parquet"):
-        file = _parquet(path)
-        if field not in file.schema_arrow.names:
-            columns = ", ".join(file.schema_arrow.names)
-            raise ValueError(f"{path!r} has no column {field!r}; there is: {columns}; name the column with --text-field")
-        column = file.read_row_group(chunk.first, columns=[field]).column(field)
-        for number, text in enumerate(column.to_pylist()):
-            if not isinstance(text, str):
-                raise ValueError(f"{path!r} row group {chunk.first} row {number}: {field!r} is not text but {text!r:.40}")
-            yield text
+                where = f"{path!r} line {number}"
+                yield _text(_parse(line, where), field, where, skip_missing)
+    elif kind(path) == "rows":
+        with _parquet(path) as file:
+            names = file.schema_arrow.names
+            name = field if field in names else field.split(".")[0]
+            if names.count(name) != 1:
+                what = f"two columns {name!r}" if name in names else f"no column {field!r}"
+                raise ValueError(f"{path!r} has {what}; there is: {', '.join(names)}; name the column with --text-field")
+            values = file.read_row_group(chunk.first, columns=[name]).column(name).to_pylist()
+        for number, value in enumerate(values):
+            yield _text({name: value}, field, f"{path!r} row group {chunk.first} row {number}", skip_missing)
     else:
-        for name in chunk.paths:
-            yield _decode(Path(name).read_bytes(), repr(name))
+        for text_file in chunk.paths:
+            yield _read_text(text_file)
 
 
-def _parse(line: bytes, field: str, where: str) -> str:
+def _text(record: Any, field: str, where: str, skip_missing: bool) -> str | None:
+    value, there = record, isinstance(record, dict)
+    for name in [field] if there and field in record else field.split("."):
+        there = there and isinstance(value, dict) and name in value
+        value = value[name] if there else None
+    if isinstance(value, str):
+        # JSON can escape half a surrogate pair, which UTF-8 cannot hold.
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if skip_missing:
+        return None
+    if not isinstance(record, dict):
+        hint = "`jq -c '.[]' FILE` writes the objects of a list so"
+        raise ValueError(f"{where} is no JSON object but {type(record).__name__}; {hint}")
+    if not there:
+        found = ", ".join(
+            name for key, x in record.items() for name in ([f"{key}.{inner}" for inner in x] if isinstance(x, dict) else [key])
+        )
+        what = f"has no text in {field!r}; there is: {found:.300}; name the field with --text-field"
+    else:
+        what = f"has no text in {field!r} but {'null' if value is None else type(value).__name__}"
+    raise ValueError(f"{where} {what}; --skip-missing passes such documents over")
+
+
+def _parse(line: bytes, where: str) -> Any:
+    text = _decode(line.removeprefix(codecs.BOM_UTF8), where)
     try:
-        record = json.loads(_decode(line, where))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{where} is not JSON: {e}") from None
-    text = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        names = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where} has no text in {field!r}; there is: {names}; name the field with --text-field")
-    # JSON can escape half a surrogate pair, which UTF-8 cannot hold.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        hint = "a line is a whole object, as `jq -c . FILE` writes it"
+        raise ValueError(f"{where} cannot be read as JSON: {str(e).split(';')[0]}; {hint}") from None
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -109,24 +121,50 @@ def _decode(data: bytes, where: str) -> str:
         raise ValueError(f"{where} is not UTF-8 text (byte {e.start}); {hint}") from None
 
 
+def _read_text(path: str) -> str:
+    try:
+        with opened(path) as (file, _):
+            pieces = iter(lambda: file.read(CHUNK_BYTES), b"")
+            data = b"".join(islice(pieces, FILE_BYTES // CHUNK_BYTES + 1))
+    except Exception as e:  # each decompressor has errors of its own
+        raise ValueError(f"cannot read {path!r}: {e}") from None
+    if len(data) > FILE_BYTES:
+        hint = "split it into documents, a JSON object a line"
+        raise ValueError(f"{path!r} is one document of more than {FILE_BYTES:,} bytes; {hint}")
+    if b"\0" in data[:HEAD]:
+        raise ValueError(f"{path!r} is not UTF-8 text (it has NUL bytes); name only text files")
+    return _decode(data, repr(path))
+
+
 def _line_chunks(path: str, size: int) -> Iterator[Chunk]:
-    with open(path, "rb") as raw:
-        file: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-        first, position = 1, 0
-        try:
-            while lines := file.readlines(size):  # whole lines of at least so many bytes
+    first, position = 1, 0
+    lines: list[bytes] = []
+    total = 0
+    try:
+        with opened(path) as (file, raw):
+            while line := file.readline(LINE_BYTES + 1):
+                if len(line) > LINE_BYTES:
+                    raise ValueError(f"the next has more than {LINE_BYTES:,} bytes; split it into documents")
+                lines.append(line)
+                total += len(line)
+                if total > size:
+                    yield Chunk((path,), raw.tell() - position, tuple(lines), first)
+                    first, position, lines, total = first + len(lines), raw.tell(), [], 0
+            if lines:
                 yield Chunk((path,), raw.tell() - position, tuple(lines), first)
-                first, position = first + len(lines), raw.tell()
-        except (OSError, EOFError) as e:
-            raise ValueError(f"cannot read {path!r} after line {first - 1}: {e}") from None
+    except Exception as e:  # each decompressor has errors of its own
+        raise ValueError(f"cannot read {path!r} after line {first + len(lines) - 1}: {e}") from None
 
 
-def _parquet(path: str) -> Any:
+@contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    """The parquet file, while whatever is wrong with it is one error."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise ValueError("reading .parquet needs pyarrow: pip install 'olmo-fn[parquet]'") from None
     try:
-        return parquet.ParquetFile(path)
-    except ArrowException as e:
-        raise ValueError(f"{path!r} is not a parquet file: {e}") from None
+        with parquet.ParquetFile(path) as file:
+            yield file
+    except (ArrowException, OSError, UnicodeError) as e:
+        raise ValueError(f"{path!r} is not a parquet file that can be read: {e}") from None

@@ -8,6 +8,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -25,6 +26,8 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     documents: int
     num_bytes: int
+    skipped: int = 0
+    """Documents without a text, which were passed over; all count for the training side."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,24 @@ class Encoder:
     heldout: float
     """Part of the documents to hold out, from 0 to 1."""
     dtype: str
+    skip_missing: bool = False
 
     def __call__(self, chunk: Chunk) -> tuple[Encoded, Encoded]:
         """The training and the held-out documents of ``chunk``."""
         tokenizer = _load(self.tokenizer, self.eos)
         sides: tuple[list[str], list[str]] = ([], [])
-        for text in documents(chunk, self.field):
-            sides[is_heldout(text, self.heldout)].append(text)
+        skipped = 0
+        for text in documents(chunk, self.field, self.skip_missing):
+            if text is None:
+                skipped += 1
+            else:
+                sides[is_heldout(text, self.heldout)].append(text)
 
         def encoded(texts: list[str]) -> Encoded:
             ids = [np.zeros(0, self.dtype), *(ids.astype(self.dtype) for ids in tokenizer.encode_documents(texts))]
             return Encoded(np.concatenate(ids), len(texts), sum(len(text.encode()) for text in texts))
 
-        return encoded(sides[0]), encoded(sides[1])
+        return encoded(sides[0])._replace(skipped=skipped), encoded(sides[1])
 
 
 _load = lru_cache(maxsize=1)(load)
@@ -83,6 +91,10 @@ def encode_all(work: Iterable[tuple[Encoder, Chunk]], workers: int) -> Iterator[
                 yield done, future.result()
         for done, future in waiting:
             yield done, future.result()
+    except BrokenProcessPool:
+        raise ValueError(
+            f"one of {workers} worker processes died, as when memory runs out; use fewer --workers, or smaller documents"
+        ) from None
     finally:
         deaf.shutdown()
         pool.shutdown(cancel_futures=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,10 +13,21 @@ from olmo_fn.data.corpus import stdlib_corpus
 from olmo_fn.data.instances import Instances
 from olmo_fn.data.instances.documents import MaskedDocuments
 from olmo_fn.data.loader import Loader
+from olmo_fn.data.meta import Meta, check_vocabulary, read_meta
 from olmo_fn.data.settings import Data, cache_dir
 from olmo_fn.data.sizes import Sizes
 from olmo_fn.data.tokenizer import Tokenizer, load
-from olmo_fn.data.tokens import SIZES, TokenFile, check_vocab, expand, open_masks, open_tokens, smallest_dtype, view
+from olmo_fn.data.tokens import (
+    HELDOUT_FILE,
+    TokenFile,
+    check_type,
+    check_vocab,
+    expand,
+    open_masks,
+    open_tokens,
+    read_tokens,
+    smallest_dtype,
+)
 
 CORPUS_VOCAB = 4096
 HELDOUT_TOKENS = 1 << 22  # the most that a fraction of the data holds out
@@ -35,11 +45,17 @@ class Source:
     """The end-of-document token, if it is known."""
     heldout_bytes: int | None
     """UTF-8 bytes of the text behind ``heldout``, without the end-of-document tokens, which a model pays for all the same.
-    None without a tokenizer."""
+    None if neither the tokenizing command wrote them down nor ids of the tokenizer tell them."""
     heldout_compressed: Mapping[str, int] = field(default_factory=dict)
     """Bytes of that text after gzip and xz, for the default corpus."""
     files: tuple[tuple[str, str], ...] = ()
     """Path and type of every file that all this comes from: tokens, held-out tokens, label masks, tokenizer."""
+
+    def bytes_of(self, num_tokens: int) -> int | None:
+        """UTF-8 bytes of the text behind the first ``num_tokens`` of ``heldout``; None if they are not known."""
+        if num_tokens >= len(self.heldout):
+            return self.heldout_bytes
+        return self.tokenizer.count_bytes(self.heldout[:num_tokens]) if self.tokenizer else None
 
 
 def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True) -> Source:
@@ -61,14 +77,16 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
     if tokenizer and tokenizer.vocab_size > model_vocab_size:
         raise ValueError(
             f"the tokenizer {data.tokenizer!r} has {tokenizer.vocab_size:,} ids, the model a vocabulary of "
-            f"{model_vocab_size:,}; the model's vocab_size must be at least {tokenizer.vocab_size}"
+            f"{model_vocab_size:,}; give --model.vocab-size {tokenizer.vocab_size}"
         )
     vocab_size = tokenizer.vocab_size if tokenizer else model_vocab_size
-    files, heldout_files = (_open(p, data.dtype, vocab_size) for p in (data.paths, data.heldout_paths))
-    both = {Path(f.path).resolve() for f in files} & {Path(f.path).resolve() for f in heldout_files}
-    if both:
-        raise ValueError(f"{str(min(both))!r} is in --data.paths and in --data.heldout-paths; take it out of one")
-    eos_id = _eos_id(data, tokenizer, files, vocab_size)
+    paths, heldout_paths = expand(data.paths), expand(data.heldout_paths, HELDOUT_FILE)
+    folders = {Path(path).parent: None for path in (*paths, *heldout_paths)}
+    metas = {folder: meta for folder in folders if (meta := read_meta(folder))}
+    _check_apart(paths, heldout_paths, metas)
+    check_vocabulary(metas, tokenizer, data.tokenizer)
+    files, heldout_files = (_open(p, data.dtype, vocab_size, metas) for p in (paths, heldout_paths))
+    eos_id = _eos_id(data, tokenizer, next(iter(metas.items()), None), vocab_size)
     masks = open_masks(expand(data.label_mask_paths), files)
     check_vocab(files + heldout_files, vocab_size)
     instances = data.instances.build(files, masks, sizes.window, vocab_size, eos_id)
@@ -80,8 +98,15 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
         count = min(max(1, int(len(instances) * data.heldout_fraction)), most)
     train = Loader(instances, sizes, data.order_seed, len(instances) - count)
     _check_size(train, files)
-    heldout = _all(heldout_files) if heldout_files else _last(instances, count, smallest_dtype(vocab_size))
-    num_bytes = tokenizer.count_bytes(heldout) if tokenizer else None
+    if heldout_files:
+        heldout = np.concatenate([read_tokens(file) for file in heldout_files])
+    else:
+        heldout = _last(instances, count, smallest_dtype(vocab_size))
+    if len(heldout) == 1 and eos_id is None:
+        raise ValueError("the held-out text is 1 token, and nothing predicts it; give --data.eos-id, or more text")
+    num_bytes = _written_bytes(heldout_files, metas)
+    if num_bytes is None and tokenizer:
+        num_bytes = tokenizer.count_bytes(heldout)
     read = [*((f.path, f.dtype) for f in (*files, *heldout_files, *masks)), *([(data.tokenizer, "json")] if tokenizer else [])]
     return Source(train, heldout, tokenizer, eos_id, num_bytes, compressed, tuple(read))
 
@@ -96,39 +121,58 @@ def _check(data: Data) -> None:
         raise ValueError(f"--data.{name} needs --data.paths; the default corpus has a tokenizer of its own")
 
 
-def _open(patterns: tuple[str, ...], dtype: str, vocab_size: int) -> tuple[TokenFile, ...]:
-    """The token files; ``auto`` is what meta.json beside them says, or else OLMo-core's choice."""
-    paths = expand(patterns)
-    auto = {folder: _beside(folder).get("dtype", smallest_dtype(vocab_size)) for folder in {Path(p).parent for p in paths}}
-    return tuple(open_tokens(path, auto[Path(path).parent] if dtype == "auto" else dtype) for path in paths)
+def _check_apart(paths: tuple[str, ...], heldout_paths: tuple[str, ...], metas: Mapping[Path, Meta]) -> None:
+    """ValueError if what is to be held out would be trained on."""
+    held_out = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, heldout_paths)}
+    for path in paths:
+        if held_out and ((stat := os.stat(path)).st_dev, stat.st_ino) in held_out:
+            raise ValueError(f"{path!r} is in --data.paths and in --data.heldout-paths; take it out of one")
+        if Path(path).name == HELDOUT_FILE and (folder := Path(path).parent) in metas:
+            raise ValueError(
+                f"{path!r} in --data.paths is what the tokenizing command held out; train on {str(folder / 'part-*.npy')!r}, "
+                "or give the file another name"
+            )
 
 
-def _beside(folder: Path) -> dict[str, Any]:
-    """The meta.json in ``folder``, if it is one of ours: ``dtype``, ``eos_id`` and more."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    ours = isinstance(meta, dict) and meta.get("dtype") in SIZES and isinstance(meta.get("eos_id"), int)
-    return meta if ours else {}
+def _open(paths: tuple[str, ...], dtype: str, vocab_size: int, metas: Mapping[Path, Meta]) -> tuple[TokenFile, ...]:
+    """The token files; ``auto`` is what meta.json beside them says, or else OLMo-core's choice, if the file may be of it."""
+    files = []
+    for path in paths:
+        meta = metas.get(Path(path).parent)
+        auto = meta.dtype if meta else smallest_dtype(vocab_size)
+        files.append(open_tokens(path, auto if dtype == "auto" else dtype))
+        if dtype == "auto" and not meta:
+            check_type(files[-1])
+    return tuple(files)
 
 
-def _eos_id(data: Data, tokenizer: Tokenizer | None, files: tuple[TokenFile, ...], vocab_size: int) -> int | None:
+def _eos_id(data: Data, tokenizer: Tokenizer | None, beside: tuple[Path, Meta] | None, vocab_size: int) -> int | None:
     """The end-of-document token: of the settings, the tokenizer, or as written beside the files; None if nobody knows."""
-    known = tokenizer.eos_id if tokenizer else _beside(Path(files[0].path).parent).get("eos_id")
+    known = tokenizer.eos_id if tokenizer else beside[1].vocabulary.eos_id if beside else None
+    whose = f"of the tokenizer {data.tokenizer!r}" if tokenizer else f"in {str(beside[0] / 'meta.json')!r}" if beside else ""
+    if known is not None and not 0 <= known < vocab_size:
+        raise ValueError(
+            f"the end-of-document token {whose} is {known}; it must be from 0 to below {vocab_size:,}, the vocabulary"
+        )
     if data.eos_id is None:
         if known is None and data.mask_documents:
             raise ValueError(
-                f"--data.mask-documents needs the id of the end-of-document token, and no meta.json of the tokenizing command "
-                f"is beside {files[0].path!r}; give --data.eos-id or --data.tokenizer"
+                "--data.mask-documents needs the id of the end-of-document token, and no meta.json of the tokenizing command "
+                f"is beside {data.paths[0]!r}; give --data.eos-id or --data.tokenizer"
             )
         return known
     if not 0 <= data.eos_id < vocab_size:
         raise ValueError(f"--data.eos-id is {data.eos_id}; it must be from 0 to below {vocab_size:,}, the vocabulary")
     if known not in (None, data.eos_id):
-        whose = f"of the tokenizer {data.tokenizer!r}" if tokenizer else f"that is written beside {files[0].path!r}"
         raise ValueError(f"--data.eos-id is {data.eos_id}, and the end-of-document token {whose} is {known}; leave the id out")
     return data.eos_id
+
+
+def _written_bytes(files: tuple[TokenFile, ...], metas: Mapping[Path, Meta]) -> int | None:
+    """The bytes of the text of ``files`` that the tokenizing command counted, if it wrote all of them."""
+    paths = [(Path(file.path), file.num_tokens) for file in files]
+    found = [metas[path.parent].num_bytes.get((path.name, n)) if path.parent in metas else None for path, n in paths]
+    return sum(n for n in found if n is not None) if found and None not in found else None
 
 
 def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:
@@ -137,19 +181,15 @@ def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:
         longest = max(files, key=lambda f: f.num_tokens)
         raise ValueError(
             f"the sequence length {length:,} is longer than every token file (the longest, {longest.path!r}, "
-            f"has {longest.num_tokens:,} tokens); use at most {longest.num_tokens}, or more data"
+            f"has {longest.num_tokens:,} tokens); use at most {longest.num_tokens} (--recipe.sequence-length), or more data"
         )
     if train.num_instances >= 2**32:
         raise ValueError(f"{train.num_instances:,} windows are more than the 2^32 that the order can hold")
     if train.steps_per_epoch == 0:
         raise ValueError(
             f"a batch of {train.sizes.largest:,} windows is more than the {train.num_instances:,} of {length:,} "
-            f"tokens in the training data; use a smaller batch, a shorter sequence length, or more data"
+            f"tokens in the training data; use a smaller --recipe.batch-size, a shorter --recipe.sequence-length, or more data"
         )
-
-
-def _all(files: tuple[TokenFile, ...]) -> np.ndarray:
-    return view(files[0]) if len(files) == 1 else np.concatenate([view(file) for file in files])
 
 
 def _last(instances: Instances, count: int, dtype: str) -> np.ndarray:

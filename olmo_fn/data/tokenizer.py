@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,16 @@ EOS = "<|endoftext|>"
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 # Words with the character before them, up to 3 digits, punctuation, line breaks; the last two with the
 # indentation that follows. With 4096 tokens the default corpus is 3.15 M long, with GPT-2's pattern 3.48 M.
-WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
+# None is longer than some thousand characters: the time that one takes grows with the square of its length.
+WORDS = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+").translate(
+    {ord("+"): "{1,1000}", ord("*"): "{0,1000}"}
+)
+# Texts that tokenizers like to change, and every byte that UTF-8 has.
+PROBES = (
+    "a  b \t\r\n e\u0301 \u2126 \ufb01 \u2581 \ufeff<|endoftext|>\n",
+    "  a",
+    "".join(map(chr, (*range(0x800), *range(0x800, 0xD800, 61), *range(0xE000, 0x110000, 611)))),
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,10 @@ class Tokenizer:
         >>> byte_level().encode_documents(["hi", ""])
         [array([104, 105, 256]), array([256])]
         """
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as e:  # the library raises bare Exceptions
+            raise ValueError(f"the tokenizer cannot encode this text: {e}") from None
         return [np.array([*e.ids, self.eos_id], dtype=np.int64) for e in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -74,15 +87,31 @@ class Tokenizer:
             lengths[i] = 0 if added.special else len(added.content.encode())
         return lengths
 
-    def count_bytes(self, ids: np.ndarray) -> int:
+    @cached_property
+    def keeps_text(self) -> bool:
+        """Whether its ids are the bytes of the text and no others: not so if it normalizes, or puts a space before it."""
+        lengths = self.byte_lengths
+        return lengths is not None and all(
+            lengths[ids].sum() == len(text.encode()) and self.decode(ids) == text
+            for text, ids in ((text, self.encode(text)) for text in PROBES)
+        )
+
+    @cached_property
+    def vocab_hash(self) -> str:
+        """A hash of the tokens in the order of their ids."""
+        vocabulary = sorted((i, token) for token, i in self.backend.get_vocab(with_added_tokens=True).items())
+        return sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+    def count_bytes(self, ids: np.ndarray) -> int | None:
         """UTF-8 bytes of the text of ``ids`` (N,), the denominator of bits per byte. Special tokens count 0.
+
+        None if ids do not tell, as `keeps_text` says.
 
         >>> byte_level().count_bytes(np.array([104, 195, 169, 256]))
         3
         """
-        if self.byte_lengths is None:
-            ends = np.flatnonzero(ids == self.eos_id)
-            return sum(len(self.decode(part).encode()) for part in np.split(ids, ends))
+        if self.byte_lengths is None or not self.keeps_text:
+            return None
         chunk = 1 << 22
         return sum(int(self.byte_lengths[ids[i : i + chunk]].sum()) for i in range(0, len(ids), chunk))
 

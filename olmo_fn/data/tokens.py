@@ -1,15 +1,20 @@
-"""Token files: headerless little-endian unsigned integers, memory-mapped, as OLMo-core reads them.
+"""Token files: headerless little-endian unsigned integers, as OLMo-core reads them.
 
-A `TokenFile` is a value (path, type, size, time of change); `view` maps it. Only the most recently used maps stay open, so
-that a mix of 50,000 files does not run out of file descriptors.
+A `TokenFile` is a value (path, type, size, time of change); `read_tokens` reads a part of it. Only the most recently used
+files stay open, so that a mix of 50,000 files does not run out of file descriptors.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
+import os
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -20,6 +25,10 @@ Dtype: TypeAlias = Literal["auto", "uint8", "uint16", "uint32", "uint64"]
 SIZES = {"uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8}
 SCAN_BYTES = 2 << 30  # what `check_vocab` reads at most: a second or two
 CHUNK = 1 << 22
+CHECKED = 1 << 12
+HELDOUT_FILE = "heldout.npy"
+CONTROL = bytes({*range(32)} - {*b"\t\n\r\f"})
+TEXT = (".txt", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".html", ".xml", ".parquet", ".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -42,16 +51,19 @@ def smallest_dtype(vocab_size: int) -> str:
 
 
 def matches(pattern: str) -> list[str]:
-    """The files that ``pattern`` names, sorted: a file, a glob, or a folder with everything in it that is not hidden."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        return sorted(str(p) for p in inside if p.is_file())
-    return [str(path)] if path.is_file() else sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).is_file())
+    """The files that ``pattern`` names, sorted: a file or a glob, whose folder is taken literally as far as it is there."""
+    path = Path(os.path.expanduser(pattern))
+    if os.path.isfile(path):
+        return [str(path)]
+    folder = next((parent for parent in path.parents if os.path.isdir(parent)), Path())
+    found = (str(folder / name) for name in glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True))
+    return sorted(name for name in found if os.path.isfile(name))
 
 
-def expand(patterns: Iterable[str]) -> tuple[str, ...]:
+def expand(patterns: Iterable[str], usual: str = "part-*.npy") -> tuple[str, ...]:
     """Paths of token files of ``patterns``, in order, the matches of each sorted. ValueError for a pattern without a file.
+
+    ``usual``: what the files are called in a folder of the tokenizing command.
 
     >>> expand(["/no/such/*.npy"])
     Traceback (most recent call last):
@@ -59,14 +71,31 @@ def expand(patterns: Iterable[str]) -> tuple[str, ...]:
     """
     paths: list[str] = []
     for pattern in patterns:
-        full = Path(pattern).expanduser()
-        if full.is_dir():
-            raise ValueError(f"{pattern!r} is a folder; name the token files in it: '{full}/*.npy'")
+        full = Path(os.path.expanduser(pattern))
+        if os.path.isdir(full):
+            raise ValueError(f"{pattern!r} is a folder; {_inside(full, usual)}")
         if not (found := matches(pattern)):
             here = "" if full.is_absolute() else f" (from {Path.cwd()})"
-            raise ValueError(f"no token file matches {pattern!r}{here}")
+            what = f"{pattern!r} is not a regular file" if os.path.exists(full) else f"no token file matches {pattern!r}{here}"
+            raise ValueError(what)
         paths += found
     return tuple(paths)
+
+
+def _inside(folder: Path, usual: str) -> str:
+    """What to type for the token files in a folder."""
+    inside = Path(glob.escape(str(folder)))
+    if matches(str(inside / usual)):
+        return f"name the token files in it: {shlex.quote(str(inside / usual))}"
+    names = [shlex.quote(path) for path in matches(str(inside / "*.npy")) if Path(path).name != HELDOUT_FILE]
+    if not names:
+        return f"no .npy file to train on is in it; text is tokenized first: {tokenize_command(folder)}"
+    return f"name the token files in it: {' '.join(names[:3])}{' …' * (len(names) > 3)}"
+
+
+def tokenize_command(path: str | Path) -> str:
+    """What to type for text that is given in the place of token files."""
+    return f"olmo-fn tokenize {shlex.quote(str(path))} --output tokens"
 
 
 def open_tokens(path: str, dtype: str) -> TokenFile:
@@ -78,12 +107,14 @@ def open_tokens(path: str, dtype: str) -> TokenFile:
     try:
         stat = Path(path).stat()
         with open(path, "rb") as file:
-            head = file.read(6)
+            head = file.read(1024)
     except OSError as e:
         raise ValueError(f"cannot read the token file {path!r}: {e.strerror}") from None
     if not head:
         raise ValueError(f"the token file {path!r} is empty; write one with olmo-fn tokenize")
-    if head == b"\x93NUMPY":
+    if _is_text(path, head, size):
+        raise ValueError(f"{path!r} is text, and no file of tokens; tokenize it first: {tokenize_command(path)}")
+    if head.startswith(b"\x93NUMPY"):
         raise ValueError(f"{path!r} has a NumPy header, token files have none; rewrite it: np.load({path!r}).tofile(...)")
     if stat.st_size % size:
         fits = [name for name, s in SIZES.items() if stat.st_size % s == 0]
@@ -92,6 +123,39 @@ def open_tokens(path: str, dtype: str) -> TokenFile:
             f"it may be cut short or of another type (--data.dtype {' or '.join(fits)} would fit)"
         )
     return TokenFile(path, dtype, stat.st_size // size, stat.st_mtime_ns)
+
+
+def looks_like_text(head: bytes) -> bool:
+    """Whether a file that begins so is UTF-8 text.
+
+    >>> looks_like_text("é".encode()[:1]), looks_like_text(b"\\x89PNG"), looks_like_text("a".encode("utf-16"))
+    (True, False, False)
+    """
+    try:
+        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+
+
+def _is_text(path: str, head: bytes, size: int) -> bool:
+    """By its ending; or by its beginning, unless tokens are single bytes: those may be letters."""
+    printable = len(head) >= 64 and head.translate(None, CONTROL) == head and looks_like_text(head)
+    return path.lower().endswith(TEXT) or (size > 1 and printable)
+
+
+def check_type(file: TokenFile) -> None:
+    """ValueError if the beginning of the file looks as a file of another type would, read as this one's."""
+    tokens = read_tokens(file, 0, CHECKED)
+    for name, size in reversed(SIZES.items()):
+        width = size // tokens.itemsize
+        if width < 2 or len(tokens) < 64 * width or file.num_tokens % width:
+            continue
+        columns = tokens[: len(tokens) // width * width].reshape(-1, width)
+        if columns[:, 0].any() and not columns[:, 1:].any():
+            raise ValueError(
+                f"{file.path!r}, read as {file.dtype}, is 0 in {width - 1} of every {width} tokens, as {name} would be; "
+                f"say which it is: --data.dtype {name}, or --data.dtype {file.dtype}"
+            )
 
 
 def open_masks(paths: Sequence[str], files: Sequence[TokenFile]) -> tuple[TokenFile, ...]:
@@ -104,14 +168,53 @@ def open_masks(paths: Sequence[str], files: Sequence[TokenFile]) -> tuple[TokenF
             raise ValueError(
                 f"the label mask {mask.path!r} has {mask.num_tokens:,} entries, {file.path!r} has {file.num_tokens:,} tokens"
             )
+        _check_mask(mask)
     return masks
 
 
+def _check_mask(mask: TokenFile) -> None:
+    """ValueError for what is no mask of labels, or masks all of them."""
+    for start in range(0, mask.num_tokens, CHUNK):
+        part = read_tokens(mask, start, start + CHUNK).view(np.uint8)
+        if part.max() > 1:
+            offset = start + int(np.argmax(part > 1))
+            raise ValueError(f"the label mask {mask.path!r} has {part.max()} at offset {offset:,}; it must hold bytes 0 and 1")
+        if part.any():
+            return
+    raise ValueError(f"the label mask {mask.path!r} is false throughout: nothing of it is in the loss; leave both files out")
+
+
+class _Open(FileIO):
+    """A file that is closed when nobody reads it any more."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 @lru_cache(maxsize=256)
-def view(file: TokenFile) -> np.ndarray:
-    """The file's tokens, read-only and not in memory: (num_tokens,) of its dtype."""
-    dtype = np.dtype(file.dtype).newbyteorder("<")
-    return np.memmap(file.path, dtype=dtype, mode="r", shape=(file.num_tokens,))
+def _opened(file: TokenFile) -> FileIO:
+    return _Open(file.path)
+
+
+def read_tokens(file: TokenFile, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """The tokens from ``start`` to before ``stop``: (stop - start,) of the file's dtype.
+
+    ValueError if the file has become shorter since it was opened. A memory map of it would end the process without a word.
+    """
+    tokens = np.empty((file.num_tokens if stop is None else min(stop, file.num_tokens)) - start, file.dtype)
+    data, offset, done = tokens.view(np.uint8).data, start * tokens.itemsize, 0
+    try:
+        opened = _opened(file)
+        while done < len(data) and (count := os.preadv(opened.fileno(), [data[done:]], offset + done)):
+            done += count
+    except OSError as e:
+        raise ValueError(f"cannot read the token file {file.path!r}: {e.strerror}") from None
+    if done < len(data):
+        raise ValueError(
+            f"the token file {file.path!r} has become shorter: it had {file.num_tokens:,} tokens when it was opened, and now "
+            f"ends before token {start + -(-done // tokens.itemsize):,}; put it back"
+        )
+    return tokens if sys.byteorder == "little" else tokens.byteswap()
 
 
 def check_vocab(files: Iterable[TokenFile], vocab_size: int, scan_bytes: int = SCAN_BYTES) -> None:
@@ -122,10 +225,9 @@ def check_vocab(files: Iterable[TokenFile], vocab_size: int, scan_bytes: int = S
     files = [f for f in files if vocab_size < 256 ** SIZES[f.dtype]]
     total = sum(f.num_tokens * SIZES[f.dtype] for f in files)
     for file in files:
-        tokens = view(file)
         stop = file.num_tokens if total <= scan_bytes else -(-file.num_tokens * scan_bytes // total)
         for start in range(0, stop, CHUNK):
-            chunk = tokens[start : min(start + CHUNK, stop)]
+            chunk = read_tokens(file, start, min(start + CHUNK, stop))
             if chunk.max() >= vocab_size:
                 offset = start + int(np.argmax(chunk >= vocab_size))
                 raise vocab_error(file, offset, vocab_size)
@@ -133,8 +235,9 @@ def check_vocab(files: Iterable[TokenFile], vocab_size: int, scan_bytes: int = S
 
 def vocab_error(file: TokenFile, offset: int, vocab_size: int) -> ValueError:
     """The error for the token at ``offset`` of ``file``."""
+    token = int(read_tokens(file, offset, offset + 1)[0])
     return ValueError(
-        f"token {int(view(file)[offset])} at offset {offset:,} of {file.path!r} (read as {file.dtype}) is "
-        f"not below {vocab_size:,}, the vocabulary of the model or the tokenizer; use a larger vocab_size, "
-        f"the tokenizer of the data, or --data.dtype if the file is of another type"
+        f"token {token} at offset {offset:,} of {file.path!r} (read as {file.dtype}) is "
+        f"not below {vocab_size:,}, the vocabulary of the model or the tokenizer; use a larger "
+        f"--model.vocab-size, the tokenizer of the data (--data.tokenizer), or --data.dtype if the file is of another type"
     )

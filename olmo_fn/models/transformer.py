@@ -7,6 +7,7 @@ A stage is the embedding, a part of a block (`olmo_fn.models.blocks`), or the he
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from olmo_fn.kernels.attention_cp import positions_of
 from olmo_fn.kernels.attention_tiles import document_starts
 from olmo_fn.mesh.axis import Axes, CPMethod
 from olmo_fn.mesh.collectives import all_gather
+from olmo_fn.models.batch import TokenBatch
 from olmo_fn.models.blocks import Part
 from olmo_fn.models.config import Model
 from olmo_fn.nn.context import Context
@@ -86,7 +88,10 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     With tensor parallelism the stream between stages is a rank's part of the sequence (Korthikanti et al. 2022, sequence
     parallelism), with context parallelism everything but the mixing of positions is. The sum is that of this rank's tokens.
     """
-    cfg.check()
+    try:
+        cfg.check()
+    except ValueError as error:  # here there are fields, and no flags
+        raise ValueError(re.sub(r"--model\.([\w-]+)", lambda flag: flag[1].replace("-", "_"), str(error))) from None
     built = layers(cfg)
     blocks = [_block_stage(part, i) for i, layer in enumerate(built) for part in layer.parts]
     w_out = "embed" if cfg.tie_embeddings else "head.w_out"
@@ -110,6 +115,8 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
         empty=partial(_empty, cfg.d_model),
         uncast=frozenset({"embed", w_out}),
         check=partial(_check_axes, built),
+        takes=TokenBatch(cfg.vocab_size),
+        specs=specs(cfg),
     )
 
 
@@ -172,6 +179,7 @@ def tables_of(built: tuple[Layer, ...], positions: Tensor) -> dict[Any, Any]:
 
 def logits(cfg: Model, params: Tree, batch: Batch, backend: Backend = PLAIN) -> Tensor:
     """Logits (B, T, V) of ``batch["input_ids"]`` (B, T)."""
+    TokenBatch(cfg.vocab_size, labels=False)(batch)
     chain, x = loss(cfg), None
     ctx = chain.context(batch, backend)
     for stage in chain.stages[:-1]:

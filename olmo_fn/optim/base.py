@@ -12,7 +12,8 @@ from olmo_fn.core.chain import Metrics
 from olmo_fn.core.gradients import Grads, Signals
 from olmo_fn.core.pipe import Transform
 from olmo_fn.core.step import Leaf, Scalars, Slots, State, Step
-from olmo_fn.optim.schedules import Schedule, constant
+from olmo_fn.optim.schedules import Schedule
+from olmo_fn.optim.schedules.base import in_fp64
 from olmo_fn.tree import Tree, matches
 
 NO_DECAY = ("embed", "*norm", "*bias")
@@ -64,7 +65,7 @@ def optimizer(name: str, rule: Rule, lr: Schedule | float, weight_decay: Decay |
     of the rule. A step whose loss or gradient norm is not finite is skipped: parameters and slots stay as they are, bit for
     bit. The metrics gain ``lr`` and ``skipped``. The slot ``name`` holds ``count`` and the rule's memory.
     """
-    schedule = lr if callable(lr) else constant(lr)
+    schedule = in_fp64(lr)
     decay = weight_decay if isinstance(weight_decay, Decay) else Decay(weight_decay)
 
     def update(p: Tensor, g: Tensor, slots: Slots, s: Scalars) -> tuple[Tensor, Slots]:

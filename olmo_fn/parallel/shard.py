@@ -34,6 +34,8 @@ def shard(
         pp, chain = connection.axes.pp.size, step.grads.chain
         refuse = refuse_axes if chain is None else chain.check
         refuse(connection.axes, rules.cp_method)
+        if chain is not None:
+            chain.check_parameters(specs)
         if pp == 1:
             return with_execution(step, layout=sharded(connection, specs, rules, rows))
         if chain is None or chain.empty is None:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metric, Metrics, wide
+from olmo_fn.core.check import check_shapes, check_tensors
 from olmo_fn.core.layout import Layout, Owners, Placement, Sharing, Weights, WeightsInUse
 from olmo_fn.mesh.axis import Axes, Axis, chunk
 from olmo_fn.mesh.collectives import pmax, psum
@@ -84,6 +85,8 @@ class ShardedPlacement(Placement):
 
     def shard(self, params: Tree) -> Tree:
         """Parameters as DTensors; of whole ones, equal on all ranks, each rank keeps its shards."""
+        check_tensors(params)
+        check_shapes(params, tree.flatten(self.specs), tree.flatten(self.local_specs))
 
         def leaf(path: str, spec: Any) -> Tensor:
             p = tree.at(params, path)
@@ -137,6 +140,10 @@ class ShardedPlacement(Placement):
         for dim, (start, length) in enumerate(zip(*self.box(path), strict=True)):
             full = full.narrow(dim, start, length)
         return full.clone(memory_format=torch.contiguous_format)  # not a view, which would keep the whole
+
+    def entries(self, path: str, local: Tensor) -> Tensor:
+        """The number of each entry of a local shard in the whole parameter, row after row: an int64 tensor shaped like it."""
+        return self.box(path).entries(self.placed[path].shape, local.device)
 
     def box(self, path: str, gathered: Collection[str] = ()) -> Box:
         """Offset and shape of this rank's shard, or of that once it is gathered over some axes."""

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metrics, bind
-from olmo_fn.core.step import State, Step
+from olmo_fn.core.step import State, Step, check_state, spend
 
 T = TypeVar("T")
 StepFunction = Callable[[State, Batch], tuple[State, Metrics]]
@@ -56,7 +56,16 @@ def many(step: Step, batch_per_run: bool = False) -> StepFunction:
     """
     if step.execution.fuse is not bind:
         raise ValueError("compile() cannot be inside vmap; leave it out of the pipe, and use olmo_fn.research.compiled")
-    return torch.func.vmap(step, in_dims=(0, 0 if batch_per_run else None))
+    at_once = torch.func.vmap(step, in_dims=(0, 0 if batch_per_run else None))
+
+    def run(state: State, batch: Batch) -> tuple[State, Metrics]:
+        check_state(state)
+        after = at_once(state, batch)
+        if step.execution.donate:
+            spend(state)
+        return after
+
+    return run
 
 
 def compiled(step: StepFunction, state: State, batch: Batch) -> StepFunction:

@@ -81,6 +81,7 @@ def assert_equivalent(
     metric are a kind. (Not of the leaf alone: one whose terms cancel is in fp32 itself more than 1e-5 away from fp64, in one
     process.) Returns the largest such ratio for each layout.
     AssertionError otherwise, naming layout, step, leaf, rank, difference and tolerance of the first step that differs.
+    ValueError for a recipe that computes in another dtype than ``dtype``.
 
     ``recipe`` makes the step, without `olmo_fn.parallel.shard.shard`. It travels to other processes by pickle, as do ``specs``
     and ``sharding``, so it is a function at the top of a module, or a ``functools.partial`` of one; a Step itself holds
@@ -119,6 +120,13 @@ def assert_equivalent(
             options: Any = {"reference": reference, "sharding": sharding, "seed": seed, "dtype": dtype}
             return assert_equivalent(recipe, specs, layouts, batches, tolerance=tolerance, pool=own, **options)
     wanted = {name: leaf for name, (leaf, _) in record((reference or recipe)(), init(specs, seed, dtype), batches).items()}
+    wide = torch.promote_types(dtype, torch.float32)
+    for (_, name), leaf in wanted.items():
+        if name.startswith("gradient") and leaf.dtype != wide:
+            raise ValueError(
+                f"{name} is {leaf.dtype}, and the parameters are {dtype}: give grad(dtype={dtype}) in the recipe, or "
+                f"assert_equivalent(..., dtype={leaf.dtype}) with the tolerance of that"
+            )
     scales = largest_by_kind(wanted)
     worst = []
     for layout in (Layout(*layout) for layout in layouts):

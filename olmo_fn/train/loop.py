@@ -7,15 +7,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from math import isfinite
-from traceback import walk_tb
 from types import FrameType
 
 import torch
 
 from olmo_fn.checkpoint import SaveFailed
 from olmo_fn.core.compile import prepare_cache
-from olmo_fn.core.step import State, Step
+from olmo_fn.core.step import State
 from olmo_fn.data.prefetch import prefetch
 from olmo_fn.data.settings import cache_dir
 from olmo_fn.mesh.mesh import describe
@@ -149,7 +147,7 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
             if lost == NOT_FINITE or (lost > 1 and arrived.step == run.steps):
                 stop.ask(Failure(f"the loss is not finite since step {arrived.step - lost + 1}; {LOST}"))
             yield Stepped(arrived.step, meter.metrics(arrived.step, values, arrived.done))
-            if values["loss"] == 0 and not isfinite(values["grad_norm"]):
+            if values["loss"] == 0 and values["skipped"]:
                 unlabeled += 1
                 if unlabeled == 1:
                     yield Said(
@@ -203,8 +201,8 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
                         keeper.submit(state, n, keep_all=lost > 0)
                         break
         except Exception as error:
-            if context.connection or isinstance(error, SaveFailed) or not is_untouched(error):
-                raise
+            if context.connection or isinstance(error, SaveFailed) or hasattr(state.step, "spent"):
+                raise  # of a state that is spent the update may have written a part over
             yield from told(keep=0)
             yield from keeper.collect()
             keeper.submit(state, n, keep_all=True)
@@ -216,11 +214,6 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
         if not asked():
             yield from evaluated(session, state, asked)
     yield Stopped(n, stop.reason)
-
-
-def is_untouched(error: BaseException) -> bool:
-    """Whether a step failed before its update, so that the state is that from before it. An update may write in place."""
-    return all(frame.f_code is not Step._update.__code__ for frame, _ in walk_tb(error.__traceback__))
 
 
 def evaluated(session: Session, state: State, given_up: Callable[[], bool]) -> Iterator[Event]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from olmo_fn import tree
-from olmo_fn.checkpoint import BrokenCheckpoint, Retention, SaveFailed, Saver, read_index, step_path, steps
+from olmo_fn.checkpoint import BrokenCheckpoint, Retention, Saver, read_index, step_path, steps
 from olmo_fn.core.step import State
 from olmo_fn.data.identity import identity
 from olmo_fn.files import make_folder, sync, write_whole
-from olmo_fn.train.events import Event, Said, Saved
+from olmo_fn.train.events import Event, Saved
 from olmo_fn.train.folder import check_same, claimed, held, numbers, write_config, write_origin
 from olmo_fn.train.schedule import sizes
 from olmo_fn.train.session import Session, abstract_state, as_tree
@@ -29,7 +29,6 @@ class Keeper:
     def __init__(self, session: Session, stack: ExitStack) -> None:
         self.session, self.stack, self.notes = session, stack, list[str]()
         self.meta: dict[str, Any] = {}
-        self.failed = False  # the last checkpoint could not be written
         if session.process.is_main:
             stack.enter_context(claimed(session.cfg))
             self.meta = {"config": numbers(session.cfg), "data": identity(session.source.files)}
@@ -62,18 +61,9 @@ class Keeper:
         self.newest = step
 
     def collect(self, last: bool = False) -> Iterator[Event]:
-        """Wait for the checkpoint that is being written, if one is. After one that fails, the next is tried; after two in a
-        row, or the ``last``, it is an error.
-        """
-        try:
-            if path := self.saver.wait():
-                self.failed = False
-                yield Saved(int(path.name.removeprefix("step")), path)
-        except SaveFailed:
-            if last or self.failed:
-                raise
-            self.failed = True
-            yield Said("the run goes on; if the next checkpoint cannot be written either, it ends")
+        """Wait for the checkpoint that is being written, if one is; only the ``last`` one must not fail."""
+        if path := self.saver.wait() if last else self.saver.settle():
+            yield Saved(int(path.name.removeprefix("step")), path)
 
     def _write(self) -> None:
         """Config, tokenizer and origin. A tokenizer that checkpoints were made with stays."""

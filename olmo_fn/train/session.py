@@ -188,13 +188,13 @@ class Session:
         """
         source, r = self.source, self.cfg.recipe
         tokens = source.heldout[: self.cfg.run.eval_tokens]
-        if not len(tokens):
+        if len(tokens) <= (source.eos_id is None):  # the first is predicted from the end-of-document token alone
             return None
         stride, rows = max(1, r.sequence_length // 2), max(1, r.batch_size // r.accumulate)
         batches = heldout_batches(tokens, r.sequence_length, stride, rows, source.eos_id, self.cfg.data.mask_documents)
         going = takewhile(lambda _: not given_up(), batches)
         there = ({name: value.to(self.process.device) for name, value in batch.items()} for batch in going)
-        num_bytes = source.tokenizer.count_bytes(tokens) if source.tokenizer else None
+        num_bytes = source.bytes_of(len(tokens))
         loss, params = transformer.loss(self.cfg.model), self.model_parameters(state, weights)
         found = evaluate(loss, params, there, num_bytes, dtype=self.dtype, execution=self.step.execution)
         return None if given_up() or not found.tokens else found

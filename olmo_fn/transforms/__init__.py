@@ -4,6 +4,7 @@ from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, skip_spikes
 from olmo_fn.transforms.bias import first_step_bias
 from olmo_fn.transforms.clipping import clip_groups, clip_value
 from olmo_fn.transforms.freeze import freeze, train_only
+from olmo_fn.transforms.gradient_noise import gradient_noise
 from olmo_fn.transforms.merge import merge
 from olmo_fn.transforms.noise import accumulate_measured, noise_scale
 from olmo_fn.transforms.normalize import dims_of, normalize, unit_params
@@ -21,6 +22,7 @@ __all__ = [
     "first_step_bias",
     "freeze",
     "grad",
+    "gradient_noise",
     "merge",
     "noise_scale",
     "normalize",

@@ -81,7 +81,7 @@ def lora(adapters: Tree, alpha: float = 16.0) -> Transform[Loss, Loss]:
 
     def apply(loss: Loss) -> Loss:
         if not isinstance(loss.fn, Chain):
-            return Loss(lora_loss(loss.fn, alpha))
+            return replace(loss, fn=lora_loss(loss.fn, alpha))
         chain = loss.fn.changed(lambda stage: _with_adapters(stage, paths, alpha))
 
         def check(axes: Axes, cp_method: CPMethod) -> None:
@@ -89,7 +89,7 @@ def lora(adapters: Tree, alpha: float = 16.0) -> Transform[Loss, Loss]:
                 raise ValueError("LoRA adapts whole matrices, and --mesh.tp cuts them; use --mesh.dp-shard for adapters")
             chain.check(axes, cp_method)
 
-        return Loss(replace(chain, check=check))
+        return replace(loss, fn=replace(chain, check=check, specs=chain.specs and {**chain.specs, **adapters}))
 
     return Transform(f"lora(alpha={alpha})", Loss, Loss, apply)
 

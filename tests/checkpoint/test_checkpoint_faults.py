@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_jobs import file_size_limit
+from checkpoint_jobs import file_size_limit, small_disk
 
 from olmo_fn.checkpoint import SaveFailed, load, newest_whole, save, steps, sweep, verify
 from olmo_fn.checkpoint.commit import hidden, locked
@@ -168,18 +168,6 @@ def test_a_write_that_fails_halfway_leaves_the_old_one_whole(tmp_path: Path) -> 
     assert verify(old) == []
     save({"w": torch.ones(1 << 20)}, tmp_path, step=2)
     assert steps(tmp_path) == [1, 2]
-
-
-@contextmanager
-def small_disk(where: Path, options: str) -> Iterator[Path]:
-    where.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", where], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
-        yield where
-    finally:
-        subprocess.run(["umount", where], check=True)
 
 
 def test_a_full_disk_is_refused_with_the_numbers(tmp_path: Path) -> None:

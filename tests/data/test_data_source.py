@@ -124,7 +124,7 @@ def test_mistakes(files, tokenized, tmp_path):
         ),
         (Data(tokenizer=tokenizer), (3000, 10, 4), "--data.tokenizer needs --data.paths"),
         (Data(cache_dir=one), (300, 10, 4), f"cannot keep the default corpus in '{one}' ("),
-        (Data(cache_dir=str(tmp_path)), (200, 10, 4), "a byte-level BPE has at least 257 tokens"),
+        (Data(cache_dir=str(tmp_path)), (200, 10, 4), "--vocab-size is 200; it must be at least 257"),
     ]:
         with pytest.raises(ValueError, match=r".") as e:
             open_data(data, vocab, constant_sizes(batch, length))

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from olmo_fn.cli import main as cli
-from olmo_fn.data.documents import chunks, documents, expand
+from olmo_fn.data.documents import chunks, documents
 from olmo_fn.data.encode import is_heldout
+from olmo_fn.data.inputs import expand
 from olmo_fn.data.tokenize import Tokenize, tokenize
 from olmo_fn.data.tokenizer import byte_level, load, train_bpe
 
@@ -61,13 +62,14 @@ def split(ids, eos):
 
 def test_documents_of_every_kind_in_order(inputs):
     folder, texts = inputs
-    files = expand([str(folder)])
+    files, left_out = expand([str(folder)])
+    assert left_out == {str(folder / ".hidden"): "hidden"}
     assert [f.rsplit("/", 1)[1] for f in files[:3]] == ["a.jsonl", "b.jsonl.gz", "c.parquet"]
     for size in (1, 1000, 1 << 20):
         pieces = list(chunks(files, size))
         assert [t for chunk in pieces for t in documents(chunk, "text")] == texts
     assert len(list(chunks(files, 1000))) > 10
-    assert expand([str(folder / "*.jsonl*"), str(folder / "a.jsonl")]) == files[:2]
+    assert expand([str(folder / "*.jsonl*"), str(folder / "a.jsonl")]).files == files[:2]
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe", "file"])
@@ -124,8 +126,8 @@ def test_the_command_end_to_end_and_any_number_of_workers(inputs, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == (
-            f"python train.py olmo2-tiny --data.paths '{out}/part-*.npy' "
-            f"--data.tokenizer {out}/tokenizer.json --data.heldout-paths {out}/heldout.npy"
+            f"python train.py olmo2-tiny --data.paths '{out}/part-*.npy' --data.tokenizer {out}/tokenizer.json "
+            f"--run.folder runs/out{workers} --data.heldout-paths {out}/heldout.npy --model.vocab-size 325"
         )
         assert not done.stderr  # it is no terminal
         outputs.append({p.name: p.read_bytes() for p in out.iterdir() if p.name != "meta.json"})
@@ -207,13 +209,13 @@ def run(capsys, *arguments):
             b'{"text": "x"}\n{"body": 1, "id": 2}\n',
             "a.jsonl' line 2 has no text in 'text'; there is: body, id;",
         ),
-        ("a.jsonl", b'{"text": "x"}\n\n[1]\n', "a.jsonl' line 3 has no text in 'text'; there is: list"),
-        ("a.jsonl", b'{"text": "x"\n', "a.jsonl' line 1 is not JSON: "),
+        ("a.jsonl", b'{"text": "x"}\n\n[1]\n', "a.jsonl' line 3 is no JSON object but list; `jq -c"),
+        ("a.jsonl", b'{"text": "x"\n', "a.jsonl' line 1 cannot be read as JSON: "),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl' line 1 is not UTF-8 text (byte 10)"),
         ("a.txt", b"ab\xff", "a.txt' is not UTF-8 text (byte 2)"),
         ("a.jsonl.gz", gzip.compress(jsonl(["x"] * 9), mtime=0)[:-20], "cannot read '"),
         ("a.jsonl.gz", b"not gzip", "Not a gzipped file"),
-        ("a.parquet", b"not parquet", "a.parquet' is not a parquet file: "),
+        ("a.parquet", b"not parquet", "a.parquet' is not a parquet file that can be read: "),
         ("a.jsonl", b"", "no training documents in the 1 input files"),
     ],
 )
@@ -243,7 +245,7 @@ def test_parquet_columns(tmp_path, capsys):
         "1",
     )
     assert "has no column 'text'; there is: body, n; name the column" in run(capsys, *common)[1]
-    assert "row group 0 row 0: 'n' is not text but None" in run(capsys, *common, "--text-field", "n")[1]
+    assert "row group 0 row 0 has no text in 'n' but null" in run(capsys, *common, "--text-field", "n")[1]
     assert run(capsys, *common, "--text-field", "body", "--heldout", "0")[0] == 0
 
 
@@ -258,10 +260,10 @@ def test_bad_settings(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("hello")
     common = (str(tmp_path / "a.txt"), "--output", str(tmp_path / "out"))
     for flags, message in {
-        ("--heldout", "1"): "--heldout is a part of the documents",
-        ("--workers", "-1"): "--workers must be at least 1",
-        ("--part-tokens", "0"): "--part-tokens must be at least 1",
-        ("--vocab-size", "100"): "at least 257 tokens",
+        ("--heldout", "1"): "--heldout is 1.0; it must be at least 0 and below 1",
+        ("--workers", "-1"): "--workers is -1; it must be at least 0",
+        ("--part-tokens", "0"): "--part-tokens is 0; it must be at least 1",
+        ("--vocab-size", "100"): "--vocab-size is 100; it must be at least 257",
         ("--tokenizer", "no.json"): "cannot read the tokenizer 'no.json'",
         (
             "--tokenizer",

@@ -196,7 +196,8 @@ def at_the_parameters(session, state, batch):
 
 def of_the_base_model(session, state, batch):
     """Rows that know no adapters."""
-    return SEQUENCES(replace(session, cfg=replace(session.cfg, lora=Lora())), state, batch)
+    base = state._replace(params={name: p for name, p in state.params.items() if name != "lora"})
+    return SEQUENCES(replace(session, cfg=replace(session.cfg, lora=Lora())), base, batch)
 
 
 SEQUENCES, BATCH, SOURCE = module.sequences, Session.batch, Session.source.func

@@ -26,6 +26,7 @@ from olmo_fn.transforms import (
     dims_of,
     first_step_bias,
     freeze,
+    gradient_noise,
     merge,
     noise_scale,
     normalize,
@@ -75,6 +76,7 @@ GRADS = {
     "clip_value": clip_value(0.01),
     "clip_groups": clip_groups({"embed": 0.01, "default": 0.1}, SPECS),
     "centralize": centralize(),
+    "gradient_noise": gradient_noise(0.01),
 }
 OPTIMS = {
     "first_step_bias": first_step_bias(adamw(0.01)),

@@ -495,7 +495,11 @@ def test_windows_of_olmo3():
     ],
 )
 def test_wrong_sizes_are_refused(change, message):
-    """In one line that names the flag and the fix, when the loss is built and no weight exists."""
+    """In one line with the fix, before any weight exists: it names flags, and fields where the loss is built."""
     with pytest.raises(ValueError, match=message) as error:
-        transformer.loss(modified(SMALL, **change))
+        modified(SMALL, **change).check()
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"\w") as built:
+        transformer.loss(modified(SMALL, **change))
+    assert "--" not in str(built.value)
+    assert str(built.value) == str(error.value).replace("--model.", "").replace("-", "_").replace("_1 for", "-1 for")

@@ -211,7 +211,7 @@ def test_every_field_reaches_the_optimizer(cls):
     def end(optim):
         step = recipe(replace(base, optim=optim))
         state = step.init(params)
-        for i in range(3):
+        for i in range(20 if cls is Lion else 3):  # until a moment in bf16 has another sign
             grads = init(SPECS, i + 1)
             state, _ = step.update(state, Gradients(grads, metrics()))
         return torch.cat([p.reshape(-1) for _, p in tree.items(state.params)])

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from olmo_fn.data.instances import Instances, InstancesSettings, Origin
-from olmo_fn.data.tokens import TokenFile, view, vocab_error
+from olmo_fn.data.tokens import TokenFile, read_tokens, vocab_error
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Windows:
         mask = np.empty((len(numbers), t), dtype=np.bool_)
         where = [self.locate(int(number)) for number in numbers]
         for row, (file, start) in enumerate(where):
-            ids[row] = view(self.files[file])[start : start + t]
+            ids[row] = read_tokens(self.files[file], start, start + t)
             if self.masks:
-                mask[row] = view(self.masks[file])[start : start + t]
+                mask[row] = read_tokens(self.masks[file], start, start + t)
         # A uint64 beyond int64 is negative here.
         if ids.size and (ids.max() >= self.vocab_size or ids.min() < 0):
             row, column = np.argwhere((ids >= self.vocab_size) | (ids < 0))[0].tolist()

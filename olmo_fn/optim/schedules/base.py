@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
-"""``(0-d integer tensor) -> 0-d fp64 tensor``: the rate at a step, counted from 1, or at a number of tokens."""
+"""``(0-d integer tensor) -> 0-d fp64 tensor``: the rate at a step, counted from 1, or at a number of tokens.
+
+A plain number will do as the rate (`in_fp64`). ``if`` and the functions of ``math`` read the step's value, for which a GPU is
+waited for, and which is not there inside ``vmap``: write ``torch.where`` and ``torch.cos`` in their place there.
+"""
 Length: TypeAlias = int | float
 """A whole number of steps or tokens; or a float, a fraction of the whole schedule."""
 
@@ -21,6 +26,22 @@ def constant(lr: float) -> Schedule:
     0.1
     """
     return lambda step: torch.full_like(step, lr, dtype=torch.float64)
+
+
+def in_fp64(schedule: Schedule | float) -> Schedule:
+    """A schedule whose rates are tensors, out of one whose rates may be plain numbers; or out of one number.
+
+    >>> in_fp64(lambda step: 1e-3 if step < 10 else 1e-4)(torch.tensor(7))
+    tensor(0.0010, dtype=torch.float64)
+    """
+
+    def rate(step: Tensor) -> Tensor:
+        found: Any = schedule(step) if callable(schedule) else schedule
+        if not isinstance(found, (Tensor, Real)):
+            raise ValueError(f"a learning rate is a number, or a schedule that gives one, and this is a {type(found).__name__}")
+        return found if isinstance(found, Tensor) else torch.full_like(step, float(found), dtype=torch.float64)
+
+    return rate
 
 
 def whole(name: str, value: Length, total: int | None) -> int:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from olmo_fn.optim.schedules.base import Schedule, half_cosine, line
+from olmo_fn.optim.schedules.base import Schedule, half_cosine, in_fp64, line
 
 Shape: TypeAlias = Literal["linear", "cosine"]
 
@@ -35,6 +35,7 @@ def then(first: Schedule, length: int, second: Schedule) -> Schedule:
     """
     if length < 0:
         raise ValueError(f"then: the first schedule has a length of {length}; it must not be negative")
+    first, second = in_fp64(first), in_fp64(second)
     return lambda step: torch.where(step <= length, first(step), second((step - length).clamp(min=0)))
 
 
@@ -125,7 +126,7 @@ def anneal(schedule: Schedule, begin: int, length: int, final: float = 0.0, shap
     """
     if begin < 0 or length < 1:
         raise ValueError(f"anneal: begin {begin} must not be negative and length {length} must be at least 1")
-    curve = line if shape == "linear" else half_cosine
+    curve, schedule = line if shape == "linear" else half_cosine, in_fp64(schedule)
 
     def rate(step: Tensor) -> Tensor:
         value = schedule(torch.full_like(step, begin))

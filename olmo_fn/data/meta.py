@@ -1,0 +1,71 @@
+"""What the tokenizing command writes beside its token files in ``meta.json``, and what is checked by it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from olmo_fn.data.tokenizer import Tokenizer
+from olmo_fn.data.tokens import SIZES
+
+
+class Vocabulary(NamedTuple):
+    """What the ids of token files mean; None for what is not known."""
+
+    eos_id: int
+    size: int | None = None
+    hash: str | None = None
+    """`Tokenizer.vocab_hash`; folders that are older than it have none."""
+
+    def differs(self, other: Vocabulary) -> bool:
+        """Whether both cannot be of one tokenizer."""
+        return any(None not in pair and pair[0] != pair[1] for pair in zip(self, other, strict=True))
+
+    def __str__(self) -> str:
+        size = "" if self.size is None else f"{self.size:,} ids, "
+        return f"{size}end of document {self.eos_id}"
+
+
+class Meta(NamedTuple):
+    """What the ``meta.json`` of a folder says of its token files."""
+
+    dtype: str
+    vocabulary: Vocabulary
+    num_bytes: Mapping[tuple[str, int], int]
+    """UTF-8 bytes of the text of each file, by its name and number of tokens."""
+
+
+def read_meta(folder: Path) -> Meta | None:
+    """The ``meta.json`` in ``folder``; None if there is none, or none of the tokenizing command's."""
+    path = folder / "meta.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if os.path.isfile(path) else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+    def of(record: object, name: str, kind: type) -> Any:
+        value = record.get(name) if isinstance(record, dict) else None
+        return value if type(value) is kind else None
+
+    dtype, eos_id = of(found, "dtype", str), of(found, "eos_id", int)
+    if dtype not in SIZES or eos_id is None:
+        return None
+    vocabulary = Vocabulary(eos_id, of(found, "vocab_size", int), of(found, "vocab_hash", str))
+    files = of(found, "files", dict) or {}
+    num_bytes = {(name, of(count, "tokens", int)): of(count, "bytes", int) for name, count in files.items()}
+    return Meta(dtype, vocabulary, {key: value for key, value in num_bytes.items() if value is not None})
+
+
+def check_vocabulary(metas: Mapping[Path, Meta], tokenizer: Tokenizer | None, name: str) -> None:
+    """ValueError if the token files in the folders of ``metas`` are of several tokenizers, or not of this, named ``name``."""
+    known = [(f"the token files in {str(folder)!r}", meta.vocabulary) for folder, meta in metas.items()]
+    if tokenizer:
+        own = Vocabulary(tokenizer.eos_id, tokenizer.vocab_size, tokenizer.vocab_hash)
+        known.insert(0, (f"the tokenizer {name!r}", own))
+    for whose, vocabulary in known[1:]:
+        if vocabulary.differs(known[0][1]):
+            hint = "train on and hold out files of one tokenizer, and give its tokenizer.json, which is beside them"
+            raise ValueError(f"{whose} are of another tokenizer ({vocabulary}) than {known[0][0]} ({known[0][1]}); {hint}")
