@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import sys
 
-from configs import CONFIGS
-from olmo_fn.cli import training
-from olmo_fn.cli.main import exit_code, run_process
+from olmo_fn.cli.process import exit_code, run_process
 
 
 def main(words: list[str]) -> int:
     """Run the command line; returns the exit code: 2 for wrong input, 128 + n when signal n ended the run."""
-    return exit_code(lambda: training.main(words, CONFIGS, "train.py", (__file__,)))
+    return exit_code(lambda: _run(words))
+
+
+def _run(words: list[str]) -> int:
+    from configs import CONFIGS  # here, so that Ctrl-C while all this is read is told in one line
+    from olmo_fn.cli import training
+
+    return training.main(words, CONFIGS, "train.py", (__file__,))
 
 
 if __name__ == "__main__":

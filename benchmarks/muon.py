@@ -84,7 +84,7 @@ def trainer(args: argparse.Namespace) -> Callable[[str, float, int], dict[str, A
     model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, vocab_size=args.vocab_size, init_method="llama")
     specs, loss = transformer.specs(model), transformer.loss(model, z_loss=1e-5)
     source = open_data(Data(), model.vocab_size, constant_sizes(args.batch_size, args.sequence_length))
-    heldout = source.heldout[: args.heldout]
+    heldout = source.heldout["heldout"].first(args.heldout)
     made: dict[tuple[str, int], Step] = {}
 
     def step_of(name: str, steps: int) -> Step:
@@ -134,7 +134,7 @@ def draw(lines: list[dict[str, Any]], best: dict[str, dict[str, Any]], output: P
         style = {"linewidth": 2.2 if own else 1.6 if short else 0.9, "alpha": 1.0 if own or short else 0.35}
         left.plot(line["at"], line["heldout"], color=colors[name], label=label, linestyle=":" if short else "-", **style)
     target = best["adamw"]["heldout"][-1]
-    left.axhline(target, color="grey", linewidth=1, linestyle="--")
+    left.axhline(target, color="grey", linewidth=1, linestyle="--", label="AdamW's last loss")
     lowest = min(x["heldout"][-1] for x in lines)
     left.set_ylim(lowest - 0.15, lowest + 2.5)
     left.set_xlabel("step")
@@ -148,7 +148,7 @@ def draw(lines: list[dict[str, Any]], best: dict[str, dict[str, Any]], output: P
     right.set_xticks(rates, [f"{rate:g}" for rate in rates])
     right.set_xticks([], minor=True)
     right.set_xlabel("peak learning rate")
-    right.set_ylabel(f"after {steps} steps")
+    right.set_ylabel(f"held-out cross entropy after {steps} steps")
     right.legend(frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from olmo_fn.fields import SIGNED
 from olmo_fn.tree import Tree
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Soup:
     """Folder for the result; it must not be there."""
     last: int = 1
     """Take this many of the newest checkpoints of each run."""
-    shares: tuple[float, ...] = ()
+    shares: Annotated[tuple[float, ...], SIGNED] = ()
     """Share of each checkpoint, in the order they are listed, oldest first; alike if not given. They need not sum to 1."""
     weights: Literal["params", "ema", "merge"] = "params"
     """Which weights: the parameters, their moving averages, or the means of the last steps."""
@@ -92,7 +93,7 @@ def average(checkpoints: Sequence[Path], shares: Sequence[float] = (), weights: 
 
 def chosen(what: Sequence[Path], last: int) -> list[Path]:
     """The checkpoints meant: the ``last`` newest of each run, or those named; ValueError for what is none."""
-    from olmo_fn.checkpoint.command import checkpoints
+    from olmo_fn.checkpoints import checkpoints
 
     if last < 1:
         raise ValueError(f"--last {last} takes no checkpoint; it must be at least 1")

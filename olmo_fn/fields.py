@@ -6,12 +6,15 @@ threads: Annotated[int, INVISIBLE] = 0
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
 from math import inf, isfinite
-from typing import Any, NamedTuple, get_type_hints
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+S = TypeVar("S")
 
 LARGEST = 2**53  # what a double, a JSON reader and a tensor's int64 all hold
 
@@ -24,6 +27,8 @@ class Effect(Enum):
 
 
 INVISIBLE, VISIBLE = Effect.INVISIBLE, Effect.VISIBLE
+PATH = "path"
+"""Marks a text, or each of several, that is the path of a file or a folder."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class Range:
         """The range in words."""
         if self.high == inf and self.low == 0:
             return "it must be positive" if self.above else "it must not be negative"
-        low = f"{'above' if self.above else 'at least'} {self.low:g}"
-        return f"it must be {low}" + (f" and {'below' if self.below else 'at most'} {self.high:g}" if self.high < inf else "")
+        low = f"{'above' if self.above else 'at least'} {self.low:,g}"
+        return f"it must be {low}" + (f" and {'below' if self.below else 'at most'} {self.high:,}" if self.high < inf else "")
 
 
 NOT_NEGATIVE = Range()
@@ -96,26 +101,53 @@ def values(settings: Any) -> Iterator[Field]:
     return (field for field in walk(settings) if not is_dataclass(field.value))
 
 
-def check_numbers(settings: Any) -> None:
-    """ValueError for a number that its field cannot mean: not finite, too large to count with, or out of its range.
+def check_values(settings: Any) -> None:
+    """ValueError for what a field cannot mean: a number that is not finite, too large to count with, or out of its range; and
+    a text that is no text, as a word of the command line may be that is not in the terminal's encoding.
 
-    >>> from olmo_fn.mesh.settings import MeshConfig
-    >>> check_numbers(MeshConfig(tp=-1))
+    >>> from olmo_fn.generate.config import Sampling
+    >>> check_values(Sampling(top_k=-1))
     Traceback (most recent call last):
-    ValueError: --tp is -1; it must not be negative
+    ValueError: --top-k is -1; it must not be negative
     """
     for field in values(settings):
-        for item in field.value if isinstance(field.value, tuple) else ():
-            if is_dataclass(item):
-                check_numbers(item)
         allowed = next((mark for mark in reversed(field.marks) if isinstance(mark, Range)), NOT_NEGATIVE)
-        for number in _numbers(field.value):
-            if isinstance(number, int) and abs(number) > LARGEST:
-                raise ValueError(f"{field.flag} is {number}; more than {LARGEST:,} cannot be counted")
-            if not isfinite(number):
-                raise ValueError(f"{field.flag} is {number}; it must be a finite number")
-            if not allowed.holds(number):
-                raise ValueError(f"{field.flag} is {number}; {allowed.says}")
+        for item in _items(field.value):
+            if is_dataclass(item):
+                check_values(item)
+            elif isinstance(item, (str, Path)) and not _is_text(str(item)):
+                raise ValueError(f"{field.flag} is {str(item)!r}, which is not UTF-8; write it in UTF-8, without NUL")
+            elif isinstance(item, int) and abs(item) > LARGEST:
+                raise ValueError(f"{field.flag} is {item}; more than {LARGEST:,} cannot be counted")
+            elif isinstance(item, float) and not isfinite(item):
+                raise ValueError(f"{field.flag} is {item}; it must be a finite number")
+            elif isinstance(item, (int, float)) and not isinstance(item, bool) and not allowed.holds(item):
+                negative = item < 0 == allowed.low and not allowed.above
+                raise ValueError(f"{field.flag} is {item}; {NOT_NEGATIVE.says if negative else allowed.says}")
+
+
+def expanded(settings: S) -> S:
+    """The settings with the home folder for each ``~`` at the beginning of a path.
+
+    ValueError, with the flag, for the home folder of nobody.
+    """
+    for field in values(settings):
+        if PATH in field.marks or isinstance(field.value, Path):
+            settings = put(settings, field.path, _expanded(field.value, field.flag))
+    return settings
+
+
+def get(settings: Any, path: Sequence[str]) -> Any:
+    """The value of a nested field."""
+    for name in path:
+        settings = getattr(settings, name)
+    return settings
+
+
+def put(settings: Any, path: Sequence[str], value: Any) -> Any:
+    """``settings`` with another value of a nested field."""
+    first, *rest = path
+    return replace(settings, **{first: put(getattr(settings, first), rest, value) if rest else value})
 
 
 def _walk(settings: Any, prefix: str, group: str, path: tuple[str, ...], marks: tuple[Any, ...]) -> Iterator[Field]:
@@ -138,9 +170,22 @@ def _annotations(cls: type) -> dict[str, tuple[bool, tuple[Any, ...]]]:
     return {name: (all(getattr(mark, "name", None) != "" for mark in own), own) for name, own in marks.items()}
 
 
-def _numbers(x: Any) -> Iterator[int | float]:
+def _expanded(value: Any, flag: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_expanded(item, flag) for item in value)
+    try:
+        return type(value)(Path(value).expanduser()) if str(value).startswith("~") else value
+    except RuntimeError as error:  # there is no such user, or no $HOME
+        raise ValueError(f"{flag} {str(value)!r}: {error} Write the whole path") from None
+
+
+def _items(x: Any) -> Iterator[Any]:
     if isinstance(x, tuple):
         for item in x:
-            yield from _numbers(item)
-    elif isinstance(x, (int, float)) and not isinstance(x, bool):
+            yield from _items(item)
+    else:
         yield x
+
+
+def _is_text(x: str) -> bool:
+    return "\0" not in x and not any("\ud800" <= c <= "\udfff" for c in x)

@@ -26,6 +26,10 @@ LEARNING_RATES = {"760m": 4e-4, "1b": 4e-4, "1b-18l": 4e-4, "3b": 4e-4, "7b": 3e
 """Of the larger sizes; the smaller ones have 1e-3."""
 
 
+STREAM = 1 << 24
+"""Entries of the residual stream that a process computes at once: so that 7b and 13b fit on eight devices of 80 GB."""
+
+
 def pretraining(models: Mapping[str, Model], family: str, sequence_length: int) -> dict[str, Config]:
     """A pretraining run for each size of a family, whose models are named ``<family>-<size>``."""
     return {
@@ -33,7 +37,11 @@ def pretraining(models: Mapping[str, Model], family: str, sequence_length: int) 
             model=model,
             optim=AdamW(lr=LEARNING_RATES.get(name.removeprefix(f"{family}-"), 1e-3)),
             schedule=Cosine(),
-            recipe=Recipe(batch_size=1024 if model.d_model >= 4096 else 512, sequence_length=sequence_length),
+            recipe=Recipe(
+                batch_size=1024 if model.d_model >= 4096 else 512,
+                sequence_length=sequence_length,
+                micro_batch=max(1, STREAM // (model.d_model * sequence_length)),
+            ),
             run=Run(steps=100_000, checkpoint_every=1000, keep_last=3, keep_every=10_000),
         )
         for name, model in models.items()

@@ -24,7 +24,7 @@ KNOWS: dict[str, set[str]] = {
     "files": set(),
     "progress": set(),
     "picture": set(),
-    "mesh": GROUND,
+    "mesh": GROUND | {"fields"},
     "kernels": {"mesh"},
     "core": GROUND | {"mesh", "kernels"},
     "nn": CORE,
@@ -42,9 +42,11 @@ KNOWS: dict[str, set[str]] = {
     "planner": RUN | {"picture"},
     "replay": RUN | {"research"},
     "generate": RUN,
-    "average": RUN,
-    "plot": RUN,
-    "cli": RUN | {"presets", "planner", "replay", "generate", "average", "plot"},
+    "average": RUN | {"checkpoints"},
+    "checkpoints": RUN,
+    "evaluate": RUN | {"progress"},
+    "plot": RUN | {"picture"},
+    "cli": RUN | {"presets", "planner", "replay", "generate", "average", "checkpoints", "evaluate", "plot"},
     "__main__": {"cli"},
 }
 """A folder, or a file at the top, and what it may import besides itself and the version in ``olmo_fn``."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
 
 import tyro
 
 from olmo_fn.cli import training
+from olmo_fn.cli.parsing import did_you_mean, parse
 from olmo_fn.presets import CONFIGS
 from olmo_fn.train.choices import Choices, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
-
-A = TypeVar("A")
 
 
 def train(words: Sequence[str]) -> int:
@@ -24,7 +22,15 @@ def generate(words: Sequence[str]) -> int:
     """Text from a trained model."""
     from olmo_fn.generate.command import Generate, run
 
-    return run(parse(Generate, "generate", words, tyro.conf.UseAppendAction))
+    return run(parse(Generate, "olmo-fn generate", words, config=(tyro.conf.UseAppendAction,)))
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """The loss of a trained model on texts."""
+    from olmo_fn.evaluate import Evaluate, run
+
+    print(run(parse(Evaluate, "olmo-fn evaluate", words)))
+    return 0
 
 
 def plan(words: Sequence[str]) -> int:
@@ -32,7 +38,7 @@ def plan(words: Sequence[str]) -> int:
     from olmo_fn.planner.plan_command import Plan, run
 
     presets, _, rest = with_use(words)
-    print(run(parse(Plan, "plan", rest), presets))
+    print(run(parse(Plan, "olmo-fn plan", rest), presets))
     return 0
 
 
@@ -40,7 +46,7 @@ def pipeline(words: Sequence[str]) -> int:
     """A pipeline schedule."""
     from olmo_fn.planner.pipeline_command import Show, run
 
-    print(run(parse(Show, "pipeline", words)))
+    print(run(parse(Show, "olmo-fn pipeline", words)))
     return 0
 
 
@@ -48,14 +54,14 @@ def replay(words: Sequence[str]) -> int:
     """A step of a run once more; 1 when it is not what the run recorded."""
     from olmo_fn.replay.command import Arguments, run
 
-    return run(parse(Arguments, "replay", words))
+    return run(parse(Arguments, "olmo-fn replay", words))
 
 
 def average(words: Sequence[str]) -> int:
     """The mean of checkpoints."""
     from olmo_fn.average import Soup, soup
 
-    print(soup(parse(Soup, "average", words)))
+    print(soup(parse(Soup, "olmo-fn average", words)))
     return 0
 
 
@@ -66,11 +72,16 @@ def plot(words: Sequence[str]) -> int:
 
     presets, choices, rest = with_use(words)
     schedules = choices[ScheduleSettings]
-    of_schedules = plot.arguments_of(schedules)
-    args = tyro.extras.subcommand_cli_from_dict(
-        {"schedule": of_schedules, "range-test": plot.PlotRangeTest}, args=rest, prog="olmo-fn plot", description=plot.__doc__
-    )
-    if isinstance(args, plot.PlotRangeTest):
+    commands = {"schedule": plot.arguments_of(schedules), "range-test": plot.PlotRangeTest}
+    name, *rest = rest or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"usage: olmo-fn plot {{{','.join(commands)}}} …\n\n{plot.__doc__}\nolmo-fn plot COMMAND --help says more")
+        return 0
+    if name not in commands:
+        hint = did_you_mean(name, commands)
+        raise ValueError(f"olmo-fn plot {name}: there is no such picture{hint} There are {', '.join(commands)}")
+    args = parse(commands[name], f"olmo-fn plot {name}", rest)
+    if name == "range-test":
         print(plot.draw_range_test(args))
     else:
         print(plot.draw_schedules(args, schedules, presets))
@@ -79,21 +90,16 @@ def plot(words: Sequence[str]) -> int:
 
 def checkpoint(words: Sequence[str]) -> int:
     """The checkpoints of a run; 1 if one is broken."""
-    from olmo_fn.checkpoint.command import Arguments, run
+    from olmo_fn.checkpoints import Arguments, run
 
-    return run(parse(Arguments, "checkpoint", words))
+    return run(parse(Arguments, "olmo-fn checkpoint", words))
 
 
 def tokenize(words: Sequence[str]) -> int:
     """Text to token files."""
     from olmo_fn.data.tokenize import Tokenize, run
 
-    return run(parse(Tokenize, "tokenize", words))
-
-
-def parse(cls: type[A], name: str, words: Sequence[str], *config: Any) -> A:
-    """The arguments of a sub-command."""
-    return tyro.cli(cls, prog=f"olmo-fn {name}", args=list(words), config=config)
+    return run(parse(Tokenize, "olmo-fn tokenize", words))
 
 
 def with_use(words: Sequence[str]) -> tuple[Mapping[str, Config], Choices, list[str]]:

@@ -7,16 +7,22 @@ The first word is a preset, or the ``config.yaml`` (or the folder) of an earlier
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from difflib import get_close_matches
+from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
-import tyro
-
-from olmo_fn.train.choices import choose, describe, locate, with_files
+from olmo_fn.cli import parsing
+from olmo_fn.fields import get, values
+from olmo_fn.models.config import Attention, Model, SwiGLU
+from olmo_fn.train.choices import Choices, choosable, choose, classes_of, describe, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
-from olmo_fn.train.folder import expanded, read_config
+from olmo_fn.train.folder import read_config
+
+SHAPE = {"d_model", "n_layers", "vocab_size", "tie_embeddings", "n_heads", "n_kv_heads", "head_dim", "hidden_size"}
+"""Fields of a model, and of its parts, without which parameters do not fit."""
 
 
 def main(words: Sequence[str], presets: Mapping[str, Config], prog: str, again: Sequence[str]) -> int:
@@ -37,18 +43,54 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
     first, *flags = rest
     if first in presets:
         config = presets[first]
+    elif first.startswith("-"):
+        name = next((word for word in flags if word in presets), next(iter(presets)))
+        raise ValueError(f"the preset comes first: {prog} {shlex.join([name, *(word for word in rest if word != name)])}")
     elif first.endswith((".yaml", ".yml")) or "/" in first or Path(first, "config.yaml").exists():
-        config = read_config(Path(first))
+        config = read_config(Path(first).expanduser())
         choices, _ = with_files(choices, config.use)
     else:
-        close = get_close_matches(first, presets, 1)
-        hint = f", did you mean {close[0]}?" if close else ";"
-        raise ValueError(f"{first!r} is no preset, and no run's config.yaml or folder{hint} There are {', '.join(presets)}")
+        hint = parsing.did_you_mean(first, presets)
+        raise ValueError(f"{first!r} is no preset, and no run's config.yaml or folder{hint} {prog} --help lists the presets")
     config, flags = choose(replace(config, use=tuple(dict.fromkeys((*config.use, *files)))), flags, choices)
-    config = tyro.cli(Config, args=flags, default=config, prog=f"{prog} {first}", description=describe(config, choices))
+    cls, default = group(config, flags)
+    words = describe(config, choices)
+    config = parsing.parse(cls, f"{prog} {first}", flags, elsewhere(config, choices), default=default, description=words)
+    config = one_of_both(config, flags)
     name = first if first in presets else Path(first).stem
-    config = config if config.run.folder else replace(config, run=replace(config.run, folder=f"runs/{name}"))
-    return expanded(config)
+    return config if config.run.folder else replace(config, run=replace(config.run, folder=f"runs/{name}"))
+
+
+def group(config: Config, flags: list[str]) -> tuple[Any, Any]:
+    """The class, and the values, of the settings that the flags are about: all, or one group after ``--help optim``."""
+    asked = next((i for i, flag in enumerate(flags) if flag in ("-h", "--help")), len(flags)) + 1
+    if asked >= len(flags) or flags[asked].startswith("-"):
+        return Config, config
+    name, groups = flags[asked].replace("-", "_"), [f.name for f in fields(config) if is_dataclass(getattr(config, f.name))]
+    if name not in groups:
+        hint = parsing.did_you_mean(name, groups)
+        raise ValueError(f"--help {flags[asked]}: there is no such group of flags{hint} There are {', '.join(groups)}")
+    value, hint = getattr(config, name), get_type_hints(Config, include_extras=True)[name]
+    cls = make_dataclass(name, [(name, hint, field(default=value))], frozen=True)
+    return cls, cls()
+
+
+def elsewhere(config: Config, choices: Choices) -> dict[str, str]:
+    """For each flag of a class that might be chosen, and is not, what to choose."""
+    return {
+        f"{flag.removesuffix('name')}{field.name.replace('_', '-')}": f"{name} has it, choose that with {flag} {name}"
+        for flag, path in choosable(config, choices).items()
+        for name, cls in reversed([*classes_of(get(config, path), choices).items()])
+        for field in fields(cls)
+    }
+
+
+def one_of_both(config: Config, flags: Sequence[str]) -> Config:
+    """The config in which micro-batch, or else accumulate, says how much is computed at once: the one that was typed."""
+    typed = {flag.partition("=")[0].replace("_", "-") for flag in flags}
+    if "--recipe.accumulate" not in typed:
+        return replace(config, recipe=replace(config.recipe, accumulate=1)) if config.recipe.micro_batch else config
+    return config if "--recipe.micro-batch" in typed else replace(config, recipe=replace(config.recipe, micro_batch=0))
 
 
 def take(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
@@ -73,50 +115,84 @@ def take(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
 
 def overview(presets: Mapping[str, Config], prog: str) -> str:
     """The presets, in words."""
-    rows = []
+    rows = [("preset", "parameters", "width x layers", "vocabulary", "batch x length", "lr")]
     for name, config in presets.items():
-        m = config.model
-        rows.append(f"  {name:<14} d_model {m.d_model}, {m.n_layers} layers, vocabulary {m.vocab_size:,}")
-    usage = f"usage: {prog} PRESET|RUN|config.yaml [--use FILE] [FLAGS]\n\nPresets:"
-    return "\n".join([usage, *rows, "", f"{prog} {next(iter(presets))} --help lists the flags."])
+        m, r = config.model, config.recipe
+        shape, batch = f"{m.d_model:,} x {m.n_layers}", f"{r.batch_size:,} x {r.sequence_length:,}"
+        rows.append((name, parameters(m), shape, f"{m.vocab_size:,}", batch, f"{config.optim.lr:g}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    usage = f"usage: {prog} PRESET|RUN|config.yaml [--use FILE] [FLAGS]"
+    first = next(iter(presets))
+    more = [f"{prog} {first} --help lists the flags,", f"{prog} {first} --help optim those of one group."]
+    return "\n".join([usage, "", *lines, "", *more])
+
+
+def parameters(model: Model) -> str:
+    """The number of parameters in three digits; nothing where the blocks are of somebody's own."""
+    entries = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
+    for block in model.layers:
+        a, f = block.mixer, block.feed_forward
+        if type(a) is not Attention or type(f) is not SwiGLU:
+            return ""
+        entries += 2 * model.d_model * a.width(model.d_model) * (a.n_heads + a.kv_heads) + 3 * model.d_model * f.hidden_size
+    exponent = 9 if entries >= 1e9 else 6
+    return f"{entries / 10**exponent:.3g} {'B' if exponent == 9 else 'M'}"
+
+
+def check_start(cfg: Config) -> None:
+    """ValueError, with the flags to take, if the run that this one starts from has a model of another shape."""
+    start = Path(cfg.run.start_from)
+    folder = next((path for path in (start, start.parent.parent) if (path / "config.yaml").is_file()), None)
+    if not cfg.run.start_from or folder is None:
+        return
+    there, differ = {one.path: one.value for one in values(read_config(folder))}, []
+    for one in values(cfg):
+        old = there.get(one.path, one.value)
+        if one.path[0] == "model" and one.path[-1] in SHAPE and old != one.value:
+            off = one.flag.replace("--model.", "--model.no-")
+            differ.append((one.flag if old else off) if isinstance(old, bool) else f"{one.flag} {old}")
+    if differ:
+        raise ValueError(f"--run.start-from {str(start)!r} has a model of another shape; add {' '.join(differ)}")
 
 
 def run(cfg: Config, command: Sequence[str]) -> int:
     """Train, evaluate, sample, and say what to type next."""
     cfg.check()
+    check_start(cfg)
+    if cfg.lora.rank and not cfg.run.start_from and os.environ.get("RANK", "0") == "0":
+        print("warning: --lora.rank trains adapters of random weights here; give --run.start-from RUN", file=sys.stderr)
     if cfg.nproc and "RANK" not in os.environ and not cfg.dry_run:
         from olmo_fn.launch.local import launch
 
-        cfg.check_processes(cfg.nproc)  # refused here, once
+        cfg.on(cfg.nproc).check_processes(cfg.nproc)  # refused here, once
         return launch(command, cfg.nproc, Path(cfg.run.folder))
-    from olmo_fn.checkpoint import SaveFailed
     from olmo_fn.generate.load import sample_run
     from olmo_fn.planner import tables
     from olmo_fn.planner.fit import check_memory
+    from olmo_fn.plot import plot_loss
     from olmo_fn.train import machine, report
 
     if cfg.dry_run:
-        report.say(f"{report.dry_run(cfg)}\n{tables.report(cfg)}")
+        report.say(tables.report(cfg))
         return 0
     from olmo_fn.train.loop import train
     from olmo_fn.train.process import join
     from olmo_fn.train.session import open_run
 
-    try:
-        with join(cfg) as context:
-            session, size = open_run(cfg, context), context.process.size
-            dtype = str(session.dtype).removeprefix("torch.")
-            check_memory(cfg, cfg.mesh.on(size), dtype, machine.total_memory(context.device))
-            result = train(session)
-    except SaveFailed as error:
-        raise ValueError(str(error)) from error
+    with join(cfg) as context:
+        size = context.process.size
+        session = open_run(cfg.on(size), context)
+        dtype = str(session.dtype).removeprefix("torch.")
+        check_memory(session.cfg, cfg.mesh.on(size), dtype, machine.total_memory(context.device))
+        result = train(session)
     if context.is_main:
         if result.stopped_by:
             report.say(report.stopped(result))
         else:
             report.say(report.comparison(result))
             report.say(sample_run(session.folder, cfg.run.sample))
-            picture = report.plot_loss(session.folder)
+            picture = plot_loss(session.folder)
             report.say(f"loss curve:    {picture}" if picture else "")
             report.say(report.next_commands(result))
     return result.exit_code

@@ -11,23 +11,26 @@ import tyro
 
 from olmo_fn.data.instances.fixed import FixedLength
 from olmo_fn.data.tokens import Dtype
+from olmo_fn.fields import PATH
 
 
 @dataclass(frozen=True)
 class Data:
     """What to train on and what to hold out."""
 
-    paths: tuple[str, ...] = ()
+    paths: Annotated[tuple[str, ...], PATH] = ()
     """Token files or globs, in this order. Empty: the sources of this Python's standard library, tokenized on first use."""
-    heldout_paths: tuple[str, ...] = ()
-    """Token files or globs that are only evaluated on."""
+    heldout_paths: Annotated[tuple[str, ...], PATH] = ()
+    """Token files or globs that are only evaluated on. NAME=FILE evaluates it by itself, as the set NAME."""
+    heldout_mask_paths: Annotated[tuple[str, ...], PATH] = ()
+    """For each held-out token file a label mask; where heldout_fraction holds out, label_mask_paths are of all."""
     heldout_fraction: float = 0.01
     """Without heldout_paths: hold out the last instances of the data, this part of all and at most 4 Mi tokens.
     0 holds out nothing; the order of the same files is then OLMo-core's."""
     dtype: Dtype = "auto"
     """Integer type of the token files. auto: as the tokenizing command wrote beside them, or else the smallest that holds the
     vocabulary."""
-    label_mask_paths: tuple[str, ...] = ()
+    label_mask_paths: Annotated[tuple[str, ...], PATH] = ()
     """For each token file a file of booleans, one byte a token; the prediction of a false one is not in the loss."""
     instances: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=FixedLength)
     """How token files become training instances."""
@@ -36,14 +39,14 @@ class Data:
     predicts the first token of the next. Needs the id of the end-of-document token."""
     eos_id: int | None = None
     """Id of the end-of-document token. None: the tokenizer's, or as the tokenizing command wrote beside the files."""
-    tokenizer: str = ""
+    tokenizer: Annotated[str, PATH] = ""
     """Path of a tokenizer.json, that of the token files; for samples, and for bits per byte where no meta.json of the
     tokenizing command beside held-out files says how many bytes their text has."""
     eos: str = ""
     """Name of the end-of-document token in it. Empty: the usual names are tried."""
     order_seed: int = 34521
     """Seed of the order of the training instances, OLMo-core's data loader seed."""
-    cache_dir: str = ""
+    cache_dir: Annotated[str, PATH] = ""
     """Where the default corpus is kept. Empty: $OLMO_FN_CACHE or ~/.cache/olmo_fn."""
 
 

@@ -2,7 +2,7 @@
 
 Windows are always of the longest length and are read in the one order of `olmo_fn.data.shuffle`. A step takes the next
 ``batch_size`` of them; with a shorter sequence length it cuts each into as many sequences as it holds. So every token comes
-up once an epoch, whatever the sizes, and a resumed run asks for its next step.
+up once an epoch, whatever the sizes, and a resumed run asks for its next step. Imports no torch but for tensors.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Phase(NamedTuple):
@@ -85,6 +85,8 @@ class Sizes:
 
     def tokens(self, steps: Tensor) -> Tensor:
         """`tokens_before` as a function of a 0-d integer tensor, which compiles: for `schedules.in_tokens`."""
+        import torch
+
         seen = torch.zeros_like(steps)
         for phase, end in self._ends():
             seen = seen + (steps - phase.step).clamp(min=0, max=None if end is None else end - phase.step) * self._a_step(phase)
@@ -95,6 +97,8 @@ class Sizes:
 
         ``steps`` counts from 1, as schedules do: for `schedules.scale`.
         """
+        import torch
+
         ratio = torch.ones_like(steps, dtype=torch.float64)
         for phase in self.phases:
             factor = (phase.batch_size / self.phases[0].batch_size) ** 0.5

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from olmo_fn.data.corpus import stdlib_corpus
+from olmo_fn.data.heldout import TokenSet, by_name, joined, named
 from olmo_fn.data.instances import Instances
 from olmo_fn.data.instances.documents import MaskedDocuments
 from olmo_fn.data.loader import Loader
@@ -30,6 +31,7 @@ from olmo_fn.data.tokens import (
 )
 
 CORPUS_VOCAB = 4096
+HELDOUT = "heldout"  # the name of the set whose files have none of their own
 HELDOUT_TOKENS = 1 << 22  # the most that a fraction of the data holds out
 
 
@@ -38,24 +40,15 @@ class Source:
     """The data of a run."""
 
     train: Loader
-    heldout: np.ndarray
-    """Tokens to evaluate on, (N,) of an unsigned type; N is 0 when nothing is held out."""
+    heldout: Mapping[str, TokenSet]
+    """Tokens to evaluate on, by name: ``heldout``, and those that the settings name."""
     tokenizer: Tokenizer | None
     eos_id: int | None
     """The end-of-document token, if it is known."""
-    heldout_bytes: int | None
-    """UTF-8 bytes of the text behind ``heldout``, without the end-of-document tokens, which a model pays for all the same.
-    None if neither the tokenizing command wrote them down nor ids of the tokenizer tell them."""
     heldout_compressed: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of that text after gzip and xz, for the default corpus."""
+    """Bytes of the held-out text after gzip and xz, for the default corpus."""
     files: tuple[tuple[str, str], ...] = ()
     """Path and type of every file that all this comes from: tokens, held-out tokens, label masks, tokenizer."""
-
-    def bytes_of(self, num_tokens: int) -> int | None:
-        """UTF-8 bytes of the text behind the first ``num_tokens`` of ``heldout``; None if they are not known."""
-        if num_tokens >= len(self.heldout):
-            return self.heldout_bytes
-        return self.tokenizer.count_bytes(self.heldout[:num_tokens]) if self.tokenizer else None
 
 
 def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True) -> Source:
@@ -80,13 +73,14 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
             f"{model_vocab_size:,}; give --model.vocab-size {tokenizer.vocab_size}"
         )
     vocab_size = tokenizer.vocab_size if tokenizer else model_vocab_size
-    paths, heldout_paths = expand(data.paths), expand(data.heldout_paths, HELDOUT_FILE)
-    folders = {Path(path).parent: None for path in (*paths, *heldout_paths)}
-    metas = {folder: meta for folder in folders if (meta := read_meta(folder))}
+    paths, apart = expand(data.paths), [named(path, HELDOUT) for path in data.heldout_paths]
+    heldout = [(name, path) for name, pattern in apart for path in expand((pattern,), HELDOUT_FILE)]
+    heldout_paths = tuple(path for _, path in heldout)
+    metas = metas_beside((*paths, *heldout_paths))
     _check_apart(paths, heldout_paths, metas)
     check_vocabulary(metas, tokenizer, data.tokenizer)
-    files, heldout_files = (_open(p, data.dtype, vocab_size, metas) for p in (paths, heldout_paths))
-    eos_id = _eos_id(data, tokenizer, next(iter(metas.items()), None), vocab_size)
+    files, heldout_files = (open_files(p, data.dtype, vocab_size, metas) for p in (paths, heldout_paths))
+    eos_id = eos_id_of(data, tokenizer, next(iter(metas.items()), None), vocab_size)
     masks = open_masks(expand(data.label_mask_paths), files)
     check_vocab(files + heldout_files, vocab_size)
     instances = data.instances.build(files, masks, sizes.window, vocab_size, eos_id)
@@ -98,17 +92,14 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
         count = min(max(1, int(len(instances) * data.heldout_fraction)), most)
     train = Loader(instances, sizes, data.order_seed, len(instances) - count)
     _check_size(train, files)
-    if heldout_files:
-        heldout = np.concatenate([read_tokens(file) for file in heldout_files])
-    else:
-        heldout = _last(instances, count, smallest_dtype(vocab_size))
-    if len(heldout) == 1 and eos_id is None:
+    sets = by_name(zip((name for name, _ in heldout), masked(heldout_files, data.heldout_mask_paths, metas), strict=True))
+    if count:
+        sets = {HELDOUT: _last(instances, count, smallest_dtype(vocab_size))}
+    if eos_id is None and any(len(found) == 1 for found in sets.values()):
         raise ValueError("the held-out text is 1 token, and nothing predicts it; give --data.eos-id, or more text")
-    num_bytes = _written_bytes(heldout_files, metas)
-    if num_bytes is None and tokenizer:
-        num_bytes = tokenizer.count_bytes(heldout)
-    read = [*((f.path, f.dtype) for f in (*files, *heldout_files, *masks)), *([(data.tokenizer, "json")] if tokenizer else [])]
-    return Source(train, heldout, tokenizer, eos_id, num_bytes, compressed, tuple(read))
+    read = [(f.path, f.dtype) for f in (*files, *heldout_files, *masks)]
+    read += [(path, "bool") for path in expand(data.heldout_mask_paths)] + ([(data.tokenizer, "json")] if tokenizer else [])
+    return Source(train, sets, tokenizer, eos_id, compressed, tuple(read))
 
 
 def _check(data: Data) -> None:
@@ -134,7 +125,13 @@ def _check_apart(paths: tuple[str, ...], heldout_paths: tuple[str, ...], metas: 
             )
 
 
-def _open(paths: tuple[str, ...], dtype: str, vocab_size: int, metas: Mapping[Path, Meta]) -> tuple[TokenFile, ...]:
+def metas_beside(paths: Iterable[str]) -> dict[Path, Meta]:
+    """What the tokenizing command wrote in the folders of token files, where it did."""
+    folders = {Path(path).parent: None for path in paths}
+    return {folder: meta for folder in folders if (meta := read_meta(folder))}
+
+
+def open_files(paths: Sequence[str], dtype: str, vocab_size: int, metas: Mapping[Path, Meta]) -> tuple[TokenFile, ...]:
     """The token files; ``auto`` is what meta.json beside them says, or else OLMo-core's choice, if the file may be of it."""
     files = []
     for path in paths:
@@ -146,7 +143,7 @@ def _open(paths: tuple[str, ...], dtype: str, vocab_size: int, metas: Mapping[Pa
     return tuple(files)
 
 
-def _eos_id(data: Data, tokenizer: Tokenizer | None, beside: tuple[Path, Meta] | None, vocab_size: int) -> int | None:
+def eos_id_of(data: Data, tokenizer: Tokenizer | None, beside: tuple[Path, Meta] | None, vocab_size: int) -> int | None:
     """The end-of-document token: of the settings, the tokenizer, or as written beside the files; None if nobody knows."""
     known = tokenizer.eos_id if tokenizer else beside[1].vocabulary.eos_id if beside else None
     whose = f"of the tokenizer {data.tokenizer!r}" if tokenizer else f"in {str(beside[0] / 'meta.json')!r}" if beside else ""
@@ -168,13 +165,6 @@ def _eos_id(data: Data, tokenizer: Tokenizer | None, beside: tuple[Path, Meta] |
     return data.eos_id
 
 
-def _written_bytes(files: tuple[TokenFile, ...], metas: Mapping[Path, Meta]) -> int | None:
-    """The bytes of the text of ``files`` that the tokenizing command counted, if it wrote all of them."""
-    paths = [(Path(file.path), file.num_tokens) for file in files]
-    found = [metas[path.parent].num_bytes.get((path.name, n)) if path.parent in metas else None for path, n in paths]
-    return sum(n for n in found if n is not None) if found and None not in found else None
-
-
 def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:
     length = train.sizes.window
     if len(train.instances) == 0:
@@ -192,8 +182,24 @@ def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:
         )
 
 
-def _last(instances: Instances, count: int, dtype: str) -> np.ndarray:
-    """The tokens of the last ``count`` instances, a few instances at a time in memory as int64."""
+def masked(files: Sequence[TokenFile], mask_paths: Sequence[str], metas: Mapping[Path, Meta]) -> list[TokenSet]:
+    """The tokens of each file with its label mask, if there are any, and the bytes that the tokenizing command has counted."""
+    masks = [read_tokens(mask) for mask in open_masks(expand(mask_paths), files)]
+    found = []
+    for i, file in enumerate(files):
+        path, tokens = Path(file.path), read_tokens(file)
+        written = metas[path.parent].num_bytes.get((path.name, file.num_tokens)) if path.parent in metas else None
+        found.append(TokenSet(tokens, masks[i] if masks else None, written))
+    return found
+
+
+def _last(instances: Instances, count: int, dtype: str) -> TokenSet:
+    """The tokens of the last ``count`` instances with their label masks, a few instances at a time in memory as int64."""
+
+    def read(numbers: np.ndarray) -> TokenSet:
+        arrays = instances.read(numbers)
+        mask = arrays.get("label_mask")
+        return TokenSet(arrays["input_ids"].reshape(-1).astype(dtype), None if mask is None else mask.reshape(-1))
+
     numbers = np.arange(len(instances) - count, len(instances))
-    pieces = (instances.read(numbers[i : i + 64])["input_ids"].reshape(-1).astype(dtype) for i in range(0, count, 64))
-    return np.concatenate([np.zeros(0, dtype), *pieces])
+    return joined(read(numbers[i : i + 64]) for i in range(0, count, 64))

@@ -25,7 +25,7 @@ from olmo_fn.data.encode import Encoder, encode_all, is_heldout
 from olmo_fn.data.inputs import expand
 from olmo_fn.data.tokenizer import Tokenizer, byte_level, load, train_bpe
 from olmo_fn.data.tokens import HELDOUT_FILE, SIZES, Dtype, smallest_dtype
-from olmo_fn.fields import AT_LEAST_ONE, Range, check_numbers
+from olmo_fn.fields import AT_LEAST_ONE, Range, check_values
 from olmo_fn.progress import progress
 
 
@@ -72,7 +72,7 @@ def tokenize(config: Tokenize, show: bool = True, say: Callable[[str], object] =
     ``show`` shows the progress on a terminal; ``say`` gets a line about the files that are read.
     """
     command = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-    check_numbers(config)
+    check_values(config)
     inputs, heldout_inputs = expand(config.inputs), expand(config.heldout_inputs)
     output = Path(os.path.expanduser(config.output))
     config = replace(config, inputs=inputs.files, heldout_inputs=heldout_inputs.files)

@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 import tyro
 
 from olmo_fn import tree
+from olmo_fn.fields import PATH, Range
 from olmo_fn.generate.config import Sampling
+from olmo_fn.train.environment import check_device
 from olmo_fn.tree import Tree
 
 
@@ -18,7 +20,7 @@ from olmo_fn.tree import Tree
 class Generate:
     """Print a prompt and what a trained model makes of it."""
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[tyro.conf.Positional[str], PATH, tyro.conf.arg(metavar="RUN")]
     """Folder of a run, or one of its checkpoints."""
     prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")] = ""
     """Text to go on from; without one, a new document."""
@@ -35,7 +37,7 @@ class Generate:
     but " name" is one token."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; bfloat16 is for accelerators, a CPU is mostly slower with it, a token at a time."""
-    threads: int = 0
+    threads: Annotated[int, Range(0, 1024)] = 0
     """CPU threads; 0 is one for a small model, which more do not make faster, and all cores for others."""
     device: str = "auto"
     """Device to run on: auto takes cuda when there is one."""
@@ -44,8 +46,7 @@ class Generate:
 def run(args: Generate) -> int:
     """Print the text on stdout, and its speed on stderr."""
     args.sampling.check()
-    if args.threads < 0:
-        raise ValueError(f"--threads is {args.threads}; it must be positive, or 0 to leave the choice to the command")
+    check_device("--device", args.device)
     import torch
 
     from olmo_fn.generate.load import load_model

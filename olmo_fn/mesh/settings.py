@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from olmo_fn.fields import Range
 from olmo_fn.mesh.axis import CPMethod
 from olmo_fn.mesh.mesh import AXES, Mesh, solve
+
+DEGREE = Range(0, 1 << 18)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """How the processes divide the work; the product of the degrees is their number."""
 
-    pp: int = 1
+    pp: Annotated[int, DEGREE] = 1
     """Pipeline stages: each group of processes holds some of the blocks."""
-    dp_replicate: int | None = None
+    dp_replicate: Annotated[int | None, DEGREE] = None
     """Copies of the sharded parameters (HSDP; alone it is DDP). Left out: 1, or what --mesh.dp-shard leaves."""
-    dp_shard: int | None = None
+    dp_shard: Annotated[int | None, DEGREE] = None
     """Processes that share one copy of parameters and state, each with sequences of its own (FSDP).
     Left out: all the processes that the other degrees leave."""
-    cp: int = 1
+    cp: Annotated[int, DEGREE] = 1
     """Processes that share each sequence (context parallelism); parameters are sharded over them as well."""
-    tp: int = 1
+    tp: Annotated[int, DEGREE] = 1
     """Processes that share each matrix product (tensor parallelism, with sequence-parallel norms)."""
     keep_gathered: bool = False
     """Keep gathered parameters from the forward to the backward sweep (ZeRO-2): less traffic, more memory."""
@@ -31,9 +34,9 @@ class MeshConfig:
     passed on in a ring."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     """Order of work in the pipeline; interleaved needs --mesh.pp-chunks of 2 or more."""
-    pp_microbatches: int = 0
+    pp_microbatches: Annotated[int, Range(0, 1 << 16)] = 0
     """Micro-batches in which a part of the batch (--recipe.accumulate) goes through the pipeline. 0: twice --mesh.pp."""
-    pp_chunks: int = 1
+    pp_chunks: Annotated[int, Range(1, 4096)] = 1
     """Virtual stages that each pipeline rank holds."""
     pp_split: str = ""
     """Blocks of every virtual stage, such as 0-7,8-15; embed first and head last are ends without blocks. Empty: even in

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from olmo_fn.fields import SIGNED
+from olmo_fn.fields import SIGNED, Range
 
 if TYPE_CHECKING:
     from olmo_fn.models.blocks import Part
     from olmo_fn.nn.sublayer import Sublayer
 
 InitMethod = Literal["normal", "llama", "llama_depth", "normalized", "fan_in"]
+WIDTH = Range(1, 1 << 24)
 InPlace = tyro.conf.arg(name="")
 """The fields of a nested value are flags of their own, without its name before them: ``--model.n-heads``."""
 
@@ -51,11 +52,11 @@ class Attention(MixerSettings):
     """Grouped-query attention with QK-norm over all heads, rotary positions and sliding windows, as in OLMo 2 and 3."""
 
     name: tyro.conf.Suppress[Literal["attention"]] = "attention"
-    n_heads: int = 16
+    n_heads: Annotated[int, WIDTH] = 16
     """Query heads."""
-    n_kv_heads: int | None = None
+    n_kv_heads: Annotated[int | None, WIDTH] = None
     """Key and value heads (grouped-query attention); as many as query heads when not given."""
-    head_dim: int | None = None
+    head_dim: Annotated[int | None, WIDTH] = None
     """Width of a head; d_model / n_heads when not given."""
     rope_theta: float = 500_000.0
     """Base of the rotary frequencies."""
@@ -159,7 +160,7 @@ class SwiGLU(FeedForwardSettings):
     """A gated feed-forward network (Shazeer 2020)."""
 
     name: tyro.conf.Suppress[Literal["swiglu"]] = "swiglu"
-    hidden_size: int = 8192
+    hidden_size: Annotated[int, WIDTH] = 8192
     """Width of the feed-forward network."""
 
     def build(self, model: Model, layer: int) -> Sublayer:
@@ -214,11 +215,11 @@ class PreNorm(Block):
 class Model:
     """A decoder-only language model: an embedding, blocks, a norm and a head."""
 
-    d_model: int
+    d_model: Annotated[int, WIDTH]
     """Width of the residual stream."""
-    n_layers: int
+    n_layers: Annotated[int, Range(1, 1024)]
     """Number of blocks."""
-    vocab_size: int = 100_352
+    vocab_size: Annotated[int, Range(1, 1 << 31)] = 100_352
     """Rows of the embedding and of the head; the default is dolma2's 100,278 rounded up to a multiple of 128."""
     block: Annotated[Any, InPlace] = field(default_factory=Block)
     """What every layer is."""

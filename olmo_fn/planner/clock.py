@@ -79,7 +79,7 @@ def clock(plan: PlanInput, profile: Profile, gpu: Accelerator) -> Clock:
         sweep, bubble = timeline.ticks + apart, timeline.bubble
     update = max(_update(plan, profile, gpu, rank) for rank in range(mesh.pp))
     seconds = r.accumulate * sweep + update
-    waiting = (sum(both) - computing) * times + r.accumulate * apart
+    waiting = max(0.0, (sum(both) - computing) * times + r.accumulate * apart)  # without traffic just a rounding
     mfu = flops_per_sequence(plan.cfg.model, r.sequence_length) * r.batch_size / (seconds * gpu.peak * mesh.size)
     tokens = r.batch_size * r.sequence_length / seconds / mesh.size
     return Clock(seconds, computing * times, waiting, update, bubble, mfu, tokens, seen.linear * times, seen.batched * times)

@@ -22,6 +22,10 @@ TRACED = 8192
 """Positions of a rank that are traced, and twice as many, where there are more: far above what a loop takes at once."""
 
 
+LONGEST = 1 << 16
+"""Most positions of a rank that are traced: attention's tiles grow with their square."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A run on an accelerator. ``peaks`` and ``traffic`` are by pipeline rank."""
@@ -45,6 +49,11 @@ class Estimate:
 
 def profile_of(plan: PlanInput) -> Profile:
     """The pieces of the run's step; of many sequences from those of few."""
+    if (positions := plan.cfg.recipe.sequence_length // plan.mesh.cp) > LONGEST:
+        raise ValueError(
+            f"--recipe.sequence-length {plan.cfg.recipe.sequence_length} is {positions:,} positions a rank, and no more than "
+            f"{LONGEST:,} can be planned; shorten it, or raise --mesh.cp"
+        )
     keep = plan.cfg.mesh.keep_gathered and plan.mesh.pp == 1
     mesh = MeshConfig(cp_method=plan.cfg.mesh.cp_method, keep_gathered=keep)
     cfg = replace(without_layout(plan.cfg), mesh=mesh)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.planner import formulas
-from olmo_fn.planner.estimate import profile_of
+from olmo_fn.planner.estimate import LONGEST, profile_of
 from olmo_fn.planner.memory import peak_memory
 from olmo_fn.planner.plan_input import PlanInput, can_run, flags
 from olmo_fn.train.config import Config
 
 GIB = 2**30
+MORE = "take a smaller model or shorter sequences, or more processes, for which olmo-fn plan finds the best layouts"
 PROCESS = 0.5e9  # bytes of Python, torch and what they compiled
 
 
@@ -19,7 +20,7 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
     """ValueError if a step of ``cfg`` on ``mesh``, in ``dtype``, needs more than ``memory`` bytes a process.
 
     It is the plan's figure (`olmo_fn.planner`), to which half a gigabyte of the process itself comes. Where a formula says that
-    there is far more, nothing is traced.
+    there is far more, or that nothing can make it fit, nothing is traced.
 
     >>> from configs import CONFIGS
     >>> check_memory(CONFIGS["olmo2-tiny"], Mesh(), "float32", 2e9)
@@ -28,16 +29,21 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
     ValueError: a step needs 743.1 GiB, for 512 sequences of 4,096 at once; there are 14.9. This fits: --recipe.accumulate 128
     """
     plan = PlanInput(cfg, mesh).changed(dtype=dtype)
-    if cfg.recipe.engine != "tape" or PROCESS + formulas.WITHIN * formulas.memory(plan) <= memory or need(plan) <= memory:
+    if cfg.recipe.engine != "tape" or PROCESS + formulas.WITHIN * formulas.memory(plan) <= memory:
+        return
+    *_, smallest = (_computing_less_at_once(smaller)[-1] for smaller in _keeping_less(plan))
+    if (rough := formulas.memory(smallest)) > formulas.WITHIN * memory:
+        raise ValueError(
+            f"a step needs about {formulas.memory(plan) / GIB:,.0f} GiB, for {plan.at_once} at once; there are "
+            f"{memory / GIB:,.1f}. Even {flags(smallest.cfg, plan.cfg)} needs about {rough / GIB:,.0f}: {MORE}"
+        )
+    if cfg.recipe.sequence_length // mesh.cp > LONGEST or need(plan) <= memory:
         return
     words = f"a step needs {need(plan) / GIB:,.1f} GiB, for {plan.at_once} at once; there are {memory / GIB:,.1f}"
     fitting, least = remedy(plan, lambda smaller: need(smaller) <= memory)
     if fitting:
         raise ValueError(f"{words}. This fits: {flags(fitting.cfg, plan.cfg)}")
-    raise ValueError(
-        f"{words}. Even {flags(least.cfg, plan.cfg)} needs {need(least) / GIB:,.1f}: take a smaller model, or more processes, "
-        "for which olmo-fn plan finds the best layouts"
-    )
+    raise ValueError(f"{words}. Even {flags(least.cfg, plan.cfg)} needs {need(least) / GIB:,.1f}: {MORE}")
 
 
 def need(plan: PlanInput) -> float:

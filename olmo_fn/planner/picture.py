@@ -19,15 +19,21 @@ def draw(found: Sequence[Estimate], base: Config, path: Path) -> Path:
     left, rows = [0.0] * len(found), range(len(found))
     for purpose in PURPOSES:
         sizes = [one.largest.memory[purpose] / GIB for one in found]
-        axes.barh(rows, sizes, left=left, label=purpose)
+        if any(sizes):
+            axes.barh(rows, sizes, left=left, label=purpose)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     gpu = found[0].gpu
-    axes.axvline((gpu.memory - RESERVED) / GIB, color="black", linestyle="--", label="there is")
+    axes.axvline(
+        (gpu.memory - RESERVED) / GIB,
+        color="black",
+        linestyle="--",
+        label=f"{gpu.name}, less {RESERVED / GIB:.1f} GiB for the system",
+    )
     words = [flags(one.plan.cfg, base).replace("--mesh.", "").replace("--recipe.", "") for one in found]
     speeds = [f"{one.clock.tokens:,.0f} tokens/s a device" for one in found]
     axes.set_yticks(rows, [f"{text}\n{speed}" for text, speed in zip(words, speeds, strict=True)])
     axes.invert_yaxis()
-    axes.set_xlabel(f"GiB a rank at its largest moment, {gpu.name}")
+    axes.set_xlabel("GiB a rank at the largest moment of a step")
     axes.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.4, 1.0))
     page.savefig(path, dpi=120)
     return path

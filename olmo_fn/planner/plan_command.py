@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from olmo_fn.fields import PATH, Range
 from olmo_fn.train.config import Config
 
 
@@ -16,19 +18,19 @@ from olmo_fn.train.config import Config
 class Plan:
     """Search the layouts of a run on a number of accelerators, and print the best with the flags to type."""
 
-    preset: tyro.conf.Positional[str]
+    preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")]
     """A preset, or the config.yaml of a run."""
-    gpus: int
+    gpus: Annotated[int, Range(1, 1 << 18)]
     """How many accelerators there are."""
     gpu: Literal["a100", "h100", "h200", "b200", "mi300x"] = "h100"
     """Which; eight to a machine."""
-    best: int = 5
+    best: Annotated[int, Range(1, 100)] = 5
     """How many layouts to print."""
-    batch_size: Annotated[int, tyro.conf.arg(name="batch-size")] = 0
+    batch_size: Annotated[int, Range(0, 1 << 24), tyro.conf.arg(name="batch-size")] = 0
     """Sequences a step; 0: the preset's."""
-    sequence_length: Annotated[int, tyro.conf.arg(name="sequence-length")] = 0
+    sequence_length: Annotated[int, Range(0, 1 << 24), tyro.conf.arg(name="sequence-length")] = 0
     """Tokens a sequence; 0: the preset's."""
-    picture: str = ""
+    picture: Annotated[str, PATH] = ""
     """Draw the memory of the layouts here, a PNG; needs the extra plot."""
 
 
@@ -42,10 +44,9 @@ def run(args: Plan, presets: Mapping[str, Config]) -> str:
     from olmo_fn.planner.search import search
     from olmo_fn.train.folder import read_config
 
-    if args.gpus < 1:
-        raise ValueError(f"--gpus {args.gpus}: at least 1 is needed")
     if args.preset not in presets and not Path(args.preset).exists():
-        raise ValueError(f"{args.preset!r} is neither a preset nor a config.yaml; there are {', '.join(presets)}")
+        hint = f"; did you mean {close[0]}?" if (close := get_close_matches(args.preset, presets, 1)) else ""
+        raise ValueError(f"{args.preset!r} is neither a preset nor a config.yaml{hint or '; olmo-fn train --help lists them'}")
     base = presets[args.preset] if args.preset in presets else read_config(Path(args.preset))
     r = base.recipe
     r = replace(r, batch_size=args.batch_size or r.batch_size, sequence_length=args.sequence_length or r.sequence_length)

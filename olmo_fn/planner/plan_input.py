@@ -135,7 +135,7 @@ def plan_input(cfg: Config) -> PlanInput:
     """
     c = cfg.mesh
     size = cfg.gpus or cfg.nproc or prod(n for n in (c.pp, c.dp_replicate, c.dp_shard, c.cp, c.tp) if n)
-    return check(PlanInput(cfg, c.on(size)))
+    return check(PlanInput(cfg.on(size), c.on(size)))
 
 
 def check(plan: PlanInput) -> PlanInput:
@@ -174,8 +174,10 @@ def flags(cfg: Config, base: Config) -> str:
     words = []
     for section in ("mesh", "recipe", "optim"):
         new, old = getattr(cfg, section), getattr(base, section)
-        for name in (f.name for f in fields(new) if getattr(new, f.name) != getattr(old, f.name)):
+        for name in (f.name for f in fields(new) if f.name != "micro_batch"):  # accumulate says it, and alone it wins
             value, dashed = getattr(new, name), name.replace("_", "-")
+            if value == getattr(old, name) and not (name == "accumulate" and old.micro_batch and not new.micro_batch):
+                continue
             if isinstance(value, bool):
                 words.append(f"--{section}.{'' if value else 'no-'}{dashed}")
             elif value is not None:

@@ -63,7 +63,7 @@ def layouts(cfg: Config, gpus: int) -> Iterator[PlanInput]:
         for dp_shard in (d for d in range(1, ranks + 1) if ranks % d == 0 and (d * cp * tp >= NODE or d == ranks)):
             mesh = Mesh(pp, ranks // dp_shard, dp_shard, cp, tp)
             for times, remat in ((part // rows, remat) for rows in ROWS if part % rows == 0 for remat in ("none", "full")):
-                plan = PlanInput(cfg, mesh).changed(mesh=mesh, remat=remat, accumulate=1)
+                plan = PlanInput(cfg, mesh).changed(mesh=mesh, remat=remat, accumulate=1, micro_batch=0)
                 if pp == 1:
                     yield plan.changed(accumulate=times)
                 elif times >= pp:

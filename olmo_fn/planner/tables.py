@@ -12,6 +12,8 @@ from olmo_fn.planner.memory import PURPOSES
 from olmo_fn.planner.plan_input import flags, plan_input
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import parameters, rules
+from olmo_fn.train.report import dry_run
+from olmo_fn.train.serialize import to_yaml
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -30,11 +32,13 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def report(cfg: Config) -> str:
-    """The whole of a dry run's plan. ValueError for a layout that cannot run."""
+    """The whole of a dry run, the answer first. ValueError for a layout that cannot run."""
     found = estimate(plan_input(cfg))
     mesh = found.plan.mesh
     placed = table(placements(parameters(cfg), rules(cfg), mesh), mesh)
-    return "\n\n".join((layout(found), placed, memory(found), verdict(found), traffic(found), time(found)))
+    answer = f"{layout(found)}\n{verdict(found)}"
+    config = found.plan.cfg
+    return "\n\n".join((answer, placed, memory(found), traffic(found), time(found), dry_run(config), to_yaml(config).rstrip()))
 
 
 def layout(found: Estimate) -> str:

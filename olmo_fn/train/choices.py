@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
+from traceback import walk_tb
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
-from olmo_fn.fields import values, walk
+from olmo_fn.fields import get, put, values, walk
 
 C = TypeVar("C")
 Choices: TypeAlias = Mapping[type, Mapping[str, type]]
@@ -77,9 +80,13 @@ def load(name: str) -> ModuleType:
         sys.modules[key] = module = module_from_spec(spec)  # dataclasses, and the help, look their module up there
         try:
             spec.loader.exec_module(module)
-        except BaseException:
+        except BaseException as error:
             del sys.modules[key]
-            raise
+            if not isinstance(error, Exception):
+                raise
+            lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
+            line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+            raise ValueError(f"--use {name}, line {line or 1}: {type(error).__name__}: {error}") from error
     return sys.modules[key]
 
 
@@ -117,7 +124,7 @@ def choose(config: C, arguments: Sequence[str], choices: Choices) -> tuple[C, li
         if path is None:
             rest.append(word)
             continue
-        known = _classes(get(config, path), choices)
+        known = classes_of(get(config, path), choices)
         if not equals:
             name = words.pop(0) if words else ""
         if name not in known:
@@ -141,29 +148,17 @@ def _check_flags(config: Any) -> None:
 
 def choosable(config: Any, choices: Choices) -> dict[str, tuple[str, ...]]:
     """The flags that choose a class, each with the path of the field that holds it."""
-    return {f"{field.flag}.name": field.path for field in walk(config) if _classes(field.value, choices)}
+    return {f"{field.flag}.name": field.path for field in walk(config) if classes_of(field.value, choices)}
 
 
 def describe(config: Any, choices: Choices) -> str:
     """What may be chosen, and what is, as the end of a help text."""
     lines = [
-        f"  {flag} {{{','.join(_classes(get(config, path), choices))}}} (now {get(config, path).name})"
+        f"  {flag} {', '.join(classes_of(get(config, path), choices))} (now {get(config, path).name})"
         for flag, path in choosable(config, choices).items()
     ]
-    return "\n".join(["Each of these brings its own flags, which are listed here for what is chosen now:", *lines])
-
-
-def get(settings: Any, path: Sequence[str]) -> Any:
-    """The value of a nested field."""
-    for name in path:
-        settings = getattr(settings, name)
-    return settings
-
-
-def put(settings: Any, path: Sequence[str], value: Any) -> Any:
-    """``settings`` with another value of a nested field."""
-    first, *rest = path
-    return replace(settings, **{first: put(getattr(settings, first), rest, value) if rest else value})
+    first, width = "Each of these brings its own flags; here are those of what is chosen now:", get_terminal_size().columns
+    return "\n".join(fill(line, width, subsequent_indent="    ", break_on_hyphens=False) for line in (first, *lines))
 
 
 def base_of(cls: type, choices: Choices) -> type | None:
@@ -171,7 +166,8 @@ def base_of(cls: type, choices: Choices) -> type | None:
     return next((base for base in cls.__mro__ if base in choices), None)
 
 
-def _classes(value: Any, choices: Choices) -> Mapping[str, type]:
+def classes_of(value: Any, choices: Choices) -> Mapping[str, type]:
+    """The classes by name that may stand in the place of ``value``; none where nothing is to choose."""
     base = base_of(type(value), choices)
     return choices[base] if base else {}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import gcd
 from typing import Annotated, Literal
 
 import tyro
@@ -10,14 +11,16 @@ import tyro
 from olmo_fn.data.instances import InstancesSettings
 from olmo_fn.data.instances.fixed import FixedLength
 from olmo_fn.data.settings import Data
-from olmo_fn.fields import AT_LEAST_ONE, DECAY, INVISIBLE, SIGNED, VISIBLE, check_numbers
+from olmo_fn.fields import AT_LEAST_ONE, DECAY, INVISIBLE, PATH, SIGNED, VISIBLE, Range, check_values
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import Attention, Block, FeedForwardSettings, MixerSettings, Model, PreNorm, SwiGLU, divisors
 from olmo_fn.train.check_mesh import check_layout
 from olmo_fn.train.choices import Choices, named
+from olmo_fn.train.environment import check_device
 from olmo_fn.train.loss import LOSSES, CrossEntropy, LossSettings
 from olmo_fn.train.observers import NoObserver, Observe, ObserverSettings
 from olmo_fn.train.optimizers import OPTIMIZERS, AdamW, OptimizerSettings
+from olmo_fn.train.schedule import total
 from olmo_fn.train.schedules import SCHEDULES, Cosine, ScheduleSettings
 
 CHOICES: Choices = {
@@ -33,11 +36,14 @@ CHOICES: Choices = {
 """What the fields of a `Config` may hold; the first of each is its default."""
 
 
+MOST = 10**14  # parameters
+
+
 @dataclass(frozen=True)
 class Growth:
     """Batch size and sequence length that grow to those of the recipe during the run."""
 
-    batch_sizes: tuple[int, ...] = ()
+    batch_sizes: Annotated[tuple[int, ...], AT_LEAST_ONE] = ()
     """Smaller batch sizes to begin with, in order; then recipe.batch_size."""
     until: tuple[int, ...] = ()
     """For each of them the step, or number of tokens, at which the next one takes over."""
@@ -47,9 +53,9 @@ class Growth:
     """Multiply the rate by √(batch size / first batch size): for Adam and its kin; optim.lr is the first batch's."""
     min_length: int = 0
     """Sequence length to begin with; from there it grows in a line. 0: recipe.sequence_length throughout."""
-    length_steps: int = 2000
+    length_steps: Annotated[int, AT_LEAST_ONE] = 2000
     """Steps over which the sequence length grows."""
-    length_multiple: int = 128
+    length_multiple: Annotated[int, AT_LEAST_ONE] = 128
     """Sequence lengths are multiples of this."""
     truncate: bool = False
     """Train on the beginning of each window only, instead of on all of it in shorter sequences."""
@@ -59,7 +65,7 @@ class Growth:
 class Lora:
     """Train low-rank changes of some matrices, and nothing else (LoRA)."""
 
-    rank: int = 0
+    rank: Annotated[int, Range(0, 1 << 20)] = 0
     """Rank of the changes; 0 trains the whole model."""
     alpha: float = 16.0
     """The change is multiplied by alpha / rank."""
@@ -69,11 +75,11 @@ class Lora:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a step computes: these fields change the numbers, except the four that are marked invisible."""
+    """How a step computes: these fields change the numbers, except the five that are marked invisible."""
 
-    batch_size: Annotated[int, AT_LEAST_ONE] = 512
+    batch_size: Annotated[int, Range(1, 1 << 24)] = 512
     """Sequences a step."""
-    sequence_length: Annotated[int, AT_LEAST_ONE] = 4096
+    sequence_length: Annotated[int, Range(1, 1 << 24)] = 4096
     """Tokens a sequence."""
     clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
@@ -87,7 +93,7 @@ class Recipe:
     """Decay of an exponential moving average of the weights; 0 keeps none."""
     merge_last: int = 0
     """Keep the mean of the weights over this many steps up to each multiple of merge_every; 0 keeps none."""
-    merge_every: int = 1000
+    merge_every: Annotated[int, AT_LEAST_ONE] = 1000
     """Steps between the ends of such means."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that are not trained."""
@@ -97,8 +103,11 @@ class Recipe:
     """Report the gradient noise scale in tokens, averaged with this decay, such as 0.99; 0 does not. Needs accumulate."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 where the processor multiplies it natively. Parameters are fp32 always."""
-    accumulate: Annotated[int, AT_LEAST_ONE, INVISIBLE] = 1
+    accumulate: Annotated[int, Range(1, 1 << 24), INVISIBLE] = 1
     """Parts in which a batch is computed, to save memory (invisible)."""
+    micro_batch: Annotated[int, INVISIBLE] = 0
+    """Most sequences that a process computes at once: accumulate is then as small as that allows. 0: accumulate says it, as
+    --mesh.pp-microbatches does in a pipeline (invisible)."""
     remat: Annotated[str, INVISIBLE] = "none"
     """Activations to compute again instead of keeping: none, full, feed_forward, every-2, … (invisible)."""
     engine: Annotated[Literal["tape", "func"], INVISIBLE] = "tape"
@@ -111,7 +120,7 @@ class Recipe:
 class Run:
     """Where a run lives, how long it is, and what it reports."""
 
-    folder: str = ""
+    folder: Annotated[str, PATH] = ""
     """Where everything goes; runs/<preset> when not given."""
     steps: Annotated[int, AT_LEAST_ONE, VISIBLE] = 1000
     """Steps in all."""
@@ -121,7 +130,7 @@ class Run:
     """Go on from the newest whole checkpoint of the folder, if it has one; --run.no-resume demands an empty folder."""
     accept_changes: bool = False
     """Go on though the data, or the config, is not that of the run in the folder; for this start only."""
-    start_from: Annotated[str, VISIBLE] = ""
+    start_from: Annotated[str, PATH, VISIBLE] = ""
     """Checkpoint, or run folder, of another run whose state this run starts from."""
     start_with: Annotated[Literal["state", "params"], VISIBLE] = "state"
     """With start_from: take the whole state and go on, or only the parameters and begin anew (always so with LoRA)."""
@@ -139,7 +148,7 @@ class Run:
     """Steps between plain progress lines, when the output is not a terminal."""
     sample: str = "def "
     """Prompt of the sample at the end; empty for none."""
-    threads: int = 0
+    threads: Annotated[int, Range(0, 1024)] = 0
     """CPU threads; 0 leaves it to torch (all cores)."""
     device: str = "auto"
     """Device to train on: auto takes cuda when there is one."""
@@ -174,20 +183,26 @@ class Config:
     use: Annotated[tuple[str, ...], INVISIBLE, tyro.conf.arg(metavar="FILE")] = ()
     """A Python file, or a module, with optimizers, schedules, losses, … of your own to choose from, and presets in its CONFIGS;
     may be given several times."""
-    nproc: Annotated[int, INVISIBLE] = 0
+    nproc: Annotated[int, Range(0, 1024), INVISIBLE] = 0
     """Start this many processes on this machine, as torchrun would. 0: this process is all, or torchrun started it."""
     dry_run: Annotated[bool, INVISIBLE] = False
     """Only print the resolved config, counts, the sharding plan, and memory, traffic and time a rank; read no data,
     allocate no weights."""
-    gpus: Annotated[int, INVISIBLE] = 0
+    gpus: Annotated[int, Range(0, 1 << 18), INVISIBLE] = 0
     """Only for --dry-run: processes there would be. 0: the product of the degrees of --mesh that are given."""
     gpu: Annotated[Literal["a100", "h100", "h200", "b200", "mi300x"], INVISIBLE] = "h100"
     """Only for --dry-run: the accelerator that memory and time are estimated for."""
 
     def check(self) -> None:
         """Raise ValueError, in one line with the fix, if the numbers do not fit together."""
-        check_numbers(self)
+        check_values(self)
         self.model.check()
+        m = self.model
+        if m.d_model * (m.vocab_size + m.n_layers * m.d_model) > MOST:
+            sizes = f"--model.d-model {m.d_model}, --model.n-layers {m.n_layers} and --model.vocab-size {m.vocab_size}"
+            raise ValueError(f"{sizes} make more than {MOST:.0e} parameters; make the model smaller")
+        check_device("--run.device", self.run.device)
+        self.schedule.check(self.optim.lr, total(self))
         r = self.recipe
         for name, size in (
             ("--recipe.batch-size", r.batch_size),
@@ -197,8 +212,23 @@ class Config:
                 raise ValueError(
                     f"--recipe.accumulate {r.accumulate} does not divide {name} {size}; choose one of {divisors(size)}"
                 )
-        if r.noise_scale and r.accumulate < 2:
+        if r.noise_scale and r.accumulate < 2 and not r.micro_batch:
             raise ValueError("--recipe.noise-scale compares the parts of a batch; give it --recipe.accumulate 2 or more")
+
+    def on(self, processes: int) -> Config:
+        """With the ``recipe.accumulate`` that ``recipe.micro_batch`` asks for on so many processes; ValueError for another."""
+        r, mesh = self.recipe, self.mesh.on(processes)
+        if not r.micro_batch or mesh.pp > 1:
+            return self
+        rows = [size // mesh.degree("data") for size in (*self.growth.batch_sizes, r.batch_size)]
+        common = max(1, gcd(*rows))
+        parts = next(d for d in range(1, common + 1) if common % d == 0 and (max(rows) <= d * r.micro_batch or d == common))
+        if r.accumulate not in (1, parts):
+            raise ValueError(
+                f"--recipe.micro-batch {r.micro_batch} makes {parts} parts of the {max(rows)} sequences of a process, "
+                f"--recipe.accumulate {r.accumulate}; leave one of them out"
+            )
+        return replace(self, recipe=replace(r, accumulate=parts))
 
     def check_processes(self, processes: int) -> None:
         """Raise ValueError, in one line with the arithmetic, unless so many processes can share the work."""

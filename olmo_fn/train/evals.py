@@ -22,6 +22,15 @@ class Heldout(NamedTuple):
     tokens: int
     bits_per_byte: float | None = None
 
+    @property
+    def perplexity(self) -> float:
+        """e to the loss.
+
+        >>> round(Heldout(math.log(50), 10).perplexity, 6)
+        50.0
+        """
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
 
 def evaluate(
     loss: Chain,
@@ -32,11 +41,11 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     execution: Execution = EAGER,
     show: Callable[[int], Any] = lambda tokens: None,
-) -> Heldout:
-    """Sum the cross entropy over all labels of ``batches`` and divide it once.
+) -> Heldout | None:
+    """Sum the cross entropy over all labels of ``batches`` and divide it once; None without any.
 
     bits per byte = (sum of nats / ln 2) / ``num_bytes``. Runs the stages as training does, so that it needs no
-    compilation of its own; ``show`` gets the tokens done after each batch.
+    compilation of its own; ``show`` gets the number of tokens of each batch that is done.
     """
     sharing, total, tokens = execution.layout.sharing, 0.0, 0
     execution = replace(execution, dtype=dtype)
@@ -44,10 +53,11 @@ def evaluate(
     for batch in batches:
         whole = sharing.as_given(padded(batch, sharing.multiple))
         total += float(loss_sums(loss, params, whole, execution)["ce"])
-        tokens += int(loss_tokens(batch))
-        show(tokens)
+        count = int(loss_tokens(batch))
+        tokens += count
+        show(count)
     bits = total / math.log(2) / num_bytes if num_bytes else None
-    return Heldout(total / max(tokens, 1), tokens, bits)
+    return Heldout(total / tokens, tokens, bits) if tokens else None
 
 
 def padded(batch: Batch, multiple: int) -> Batch:

@@ -13,20 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from olmo_fn.data.identity import Identity, difference
-from olmo_fn.fields import values
+from olmo_fn.fields import expanded, values
 from olmo_fn.files import make_folder, try_lock, unlock, write_whole
-from olmo_fn.train.choices import get, locate, put, with_files
+from olmo_fn.train.choices import locate, with_files
 from olmo_fn.train.config import CHOICES, Config
-from olmo_fn.train.serialize import files_of, parse, plain, structure, to_yaml
+from olmo_fn.train.serialize import LARGEST, files_of, parse, plain, structure, to_yaml
 from olmo_fn.train.upgrade import upgrade
 
 NOTHING = {".lock", "config.yaml.new", "started-from.json", "logs", "lost+found", ".DS_Store"}
 """What a folder may hold and still be empty: the traces of a start that was killed, and of systems."""
 STARTED_FROM = "started-from.json"
-PATHS = (
-    *("run.folder", "run.start_from", "data.paths", "data.heldout_paths", "data.label_mask_paths"),
-    *("data.tokenizer", "data.cache_dir"),
-)
 ACCEPT = "--run.accept-changes"
 
 
@@ -35,23 +31,24 @@ def read_config(run: Path) -> Config:
     run = run.expanduser()
     path = run / "config.yaml" if run.is_dir() else run
     if not path.is_file():
-        raise ValueError(f"{str(run)!r} is no run folder: there is no config.yaml in it")
+        what = "is no run folder: there is no config.yaml in it" if run.is_dir() else "is not there"
+        raise ValueError(f"{str(run)!r} {what}{runs_near(run)}")
     try:
-        value = upgrade(parse(path.read_text()))
+        with path.open(encoding="utf-8") as file:
+            value = upgrade(parse(file.read(LARGEST + 1)))
         use = locate(files_of(value), path.parent)
         config = structure(value, Config, with_files(CHOICES, use)[0])
         return expanded(replace(config, use=use))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: it is not UTF-8, at byte {error.start}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def expanded(cfg: Config) -> Config:
-    """The config with the home folder in the place of ``~`` in its paths."""
-    for name in PATHS:
-        value = get(cfg, path := name.split("."))
-        each = os.path.expanduser
-        cfg = put(cfg, path, tuple(map(each, value)) if isinstance(value, tuple) else each(value))
-    return cfg
+def runs_near(run: Path) -> str:
+    """``; there are runs/a, …``: the runs in the folder where ``run`` was looked for, or the one above; empty without any."""
+    found = [str(path.parent) for above in (run.parent, run.parent.parent) for path in sorted(above.glob("*/config.yaml"))]
+    return f"; there are {', '.join(found[:8])}" if found else ""
 
 
 @contextmanager

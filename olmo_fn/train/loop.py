@@ -16,6 +16,7 @@ from olmo_fn.core.compile import prepare_cache
 from olmo_fn.core.step import State
 from olmo_fn.data.prefetch import prefetch
 from olmo_fn.data.settings import cache_dir
+from olmo_fn.data.source import HELDOUT
 from olmo_fn.mesh.mesh import describe
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
@@ -102,7 +103,7 @@ def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
     """
     if isinstance(run, Config):
         with join(run) as context:
-            return train(open_run(run, context), observers)
+            return train(open_run(run.on(context.process.size), context), observers)
     if run.cfg.run.threads:
         torch.set_num_threads(run.cfg.run.threads)
     stop, heldout, ended = Stop(), None, Stopped(0)
@@ -118,7 +119,7 @@ def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
             match event:
                 case Stepped(step):
                     run.process.step_done(step)
-                case Evaluated(name="heldout", values=values):
+                case Evaluated(name=name, values=values) if name == HELDOUT:
                     heldout = Heldout(values["loss"], int(values["tokens"]), values.get("bits_per_byte"))
                 case Stopped():
                     ended = event
@@ -217,16 +218,16 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
 
 
 def evaluated(session: Session, state: State, given_up: Callable[[], bool]) -> Iterator[Event]:
-    """Evaluate on the held-out tokens, if there are any; nothing if it is given up on the way."""
-    count = min(len(session.source.heldout), session.cfg.run.eval_tokens)
-    if not count:
-        return
-    yield Said(f"evaluating on {count:,} held-out tokens")
-    if found := session.evaluate(state, given_up=given_up):
-        values = {name: value for name, value in found._asdict().items() if value is not None}
-        yield Evaluated(int(state.step), "heldout", values)
-    elif not given_up():
-        yield Said("nothing is evaluated: none of the held-out tokens is predicted, as nothing is before it")
+    """Evaluate on each set of held-out tokens, until it is given up."""
+    for name, tokens in session.source.heldout.items():
+        if (count := min(len(tokens), session.cfg.run.eval_tokens)) and not given_up():
+            words = "held-out tokens" if name == HELDOUT else f"tokens of {name}"
+            yield Said(f"evaluating on {count:,} {words}")
+            if found := session.evaluate(state, name=name, given_up=given_up):
+                values = {name: value for name, value in found._asdict().items() if value is not None}
+                yield Evaluated(int(state.step), name, values)
+            elif not given_up():
+                yield Said("none of them is predicted, so there is no loss")
 
 
 def masks(session: Session) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tyro.conf import Suppress
 
@@ -31,6 +31,9 @@ class ScheduleSettings:
         """The rate as a function of the step (or the tokens), with peak ``lr``, over ``total`` of them."""
         raise NotImplementedError(f"{type(self).__name__} has no build")
 
+    def check(self, lr: float, total: int) -> None:
+        """ValueError, with the flags, for what `build` would refuse, as far as that is known without torch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Warmed(ScheduleSettings):
@@ -46,6 +49,21 @@ class Warmed(ScheduleSettings):
     """Length of the last, linear decay, where there is one; with a point a fraction."""
     anneal_at: int = 0
     """Leave the schedule here, and fall in a line to `final` over `decay`; 0: never."""
+    parts: ClassVar[tuple[str, ...]] = ("warmup",)
+    """The lengths that must fit into the whole together."""
+
+    def check(self, lr: float, total: int) -> None:
+        given, sizes = [f"--schedule.{name} {getattr(self, name):g}" for name in self.parts], []
+        for words, value in zip(given, (getattr(self, name) for name in self.parts), strict=True):
+            if isinstance(value, float) and value > 1:
+                raise ValueError(f"{words} has a point, so it is a fraction of the run; write {value:.0f} for {self.units}")
+            sizes.append(round(value * total) if isinstance(value, float) else value)
+        if sum(sizes) > total:
+            long = " and ".join(given) + (" together are" if len(given) > 1 else " is")
+            tenths = " ".join(f"--schedule.{name} 0.1" for name in self.parts)
+            raise ValueError(
+                f"{long} longer than the whole schedule of {total}; give {tenths}, a tenth of it, or more --run.steps"
+            )
 
     def build(self, lr: float, total: int) -> Schedule:
         from olmo_fn.optim.schedules import anneal, whole
@@ -89,6 +107,7 @@ class WSD(Warmed):
     """Warm-up, stable, decay."""
 
     name: Suppress[Literal["wsd"]] = "wsd"
+    parts: ClassVar[tuple[str, ...]] = ("warmup", "decay")
 
     def shape(self, lr: float, total: int) -> Schedule:
         from olmo_fn.optim.schedules import wsd
@@ -137,6 +156,7 @@ class CosineLinear(Warmed):
     """A cosine, whose end is a line."""
 
     name: Suppress[Literal["cosine-linear"]] = "cosine-linear"
+    parts: ClassVar[tuple[str, ...]] = ("warmup", "decay")
     floor: float = 0.1
     """What the cosine heads for, as a fraction of the peak."""
 
@@ -151,6 +171,7 @@ class Power(Warmed):
     """A power of the step, whose end is a line."""
 
     name: Suppress[Literal["power"]] = "power"
+    parts: ClassVar[tuple[str, ...]] = ("warmup", "decay")
     exponent: Annotated[float, SIGNED] = -0.51
     """Exponent of the power."""
 
@@ -165,6 +186,7 @@ class WSDS(Warmed):
     """Stable, decay, again and again: a finished model after each period."""
 
     name: Suppress[Literal["wsds"]] = "wsds"
+    parts: ClassVar[tuple[str, ...]] = ()  # they are of a period
     lengths: Annotated[tuple[int, ...], AT_LEAST_ONE] = ()
     """Lengths of the periods; one that lasts for all of the run when not given."""
     levels: tuple[float, ...] = ()
@@ -242,6 +264,10 @@ class RangeTest(ScheduleSettings):
     name: Suppress[Literal["range-test"]] = "range-test"
     lowest: Annotated[float, POSITIVE] = 1e-7
     """Rate at the start."""
+
+    def check(self, lr: float, total: int) -> None:
+        if self.lowest >= lr:
+            raise ValueError(f"--schedule.lowest {self.lowest:g} is where the rate starts; it must be below --optim.lr {lr:g}")
 
     def build(self, lr: float, total: int) -> Schedule:
         from olmo_fn.optim.schedules import exponential

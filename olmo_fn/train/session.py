@@ -17,17 +17,18 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import Index, load, load_newest, read_index, step_path, steps
 from olmo_fn.core.chain import Batch
 from olmo_fn.core.step import State, Step
-from olmo_fn.data.heldout import heldout_batches
-from olmo_fn.data.source import Source, open_data
+from olmo_fn.data.heldout import TokenSet, heldout_batches
+from olmo_fn.data.source import HELDOUT, Source, open_data
 from olmo_fn.data.tokenizer import Tokenizer
 from olmo_fn.data.tokenizer import load as load_tokenizer
+from olmo_fn.fields import expanded
 from olmo_fn.launch.process import agree
 from olmo_fn.models import transformer
 from olmo_fn.spec import abstract
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout, evaluate
-from olmo_fn.train.folder import expanded, origin, read_config
+from olmo_fn.train.folder import origin, read_config, runs_near
 from olmo_fn.train.process import ProcessContext
 from olmo_fn.train.recipe import first_parameters, parameters, recipe
 from olmo_fn.train.schedule import sizes
@@ -180,24 +181,40 @@ class Session:
         return found and (self._model(found[1], leaves, weights, where), found[0])
 
     def evaluate(
-        self, state: State, weights: Weights = "params", given_up: Callable[[], bool] = lambda: False
+        self, state: State, weights: Weights = "params", name: str = HELDOUT, given_up: Callable[[], bool] = lambda: False
     ) -> Heldout | None:
-        """The model's loss on the held-out tokens, at most ``run.eval_tokens`` of them.
+        """The model's loss on a set that is held out, on at most ``run.eval_tokens`` of it.
 
-        None when none of them is predicted, and when it is ``given_up``, which is asked before each batch.
+        None when nothing is predicted, and when it is ``given_up``, which is asked before each batch.
         """
-        source, r = self.source, self.cfg.recipe
-        tokens = source.heldout[: self.cfg.run.eval_tokens]
-        if len(tokens) <= (source.eos_id is None):  # the first is predicted from the end-of-document token alone
+        source = self.source
+        if name not in source.heldout:
             return None
+        tokens = source.heldout[name].first(self.cfg.run.eval_tokens)
+        params = self.model_parameters(state, weights)
+        return self.evaluate_tokens(params, tokens, source.tokenizer, source.eos_id, given_up=given_up)
+
+    def evaluate_tokens(
+        self,
+        params: Tree,
+        tokens: TokenSet,
+        tokenizer: Tokenizer | None,
+        eos_id: int | None,
+        show: Callable[[int], Any] = lambda tokens: None,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> Heldout | None:
+        """The loss of an ordinary model's parameters on ``tokens``, in windows and batches of the sizes of training.
+
+        None when nothing is predicted, or it is ``given_up``. ``show`` gets the number of tokens of each batch that is done.
+        """
+        r = self.cfg.recipe
         stride, rows = max(1, r.sequence_length // 2), max(1, r.batch_size // r.accumulate)
-        batches = heldout_batches(tokens, r.sequence_length, stride, rows, source.eos_id, self.cfg.data.mask_documents)
+        batches = heldout_batches(tokens, r.sequence_length, stride, rows, eos_id, self.cfg.data.mask_documents)
         going = takewhile(lambda _: not given_up(), batches)
         there = ({name: value.to(self.process.device) for name, value in batch.items()} for batch in going)
-        num_bytes = source.bytes_of(len(tokens))
-        loss, params = transformer.loss(self.cfg.model), self.model_parameters(state, weights)
-        found = evaluate(loss, params, there, num_bytes, dtype=self.dtype, execution=self.step.execution)
-        return None if given_up() or not found.tokens else found
+        num_bytes, loss = tokens.num_bytes(tokenizer), transformer.loss(self.cfg.model)
+        found = evaluate(loss, params, there, num_bytes, dtype=self.dtype, execution=self.step.execution, show=show)
+        return None if given_up() else found
 
     def merged(self, params: Tree) -> Tree:
         """The parameters with adapters, if the run trains any, merged into the model's."""
@@ -240,9 +257,7 @@ def find_run(where: Path, step: int | None = None) -> tuple[Path, Path | None]:
         return inside.parent.parent, inside
     if not (inside / "config.yaml").is_file():
         what = "is no run, it holds no config.yaml" if where.is_dir() else "is not there"
-        runs = sorted(str(path.parent) for path in where.parent.glob("*/config.yaml"))
-        hint = f"; there are {', '.join(runs[:8])}" if runs else ""
-        raise ValueError(f"{where} {what}; give the folder of a run, or one of its checkpoints{hint}")
+        raise ValueError(f"{where} {what}; give the folder of a run, or one of its checkpoints{runs_near(where)}")
     if step is None:
         return inside, None
     if step not in (saved := steps(inside / "checkpoints")):
@@ -303,4 +318,4 @@ def with_new_slots(step: Step, loaded: Tree, slots: Collection[str]) -> tuple[St
 def fingerprint(source: Source) -> str:
     """What two processes with the same data agree on, as text."""
     parts = {name: f"{zlib.crc32(x.numpy().tobytes()):08x}" for name, x in source.train(0).items() if x.ndim}
-    return f"{len(source.heldout)} held-out tokens\nfirst batch {parts}"
+    return f"held-out tokens { {name: len(found) for name, found in source.heldout.items()} }\nfirst batch {parts}"

@@ -30,9 +30,7 @@ def test_it_names_its_commands_and_its_version(capsys):
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "train"])
 def test_every_command_has_a_help_with_its_own_spelling(name, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main([name, "--help"])
-    assert end.value.code == 0
+    assert cli.main([name, "--help"]) == 0
     assert f"usage: olmo-fn {name} " in capsys.readouterr().out
 
 
@@ -48,8 +46,8 @@ def test_train_lists_its_presets(capsys):
     [
         (["trian"], "'trian' is no command, did you mean train? There are train, generate"),
         (["train", "olmo2-1o"], "'olmo2-1o' is no preset, and no run's config.yaml or folder, did you mean olmo2-1m?"),
-        (["train", "--optim.lr", "1"], "'--optim.lr' is no preset"),
-        (["train", "nowhere/config.yaml"], "'nowhere/config.yaml' is no run folder"),
+        (["train", "--optim.lr", "1"], "the preset comes first: olmo-fn train olmo2-tiny --optim.lr 1"),
+        (["train", "nowhere/config.yaml"], "'nowhere/config.yaml' is not there"),
         (["generate", "nowhere"], "nowhere is not there; give the folder of a run"),
         (["plan", "olmo9", "--gpus", "8"], "'olmo9' is neither a preset nor a config.yaml"),
         (["pipeline", "interleaved", "--chunks", "1"], "interleaved"),

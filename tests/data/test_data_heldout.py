@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.core.chain import IGNORE
-from olmo_fn.data.heldout import heldout_batches, num_windows
+from olmo_fn.data.heldout import TokenSet, heldout_batches, num_windows
 
 EOS = 10**6
 
@@ -17,7 +17,7 @@ def test_each_token_is_predicted_once_from_its_own_past(data, n, length, rows, m
     stride = data.draw(st.integers(1, length))
     tokens = np.arange(n, dtype=np.uint32)  # a token is its own position
     times = np.zeros(n, int)
-    batches = list(heldout_batches(tokens, length, stride, rows, EOS, mask))
+    batches = list(heldout_batches(TokenSet(tokens), length, stride, rows, EOS, mask))
     for batch in batches:
         assert batch["input_ids"].shape == batch["labels"].shape == (rows, length)
         assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
@@ -36,15 +36,15 @@ def test_each_token_is_predicted_once_from_its_own_past(data, n, length, rows, m
 def test_documents_of_the_stream():
     """Each row's documents, as in training; the context before the first token is a document of its own."""
     tokens = np.array([1, 2, 0, 3, 0, 4, 5])
-    (batch,) = heldout_batches(tokens, 4, 4, 2, eos_id=0, mask_documents=True)
+    (batch,) = heldout_batches(TokenSet(tokens), 4, 4, 2, eos_id=0, mask_documents=True)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 0], [3, 0, 4, 0]]
     assert batch["documents"].tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
     assert batch["labels"].tolist() == [[1, 2, 0, 3], [0, 4, 5, IGNORE]]
     with pytest.raises(ValueError, match="there is no end-of-document id"):
-        heldout_batches(tokens, 4, 4, 2, eos_id=None, mask_documents=True)
+        heldout_batches(TokenSet(tokens), 4, 4, 2, eos_id=None, mask_documents=True)
 
 
 @pytest.mark.parametrize("stride", [0, -1, 9])
 def test_a_stride_that_would_leave_tokens_out_is_refused(stride):
     with pytest.raises(ValueError, match=f"from 1 to the sequence length 8, not {stride}"):
-        heldout_batches(np.arange(10), 8, stride, 2, 0)
+        heldout_batches(TokenSet(np.arange(10)), 8, stride, 2, 0)

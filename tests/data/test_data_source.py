@@ -10,7 +10,7 @@ import torch
 
 import olmo_fn.data.source as source_module
 from olmo_fn.data.corpus import tokenize_corpus
-from olmo_fn.data.heldout import heldout_batches
+from olmo_fn.data.heldout import TokenSet, heldout_batches
 from olmo_fn.data.settings import Data, cache_dir
 from olmo_fn.data.sizes import constant_sizes
 from olmo_fn.data.source import open_data
@@ -33,31 +33,51 @@ def files(tmp_path):
 
 def test_the_last_windows_are_held_out(files, tmp_path):
     source = open_data(Data((str(tmp_path / "*.npy"),), heldout_fraction=0.2), 3000, SIZES)
-    assert source.heldout.tolist() == [*range(2020, 2050)]
+    assert source.heldout["heldout"].tokens.tolist() == [*range(2020, 2050)]
     seen = {int(t) for step in range(source.train.steps_per_epoch) for t in source.train(step)["input_ids"][:, 0]}
     assert seen == {*range(1000, 1100, 10), 2000, 2010}
     assert source.train.num_instances == 12
-    assert (source.tokenizer, source.eos_id, source.heldout_bytes) == (None, None, None)
+    assert (source.tokenizer, source.eos_id, source.heldout["heldout"].num_bytes(None)) == (None, None, None)
 
 
 def test_nothing_is_held_out_at_0(files):
     source = open_data(Data(tuple(files), heldout_fraction=0.0), 3000, SIZES)
-    assert (source.train.num_instances, len(source.heldout)) == (15, 0)
-    assert list(heldout_batches(source.heldout, 10, 5, 2, source.eos_id)) == []
+    assert (source.train.num_instances, source.heldout) == (15, {})
+    assert list(heldout_batches(TokenSet(np.zeros(0, np.uint8)), 10, 5, 2, None)) == []
 
 
 def test_a_small_fraction_still_holds_out_a_window_and_a_large_one_is_capped(files, monkeypatch):
-    assert len(open_data(Data(tuple(files), heldout_fraction=1e-9), 3000, SIZES).heldout) == 10
+    assert len(open_data(Data(tuple(files), heldout_fraction=1e-9), 3000, SIZES).heldout["heldout"]) == 10
     monkeypatch.setattr(source_module, "HELDOUT_TOKENS", 25)
-    assert len(open_data(Data(tuple(files), heldout_fraction=0.5), 3000, SIZES).heldout) == 20
+    assert len(open_data(Data(tuple(files), heldout_fraction=0.5), 3000, SIZES).heldout["heldout"]) == 20
 
 
 def test_heldout_files(files):
     source = open_data(Data((files[0],), heldout_paths=(files[1],)), 3000, SIZES)
     assert source.train.num_instances == 10
-    assert source.heldout.tolist() == [*range(2000, 2057)]
-    labels = torch.cat([b["labels"].reshape(-1) for b in heldout_batches(source.heldout, 10, 5, 2, source.eos_id)])
+    assert source.heldout["heldout"].tokens.tolist() == [*range(2000, 2057)]
+    labels = torch.cat([b["labels"].reshape(-1) for b in heldout_batches(source.heldout["heldout"], 10, 5, 2, source.eos_id)])
     assert sorted(labels[labels >= 0].tolist()) == [*range(2001, 2057)]  # no known context for the first
+
+
+def test_named_sets_and_label_masks(files, tmp_path):
+    """use-15: sets by name, each with its masks; a held-out fraction has those of training; bytes are of what is predicted."""
+    masks = [str(tmp_path / f"{n}.mask") for n in (105, 57)]
+    for path, n in zip(masks, (105, 57), strict=True):
+        (np.arange(n) % 3 > 0).tofile(path)
+    both = (f"web={files[1]}", f"code={files[0]}", f"web={files[0]}")
+    data = Data((write(tmp_path / "own.npy", range(50)),), both, heldout_mask_paths=(masks[1], masks[0], masks[0]))
+    found = open_data(data, 3000, SIZES).heldout
+    assert {name: len(each) for name, each in found.items()} == {"web": 162, "code": 105}
+    assert np.array_equal(found["web"].mask, np.concatenate([np.arange(57) % 3 > 0, np.arange(105) % 3 > 0]))
+    labels = torch.cat([b["labels"].reshape(-1) for b in heldout_batches(found["code"], 10, 5, 2, eos_id=0)])
+    assert sorted(labels[labels >= 0].tolist()) == [1000 + i for i in range(105) if i % 3]
+    data = Data(tuple(files), heldout_fraction=0.2, label_mask_paths=tuple(masks))
+    assert np.array_equal(open_data(data, 3000, SIZES).heldout["heldout"].mask, np.arange(20, 50) % 3 > 0)
+    part = TokenSet(np.frombuffer("hé!".encode(), np.uint8), np.array([True, False, False, True]))
+    assert part.num_bytes(byte_level()) == 2
+    with pytest.raises(ValueError, match="1 label mask files for 3 token files"):
+        open_data(Data((files[1],), (f"web={files[0]}",) * 3, heldout_mask_paths=(masks[0],)), 3000, SIZES)
 
 
 @pytest.fixture
@@ -75,10 +95,10 @@ def test_what_the_command_wrote(tokenized):
     data = Data((f"{out}/part-*.npy",), (f"{out}/heldout.npy",), tokenizer=f"{out}/tokenizer.json")
     for size in (257, 70_000):
         source = open_data(data, size, constant_sizes(4, 16))
-        assert source.heldout_bytes == meta["heldout"]["bytes"]
-        assert len(source.heldout) == meta["heldout"]["tokens"]
+        assert source.heldout["heldout"].num_bytes(source.tokenizer) == meta["heldout"]["bytes"]
+        assert len(source.heldout["heldout"]) == meta["heldout"]["tokens"]
         assert source.eos_id == 256
-    labels = torch.cat([b["labels"].reshape(-1) for b in heldout_batches(source.heldout, 16, 4, 3, source.eos_id)])
+    labels = torch.cat([b["labels"].reshape(-1) for b in heldout_batches(source.heldout["heldout"], 16, 4, 3, source.eos_id)])
     assert (labels >= 0).sum() == meta["heldout"]["tokens"]  # the first token and every end of a document too
     without = open_data(Data((f"{out}/part-*.npy",)), 70_000, constant_sizes(4, 16))
     assert (without.train.instances.files[0].dtype, without.eos_id) == ("uint16", 256)
@@ -146,7 +166,8 @@ def test_the_default_corpus(tmp_path, monkeypatch):
     assert asked == [(tmp_path, 300, False)]
     meta = json.loads((tmp_path / "small" / "meta.json").read_text())
     assert source.heldout_compressed == {"gzip -9": meta["gzip_bytes"], "xz -9": meta["xz_bytes"]}
-    assert (source.heldout_bytes, len(source.heldout)) == (meta["heldout"]["bytes"], meta["heldout"]["tokens"])
+    found = source.heldout["heldout"]
+    assert (found.num_bytes(source.tokenizer), len(found)) == (meta["heldout"]["bytes"], meta["heldout"]["tokens"])
     assert source.train.instances.files[0].num_tokens == meta["train"]["tokens"]
     open_data(Data(cache_dir=str(tmp_path)), 100_352, constant_sizes(4, 16), show=False)
     assert asked[1][1] == 4096
@@ -172,4 +193,4 @@ def test_bytes_of_text_cut_inside_a_character(tmp_path):
     path = write(tmp_path / "t.npy", list("é".encode() * 50))
     data = Data((path,), tokenizer=str(tmp_path / "tokenizer.json"), heldout_fraction=0.2)
     source = open_data(data, 257, constant_sizes(2, 5))
-    assert source.heldout_bytes == len(source.heldout) == 20
+    assert source.heldout["heldout"].num_bytes(source.tokenizer) == len(source.heldout["heldout"]) == 20

@@ -261,7 +261,7 @@ def test_bad_settings(tmp_path, capsys):
     common = (str(tmp_path / "a.txt"), "--output", str(tmp_path / "out"))
     for flags, message in {
         ("--heldout", "1"): "--heldout is 1.0; it must be at least 0 and below 1",
-        ("--workers", "-1"): "--workers is -1; it must be at least 0",
+        ("--workers", "-1"): "--workers is -1; it must not be negative",
         ("--part-tokens", "0"): "--part-tokens is 0; it must be at least 1",
         ("--vocab-size", "100"): "--vocab-size is 100; it must be at least 257",
         ("--tokenizer", "no.json"): "cannot read the tokenizer 'no.json'",

@@ -490,11 +490,13 @@ def test_reports_18_bits_per_byte_are_of_the_bytes_of_the_text(tmp_path, kind):
     data = Data((parts(tmp_path, "out"),), (str(tmp_path / "out" / "heldout.npy"),), tokenizer=str(tmp_path / "t.json"))
     num_bytes = sum(len(text.encode()) for text in texts)
     source = open_data(data, 600, SIZES)
-    assert source.bytes_of(len(source.heldout)) == source.heldout_bytes == num_bytes
-    first = source.heldout[: int(np.flatnonzero(source.heldout == source.eos_id)[0])]
-    assert source.bytes_of(len(first)) == (len(texts[0].encode()) if exact else None)
+    heldout = source.heldout["heldout"]
+    assert heldout.num_bytes(source.tokenizer) == num_bytes
+    first = heldout.first(int(np.flatnonzero(heldout.tokens == source.eos_id)[0]))
+    assert first.num_bytes(source.tokenizer) == (len(texts[0].encode()) if exact else None)
     (tmp_path / "out" / "meta.json").unlink()
-    assert open_data(data, 600, SIZES).heldout_bytes == (num_bytes if exact else None)
+    again = open_data(data, 600, SIZES)
+    assert again.heldout["heldout"].num_bytes(again.tokenizer) == (num_bytes if exact else None)
 
 
 def test_reports_18_a_trained_tokenizer_tells_its_bytes():
@@ -525,11 +527,11 @@ def test_reports_19_no_figure_where_nothing_is_predicted(tmp_path, capsys):
     one, train = str(tmp_path / "one.npy"), str(tmp_path / "train.npy")
     with pytest.raises(ValueError, match=r"the held-out text is 1 token, and nothing predicts it; give --data.eos-id"):
         open_data(Data((train,), (one,)), 300, SIZES)
-    assert len(open_data(Data((train,), (one,), eos_id=0), 300, SIZES).heldout) == 1
+    assert len(open_data(Data((train,), (one,), eos_id=0), 300, SIZES).heldout["heldout"]) == 1
     words = f"""olmo2-tiny --data.paths {train} --run.eval-tokens 1 --model.d-model 16 --model.n-layers 1 --model.n-heads 2
         --model.hidden-size 32 --model.vocab-size 300 --recipe.sequence-length 16 --recipe.no-compile"""
     session = open_run(training.parse(words.split(), CONFIGS, "train"))
-    assert len(session.source.heldout) == 16
+    assert len(session.source.heldout["heldout"]) == 16
     assert session.evaluate(session.first_state()) is None
 
 

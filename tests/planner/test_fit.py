@@ -24,10 +24,10 @@ GB = 1e9
 
 
 def test_the_command_says_so_in_one_line(tmp_path):
-    found = python("train.py", "olmo2-32b", "--run.folder", tmp_path / "run")  # no machine has the 48,800 GiB of its batch
+    found = python("train.py", "olmo2-32b", "--run.folder", tmp_path / "run")  # no machine has that
     assert found.returncode == 2
     assert found.stderr.count("\n") == 1
-    assert re.match(r"error: a step needs 4\d,\d{3}\.\d GiB, for 1,024 sequences of 4,096 at once; there are ", found.stderr)
+    assert re.match(r"error: a step needs (about )?\d{3}(\.\d)? GiB, for a sequence of 4,096 at once; there are ", found.stderr)
     assert not (tmp_path / "run").exists()
 
 
@@ -52,7 +52,9 @@ def test_what_the_message_names_fits(name, memory, flags):
 
 
 def test_what_can_never_fit_is_told_how_far_it_is():
-    with pytest.raises(ValueError, match=r"Even --recipe.accumulate 128 .* needs 7\.\d: take a smaller model, or more"):
+    with pytest.raises(
+        ValueError, match=r"Even --recipe.accumulate 128 .* needs 7\.\d: take a smaller model or shorter sequences, or more"
+    ):
         check_memory(CONFIGS["olmo2-1b"], Mesh(dp_shard=4), "bfloat16", 6 * GB)
 
 

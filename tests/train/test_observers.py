@@ -1,7 +1,6 @@
 """What the observers of a run write, print and ask for, event by event."""
 
 import gc
-import io
 import json
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from dataclasses import dataclass, field
 from math import inf, isnan, nan
 
 import pytest
-import rich.console
 import torch
 import tyro
 from programs import ROOT
@@ -247,50 +245,11 @@ def test_a_line_is_on_disk_when_the_event_is_over(tmp_path):
 # the console
 
 
-def test_plain_lines_are_few(capsys):
-    console = Console(every=5)
-    for event in (Said("[b]hello[/b]"), Started(2, 12), *(Stepped(n, METRICS) for n in range(3, 13))):
-        console(event)
-    console(Stepped(11, {**METRICS, "skipped": 1.0}))
-    console(Evaluated(12, "heldout", {"loss": 2.5, "bits_per_byte": 1.25, "tokens": 4096}))
-    console(Evaluated(12, "heldout", {"loss": 2.5, "tokens": 4096}))
-    console(Evaluated(12, "arc-easy", {"accuracy": 0.5}))
-    console(Stopped(12))
-    console(Stopped(12, "too hot"))
-    console.close()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["[b]hello[/b]", "step 3/12  loss 4.5000  lr 1.00e-03  |g| 0.50  5,000 tok/s  MFU 81 %  0.9 GB"]
-    assert [line.split("  ")[0] for line in lines[2:6]] == ["step 5/12", "step 10/12", "step 12/12", "step 11/12"]
-    assert lines[4].endswith("0:00 left")
-    assert lines[5].endswith("SKIPPED")
-    assert lines[6:] == [
-        "held-out after step 12: loss 2.5000, 1.2500 bits per byte (4,096 tokens)",
-        "held-out after step 12: loss 2.5000 (4,096 tokens)",
-        "arc-easy after step 12: accuracy 0.5000",
-        "stopped after step 12: too hot",
-    ]
-
-
 def test_a_step_may_lack_metrics(capsys):
     console = Console(every=1)
     console(Started(0, 2))
     console(Stepped(1, {"loss": nan}))
     assert capsys.readouterr().out == "step 1/2  loss nan\n"
-
-
-def test_a_terminal_has_one_live_line_and_lines_above_it():
-    out = io.StringIO()
-    console = Console(1000, rich.console.Console(file=out, force_terminal=True, width=150))
-    console(Started(0, 3))
-    for n in (1, 2, 3):
-        console(Stepped(n, METRICS))
-        console.live.refresh()
-        console(Said(f"line {n}"))
-    console.close()
-    text = out.getvalue()
-    assert "step 2/3  loss 4.5000" in text
-    assert "0:00 left" in text
-    assert [f"line {n}\n" in text for n in (1, 2, 3)] == [True] * 3
 
 
 def test_a_run_outlives_the_reader_of_its_output():

@@ -247,7 +247,7 @@ WRONG = {
     "accumulate": (lambda t, d: tiny(t, d, "--recipe.accumulate", 3), "accumulate"),
     "remat": (lambda t, d: tiny(t, d, "--recipe.remat", "sometimes"), "remat 'sometimes' is unknown"),
     "device": (lambda t, d: tiny(t, d, "--run.device", "cuda"), "cannot be used here"),
-    "no such config": (lambda t, d: (d / "config.yaml",), "no run folder"),
+    "no such config": (lambda t, d: (d / "config.yaml",), "is not there"),
     "start from nothing": (lambda t, d: tiny(t, d, "--run.start-from", d / "x"), "no whole checkpoint"),
 }
 

@@ -132,7 +132,7 @@ def test_wrong_pictures(arguments, message, capsys, tmp_path, monkeypatch):
 def test_without_matplotlib(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["plot", "schedule", "cosine"]) == 2
-    assert capsys.readouterr().err == "error: pictures need matplotlib, which is not installed: pip install 'olmo-fn[plot]'\n"
+    assert capsys.readouterr().err == 'error: a picture needs matplotlib; install it with: pip install "olmo-fn[plot]"\n'
 
 
 @QUICK

@@ -55,7 +55,8 @@ class Jsonl(Observer):
                 return self._write({"step": step, **metrics})
             case Evaluated(step, name, values):
                 return self._write({"step": step, "eval": name, **values})
-            case Saved() if self.file and not os.fstat(self.file.fileno()).st_nlink:  # deleted, with the run's folder
+            case Saved() if self.file and not os.fstat(self.file.fileno()).st_nlink and self.path.parent.is_dir():
+                # It was deleted with the run's folder, which is there again.
                 write_whole(self.path, os.pread(self.file.fileno(), os.fstat(self.file.fileno()).st_size, 0))
                 self.file = self.path.open("ab+", buffering=0)
         return None

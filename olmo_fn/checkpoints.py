@@ -1,4 +1,4 @@
-"""``olmo-fn checkpoint FOLDER``: list the checkpoints of a run, and say which are whole."""
+"""``olmo-fn checkpoint FOLDER``: list the checkpoints of a run, and say which are whole. Imports no torch but to do so."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from olmo_fn.checkpoint import BrokenCheckpoint, read_index, step_path, steps, verify
 
 
 @dataclass(frozen=True)
@@ -28,6 +23,8 @@ class Arguments:
 
 def checkpoints(where: Path) -> list[Path]:
     """The checkpoints meant by ``where``: one of them, a folder of them, or a run; else ValueError."""
+    from olmo_fn.checkpoint import step_path, steps
+
     if not where.is_dir():
         raise ValueError(f"{where}: no such folder; give a run's folder, its checkpoints folder or one checkpoint")
     if os.path.lexists(where / "index.json"):
@@ -40,6 +37,10 @@ def checkpoints(where: Path) -> list[Path]:
 
 def row(path: Path, problems: list[str]) -> tuple[str, str, str, str]:
     """One line of the table: name, size, number of tensors, whole or broken."""
+    from rich.markup import escape
+
+    from olmo_fn.checkpoint import BrokenCheckpoint, read_index
+
     size, tensors = "?", "?"
     with suppress(BrokenCheckpoint):
         index = read_index(path)
@@ -49,6 +50,12 @@ def row(path: Path, problems: list[str]) -> tuple[str, str, str, str]:
 
 def run(args: Arguments) -> int:
     """Print the table; 0 if all checkpoints are whole, 1 if one is broken."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from olmo_fn.checkpoint import verify
+
     paths = checkpoints(args.folder)
     table = Table(title=escape(str(paths[0].parent)), title_justify="left")
     for column in ("checkpoint", "MB", "tensors", "state"):
