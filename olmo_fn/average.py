@@ -154,11 +154,11 @@ def same_kind(runs: Sequence[Session]) -> Path | None:
 
     ValueError if their configs describe different models, or their tokenizers give an id different texts.
     """
-    from olmo_fn.train.folder import differences
+    from olmo_fn.train.folder import differences, numbers
 
     first, *others = runs
     for run in others:
-        for flag, one, other in differences(first.cfg, run.cfg):
+        for flag, one, other in differences(numbers(first.cfg), numbers(run.cfg)):
             if flag.startswith("--model.") or flag == "--lora.alpha":
                 raise ValueError(
                     f"{run.folder} is of another model than {first.folder}: {flag} is {other}, not {one}, so there is no mean"

@@ -185,7 +185,7 @@ def plot_range_test(found: RangeTest, output: Path) -> None:
 
 def plot_loss(folder: Path) -> Path | None:
     """Draw ``loss.png`` out of ``metrics.jsonl``; None without matplotlib (extra ``plot``) or without steps."""
-    lines, output = read_metrics(folder / "metrics.jsonl"), folder / "loss.png"
+    lines, output = read_metrics(folder / "metrics.jsonl", "tokens", "loss", "lr"), folder / "loss.png"
     try:
         page, (top, middle, bottom) = figure(8, 6.5, 3, sharex=True, height_ratios=(3, 1, 1))
     except ValueError:
@@ -296,7 +296,7 @@ def draw_range_test(args: PlotRangeTest) -> str:
     """The command ``plot range-test``: what it found, and the picture's path."""
     from olmo_fn.train.folder import read_config
 
-    steps, lines = read_config(args.run).run.steps, read_metrics(args.run / "metrics.jsonl")
+    steps, lines = read_config(args.run).run.steps, read_metrics(args.run / "metrics.jsonl", "loss", "lr")
     found = range_test(lines, args.smooth)
     output = args.output or args.run / "range-test.png"
     plot_range_test(found, output)

@@ -16,11 +16,12 @@ PACKAGE = Path(olmo_fn.__file__).parent
 GROUND = {"tree", "spec"}
 CORE = GROUND | {"mesh", "kernels", "core"}
 MODEL = CORE | {"nn", "models"}
-RUN = MODEL | {"optim", "transforms", "parallel", "data", "checkpoint", "launch", "fields", "train"}
+RUN = MODEL | {"optim", "transforms", "parallel", "data", "checkpoint", "launch", "fields", "files", "train"}
 KNOWS: dict[str, set[str]] = {
     "tree": set(),
     "spec": {"tree"},
     "fields": set(),
+    "files": set(),
     "progress": set(),
     "picture": set(),
     "mesh": GROUND | {"fields"},
@@ -34,7 +35,7 @@ KNOWS: dict[str, set[str]] = {
     "research": CORE,
     "testing": CORE | {"parallel"},
     "data": CORE | {"progress", "fields"},
-    "checkpoint": GROUND | {"mesh"},
+    "checkpoint": GROUND | {"mesh", "files"},
     "launch": set(),
     "train": RUN - {"train"},
     "presets": RUN,

@@ -47,6 +47,8 @@ class Source:
     """The end-of-document token, if it is known."""
     heldout_compressed: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the held-out text after gzip and xz, for the default corpus."""
+    files: tuple[tuple[str, str], ...] = ()
+    """Path and type of every file that all this comes from: tokens, held-out tokens, label masks, tokenizer."""
 
 
 def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True) -> Source:
@@ -95,7 +97,9 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
         sets = {HELDOUT: _last(instances, count, smallest_dtype(vocab_size))}
     if eos_id is None and any(len(found) == 1 for found in sets.values()):
         raise ValueError("the held-out text is 1 token, and nothing predicts it; give --data.eos-id, or more text")
-    return Source(train, sets, tokenizer, eos_id, compressed)
+    read = [(f.path, f.dtype) for f in (*files, *heldout_files, *masks)]
+    read += [(path, "bool") for path in expand(data.heldout_mask_paths)] + ([(data.tokenizer, "json")] if tokenizer else [])
+    return Source(train, sets, tokenizer, eos_id, compressed, tuple(read))
 
 
 def _check(data: Data) -> None:

@@ -151,7 +151,7 @@ def largest_spike(run: str | Path, window: int = 32) -> int:
     The first eight steps count only as history. A loss that is not finite comes before all others.
     """
     read_config(Path(run))  # refuses a folder that is no run
-    lines = read_metrics(Path(run) / "metrics.jsonl")
+    lines = read_metrics(Path(run) / "metrics.jsonl", "loss")
     if len(lines) < 10:
         raise ValueError(f"{run} has {len(lines)} steps, too few to look for a spike; name one with --step")
     loss = np.array([line["loss"] for line in lines])

@@ -128,6 +128,8 @@ class Run:
     """Seed of the initial weights."""
     resume: bool = True
     """Go on from the newest whole checkpoint of the folder, if it has one; --run.no-resume demands an empty folder."""
+    accept_changes: bool = False
+    """Go on though the data, or the config, is not that of the run in the folder; for this start only."""
     start_from: Annotated[str, PATH, VISIBLE] = ""
     """Checkpoint, or run folder, of another run whose state this run starts from."""
     start_with: Annotated[Literal["state", "params"], VISIBLE] = "state"

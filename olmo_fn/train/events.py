@@ -7,7 +7,8 @@ An observer is anything that can be called with an event, and closed:
             if isinstance(event, Stepped):
                 print(event.step, event.metrics["loss"])
 
-What it returns, if it is not None, asks the run to stop, and says why: the run saves its state first. The order of events is
+What it returns, if it is not None, asks the run to stop, and says why: the run saves its state first. A `Failure` makes the
+exit code 1. The order of events is
 `Started`, then for each step `Stepped`, `Saved` and `Evaluated` (a step is seen before it is saved, so that no crash leaves a
 saved step that nobody saw), then `Stopped`, unless the run fails.
 """
@@ -82,6 +83,10 @@ class RunInfo:
     folder: Path
     name: str
     config: Mapping[str, Any]
+
+
+class Failure(str):
+    """An observer's reason to stop that is a failure: the state is saved as ever, and the exit code is 1."""
 
 
 class Observer(Protocol):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import FrameType
 
 import torch
 
-from olmo_fn.checkpoint import Retention, Saver
+from olmo_fn.checkpoint import SaveFailed
 from olmo_fn.core.step import State
 from olmo_fn.data.prefetch import prefetch
 from olmo_fn.data.source import HELDOUT
@@ -20,21 +19,27 @@ from olmo_fn.mesh.mesh import describe
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout
-from olmo_fn.train.events import Evaluated, Event, Observer, RunInfo, Said, Saved, Started, Stepped, Stopped
-from olmo_fn.train.folder import check_folder, write_config
+from olmo_fn.train.events import Evaluated, Event, Failure, Observer, RunInfo, Said, Started, Stepped, Stopped
 from olmo_fn.train.meter import InFlight, Meter, Moment
 from olmo_fn.train.observers import Console, Jsonl, build_observers, close_observers, fan_out
+from olmo_fn.train.observers.divergence import streak
 from olmo_fn.train.process import join
+from olmo_fn.train.saving import Keeper
 from olmo_fn.train.schedule import sizes
-from olmo_fn.train.session import Session, as_tree, open_run
+from olmo_fn.train.session import Session, open_run
 
-OBSERVER = 1
-"""Code of a stop that an observer asks for; below the numbers of SIGINT and SIGTERM, which win."""
+OBSERVER, FAILURE, SIGNAL = 1, 2, 128
+"""Codes of a stop: an observer asks for it, something failed, and above 128 a signal. The largest wins."""
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""The signals that end a run in order: of a terminal, or a cluster before its limit."""
+NOT_FINITE = 30
+"""Steps in a row without a finite loss that end a run; two at its end make it a failure."""
+LOST = "the checkpoints from before are kept; lower --optim.lr, and begin from one with --run.start-from"
 
 
 @dataclass
 class Stop:
-    """Set by SIGINT or SIGTERM, of which a second SIGINT interrupts at once, or by an observer. ``code`` 0: go on."""
+    """Set by a signal, after which a SIGINT interrupts at once, or by an observer. ``code`` 0: go on."""
 
     code: int = 0
     words: str = ""
@@ -43,29 +48,31 @@ class Stop:
     @property
     def reason(self) -> str:
         """Why the run stops; empty if it does not."""
-        if self.code == OBSERVER:
-            return self.words or "another process asked for it"
-        return signal.Signals(self.code).name if self.code else ""
+        if self.code > SIGNAL:
+            return signal.Signals(self.code - SIGNAL).name
+        return (self.words or "another process asked for it") if self.code else ""
 
     def ask(self, words: str | None) -> None:
         """Stop for this reason, unless it is None or there is one already."""
         if words is not None and not self.code:
-            self.code, self.words = OBSERVER, words
+            self.code, self.words = FAILURE if isinstance(words, Failure) else OBSERVER, words
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Catch the signals inside the block."""
+        """Catch the signals inside the block, but for those that whoever started the process has it ignore (nohup)."""
 
         def catch(number: int, frame: FrameType | None) -> None:
-            self.code = number
+            self.code = SIGNAL + number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        asked_for = (signal.SIGINT, signal.SIGTERM)
+        heard = [n for n in STOPPING if n in asked_for or signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, catch) for number in heard}
         try:
             yield self
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,14 @@ class Result:
     step: int
     heldout: Heldout | None
     stopped_by: int
-    """Number of the signal, or `OBSERVER`; 0 when the steps are done."""
+    """`OBSERVER`, `FAILURE`, or `SIGNAL` and the signal's number; 0 when the steps are done."""
     reason: str
     """The signal's name, or the observer's words."""
 
     @property
     def exit_code(self) -> int:
-        """128 + n after signal n, else 0: what an observer asks for is an end like another."""
-        return 128 + self.stopped_by if self.stopped_by > OBSERVER else 0
+        """128 + n after signal n, 1 after a failure, else 0: what an observer asks for is an end like another."""
+        return {OBSERVER: 0, FAILURE: 1}.get(self.stopped_by, self.stopped_by)
 
 
 def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
@@ -121,80 +128,113 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
     """Run the steps that are left. Metrics come out a step late, and before whatever else looks at the state.
 
     All processes have the same events, but for the time of a `Saved`; a `Stop` of any of them ends all after the same step.
+    What fails before it writes into the state, such as data that is gone, costs no step that is done: it is saved first.
     """
     run, context = session.cfg.run, session.process
     _ = session.step, session.source  # what cannot be is refused before anything is written
-    check_folder(session.cfg)
-    state, checkpoint, new_slots = session.resume()
-    notes = prepare_folder(session)
-    start = n = int(state.step)
     stopped, queue = 0, deque[InFlight]()  # the code that all processes have agreed on; steps whose metrics are not out
+    lost = unlabeled = 0  # steps in a row without a finite loss; steps without a label
+
+    def told(keep: int) -> Iterator[Event]:
+        """The metrics of all steps but the last so many."""
+        nonlocal stopped, lost, unlabeled
+        while len(queue) > keep:
+            arrived = queue.popleft()
+            values, code = arrived.arrive()
+            stopped = max(stopped, code)
+            lost = streak(lost, values["loss"])
+            if lost == NOT_FINITE or (lost > 1 and arrived.step == run.steps):
+                stop.ask(Failure(f"the loss is not finite since step {arrived.step - lost + 1}; {LOST}"))
+            yield Stepped(arrived.step, meter.metrics(arrived.step, values, arrived.done))
+            if values["loss"] == 0 and values["skipped"]:
+                unlabeled += 1
+                if unlabeled == 1:
+                    yield Said(
+                        f"no token of the batch of step {arrived.step} has a label{masks(session)}: nothing is learned from it"
+                    )
+
+    def asked() -> bool:
+        """Whether any process is to stop; all know it then."""
+        stop.code = context.all_reduce_max(stop.code)
+        return stop.code > 0
+
     with ExitStack() as stack:
+        keeper = Keeper(session, stack)
+        state, checkpoint, new_slots = session.resume()
+        start = n = int(state.step)
+        notes = processes(session)
+        keeper.begin(n, checkpoint)
         stack.enter_context(stop.listening())
-        retention = Retention(keep_last=run.keep_last or None, keep_every=run.keep_every or None)
-        saver = stack.enter_context(Saver(session.folder / "checkpoints", retention=retention, ranks=context.ranks))
         batches = stack.enter_context(closing(prefetch(session.batch, start, run.steps)))
         yield Started(start, run.steps, checkpoint)
         if checkpoint:
             lacks = f", which has no {', '.join(new_slots)}: begun anew" if new_slots else ""
             yield Said(f"going on from {checkpoint}{lacks}")
-        yield from map(Said, notes)
+        yield from map(Said, (*notes, *keeper.notes))
         rate = machine.gemm_rate(context.device, session.dtype) * context.process.size
         warm = stack.enter_context(machine.warm_up())
         meter = Meter(session.cfg.model, sizes(session.cfg), context.device, rate, Moment(context.device))
-        for batch in batches:
-            state, metrics = session.step(state, batch)
-            n += 1
-            queue.append(InFlight(n, metrics, stop.code, context))
-            if n == start + 1:
-                warm()
-            save, evaluate = (n == run.steps or (every and n % every == 0) for every in (run.checkpoint_every, run.eval_every))
-            while queue and (len(queue) > 1 or save or evaluate or stopped or (stop.code and not context.connection)):
-                arrived = queue.popleft()
-                values, code = arrived.arrive()
-                stopped = max(stopped, code)
-                yield Stepped(arrived.step, meter.metrics(arrived.step, values, arrived.done))
-            if saver.is_done or save or stopped:
-                yield from saved(saver.settle())
-            if save or stopped:
-                saver.submit(as_tree(state), step=n, meta={"tokens": meter.sizes.tokens_before(n)})
-            if stopped:
-                break
-            if evaluate and n < run.steps:
-                yield from evaluated(session, state)
-                meter.before = Moment(context.device)
-        yield from saved(saver.wait())
-        stop.code = context.all_reduce_max(stopped or stop.code)
-        if not stop.code:
-            yield from evaluated(session, state)
+        try:
+            for batch in batches:
+                state, metrics = session.step(state, batch)
+                n += 1
+                queue.append(InFlight(n, metrics, stop.code, context))
+                if n == start + 1:
+                    warm()
+                save, evaluate = (
+                    n == run.steps or (every and n % every == 0) for every in (run.checkpoint_every, run.eval_every)
+                )
+                yield from told(keep=1)
+                if save or evaluate or stopped or (stop.code and not context.connection):
+                    yield from told(keep=0)
+                if keeper.saver.is_done or save or stopped:
+                    yield from keeper.collect()
+                if (save or stopped) and lost < NOT_FINITE:
+                    keeper.submit(state, n, keep_all=lost > 0)
+                if stopped:
+                    break
+                if evaluate and n < run.steps:
+                    yield from evaluated(session, state, asked)
+                    meter.before = Moment(context.device)
+                    if stop.code:
+                        keeper.submit(state, n, keep_all=lost > 0)
+                        break
+        except Exception as error:
+            if context.connection or isinstance(error, SaveFailed) or hasattr(state.step, "spent"):
+                raise  # of a state that is spent the update may have written a part over
+            yield from told(keep=0)
+            yield from keeper.collect()
+            keeper.submit(state, n, keep_all=True)
+            yield from keeper.collect(last=True)
+            if not stop.code:  # else it may well be for the signal that something failed
+                yield Said(f"the state after step {n} is saved")
+                raise
+        yield from keeper.collect(last=True)
+        if not asked():
+            yield from evaluated(session, state, asked)
     yield Stopped(n, stop.reason)
 
 
-def saved(path: Path | None) -> Iterator[Event]:
-    """Say that a checkpoint is committed, if one is."""
-    if path:
-        yield Saved(int(path.name.removeprefix("step")), path)
-
-
-def evaluated(session: Session, state: State) -> Iterator[Event]:
-    """Evaluate on each set of held-out tokens."""
+def evaluated(session: Session, state: State, given_up: Callable[[], bool]) -> Iterator[Event]:
+    """Evaluate on each set of held-out tokens, until it is given up."""
     for name, tokens in session.source.heldout.items():
-        if count := min(len(tokens), session.cfg.run.eval_tokens):
+        if (count := min(len(tokens), session.cfg.run.eval_tokens)) and not given_up():
             words = "held-out tokens" if name == HELDOUT else f"tokens of {name}"
             yield Said(f"evaluating on {count:,} {words}")
-            if found := session.evaluate(state, name=name):
+            if found := session.evaluate(state, name=name, given_up=given_up):
                 values = {name: value for name, value in found._asdict().items() if value is not None}
                 yield Evaluated(int(state.step), name, values)
-            else:
+            elif not given_up():
                 yield Said("none of them is predicted, so there is no loss")
 
 
-def prepare_folder(session: Session) -> list[str]:
-    """Write the config and the tokenizer into the run's folder; what there is to say."""
+def masks(session: Session) -> str:
+    """What hides labels, in words."""
+    paths = session.cfg.data.label_mask_paths
+    return f" (--data.label-mask-paths {' '.join(paths)})" if paths else ""
+
+
+def processes(session: Session) -> list[str]:
+    """What there is to say of the processes, if there are several."""
     context = session.process
-    if context.is_main:
-        write_config(session.cfg, session.folder)
-        if session.source.tokenizer:
-            session.source.tokenizer.save(session.folder / "tokenizer.json")
-    context.barrier()
     return [f"{context.process.size} processes: {describe(context.connection.mesh)}"] if context.connection else []

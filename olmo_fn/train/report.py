@@ -10,7 +10,8 @@ from olmo_fn.data.source import HELDOUT
 from olmo_fn.models import transformer
 from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
 from olmo_fn.train.config import Config
-from olmo_fn.train.loop import OBSERVER, Result
+from olmo_fn.train.loop import FAILURE, OBSERVER, Result
+from olmo_fn.train.observers.console import mute
 from olmo_fn.train.recipe import is_trained, parameters, recipe
 from olmo_fn.train.schedule import sizes
 from olmo_fn.train.session import abstract_state
@@ -89,6 +90,8 @@ def next_commands(result: Result) -> str:
 
 def stopped(result: Result) -> str:
     """What to say when a signal or an observer ended a run."""
+    if result.stopped_by == FAILURE:  # its line says it all
+        return ""
     run, folder, by = result.session.cfg.run, result.session.folder, ":" if result.stopped_by == OBSERVER else " by"
     return (
         f"stopped{by} {result.reason} after step {result.step} of {run.steps}; the state is saved. To go on:\n"
@@ -97,6 +100,9 @@ def stopped(result: Result) -> str:
 
 
 def say(text: str) -> None:
-    """Print a paragraph unless it is empty."""
-    if text:
-        print(text, flush=True)
+    """Print a paragraph unless it is empty, or nobody reads it any more."""
+    try:
+        if text:
+            print(text, flush=True)
+    except OSError:
+        mute()

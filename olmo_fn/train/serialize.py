@@ -32,7 +32,7 @@ def to_yaml(config: Any) -> str:
     alpha: 16.0
     patterns: ['*.w_q']
     """
-    return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, width=float("inf"), allow_unicode=True)
+    return yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, width=float("inf"), allow_unicode=True)
 
 
 def from_yaml(text: str, cls: type[C], choices: Choices | None = None) -> C:
@@ -228,10 +228,11 @@ def _shown(value: Any) -> str:
     return "null" if value is None else f"{str(value)[:60]!r}, {known}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Nested dataclasses as nested dicts."""
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    return tuple(_plain(item) for item in value) if isinstance(value, tuple) else value
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    return tuple(plain(item) for item in value) if isinstance(value, tuple) else value
 
 
 class _Dumper(yaml.SafeDumper):

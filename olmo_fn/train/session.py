@@ -21,13 +21,14 @@ from olmo_fn.data.heldout import TokenSet, heldout_batches
 from olmo_fn.data.source import HELDOUT, Source, open_data
 from olmo_fn.data.tokenizer import Tokenizer
 from olmo_fn.data.tokenizer import load as load_tokenizer
+from olmo_fn.fields import expanded
 from olmo_fn.launch.process import agree
 from olmo_fn.models import transformer
 from olmo_fn.spec import abstract
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout, evaluate
-from olmo_fn.train.folder import read_config, runs_near
+from olmo_fn.train.folder import origin, read_config, runs_near
 from olmo_fn.train.process import ProcessContext
 from olmo_fn.train.recipe import first_parameters, parameters, recipe
 from olmo_fn.train.schedule import sizes
@@ -44,7 +45,8 @@ def open_run(run: Session | Config | str | Path, process: ProcessContext | None 
     """
     if isinstance(run, Session):
         return run
-    cfg, folder = (run, Path(run.run.folder)) if isinstance(run, Config) else (read_config(Path(run)), Path(run))
+    cfg = expanded(run) if isinstance(run, Config) else read_config(Path(run))
+    folder = Path(cfg.run.folder if isinstance(run, Config) else run).expanduser()
     process = process or ProcessContext(machine.pick_device(cfg.run.device))
     dtype = machine.compute_dtype(cfg.recipe.dtype, process.device)
     return Session(cfg, folder, process, dtype, parameters(cfg))
@@ -117,9 +119,14 @@ class Session:
         found = self.newest(self.folder)
         if found is None and run.start_from:
             params_only = run.start_with == "params" or self.cfg.lora.rank > 0
-            found = self._params_of(Path(run.start_from)) if params_only else self.newest(Path(run.start_from))
+            found = self._params_of(origin(self.cfg)) if params_only else self.newest(origin(self.cfg))
             if found is None:
                 raise ValueError(f"--run.start-from {run.start_from!r}: there is no whole checkpoint")
+            if (done := int(found.state.step)) >= run.steps:
+                raise ValueError(
+                    f"--run.start-from {run.start_from}: {done} steps are done there, so that of --run.steps {run.steps} "
+                    "none is left; give more, or --run.start-with params to begin anew"
+                )
         return found or Loaded(self.first_state())
 
     def newest(self, where: Path, **options: Any) -> Loaded | None:

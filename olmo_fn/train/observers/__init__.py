@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from tyro.conf import Suppress
 
-from olmo_fn.train.events import Event, Observer, RunInfo
+from olmo_fn.train.events import Event, Failure, Observer, RunInfo
 from olmo_fn.train.observers.comet import Comet
 from olmo_fn.train.observers.console import Console
 from olmo_fn.train.observers.divergence import Divergence
@@ -100,10 +101,12 @@ def fan_out(observers: list[Observer], event: Event) -> str | None:
         try:
             reasons.append(observer(event))
         except Exception as error:
-            print(f"{type(observer).__name__} failed, and is off from here on: {_one_line(error)}", file=sys.stderr)
+            _warn(f"{type(observer).__name__} failed, and is off from here on: {_one_line(error)}")
             observers[:] = [other for other in observers if other is not observer]
             close_observers([observer])
-    return "; ".join(filter(None, reasons)) or None
+    found = list(filter(None, reasons))
+    kind = Failure if any(isinstance(reason, Failure) for reason in found) else str
+    return kind("; ".join(found)) if found else None
 
 
 def close_observers(observers: Sequence[Observer]) -> None:
@@ -112,7 +115,12 @@ def close_observers(observers: Sequence[Observer]) -> None:
         try:
             observer.close()
         except Exception as error:
-            print(f"{type(observer).__name__} did not close: {_one_line(error)}", file=sys.stderr)
+            _warn(f"{type(observer).__name__} did not close: {_one_line(error)}")
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):  # nobody is there to read it
+        print(text, file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:

@@ -5,8 +5,11 @@ What varies from batch to batch is shown as its mean: since the last plain line,
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -110,14 +113,21 @@ def describe_evaluation(event: Evaluated) -> str:
 
 
 def terminal() -> rich.console.Console:
-    """Standard output. When its reader goes away (``| head``), lines go nowhere, and the process goes on."""
+    """Standard output. That its reader goes away (``| head``) is an OSError like another: rich would end the process."""
     import rich.console
 
     class Terminal(rich.console.Console):
-        def on_broken_pipe(self) -> None:  # rich would end the process
-            self.quiet = True
+        def on_broken_pipe(self) -> None:
+            raise  # where this is called the error is handled
 
     return Terminal()
+
+
+def mute() -> None:
+    """Send standard output nowhere from here on: nobody reads it any more, or its disk is full."""
+    with suppress(OSError, AttributeError, ValueError):  # it is no file, or closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout.flush()
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,12 @@ class Console(Observer):
         self.has_skipped = False
 
     def __call__(self, event: Event) -> None:
+        try:
+            self._tell(event)
+        except OSError:  # progress that cannot be shown is none of the run's business
+            mute()
+
+    def _tell(self, event: Event) -> None:
         match event:
             case Started(step, steps):
                 self.first, self.steps = step, steps
@@ -174,7 +190,8 @@ class Console(Observer):
 
     def close(self) -> None:
         if self.live:
-            self.live.stop()
+            with suppress(OSError):
+                self.live.stop()
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

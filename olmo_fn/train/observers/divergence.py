@@ -63,11 +63,15 @@ class DivergenceObserver(Observer):
         return None
 
     def _update(self, loss: float) -> None:
-        if not isfinite(loss):
-            self.bad += 1
+        self.bad = streak(self.bad, loss)
+        if self.bad:
             return
-        self.bad = 0
         self.losses.append(loss)
         if len(self.losses) == self.settings.window:
             self.mean = sum(self.losses) / len(self.losses)
             self.best = min(self.best, self.mean)
+
+
+def streak(before: int, loss: float) -> int:
+    """How many steps in a row have had no finite loss, from how many it were before this one."""
+    return 0 if isfinite(loss) else before + 1

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
-from math import isfinite
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from io import FileIO
+from math import isfinite, nan
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from olmo_fn.train.events import Evaluated, Event, Observer, Started, Stepped
+from olmo_fn.files import write_whole
+from olmo_fn.train.events import Evaluated, Event, Failure, Observer, Saved, Started, Stepped
+
+log = logging.getLogger(__name__)
 
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 """Numbers that JSON does not have: they are written as these texts, and read as numbers again."""
@@ -31,42 +38,80 @@ class Jsonl(Observer):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: TextIO | None = None
+        self.path, self.unwritten = path, b""
+        self.file: FileIO | None = None
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event) -> Failure | None:
         match event:
             case Started(step):
-                drop_later(self.path, step)
-                self.file = self.path.open("a", encoding="ascii")
+                try:
+                    drop_later(self.path, step)
+                    self.file = self.path.open("ab+", buffering=0)
+                except OSError as error:
+                    log.warning(
+                        "cannot go on in %s (%s): the run goes on, and its metrics are not kept", self.path, error.strerror
+                    )
             case Stepped(step, metrics):
-                self._write({"step": step, **metrics})
+                return self._write({"step": step, **metrics})
             case Evaluated(step, name, values):
-                self._write({"step": step, "eval": name, **values})
+                return self._write({"step": step, "eval": name, **values})
+            case Saved() if self.file and not os.fstat(self.file.fileno()).st_nlink and self.path.parent.is_dir():
+                # It was deleted with the run's folder, which is there again.
+                write_whole(self.path, os.pread(self.file.fileno(), os.fstat(self.file.fileno()).st_size, 0))
+                self.file = self.path.open("ab+", buffering=0)
+        return None
 
     def close(self) -> None:
         if self.file:
+            if self.unwritten:  # there may be room by now
+                self._append()
             self.file.close()
 
-    def _write(self, line: Mapping[str, Any]) -> None:
-        assert self.file, "Started comes first"
-        self.file.write(to_json(line))
-        self.file.flush()
+    def _write(self, line: Mapping[str, Any]) -> Failure | None:
+        if self.file is None:
+            return None
+        self.unwritten += to_json(line).encode()
+        try:
+            self._append()
+            return None
+        except OSError as error:
+            return Failure(f"cannot write {self.path}: {error.strerror}")
+
+    def _append(self) -> None:
+        """Write what is not yet written, all of it or nothing: a line that is cut off would spoil the next."""
+        assert self.file
+        end = os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(self.unwritten) != len(self.unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):
+                self.file.truncate(end)
+            raise
+        self.unwritten = b""
 
 
 def drop_later(path: Path, step: int) -> None:
-    """Rewrite ``path`` without what is after ``step``, or torn. A kill at any time leaves the old file or the new one."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="ascii") as file:
-        file.writelines(to_json(line) for line in _read(path) if line["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    """Rewrite ``path`` without what is after ``step``, and without a last line that is cut off; of all else no byte is lost.
+
+    A kill at any time leaves the old file or the new one.
+    """
+    if not path.exists():
+        return
+    lines = ((line, text) for _, line, text in _lines(path))
+    kept = b"".join(
+        to_json(line).encode() if line else text + b"\n" for line, text in lines if not line or line["step"] <= step
+    )
+    if kept != path.read_bytes():
+        write_whole(path, kept)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of the steps of a ``metrics.jsonl``, without one that a kill has torn. Empty without a file."""
-    return [line for line in _read(path) if "eval" not in line]
+def read_metrics(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """The lines of the steps of a ``metrics.jsonl`` that have the ``needed`` numbers. Empty without a file.
+
+    A last line that a kill has cut off is left out; any other that is no such line is left out and named in a warning.
+    """
+    return [line for line in _read(path, needed) if "eval" not in line]
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
@@ -83,7 +128,7 @@ def to_json(line: Mapping[str, Any]) -> str:
     >>> to_json({"step": 1, "load": [0.5, float("-inf")]})
     '{"step": 1, "load": [0.5, "-Infinity"]}\\n'
     """
-    return json.dumps({name: _plain(value) for name, value in line.items()}) + "\n"
+    return json.dumps({name: _plain(value) for name, value in line.items()}, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
@@ -96,14 +141,37 @@ def _plain(value: Any) -> Any:
 def _numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_numbers(x) for x in value]
-    return float(value) if isinstance(value, str) and value in NOT_FINITE else value
+    return nan if value is None else float(value) if isinstance(value, str) and value in NOT_FINITE else value
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    for text in path.read_bytes().split(b"\n") if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:  # empty, or torn by a kill
-            continue
-        if isinstance(line, dict) and "step" in line:
-            yield {name: _numbers(value) for name, value in line.items()}
+def _read(path: Path, needed: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    try:
+        for number, line, text in _lines(path):
+            if line is None or ("eval" not in line and any(not isinstance(line.get(name), (int, float)) for name in needed)):
+                log.warning(
+                    "%s line %d is left out, it is none of a step: %.60r", path, number, text.decode("ascii", "replace")
+                )
+            else:
+                yield line
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("cannot read %s: %s", path, error.strerror)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None, bytes]]:
+    """Number, value and bytes of each line but a last one that is cut off; the value is None if it is none of a step."""
+    *whole, last = path.read_bytes().split(b"\n")
+    for number, text in enumerate((*whole, last), 1):
+        if (line := _parsed(text)) or number <= len(whole):
+            yield number, line, text
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int or not isinstance(line.get("eval", ""), str):
+        return None
+    return {name: _numbers(value) for name, value in line.items()}

@@ -1,0 +1,67 @@
+"""Files that outlive a kill and a power cut: written whole or not at all, made durable, held by one process. No torch."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems say that cannot make the names in a folder durable, or have no locks."""
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put ``data`` into ``path``: a kill or a power cut at any time leaves the old file or the new one. A link stays one."""
+    path = path.resolve()
+    beside = path.with_name(f"{path.name}.new")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    sync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, durably."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable, as far as the file system can."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def try_lock(fd: int) -> bool:
+    """Whether this process now holds the open file alone. True as well where a file system has no locks.
+
+    The kernel lets go when the process dies, however it dies.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+def unlock(fd: int) -> None:
+    """Close a locked file; that alone is not enough, for a child forked meanwhile would hold on to the lock."""
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
