@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -64,6 +65,8 @@ class Stop:
         def catch(number: int, frame: FrameType | None) -> None:
             self.code = SIGNAL + number
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if number == signal.SIGINT:  # written past the buffers, which may be in use at this moment
+                os.write(2, b"\nstopping after this step, with the state saved; Ctrl-C once more stops now\n")
 
         asked_for = (signal.SIGINT, signal.SIGTERM)
         heard = [n for n in STOPPING if n in asked_for or signal.getsignal(n) is not signal.SIG_IGN]
