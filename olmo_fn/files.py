@@ -8,7 +8,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems say that cannot make the names in a folder durable, or have no locks."""
 
@@ -45,8 +45,8 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def try_lock(fd: int) -> bool:
-    """Whether this process now holds the open file alone. True as well where a file system has no locks.
+def try_lock(fd: int) -> bool | None:
+    """Whether this process now holds the open file alone; None where a file system has no locks.
 
     The kernel lets go when the process dies, however it dies.
     """
@@ -57,6 +57,7 @@ def try_lock(fd: int) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
+        return None
     return True
 
 

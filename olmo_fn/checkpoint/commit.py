@@ -8,7 +8,6 @@ so at any instant a ``step{N}`` is either complete or absent.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import math
 import os
@@ -21,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from olmo_fn.checkpoint.stored import verify
+from olmo_fn.files import sync, try_lock, unlock
 
 log = logging.getLogger(__name__)
 _STEP = re.compile(r"step(0|[1-9]\d*)")
@@ -64,7 +64,7 @@ def drafting(path: Path, nbytes: int, replace: bool) -> Iterator[Path]:
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     for folder in made:
-        sync_folder(folder.parent)
+        sync(folder.parent)
     with locked(path.parent):
         there = os.path.lexists(path)  # also a link to nothing, which is broken
         broken = there and verify(path)
@@ -92,10 +92,10 @@ def commit(draft: Path, path: Path, index: bytes) -> None:
         file.write(index)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(draft)
+    sync(draft)
     replaced = path.rename(hidden(path, "replaced")) if os.path.lexists(path) else None
     draft.rename(path)
-    sync_folder(path.parent)
+    sync(path.parent)
     if replaced:
         _remove(replaced)
 
@@ -103,7 +103,7 @@ def commit(draft: Path, path: Path, index: bytes) -> None:
 def delete(path: Path) -> None:
     """Delete the checkpoint ``path``: it stops being one by a rename, before its first file goes. Of a link, the link goes."""
     deleted = path.rename(hidden(path, "deleted"))
-    sync_folder(path.parent)
+    sync(path.parent)
     _remove(deleted)
 
 
@@ -135,28 +135,21 @@ def locked(folder: Path, patience: float = 60.0) -> Iterator[None]:
     deadline = time.monotonic() + patience
     fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
     try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with tolerated(f"cannot sweep {folder}"):
-                    _sweep(folder)
+        while not (alone := try_lock(fd)):
+            if alone is None:
                 break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise TimeoutError(
-                        f"{folder}: another process has been saving there for {patience:.0f} s; "
-                        "two runs must not share a folder: give one of them another"
-                    ) from None
-                time.sleep(0.05)
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-                break
+            if time.monotonic() >= deadline:
+                raise TimeoutError(
+                    f"{folder}: another process has been saving there for {patience:.0f} s; "
+                    "two runs must not share a folder: give one of them another"
+                )
+            time.sleep(0.05)
+        else:
+            with tolerated(f"cannot sweep {folder}"):
+                _sweep(folder)
         yield
     finally:
-        with suppress(OSError):  # closing is not enough: a child forked meanwhile would hold on to the lock
-            fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
+        unlock(fd)
 
 
 def sweep(folder: str | Path) -> None:
@@ -164,18 +157,6 @@ def sweep(folder: str | Path) -> None:
     if os.path.isdir(folder):
         with tolerated(f"cannot sweep {folder}"), suppress(TimeoutError), locked(Path(folder), patience=0.0):
             pass
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable, where the filesystem can."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise
-    finally:
-        os.close(fd)
 
 
 def _sweep(folder: Path) -> None:
@@ -186,7 +167,7 @@ def _sweep(folder: Path) -> None:
         if match[1] == "replaced" and not os.path.lexists(folder / match[2]):
             # Killed between the two renames of a replacement: the old checkpoint is the one of its step.
             path.rename(folder / match[2])
-            sync_folder(folder)
+            sync(folder)
         else:
             _remove(path)
 

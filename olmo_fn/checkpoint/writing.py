@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from olmo_fn.checkpoint.commit import commit, drafting, free_bytes, step_path, sync_folder
+from olmo_fn.checkpoint.commit import commit, drafting, free_bytes, step_path
 from olmo_fn.checkpoint.format import (
     CHUNK_BYTES,
     DTYPE_NAMES,
@@ -27,6 +27,7 @@ from olmo_fn.checkpoint.ranks import SINGLE_PROCESS, RankLost, Ranks
 from olmo_fn.checkpoint.schema import BrokenCheckpoint
 from olmo_fn.checkpoint.shards import LocalShard, LocalState, Plan, assign, local_state
 from olmo_fn.checkpoint.stored import default_threads
+from olmo_fn.files import sync
 
 FILE_BYTES = 4 << 30
 # A file is written by one thread, as the kernel lets no two write into one at a time: a file for each, if worth it.
@@ -148,7 +149,7 @@ def write_files(draft: Path, prefix: str, shards: Mapping[str, LocalShard], file
         written = list(pool.map(write_file, paths, groups))
     files = {path.name: file for path, (file, _) in zip(paths, written, strict=True)}
     tensors = {name: tensor for _, stored in written for name, tensor in stored.items()}
-    sync_folder(draft)
+    sync(draft)
     return tensors, files
 
 

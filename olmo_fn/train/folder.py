@@ -76,7 +76,7 @@ def held(folder: Path) -> Iterator[None]:
     """Hold a folder, by a lock on a file in it that says which process it is; ValueError if another one does."""
     fd = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
     try:
-        if not try_lock(fd):
+        if try_lock(fd) is False:
             who = os.pread(fd, 200, 0).decode(errors="replace") or "another process"
             raise ValueError(f"{who} trains in {folder}; wait until it ends, or choose another --run.folder")
         with suppress(OSError):  # a full disk is no reason
