@@ -59,8 +59,6 @@ def evaluate(args: Evaluate, show: bool = True) -> tuple[Path, dict[str, Heldout
     from olmo_fn.train.machine import pick_device
     from olmo_fn.train.session import load_parameters
 
-    if args.tokens < 0 or args.threads < 0:
-        raise ValueError(f"--{'tokens' if args.tokens < 0 else 'threads'} must not be negative")
     session, params, path = load_parameters(args.run, step=args.step, weights=args.weights, device=pick_device(args.device))
     if threads := args.threads or session.cfg.run.threads:
         torch.set_num_threads(threads)

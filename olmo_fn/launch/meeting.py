@@ -123,9 +123,11 @@ def _call(place: Place, store: Any, wait: Callable[[str], None]) -> tuple[str, d
                 tcp = socket.create_connection((address, int(port)), STRANGER_SECONDS)
                 tcp.settimeout(None)
                 peer = Connection(tcp.detach())
-                nonce = peer.recv_bytes(32)
-                peer.send_bytes(rank + b" " + _proof(key, nonce, rank))
-                while not peer.poll(1.0):
-                    wait("")
-                return peer.recv_bytes(32).decode(), {peer: 0}
+                if peer.poll(STRANGER_SECONDS):  # or else somebody else has the port of a dead process by now
+                    nonce = peer.recv_bytes(32)
+                    peer.send_bytes(rank + b" " + _proof(key, nonce, rank))
+                    while not peer.poll(1.0):
+                        wait("")
+                    return peer.recv_bytes(32).decode(), {peer: 0}
+                peer.close()
         time.sleep(0.05)

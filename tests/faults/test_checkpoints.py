@@ -707,7 +707,7 @@ def test_averages_that_mean_nothing_are_refused(tmp_path: Path, case: str, capsy
     words = {
         "another tokenizer": f"{b} has another tokenizer.json than {a}",
         "another model": f"{b} is of another model than {a}: --model.n-heads is 4, not 2",
-        "a share that is no number": "2 shares for 2 checkpoints, nan in sum",
+        "a share that is no number": "--shares is nan; it must be a finite number",
     }
     assert words[case] in one_line(capsys, "average", a, b, "-o", tmp_path / "mean", *shares)
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def test_a_store_of_an_earlier_start_is_not_believed(monkeypatch: pytest.MonkeyP
             host.set("monitor", dead or "1 ")
             stores = [dist.TCPStore("127.0.0.1", host.port, is_master=False) for _ in range(SIZE)]
             places = [Place(rank, SIZE, rank, SIZE, "127.0.0.1", host.port) for rank in range(SIZE)]
-            jobs = [threads.submit(meet, places[r], stores[r], lambda missing: None) for r in reversed(range(SIZE))]
+            jobs = [threads.submit(meet, places[r], stores[r], lambda missing: None) for r in reversed(range(1, SIZE))]
+            time.sleep(0.2)  # so that they try the old address first
+            jobs.append(threads.submit(meet, places[0], stores[0], lambda missing: None))
             found = [job.result(20) for job in jobs]
             assert [sorted(peers.values()) for _, peers in found] == [[0]] * (SIZE - 1) + [list(range(1, SIZE))]
             names.append({name for name, _ in found})

@@ -71,7 +71,7 @@ def test_help_needs_no_torch():
     ("args", "message"),
     [
         (["interleaved", "--chunks", "1"], "at least 2 chunks a rank"),
-        (["1f1b", "--ranks", "0"], "at least 1 of ranks"),
+        (["1f1b", "--ranks", "0"], "--ranks is 0; it must be at least 1"),
         (["1f1b", "--costs.F", "0"], "costs must be positive"),
         (["1f1b", "--ranks", "3", "--costs.stages", "1", "2"], "costs of 2 stages, but 3 virtual stages"),
         (["1f1b", "--output", "/nowhere/a.png"], "/nowhere/a.png"),

@@ -190,7 +190,7 @@ def test_the_command_line(run, folder, capsys):
         (["{run}", "{folder}/text.npy", "--mask-paths", "{folder}/web.npy"], "has 600 entries"),
         (["{run}", "{folder}/text.npy", "--weights", "merge"], "--recipe.merge-last was 0"),
         (["{run}", "{folder}/text.npy", "--step", "3"], "has no checkpoint of step 3; it has 2, 4"),
-        (["{run}", "--tokens", "-1"], "--tokens must not be negative"),
+        (["{run}", "--tokens", "-1"], "--tokens is -1; it must not be negative"),
         (["{folder}", "{folder}/text.npy"], "is no run"),
     ],
 )

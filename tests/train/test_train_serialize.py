@@ -135,7 +135,7 @@ def test_a_file_may_say_little_and_numbers_may_be_written_as_usual() -> None:
         (MODEL + "steps: 3", "steps: there is no such field, did you mean run.steps? There are model, data,"),
         (MODEL.replace("n_layers: 1", "n_layers: 1, pattern: [{mixer: 3}]"), "model.pattern[0].mixer is '3', a whole number"),
         (MODEL + "run: {steps: 3", "not YAML, line 2: expected ',' or '}'"),
-        (MODEL + "run: {steps: 3}\nrun: {steps: 4}", "not YAML, line 1: run is given twice"),
+        (MODEL + "run: {steps: 3}\nrun: {steps: 4}", "not YAML, line 3: run is given twice"),
         (MODEL + "run: {steps: 3, steps: 4}", "not YAML, line 2: steps is given twice"),
         ("? [a]\n: 3", "not YAML, line 1: found unhashable key"),
         ("a: \x00", "not YAML: unacceptable character"),

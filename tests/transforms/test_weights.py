@@ -118,7 +118,7 @@ def test_every_schedule_is_drawn(tmp_path):
         (["schedule", "piecewise", "--lengths", "5"], "piecewise: give --schedule.lengths and --schedule.levels one value"),
         (["schedule", "cosine", "-o", "/nowhere/x.png"], "cannot write '/nowhere/x.png'"),
         (["schedule", "cosine", "-o", "x.xyz"], "cannot write 'x.xyz'"),
-        (["range-test", "/nowhere"], "this is no range test"),
+        (["range-test", "/nowhere"], "'/nowhere' is not there"),
     ],
 )
 def test_wrong_pictures(arguments, message, capsys, tmp_path, monkeypatch):
