@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICK = ("gradient_checks", "per_example_gradients")
+QUICK = ("gradient_checks",)
 WITHOUT_PICTURE = ("gradient_checks",)
 
 

@@ -237,6 +237,9 @@ def test_the_law_catches(name, runs, tmp_path, monkeypatch):
         law_13(run, tmp_path)
 
 
-@pytest.mark.parametrize("which", ["growing", "lora", "normalize", "schedule-free", "ema"])
+SLOW = [pytest.param(which, marks=pytest.mark.slow) for which in ("normalize", "schedule-free", "ema")]
+
+
+@pytest.mark.parametrize("which", ["growing", "lora", *SLOW])
 def test_and_spares_the_right_one(which, runs, tmp_path):
     law_13(runs[which], tmp_path)

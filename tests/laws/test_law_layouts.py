@@ -150,7 +150,14 @@ TRAJECTORIES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "dtype", "tolerance"), TRAJECTORIES, ids=["zero2-fp64", "tp-fp32", "fsdp-ring-fp32"])
+@pytest.mark.parametrize(
+    ("layout", "dtype", "tolerance"),
+    [
+        pytest.param(*TRAJECTORIES[0], id="zero2-fp64"),
+        pytest.param(*TRAJECTORIES[1], id="tp-fp32", marks=pytest.mark.slow),
+        pytest.param(*TRAJECTORIES[2], id="fsdp-ring-fp32"),
+    ],
+)
 def test_trajectories_of_50_steps(pool: Pool, layout: Layout, dtype: torch.dtype, tolerance: float) -> None:
     """Differences do not grow: every loss and gradient of 50 steps, and the parameters after them."""
     make, specs = partial(recipe, SMALL, dtype, optim="momentum"), transformer.specs(SMALL)

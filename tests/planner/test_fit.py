@@ -51,6 +51,7 @@ def test_what_the_message_names_fits(name, memory, flags):
         check_memory(less, Mesh(), "bfloat16", memory)
 
 
+@pytest.mark.slow
 def test_what_can_never_fit_is_told_how_far_it_is():
     with pytest.raises(
         ValueError, match=r"Even --recipe.accumulate 128 .* needs 7\.\d: take a smaller model or shorter sequences, or more"

@@ -83,6 +83,7 @@ def test_remedies_are_smaller():
         assert size(fitting) <= bytes
 
 
+@pytest.mark.slow
 def test_search_finds_the_best_of_all_layouts():
     """Against an exact estimate of every layout: nothing that fits is more than 5 % faster than the first one found."""
     cfg = replace(CONFIGS["olmo2-370m"], gpu="a100", recipe=Recipe(batch_size=8, sequence_length=256))

@@ -68,10 +68,10 @@ def alone(tmp_path_factory, tokens):
     "mesh",
     [
         "--mesh.dp-shard 2",
-        "--mesh.dp-replicate 2 --mesh.dp-shard 1",
-        "--mesh.tp 2",
+        pytest.param("--mesh.dp-replicate 2 --mesh.dp-shard 1", marks=pytest.mark.slow),
+        pytest.param("--mesh.tp 2", marks=pytest.mark.slow),
         "--mesh.pp 2",
-        "--mesh.cp 2 --mesh.cp-method ring",
+        pytest.param("--mesh.cp 2 --mesh.cp-method ring", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_the_same_model(tmp_path, tokens, alone, mesh):
