@@ -47,3 +47,9 @@ def test_files_that_are_named_are_there(path):
     named = re.findall(r"`([\w.]+(?:/[\w.]+)+\.py|[\w.]+(?:/[\w.]+)*/)`", path.read_text())
     missing = [name for name in named if not (ROOT / name).exists() and not (PACKAGE / name).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("path", [*DOCS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", path.read_text()) if not link.startswith("http")]
+    assert not [link for link in links if not (path.parent / link).exists()]
