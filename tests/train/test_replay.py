@@ -194,7 +194,7 @@ def test_the_command(run, capsys):
 
 
 WRONG = {
-    "no run": (lambda d: main([str(d / "gone")]), r"gone. is not there; there are"),
+    "no run": (lambda d: main([str(d / "gone")]), "gone' is not there; there are"),
     "a later step": (lambda d: main([str(d), "--step", "61"]), r"has no step 61; it has steps 1 to 60"),
     "step 0": (lambda d: main([str(d), "--step", "0"]), r"has no step 0; it has steps 1 to 60"),
 }
