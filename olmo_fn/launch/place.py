@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ STATUS = "OLMO_FN_STATUS"
 TOKEN = "OLMO_FN_TOKEN"
 """Environment variable: what a rank must know to be let in. `launch` sets it; on several machines you may, to the same text."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+START = "start one a machine, which starts the others: `torchrun …`, or here --nproc"
 STARTED = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -80,13 +80,18 @@ def _number(name: str, low: int, high: int, default: int | None = None) -> int:
     return number
 
 
+def alone_note() -> str:
+    """What to say where a batch script asks for several tasks, and its own process trains alone; empty elsewhere."""
+    tasks = os.environ.get("SLURM_NTASKS", "")
+    if tasks in ("", "1") or "SLURM_PROCID" not in os.environ:
+        return ""
+    return f"SLURM_NTASKS={tasks}, but this process trains alone; {START} {tasks}"
+
+
 def _check_alone() -> None:
     """ValueError if another program started this process with others, which would all train alone in one folder."""
     for name in STARTED:
-        if (tasks := os.environ.get(name, "1")) in ("", "1"):
-            continue
-        start = "start one a machine, which starts the others: `torchrun …`, or here --nproc"
-        if name != "SLURM_NTASKS" or os.environ.get("SLURM_PROCID", "0") != "0":
-            raise ValueError(f"{name}={tasks}: this is one of {tasks} processes that do not know each other; {start} {tasks}")
-        if "SLURM_PROCID" in os.environ:  # a batch script's own process, or the first of srun
-            print(f"{name}={tasks}, but this process trains alone; {start} {tasks}", file=sys.stderr, flush=True)
+        tasks = os.environ.get(name, "")
+        if tasks in ("", "1") or (name == "SLURM_NTASKS" and os.environ.get("SLURM_PROCID", "0") == "0"):
+            continue  # a batch script's own process, or the first of srun, is alone
+        raise ValueError(f"{name}={tasks}: this is one of {tasks} processes that do not know each other; {START} {tasks}")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import olmo_fn
 from olmo_fn.launch.meeting import listen, meet, patience
-from olmo_fn.launch.place import Place, place_from_env
+from olmo_fn.launch.place import Place, alone_note, place_from_env
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def rendezvous(timeout: float = 1800.0) -> Process:
     """
     place = place_from_env()
     if place is None or place.size == 1:
+        if place is None and (note := alone_note()):
+            print(note, file=sys.stderr, flush=True)
         return Process()
     wait = patience(place, timeout)
     store = _store(place, wait, timeout)

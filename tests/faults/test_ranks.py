@@ -202,6 +202,8 @@ def test_what_is_no_job_is_left_alone(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     assert place_from_env() is None, "a batch script's own process"
+    assert capsys.readouterr().err == ""
+    assert rendezvous() == Process()
     assert capsys.readouterr().err.startswith("SLURM_NTASKS=8, but this process trains alone; ")
 
 
