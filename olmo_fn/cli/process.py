@@ -36,7 +36,9 @@ def exit_code(command: Callable[[], int]) -> int:
     except SystemExit as end:  # of tyro, which has printed help
         return end.code if isinstance(end.code, int) else 0
     except BrokenPipeError:  # whoever read the text has enough of it
-        _drop_stdout()
+        from olmo_fn.train.observers.console import mute
+
+        mute()
         return 0
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
@@ -52,7 +54,9 @@ def exit_code(command: Callable[[], int]) -> int:
         try:
             sys.stdout.flush()
         except OSError:  # the error was about stdout, and would come once more when Python ends
-            _drop_stdout()
+            from olmo_fn.train.observers.console import mute
+
+            mute()
         return 2
 
 
@@ -78,9 +82,3 @@ def words(number: int) -> str:
     'stopped by SIGTERM'
     """
     return "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-
-
-def _drop_stdout() -> None:
-    """Let what is still in stdout's buffer go nowhere."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
