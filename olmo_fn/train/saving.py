@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import BrokenCheckpoint, Retention, Saver, read_index, step_path, steps
+from olmo_fn.checkpoint.commit import free_bytes
 from olmo_fn.core.step import State
 from olmo_fn.data.identity import identity
 from olmo_fn.files import make_folder, sync, write_whole
@@ -93,7 +93,6 @@ def newest_meta(folder: Path) -> Mapping[str, Any]:
 def room(session: Session) -> list[str]:
     """A warning where the disk has no room for two checkpoints, as many as there are while one is written."""
     size = sum(leaf.nbytes for _, leaf in tree.items(abstract_state(session.step, session.specs)))
-    total, _, free = shutil.disk_usage(session.folder)
-    if not total or free >= 2 * size:  # some file systems do not say
+    if (free := free_bytes(session.folder)) >= 2 * size:
         return []
     return [f"{free:,} bytes are free in {session.folder}, and a checkpoint has {size:,}: two at a time do not fit"]
