@@ -145,7 +145,6 @@ def run(args: Evaluate) -> str:
         raise ValueError("nothing is predicted: the sets are empty, masked, or of one token without anything before it")
     if args.json:
         of = {"checkpoint": str(path), "weights": args.weights}
-        return "".join(to_json({"set": name, **of, **x._asdict(), "perplexity": x.perplexity}) for name, x in found.items())[
-            :-1
-        ]
+        lines = (to_json({"set": name, **of, **x._asdict(), "perplexity": x.perplexity}) for name, x in found.items())
+        return "".join(lines).removesuffix("\n")
     return f"{path}{'' if args.weights == 'params' else f', {args.weights}'}\n{table(found)}"

@@ -47,7 +47,7 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
         name = next((word for word in flags if word in presets), next(iter(presets)))
         raise ValueError(f"the preset comes first: {prog} {shlex.join([name, *(word for word in rest if word != name)])}")
     elif first.endswith((".yaml", ".yml")) or "/" in first or Path(first, "config.yaml").exists():
-        config = read_config(Path(first).expanduser())
+        config = read_config(Path(first))
         choices, _ = with_files(choices, config.use)
     else:
         hint = parsing.did_you_mean(first, presets)

@@ -1,7 +1,8 @@
 """Random numbers for transforms: a function of (seed, step, parameter, entry) and of nothing else.
 
-So a run that goes on has the bits of one that never stopped, every layout has the numbers of one process, and steps batched by
-``vmap`` have each their own.
+In operations of torch, where `olmo_fn.spec` draws initial weights with NumPy, so that they follow steps and seeds that are
+tensors. So a run that goes on has the bits of one that never stopped, every layout has the numbers of one process, and steps
+batched by ``vmap`` have each their own.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def test_so_do_all_the_other_commands(name, folder, capsys):
 
 SYSTEM = {
     "disk-full": (OSError(errno.ENOSPC, "No space left on device", "runs/a/x"), "'runs/a/x': No space left on device; free"),
-    "permission": (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "'/root/x': Permission denied; take another"),
+    "permission": (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), "'/srv/x': Permission denied; take another"),
     "read-only": (OSError(errno.EROFS, "Read-only file system", "/proc/x"), "'/proc/x': Read-only file system; nothing can be"),
     "two-names": (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "cannot use 'b': Invalid cross-device"),
     "no-name": (OSError(errno.EMFILE, "Too many open files"), "Too many open files; raise the limit of open files"),
