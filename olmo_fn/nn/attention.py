@@ -157,7 +157,7 @@ def attention_sublayer(form: AttentionForm) -> Sublayer:
 
     def apply(p: Tree, x: Tensor, ctx: Context) -> Result:
         q, k, v, *gate = project(p, x, ctx)
-        return output(p, attention(ctx, q, k, v, form.window, form.attend, **given(p)), gate, ctx)
+        return output(p, attention(ctx, q, k, v, form.window, form.attend, sinks=p.get("sinks"), cap=form.cap), gate, ctx)
 
     def extend(p: Tree, x: Tensor, ctx: Context, cache: Tree) -> tuple[Tensor, Tree]:
         q, k, v, *gate = project(p, x, ctx)
@@ -262,29 +262,42 @@ def gated_heads(rows: Tensor, gate: Tensor) -> Tensor:
     return (rows.unflatten(-1, (gate.shape[-1], -1)) * g[..., None]).flatten(-2).to(rows.dtype)
 
 
-def attention(ctx: Context, q: Tensor, k: Tensor, v: Tensor, window: int | None, attend: AttendVJP = attend_vjp) -> Tensor:
+def attention(
+    ctx: Context,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    attend: AttendVJP = attend_vjp,
+    *,
+    sinks: Tensor | None = None,
+    cap: float | None = None,
+) -> Tensor:
     """Causal softmax(q kᵀ / √K) v, inside documents if there are any, with the heads side by side: (B, T, H·K).
 
-    ``q`` (B, H, T, K), ``k``, ``v`` (B, N, T, K) of this rank's positions and heads.
+    ``q`` (B, H, T, K), ``k``, ``v`` (B, N, T, K) of this rank's positions and heads. ``sinks`` (H,), a weight: logits that take
+    part in the softmax. ``cap``: scores are soft-capped at it. Both as in `olmo_fn.kernels.attention_tiles.attend_masked`.
     """
     backend, documents = ctx.backend, ctx.documents
-    cp, method = backend.axes.cp, backend.cp_method
+    options: dict[str, Any] = {"cp": backend.axes.cp, "method": backend.cp_method, "window": window, "documents": documents}
+    options["cap"] = cap
     if not backend.primitive:
-        return _side_by_side(attend_over(q, k, v, cp=cp, method=method, window=window, documents=documents))
-    options: dict[str, Any] = {"cp": cp, "method": method, "window": window, "documents": documents}
-    vjp = _attention_vjp(partial(attend_over_vjp, **options, kernel=backend.kernel, attend=attend))
-    return backend.primitive(vjp, [], [q, k, v])
+        return _side_by_side(attend_over(q, k, v, sinks=sinks, **options))
+    vjp = _attention_vjp(partial(attend_over_vjp, kernel=backend.kernel, attend=attend, **options))
+    return backend.primitive(vjp, [] if sinks is None else [sinks], [q, k, v], backend.weight_grads)
 
 
 def _attention_vjp(attend: Callable[..., Any]) -> VJP:
-    def vjp(_: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Callable[..., Any]]:
+    def vjp(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Callable[..., Any]]:
         q, k, v = inputs
-        out, back = attend(q, k, v)
+        out, back = attend(q, k, v, sinks=weights[0] if weights else None)
         rows = _side_by_side(out)  # what the next product keeps as well; so the other order of the heads is not kept
 
         def pullback(cotangent: Tensor) -> tuple[Sequence[Any], Sequence[Tensor]]:
             by_head = rows.view(*rows.shape[:2], -1, q.shape[-1]).transpose(1, 2)
-            return (), back(by_head, cotangent.view(by_head.transpose(1, 2).shape).transpose(1, 2).contiguous())
+            d_rows = cotangent.view(by_head.transpose(1, 2).shape).transpose(1, 2).contiguous()
+            d_q, d_k, d_v, *d_sinks = back(by_head, d_rows)
+            return [lambda d=d: d for d in d_sinks], (d_q, d_k, d_v)
 
         return rows, pullback
 
