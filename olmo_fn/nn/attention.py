@@ -15,8 +15,9 @@ from torch import Tensor
 
 from olmo_fn.core.primitive import VJP
 from olmo_fn.kernels.attention_cp import AttendVJP, attend_over, attend_over_vjp
-from olmo_fn.kernels.attention_tiles import attend_masked, attend_vjp, visible
+from olmo_fn.kernels.attention_tiles import attend_vjp
 from olmo_fn.mesh.axis import Axis
+from olmo_fn.nn.cache import attend_seen, kv_cache, remember
 from olmo_fn.nn.context import Context
 from olmo_fn.nn.norm import rms_norm, rms_norm_spec
 from olmo_fn.nn.rope import rope_table, rotate
@@ -56,15 +57,11 @@ def attention_sublayer(
 
     def extend(p: Tree, x: Tensor, ctx: Context, cache: Tree) -> tuple[Tensor, Tree]:
         q, k, v = qkv(p, x, ctx)
-        stop = ctx.start + x.shape[1]
-        first, mask = visible_columns(ctx.start, stop, window, ctx.padding, x.device)
-        cache["k"][:, :, ctx.start : stop], cache["v"][:, :, ctx.start : stop] = k, v
-        q = q if k.shape[1] == q.shape[1] else q.unflatten(1, (k.shape[1], -1))
-        out = attend_masked(q, cache["k"][:, :, first:stop], cache["v"][:, :, first:stop], mask)
+        out = attend_seen(q, remember(cache, k, v, ctx, window))
         return ctx.row_linear(_side_by_side(out), p["w_out"]), cache
 
     def empty_cache(rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> Tree:
-        return {name: torch.empty(rows, n_kv_heads, capacity, head_dim, dtype=dtype, device=device) for name in ("k", "v")}
+        return kv_cache(rows, n_kv_heads, capacity, head_dim, window, dtype, device)
 
     def flops(length: int) -> int:
         return 2 * length * d_model * (2 * heads + 2 * kv) + 4 * heads * causal_pairs(length, window)
@@ -164,20 +161,3 @@ def _attention_vjp(attend: Callable[..., Any]) -> VJP:
 def _side_by_side(heads: Tensor) -> Tensor:
     """(B, H, T, K) as (B, T, H·K)."""
     return heads.transpose(1, 2).flatten(2)
-
-
-def visible_columns(
-    start: int, stop: int, window: int | None, padding: Tensor | None, device: torch.device
-) -> tuple[int, Tensor]:
-    """The first column that any of columns ``start`` to ``stop`` sees, and the mask from there.
-
-    The mask is (T, stop - first), or with padding (B, 1, T, stop - first).
-    """
-    first = 0 if window is None else max(0, start - window + 1)
-    rows, columns = torch.arange(start, stop, device=device), torch.arange(first, stop, device=device)
-    mask = visible(rows, columns, window)
-    if padding is None:
-        return first, mask
-    # Padding sees padding: a row of the softmax without anything to see would be NaN, and spread.
-    token_row, token_column = rows >= padding[:, None], columns >= padding[:, None]
-    return first, (mask & (token_row[:, :, None] == token_column[:, None, :]))[:, None]
