@@ -16,9 +16,10 @@ from torch import Tensor
 
 from olmo_fn.core.primitive import VJP
 from olmo_fn.kernels.attention_cp import AttendVJP, attend_over, attend_over_vjp
-from olmo_fn.kernels.attention_tiles import attend_masked, attend_vjp, visible
+from olmo_fn.kernels.attention_tiles import attend_vjp
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import enter
+from olmo_fn.nn.cache import attend_seen, kv_cache, remember
 from olmo_fn.nn.context import Context
 from olmo_fn.nn.linear import add_bias
 from olmo_fn.nn.norm import rms_norm, rms_norm_spec, unit_norm
@@ -134,7 +135,7 @@ class AttentionForm:
 
 def attention_sublayer(form: AttentionForm) -> Sublayer:
     """Attention as a sublayer."""
-    place, options = form.place(), {} if form.cap is None else {"cap": form.cap}
+    place = form.place()
 
     def project(p: Tree, x: Tensor, ctx: Context) -> tuple[Tensor, ...]:
         """Queries, keys, values, and the gate if there is one."""
@@ -152,25 +153,17 @@ def attention_sublayer(form: AttentionForm) -> Sublayer:
         y = ctx.row_linear(rows, p["w_out"])
         return ctx.fuse(add_bias, ctx.backend.axes.tp)(y, p["b_out"]) if form.bias else y
 
-    def given(p: Tree) -> dict[str, Any]:
-        return {**options, "sinks": p["sinks"]} if form.sinks else options
-
     def apply(p: Tree, x: Tensor, ctx: Context) -> Result:
         q, k, v, *gate = project(p, x, ctx)
         return output(p, attention(ctx, q, k, v, form.window, form.attend, sinks=p.get("sinks"), cap=form.cap), gate, ctx)
 
     def extend(p: Tree, x: Tensor, ctx: Context, cache: Tree) -> tuple[Tensor, Tree]:
         q, k, v, *gate = project(p, x, ctx)
-        stop = ctx.start + x.shape[1]
-        first, mask = visible_columns(ctx.start, stop, form.window, ctx.padding, x.device)
-        cache["k"][:, :, ctx.start : stop], cache["v"][:, :, ctx.start : stop] = k, v
-        q = q if k.shape[1] == q.shape[1] else q.unflatten(1, (k.shape[1], -1))
-        out = attend_masked(q, cache["k"][:, :, first:stop], cache["v"][:, :, first:stop], mask, **given(p))
+        out = attend_seen(q, remember(cache, k, v, ctx, form.window), sinks=p.get("sinks"), cap=form.cap)
         return output(p, _side_by_side(out), gate, ctx), cache
 
     def empty_cache(rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> Tree:
-        shape = rows, form.n_kv_heads, capacity, form.head_dim
-        return {name: torch.empty(shape, dtype=dtype, device=device) for name in ("k", "v")}
+        return kv_cache(rows, form.n_kv_heads, capacity, form.head_dim, form.window, dtype, device)
 
     return Sublayer(
         "attention",
@@ -307,20 +300,3 @@ def _attention_vjp(attend: Callable[..., Any]) -> VJP:
 def _side_by_side(heads: Tensor) -> Tensor:
     """(B, H, T, K) as (B, T, H·K)."""
     return heads.transpose(1, 2).flatten(2)
-
-
-def visible_columns(
-    start: int, stop: int, window: int | None, padding: Tensor | None, device: torch.device
-) -> tuple[int, Tensor]:
-    """The first column that any of columns ``start`` to ``stop`` sees, and the mask from there.
-
-    The mask is (T, stop - first), or with padding (B, 1, T, stop - first).
-    """
-    first = 0 if window is None else max(0, start - window + 1)
-    rows, columns = torch.arange(start, stop, device=device), torch.arange(first, stop, device=device)
-    mask = visible(rows, columns, window)
-    if padding is None:
-        return first, mask
-    # Padding sees padding: a row of the softmax without anything to see would be NaN, and spread.
-    token_row, token_column = rows >= padding[:, None], columns >= padding[:, None]
-    return first, (mask & (token_row[:, :, None] == token_column[:, None, :]))[:, None]
