@@ -15,7 +15,7 @@ from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import all_gather, reduce_scatter
 from olmo_fn.nn.context import Context
 from olmo_fn.nn.linear import Adapted, Weight, linear
-from olmo_fn.nn.sublayer import Result, Sublayer
+from olmo_fn.nn.sublayer import Names, Result, Sublayer
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
@@ -36,7 +36,15 @@ def swiglu_sublayer(d_model: int, hidden: int, *, std: float, std_up: float, std
         apply=apply,
         flops=lambda length: 2 * length * 3 * d_model * hidden,
         divided=("tp", "cp"),
+        names=NAMES,
     )
+
+
+NAMES = {
+    "w_gate": Names("mlp.gate_proj.weight", "feed_forward.w1.weight"),
+    "w_up": Names("mlp.up_proj.weight", "feed_forward.w3.weight"),
+    "w_down": Names("mlp.down_proj.weight", "feed_forward.w2.weight"),
+}
 
 
 def swiglu(ctx: Context, x: Tensor, w_gate: Weight, w_up: Weight, w_down: Weight) -> Tensor:
