@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from olmo_fn.checkpoint import Deferred
 from olmo_fn.checkpoint.boxes import tiles
 from olmo_fn.convert.pickles import Called, Global, loads
 from olmo_fn.convert.torch_files import Place, TorchFile
@@ -38,15 +39,7 @@ IN_METADATA = frozenset(
 LARGEST = 1 << 48  # of a size or an offset
 
 
-class Stored(NamedTuple):
-    """A tensor in another program's files: what it is, and how to read it, which nothing has done yet."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-
-
-def read_metadata(folder: Path) -> dict[str, Stored]:
+def read_metadata(folder: Path) -> dict[str, Deferred]:
     """The tensors of the checkpoint in ``folder``, by name; objects that are none are left out.
 
     Reading one takes its own memory, and that of one shard where shards are no blocks of rows. ValueError, in one line, for
@@ -66,7 +59,7 @@ def read_metadata(folder: Path) -> dict[str, Stored]:
     return {name: _tensor(name, _fields(value, value.name, path), places, path) for name, value in tensors}
 
 
-def _tensor(name: Any, fields: Mapping[str, Any], places: Mapping[Any, Place], path: Path) -> Stored:
+def _tensor(name: Any, fields: Mapping[str, Any], places: Mapping[Any, Place], path: Path) -> Deferred:
     match getattr(fields.get("properties"), "state", None):
         case (Global(kind), *_) if kind in DTYPES and type(name) is str:
             dtype = DTYPES[kind]
@@ -85,7 +78,7 @@ def _tensor(name: Any, fields: Mapping[str, Any], places: Mapping[Any, Place], p
         shards.append((box, place))
     if not tiles([box for box, _ in shards], shape):
         raise ValueError(f"{path}: the shards of {name} do not fill its shape {list(shape)}, or fill a part of it twice")
-    return Stored(dtype, shape, partial(_assemble, name, dtype, shape, tuple(shards)))
+    return Deferred(shape, dtype, partial(_assemble, name, dtype, shape, tuple(shards)))
 
 
 def _assemble(name: str, dtype: torch.dtype, shape: tuple[int, ...], shards: Iterable[tuple[Box, Place]]) -> Tensor:
@@ -143,18 +136,15 @@ def _place(value: Any, folder: Path, path: Path) -> Place:
 
 def _check_files(places: Iterable[Place], path: Path) -> None:
     """ValueError unless the files are there, and as long as all that lies in them, with no byte that serves twice."""
+    ends: Counter[Path] = Counter()
     total: Counter[Path] = Counter()
     for file, start, length in places:
+        ends[file] = max(ends[file], start + length)
         total[file] += length
-        if not length or start + length <= _bytes(file, path):
-            continue
-        raise ValueError(f"{file} is truncated: it has {_bytes(file, path):,} bytes, and {path} tells of {start + length:,}")
-    for file, needed in total.items():
-        if needed > _bytes(file, path):
-            raise ValueError(f"{path}: damaged, or hostile: more lies in {file}, {needed:,} bytes, than it has")
-
-
-def _bytes(file: Path, path: Path) -> int:
-    if not file.is_file():
-        raise ValueError(f"{file} is missing, and {path} tells of tensors in it; copy all files of the checkpoint")
-    return file.stat().st_size
+    for file, end in ends.items():
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, and {path} tells of tensors in it; copy all files of the checkpoint")
+        if end > (size := file.stat().st_size):
+            raise ValueError(f"{file} is truncated: it has {size:,} bytes, and {path} tells of {end:,}; copy it again")
+        if total[file] > size:
+            raise ValueError(f"{path}: damaged, or hostile: more lies in {file}, {total[file]:,} bytes, than it has")

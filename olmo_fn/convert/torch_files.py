@@ -12,6 +12,8 @@ import math
 import os
 import struct
 import zipfile
+from collections.abc import Iterator
+from functools import partial
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from zlib_ng.zlib_ng import crc32
 
+from olmo_fn.checkpoint import Deferred
 from olmo_fn.checkpoint.format import host_bytes
 from olmo_fn.convert.pickles import Called, Global, loads
 
@@ -144,6 +147,27 @@ class TorchFile:
             done += count
 
 
+def read_tensors(path: Path) -> dict[str, Deferred]:
+    """The tensors in a file of ``torch.save``, by their keys in its dicts, joined by dots; none of them is read yet."""
+    with TorchFile(Place(path, 0, path.stat().st_size)) as file:
+        found = dict(_tensors(file.pickle(), ""))
+        layouts = {name: file.layout(value) for name, value in found.items()}
+    return {name: Deferred(x.shape, x.dtype, partial(_read, path, x)) for name, x in layouts.items()}
+
+
+def _read(path: Path, layout: Layout) -> Tensor:
+    with TorchFile(Place(path, 0, path.stat().st_size)) as file:
+        return file.read(layout, torch.empty(layout.shape, dtype=layout.dtype))
+
+
+def _tensors(value: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Called]]:
+    """Those in a dict, and in dicts inside it."""
+    for key, item in value.items() if type(value) is dict and depth < 4 else ():
+        if type(item) is Called and item.name.startswith("torch._utils._rebuild_"):
+            yield f"{prefix}{key}", item
+        yield from _tensors(item, f"{prefix}{key}.", depth + 1)
+
+
 class _Window(RawIOBase):
     """A part of a file as a file of its own, which ends where the part ends."""
 
@@ -178,7 +202,9 @@ class _Window(RawIOBase):
 
 def _fits(layout: Layout, length: int) -> bool:
     """Whether all entries are among ``length`` of a record."""
-    numbers = (*layout.shape, *layout.strides, layout.offset) if type(layout.shape) is type(layout.strides) is tuple else (None,)
+    numbers = (
+        (*layout.shape, *layout.strides, layout.offset) if type(layout.shape) is type(layout.strides) is tuple else (None,)
+    )
     if any(type(n) is not int or not 0 <= n < 1 << 48 for n in numbers) or len(layout.shape) != len(layout.strides):
         return False
     last = sum((n - 1) * step for n, step in zip(layout.shape, layout.strides, strict=True))
