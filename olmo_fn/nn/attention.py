@@ -127,6 +127,15 @@ class AttentionForm:
             found["log_visible", self.window] = partial(log_visible, self.window)
         return found
 
+    def names(self) -> dict[str, Names]:
+        """What its parameters are called in other programs' files."""
+        if self.qk_norm == "unit":
+            return NAMES | {"q_norm": Names("self_attn.sq", "attention.sq"), "k_norm": Names("self_attn.sk", "attention.sk")}
+        heads = {"q_norm": self.n_heads, "k_norm": self.n_kv_heads} if self.qk_norm == "per-head" else {}
+        flat = {name: NAMES[name]._replace(shape=(count, self.head_dim)) for name, count in heads.items()}
+        gains = {name: names._replace(olmo_core_offset=-1.0) for name, names in (NAMES | flat).items() if name.endswith("_norm")}
+        return NAMES | (gains if self.zero_centred else flat)
+
     def flops(self, length: int) -> int:
         """FLOPs of a forward pass over a sequence."""
         matrices = sum(spec.size for spec in self.specs().values() if len(spec.shape) == 2)
@@ -174,7 +183,7 @@ def attention_sublayer(form: AttentionForm) -> Sublayer:
         cache=empty_cache,
         tables=form.tables(),
         divided=("tp", "cp"),
-        names=NAMES if form.qk_norm != "unit" else UNIT_NAMES,
+        names=form.names(),
     )
 
 
@@ -193,7 +202,6 @@ NAMES = {
     "sinks": Names("self_attn.sinks", "attention.sinks"),
     "softmax_scale": Names("self_attn.softmax_scale", "attention.ssmax_scale"),
 }
-UNIT_NAMES = NAMES | {"q_norm": Names("self_attn.sq", "attention.sq"), "k_norm": Names("self_attn.sk", "attention.sk")}
 
 
 def causal_pairs(length: int, window: int | None = None) -> int:
