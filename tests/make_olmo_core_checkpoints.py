@@ -151,7 +151,12 @@ def expected(case: str, out: Path) -> None:
     """What OLMo-core reads in its checkpoints: of the third step digests of all bytes, and logits; of the fourth the numbers."""
     import torch
     from olmo_core.config import Config
-    from olmo_core.distributed.checkpoint import get_checkpoint_metadata, load_keys, load_model_and_optim_state, unshard_checkpoint
+    from olmo_core.distributed.checkpoint import (
+        get_checkpoint_metadata,
+        load_keys,
+        load_model_and_optim_state,
+        unshard_checkpoint,
+    )
     from olmo_core.nn.transformer import TransformerConfig
     from safetensors.torch import save_file
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata

@@ -75,8 +75,8 @@ class Checkpoint:
     paths: tuple[str, ...] = ()
 
 
-def run(args: FromOlmoCore) -> str:
-    """Make the run, whole or not at all; what it is, and what to type next. ValueError, in one line, for what is not read."""
+def from_olmo_core(args: FromOlmoCore) -> int:
+    """Make the run, whole or not at all, and say what to type next. ValueError, in one line, for what is not read."""
     from olmo_fn import tree
     from olmo_fn.checkpoint import save
     from olmo_fn.train.folder import numbers, write_config
@@ -97,7 +97,8 @@ def run(args: FromOlmoCore) -> str:
         write_config(cfg, draft)
         save(state, draft / "checkpoints", step=step, meta=meta, threads=1)
         draft.rename(args.run)
-    return summary(args, found, cfg)
+    print(summary(args, found, cfg))
+    return 0
 
 
 def open_checkpoint(folder: Path, config: Path | None = None) -> Checkpoint:
@@ -118,7 +119,9 @@ def open_checkpoint(folder: Path, config: Path | None = None) -> Checkpoint:
 def newest(folder: Path) -> Path:
     """The folder itself, or the newest ``step…`` in it."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is {'no folder' if folder.exists() else 'not there'}; give that of a checkpoint of OLMo-core")
+        raise ValueError(
+            f"{folder} is {'no folder' if folder.exists() else 'not there'}; give that of a checkpoint of OLMo-core"
+        )
     inside = [path for path in folder.glob("step*") if path.name[4:].isdecimal() and (path / "model_and_optim").is_dir()]
     return max(inside, key=lambda path: int(path.name[4:]), default=folder)
 
@@ -162,7 +165,9 @@ def read_config(path: Path) -> dict[str, Any]:
         with path.open(encoding="utf-8") as file:
             found = json.loads(file.read(LARGEST_CONFIG))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({type(error).__name__}); it must be the config.json that OLMo-core writes") from None
+        raise ValueError(
+            f"{path} is no JSON ({type(error).__name__}); it must be the config.json that OLMo-core writes"
+        ) from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object; it must be the config.json that OLMo-core writes")
     return found
@@ -231,23 +236,28 @@ def check_tensors(found: Checkpoint, made: Model, names: Mapping[str, Stored], p
         if tuple(read[name].shape) != shape:
             raise ValueError(f"{found.folder}: {name} is {list(read[name].shape)}, and {list(shape)} by its config.json{hint}")
         if not read[name].dtype.is_floating_point:
-            raise ValueError(f"{found.folder}: {name} is of {str(read[name].dtype).removeprefix('torch.')}, and must be of a float")
+            raise ValueError(
+                f"{found.folder}: {name} is of {str(read[name].dtype).removeprefix('torch.')}, and must be of a float"
+            )
     for name in read.keys() - wanted.keys():
         shape = tuple(read[name].shape)
         raise ValueError(f"{found.folder} has {name} {list(shape)}, for which the model of its config.json has no place")
 
 
-def leaves(found: Checkpoint, cfg: Config, names: Mapping[str, Stored], params_only: bool) -> Iterator[tuple[str, Tensor | Deferred]]:
+def leaves(
+    found: Checkpoint, cfg: Config, names: Mapping[str, Stored], params_only: bool
+) -> Iterator[tuple[str, Tensor | Deferred]]:
     """The state as a checkpoint of this package has it; all but its counters are read only when they are written."""
     import torch
 
+    from olmo_fn import tree
     from olmo_fn.checkpoint import Deferred
+    from olmo_fn.models.transformer import specs
 
-    def turned(name: Stored, of: str, dtype: torch.dtype) -> Deferred:
-        def make() -> Tensor:
-            return name.ours(found.tensors[of].make().to(dtype))
+    shapes = {path: spec.shape for path, spec in tree.items(specs(cfg.model))}
 
-        return Deferred(name.shape[::-1] if name.transposed else name.shape, dtype, make)
+    def turned(path: str, name: Stored, of: str, dtype: torch.dtype) -> Deferred:
+        return Deferred(shapes[path], dtype, lambda: name.ours(found.tensors[of].make().to(dtype)))
 
     if not params_only:
         assert found.state is not None
@@ -256,9 +266,12 @@ def leaves(found: Checkpoint, cfg: Config, names: Mapping[str, Stored], params_o
         moments = getattr(torch, cfg.optim.moments)  # type: ignore[attr-defined]
         for slot, theirs in MOMENTS.items():
             for path, name in names.items():
-                yield f"slots.{slot}.{path}", turned(name._replace(offset=0.0), f"optim.state.{name.name}.{theirs}", moments)
+                yield (
+                    f"slots.{slot}.{path}",
+                    turned(path, name._replace(offset=0.0), f"optim.state.{name.name}.{theirs}", moments),
+                )
     for path, name in names.items():
-        yield f"params.{path}", turned(name, f"model.{name.name}", torch.float32)
+        yield f"params.{path}", turned(path, name, f"model.{name.name}", torch.float32)
 
 
 def updates(found: Checkpoint, cfg: Config, names: Mapping[str, Stored]) -> int:
@@ -287,16 +300,18 @@ def summary(args: FromOlmoCore, found: Checkpoint, cfg: Config) -> str:
     if args.params_only:
         other = shlex.quote(f"{args.run}-2")
         train = f"olmo-fn train {name} --run.start-from {name} --run.start-with params --run.folder {other} --data.paths …"
-        return f"{what}\ntrain on:  {train}"
+        return f"{what}\ntrain on:      {train}"
     assert found.state is not None
     data, lines = found.state.data, [f"{what}, AdamW's moments, and step {found.state.step} of {cfg.run.steps}"]
     if found.state.max_steps not in (None, cfg.run.steps):
-        lines.append(f"steps:     the schedule is of {cfg.run.steps}, OLMo-core's run of {found.state.max_steps}")
-    lines.append(f"data:      {len(cfg.data.paths)} token files, seed {cfg.data.order_seed}{_order(data, found.state.step)}")
+        lines.append(f"steps:         the schedule is of {cfg.run.steps}, OLMo-core's run of {found.state.max_steps}")
+    lines.append(
+        f"data:          {len(cfg.data.paths)} token files, seed {cfg.data.order_seed}{_order(data, found.state.step)}"
+    )
     missing = next((path for path in cfg.data.paths if not Path(path).exists()), None)
     if missing is not None or not cfg.data.paths:
-        lines.append(f"           {missing or 'no file'} is not here: give --data-paths, or change data.paths in {name}/config.yaml")
-    return "\n".join([*lines, f"go on:     olmo-fn train {name}"])
+        lines.append(f"               {missing or 'no file'} is not here: give --data-paths, or put it into {name}/config.yaml")
+    return "\n".join([*lines, f"go on:         olmo-fn train {name}"])
 
 
 def _order(data: Mapping[str, Any], step: int) -> str:

@@ -101,7 +101,9 @@ def _refuse_experts(fields: Group) -> None:
     found = [name for name in found if name.startswith("moe")]
     found += ["feed_forward_moe" for kind in kinds if isinstance(kind, dict) and kind.get("feed_forward_moe")]
     if found:
-        raise ValueError(f"model: a mixture of experts ({found[0]}) is not read; dense models are, with blocks {', '.join(BLOCKS)}")
+        raise ValueError(
+            f"model: a mixture of experts ({found[0]}) is not read; dense models are, with blocks {', '.join(BLOCKS)}"
+        )
 
 
 def _pattern(fields: Group, n_layers: int, d_model: int, norms: Norms) -> tuple[Block, ...]:

@@ -30,7 +30,8 @@ STORAGES = {
     f"torch.{name}Storage": dtype
     for name, dtype in {
         "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
-        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
+        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+        "Bool": torch.bool,
     }.items()
 }  # fmt: skip
 IN_TENSORS = frozenset(
