@@ -1,8 +1,8 @@
 """``olmo-fn convert from-olmo-core DIR RUN``: a checkpoint of OLMo-core 2.x or 3.x as a run that goes on where it was.
 
-Parameters and AdamW's moments come tensor by tensor out of `olmo_fn.convert.dcp`, the config out of
-`olmo_fn.convert.olmo_core_model` and `olmo_fn.convert.olmo_core_training`, and out of the trainer's state the step, the length of
-the run, and where the data were.
+Parameters and AdamW's moments come tensor by tensor out of `olmo_fn.convert.dcp`; the config out of its config.json
+(`olmo_fn.convert.olmo_core_model`, `olmo_fn.convert.olmo_core_training`); and out of the trainer's state the step, the length
+of the run, and where the data were.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def open_tensors(folder: Path) -> dict[str, Deferred]:
             optim = read_tensors(folder / "optim.pt") if (folder / "optim.pt").is_file() else {}
             return found | {f"optim.{name}": tensor for name, tensor in optim.items()}
     raise ValueError(
-        f"{folder} is no checkpoint of OLMo-core: it has no model_and_optim/.metadata, no .metadata, and no model.safetensors or "
-        "model.pt, nor folders step… with one"
+        f"{folder} is no checkpoint of OLMo-core: it has no model_and_optim/.metadata, no .metadata, no model.safetensors and "
+        "no model.pt, nor folders step… with one"
     )
 
 

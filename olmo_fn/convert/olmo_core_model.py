@@ -289,8 +289,8 @@ def _head(fields: Group, norms: Norms) -> Head:
 
 
 def _simplest(made: Model) -> Model:
-    """One block for all layers, where it gives the same ones: where all are alike, or but for the scaling of those with a window,
-    as in OLMo 3.
+    """One block for all layers, where it gives the same ones: if all are alike, or if it is just those without a window whose
+    rotary positions are scaled, as in OLMo 3.
     """
     if len(set(made.layers)) == 1:
         return replace(made, block=made.layers[0], pattern=())

@@ -50,8 +50,8 @@ SCHEDULES: dict[str, type[ScheduleSettings]] = {
 def training(config: Mapping[str, Any], made: Model, names: Mapping[str, str], steps: int | None) -> Config:
     """The run that a config describes.
 
-    ``names``: what OLMo-core calls each parameter, by its path here. ``steps``: how long the run is, if the trainer's state says
-    so. ValueError with the field's path for what cannot be carried over.
+    ``names``: what OLMo-core calls each parameter, by its path here. ``steps``: how long the run is, if the trainer's state
+    says so. ValueError with the field's path for what cannot be carried over.
     """
     module = Group(config.get("train_module", {"optim": config.get("optim")}), "train_module", HOW)
     optim, sigma = _optimizer(module.group("optim"), names)

@@ -51,7 +51,7 @@ def loads(data: bytes, known: Collection[str], where: str) -> Any:
     {'step': 3, 'sizes': [1.5, None]}
     >>> loads(pickle.dumps(os.system), (), "state")
     Traceback (most recent call last):
-    olmo_fn.convert.pickles.Refused: state: it names posix.system, which no such file needs, so it is not read: it may be hostile
+    olmo_fn.convert.pickles.Refused: state: it names posix.system, which no such file needs; it is not read
     """
     if len(data) > MOST:
         raise Refused(f"{where}: a pickle of {len(data):,} bytes is longer than any of a checkpoint")
@@ -102,9 +102,7 @@ class _Machine:
     def name(self, module: str, name: str) -> None:
         full = f"{module}.{name}"
         if full not in self.known:
-            raise Refused(
-                f"{self.where}: it names {full[:100]}, which no such file needs, so it is not read: it may be hostile"
-            )
+            raise Refused(f"{self.where}: it names {full[:100]}, which no such file needs; it is not read")
         self.stack.append(Global(full))
 
     def stack_global(self, _: Any) -> None:
