@@ -30,7 +30,7 @@ HOW = ("_CLASS_", "type", "compile")
 """Fields that say how something is computed, not what."""
 OF_OPTIMIZER = ("fixed_fields", "foreach", "fused", "dtype")
 OF_TRAINING = (
-    *("rank_microbatch_size", "compile_model", "autocast_precision", "state_dict_save_opts", "state_dict_load_opts"),
+    *("rank_microbatch_size", "compile_model", "state_dict_save_opts", "state_dict_load_opts"),
     *("load_key_mapping", "pp_config", "dp_config", "tp_config", "cp_config", "ep_config", "ac_config"),
 )
 SCHEDULES: dict[str, type[ScheduleSettings]] = {
@@ -67,12 +67,15 @@ def training(config: Mapping[str, Any], made: Model, names: Mapping[str, str], s
     if type(steps) is not int or steps < 1:
         raise ValueError("neither the trainer's state nor trainer.max_duration says of how many steps the run is")
     schedule, steps = _schedule(module, optim.lr, steps)
+    dtypes = at(config, "train_module", "dp_config", "param_dtype"), module.left.pop("autocast_precision", None)
+    bfloat16 = "bfloat16" in (*dtypes, at(config, "model", "dtype"))
     recipe = Recipe(
         batch_size=tokens // length,
         sequence_length=length,
         clip=module.take("max_grad_norm", float, 0.0),
         skip_sigma=sigma,
         normalize=made.head.scales,
+        dtype="bfloat16" if bfloat16 else "float32",
     )
     loss = CrossEntropy(z_loss=module.take("z_loss_multiplier", float, 0.0))
     module.one_of("label_ignore_index", -100)
