@@ -91,7 +91,6 @@ def train(case: str, out: Path, tokens: Path) -> None:
 
     from olmo_core.config import Config
     from olmo_core.data import NumpyDataLoaderConfig, NumpyFSLDatasetConfig, TokenizerConfig
-    from olmo_core.distributed.utils import get_rank
     from olmo_core.nn.transformer import TransformerConfig
     from olmo_core.train import Duration, TrainerConfig, prepare_training_environment, teardown_training_environment
     from olmo_core.train.callbacks import CheckpointerCallback, ConfigSaverCallback
@@ -107,37 +106,35 @@ def train(case: str, out: Path, tokens: Path) -> None:
         init_seed: int = 12536
 
     prepare_training_environment(seed=1, backend="gloo" if CASES[case][1] > 1 else None)
-    with tempfile.TemporaryDirectory() as work:
-        cfg = Experiment(
-            model_config(case),
-            NumpyFSLDatasetConfig(
-                tokenizer=TokenizerConfig(vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=1),
-                paths=[str(tokens)],
-                sequence_length=LENGTH,
-                work_dir=work,
-            ),
-            NumpyDataLoaderConfig(global_batch_size=LENGTH * BATCH, seed=34521),
-            train_module_config(case),
-            TrainerConfig(
-                save_folder=str(out / "run"),
-                work_dir=work,
-                max_duration=Duration.steps(10),
-                hard_stop=Duration.steps(4),
-                checkpointer=_two_threads(),
-            )
-            .with_callback("checkpointer", CheckpointerCallback(save_interval=3, save_async=False))
-            .with_callback("config_saver", ConfigSaverCallback()),
+    work = str(out / "work")
+    cfg = Experiment(
+        model_config(case),
+        NumpyFSLDatasetConfig(
+            tokenizer=TokenizerConfig(vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=1),
+            paths=[str(tokens)],
+            sequence_length=LENGTH,
+            work_dir=work,
+        ),
+        NumpyDataLoaderConfig(global_batch_size=LENGTH * BATCH, seed=34521),
+        train_module_config(case),
+        TrainerConfig(
+            save_folder=str(out / "run"),
+            work_dir=work,
+            max_duration=Duration.steps(10),
+            hard_stop=Duration.steps(4),
+            checkpointer=_two_threads(),
         )
-        module = cfg.train_module.build(cfg.model.build())
-        dataset = cfg.dataset.build()
-        dataset.prepare()
-        loader = cfg.data_loader.build(dataset, dp_process_group=module.dp_process_group)
-        trainer = cfg.trainer.build(module, loader)
-        config = {**cfg.as_config_dict(), "dataset": {**cfg.dataset.as_config_dict(), "paths": ["tokens.npy"]}}
-        trainer.callbacks["config_saver"].config = config
-        trainer.fit()
-        if get_rank() == 0:
-            (out / "logged.json").write_text("{}")
+        .with_callback("checkpointer", CheckpointerCallback(save_interval=3, save_async=False))
+        .with_callback("config_saver", ConfigSaverCallback()),
+    )
+    module = cfg.train_module.build(cfg.model.build())
+    dataset = cfg.dataset.build()
+    dataset.prepare()
+    loader = cfg.data_loader.build(dataset, dp_process_group=module.dp_process_group)
+    trainer = cfg.trainer.build(module, loader)
+    config = {**cfg.as_config_dict(), "dataset": {**cfg.dataset.as_config_dict(), "paths": ["tokens.npy"]}}
+    trainer.callbacks["config_saver"].config = config
+    trainer.fit()
     teardown_training_environment()
 
 
@@ -193,10 +190,11 @@ def pack(case: str, out: Path) -> None:
         info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, "", ""
         return info
 
-    shutil.rmtree(out / "run" / "step4")
+    for path in ("run/step0", "run/step4", "work"):
+        shutil.rmtree(out / path)
     with tarfile.open(FIXTURES / f"{case}.tar.xz", "w:xz") as archive:
         for path in sorted(out.rglob("*")):
-            if path.is_file() and path.name != "logged.json":
+            if path.is_file():
                 archive.add(path, path.relative_to(out), filter=plain)
 
 

@@ -194,12 +194,13 @@ def config_of(found: Checkpoint, args: FromOlmoCore) -> tuple[Config, dict[str, 
     from olmo_fn.convert.olmo_core_model import model
     from olmo_fn.convert.olmo_core_training import training
     from olmo_fn.train.config import Config, Run
+    from olmo_fn.train.schedules import Cosine
 
     made = model(found.config)
     names = stored(made, "olmo_core")
     check_tensors(found, made, names, args.params_only)
     if args.params_only:
-        cfg = Config(made, run=Run(folder=str(args.run)))
+        cfg = Config(made, schedule=Cosine(warmup=0.1), run=Run(folder=str(args.run)))
     elif found.state is None:
         raise ValueError(f"{found.folder} has no train/rank0.pt, and so no step to go on from; {MODEL_ONLY}")
     else:

