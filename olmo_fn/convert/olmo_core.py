@@ -319,5 +319,5 @@ def _order(data: Mapping[str, Any], step: int) -> str:
     """Whether the batches go on where they were."""
     epoch, batches = data.get("epoch"), data.get("batches_processed")
     if (epoch, batches, data.get("dataset_type", "fsl")) == (1, step, "fsl"):
-        return f"; the next batch is the {step + 1:,}th of epoch 1, as there"
+        return f"; the next batch is number {step + 1:,} of epoch 1, as there"
     return f"; OLMo-core was at batch {batches} of epoch {epoch}, and the batches of step {step + 1} may be others"

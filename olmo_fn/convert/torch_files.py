@@ -77,7 +77,7 @@ class TorchFile:
 
     def __enter__(self) -> TorchFile:
         try:
-            with zipfile.ZipFile(self.window) as archive:  # type: ignore[arg-type]
+            with zipfile.ZipFile(self.window) as archive:
                 self.records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, RuntimeError) as error:
             self.window.close()
