@@ -306,9 +306,8 @@ def summary(args: FromOlmoCore, found: Checkpoint, cfg: Config) -> str:
     data, lines = found.state.data, [f"{what}, AdamW's moments, and step {found.state.step} of {cfg.run.steps}"]
     if found.state.max_steps not in (None, cfg.run.steps):
         lines.append(f"steps:         the schedule is of {cfg.run.steps}, OLMo-core's run of {found.state.max_steps}")
-    lines.append(
-        f"data:          {len(cfg.data.paths)} token files, seed {cfg.data.order_seed}{_order(data, found.state.step)}"
-    )
+    files = f"{len(cfg.data.paths)} token file{'s' * (len(cfg.data.paths) != 1)}"
+    lines.append(f"data:          {files} in the order of seed {cfg.data.order_seed}{_order(data, found.state.step)}")
     missing = next((path for path in cfg.data.paths if not Path(path).exists()), None)
     if missing is not None or not cfg.data.paths:
         lines.append(f"               {missing or 'no file'} is not here: give --data-paths, or put it into {name}/config.yaml")
