@@ -214,6 +214,8 @@ def config_of(found: Checkpoint, args: FromOlmoCore) -> tuple[Config, dict[str, 
             paths=args.data_paths or found.paths or cfg.data.paths,
             order_seed=seed if type(seed) is int else cfg.data.order_seed,
         )
+        if not data.paths:
+            raise ValueError(f"{found.folder} names no token files to go on with; give --data-paths, or else {MODEL_ONLY}")
         dtype = str(found.tensors[f"optim.state.{first.name}.exp_avg"].dtype).removeprefix("torch.")
         optim: Any = replace(cfg.optim, moments=dtype)  # type: ignore[call-arg]
         cfg = replace(cfg, data=data, optim=optim, run=replace(cfg.run, folder=str(args.run)))
@@ -309,8 +311,10 @@ def summary(args: FromOlmoCore, found: Checkpoint, cfg: Config) -> str:
     files = f"{len(cfg.data.paths)} token file{'s' * (len(cfg.data.paths) != 1)}"
     lines.append(f"data:          {files} in the order of seed {cfg.data.order_seed}{_order(data, found.state.step)}")
     missing = next((path for path in cfg.data.paths if not Path(path).exists()), None)
-    if missing is not None or not cfg.data.paths:
-        lines.append(f"               {missing or 'no file'} is not here: give --data-paths, or put it into {name}/config.yaml")
+    if missing is not None:
+        lines.append(
+            f"               {missing} is not here: bring it, or change data.paths in {name}/config.yaml before you go on"
+        )
     return "\n".join([*lines, f"go on:         olmo-fn train {name}"])
 
 

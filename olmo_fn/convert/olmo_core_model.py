@@ -95,11 +95,11 @@ def model(config: Mapping[str, Any]) -> Model:
 
 def _refuse_experts(fields: Group) -> None:
     """ValueError for a model that is not dense, with what is."""
-    kinds: list[Any] = [fields.left.get("block"), *(fields.left.get("block_overrides") or {}).values()]
-    kinds += [inner for kind in kinds if isinstance(kind, dict) for inner in kind.values()]
-    found = [str(kind.get("name")) for kind in [fields.values, *kinds] if isinstance(kind, dict)]
-    found = [name for name in found if name.startswith("moe")]
-    found += ["feed_forward_moe" for kind in kinds if isinstance(kind, dict) and kind.get("feed_forward_moe")]
+    block = fields.left.get("block")
+    groups: list[Any] = [fields.values, block, *(block.values() if isinstance(block, dict) else ())]
+    groups = [group for group in groups if isinstance(group, dict)]
+    found = [name for group in groups if (name := str(group.get("name"))).startswith("moe")]
+    found += ["feed_forward_moe" for group in groups if group.get("feed_forward_moe")]
     if found:
         raise ValueError(
             f"model: a mixture of experts ({found[0]}) is not read; dense models are, with blocks {', '.join(BLOCKS)}"

@@ -126,7 +126,7 @@ def _optimizer(fields: Group, names: Mapping[str, str]) -> tuple[AdamW, float]:
 def _no_decay(fields: Group, decay: float, names: Mapping[str, str]) -> tuple[str, ...]:
     """The paths of the parameters that a group of their own leaves without weight decay."""
     spared: set[str] = set()
-    for i, value in enumerate(fields.left.pop("group_overrides", None) or []):
+    for i, value in enumerate(fields.take("group_overrides", list, [])):
         group = Group(value, f"{fields.path}.group_overrides[{i}]", HOW)
         patterns, options = group.take("params", list), group.group("opts")
         own = options.take("weight_decay", float, decay)

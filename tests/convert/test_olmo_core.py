@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import examples
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -257,7 +260,84 @@ def test_a_longer_schedule_than_the_run_keeps_its_rates(unpacked, tmp_path, copy
     assert "the schedule is of 40, OLMo-core's run of 10" in capsys.readouterr().out
 
 
+def test_without_token_files_no_run_goes_on(copy, tmp_path, capsys):
+    (copy / "data_paths.txt").unlink()
+    edit(copy, lambda c: c["dataset"].pop("paths"))
+    assert "names no token files to go on with; give --data-paths" in refused(capsys, copy, tmp_path / "run")
+
+
 # Configs
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 1 << 70) | st.floats() | st.sampled_from(["", "default", "moe", "9" * 5000]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["name", "0", "params", "x"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@examples(200)
+@given(data=st.data())
+def test_no_config_gives_a_traceback(data):
+    """A value anywhere in it is replaced by another one; all that is raised is a ValueError in one line."""
+    config = json.loads(SMALL)
+    group, names = config, []
+    while True:
+        name = data.draw(st.sampled_from(sorted(group)))
+        names.append(name)
+        if not isinstance(group[name], dict) or not group[name] or data.draw(st.booleans()):
+            break
+        group = group[name]
+    group[name] = data.draw(JSON)
+    try:
+        training(config, model(config), {"embed": "embeddings.weight"}, None).check()
+    except ValueError as error:
+        said = str(error)
+        assert "\n" not in said, said
+        assert len(said) < 500, said
+
+
+SMALL = json.dumps(
+    {
+        "model": {
+            "d_model": 8,
+            "n_layers": 2,
+            "vocab_size": 64,
+            "block": {
+                "name": "reordered_norm",
+                "sequence_mixer": {
+                    "n_heads": 2,
+                    "bias": False,
+                    "qk_norm": {"name": "rms", "bias": False, "eps": 1e-6},
+                    "rope": {"theta": 10_000, "scaling": {"_CLASS_": "x.StepwiseRoPEScalingConfig", "factor": 8.0}},
+                    "sliding_window": {"pattern": [4, -1], "force_full_attention_on_last_layer": False},
+                    "gate": {"granularity": "headwise"},
+                },
+                "feed_forward": {"hidden_size": 12, "bias": False},
+                "layer_norm": {"name": "rms", "bias": False, "eps": 1e-6},
+            },
+            "block_pattern": [],
+            "block_overrides": {},
+            "lm_head": {"bias": False, "layer_norm": {"name": "rms", "bias": False, "eps": 1e-6}},
+        },
+        "dataset": {"sequence_length": 16, "paths": ["x"], "tokenizer": {"eos_token_id": 1}, "dtype": "uint8"},
+        "data_loader": {"global_batch_size": 64, "seed": 3},
+        "train_module": {
+            "optim": {
+                "_CLASS_": "x.SkipStepAdamWConfig",
+                "lr": 1e-3,
+                "betas": [0.9, 0.95],
+                "group_overrides": [{"params": ["embeddings.weight"], "opts": {"weight_decay": 0.0}}],
+            },
+            "scheduler": {"_CLASS_": "x.WSDS", "period_lengths": [10, 20], "warmup": 2, "decay_fraction": 0.1},
+            "max_grad_norm": 1.0,
+            "float8_config": {"enabled": False},
+        },
+        "trainer": {"max_duration": {"value": 30, "unit": "steps"}},
+    }
+)
 
 
 DENSE = [

@@ -230,3 +230,17 @@ def test_files_of_torch_save_are_read(tmp_path):
     torch.save({"w": w}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"not written by torch\.save"):
         read_tensors(tmp_path / "old.pt")
+
+
+@examples(150)
+@given(cut=st.none() | st.floats(0, 1), changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3))
+def test_a_damaged_file_gives_no_traceback(tmp_path_factory, cut, changes):
+    path = tmp_path_factory.getbasetemp() / "damaged.pt"
+    torch.save({"w": torch.arange(6.0).view(2, 3).T, "n": torch.ones(3, dtype=torch.bfloat16)}, path)
+    data = bytearray(path.read_bytes())
+    for at, byte in changes:
+        data[int(at * (len(data) - 1))] = byte
+    path.write_bytes(data[: None if cut is None else int(cut * len(data))])
+    with suppress(ValueError):
+        for tensor in read_tensors(path).values():
+            tensor.make()
