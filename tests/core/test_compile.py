@@ -56,8 +56,8 @@ def test_every_function_compiles_once(monkeypatch, dtype, mean_length):
     tiles = {"_weigh", "_total", "_gradient"} if dtype == torch.bfloat16 else set()  # in fp32 torch's own kernel attends
     assert set(seen) == {
         *tiles,
-        "gated",
-        "_gated_gradient",
+        "gated_silu",
+        "_gated_silu_gradient",
         "_softmax_times",
     }
 
