@@ -1,7 +1,7 @@
 """``olmo-fn train olmo2-tiny``, ``olmo-fn train olmo2-1b --optim.lr 6e-3``; ``python train.py`` is the same. Imports no torch.
 
-The first word is a preset, or the ``config.yaml`` (or the folder) of an earlier run; or there is none, and ``--init.from-hf DIR``
-gives the model. Every flag is a field of
+The first word is a preset, or the ``config.yaml`` (or the folder) of an earlier run; or there is none, and
+``--init.from-hf DIR`` gives the model. Every flag is a field of
 `olmo_fn.train.config.Config`: ``olmo-fn train olmo2-tiny --help`` lists them, and ``--optim.name muon --help`` those of Muon.
 """
 

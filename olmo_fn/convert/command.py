@@ -1,4 +1,4 @@
-"""``olmo-fn convert from-hf DIR RUN`` and ``to-hf RUN DIR``: a run from a Hugging Face directory, and such a directory from a run."""
+"""``olmo-fn convert from-hf DIR RUN`` and ``to-hf RUN DIR``: from a Hugging Face directory, and to one."""
 
 from __future__ import annotations
 

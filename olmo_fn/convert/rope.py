@@ -1,4 +1,4 @@
-"""Rotary positions in a config.json: ``rope_parameters`` as transformers 5 writes them, ``rope_theta`` and ``rope_scaling`` as 4.
+"""Rotary positions in a config.json: ``rope_parameters`` of transformers 5, ``rope_theta`` and ``rope_scaling`` of 4.
 
 Both forms are written, so that no program takes its default in silence; where both are read, they must say the same.
 """

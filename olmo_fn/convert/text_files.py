@@ -27,7 +27,7 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"
 
 
 def keep(source: Path, run: Path, dtype: str = "") -> None:
-    """Copy a directory's files other than weights into the folder of a run; ``dtype`` is that of the weights, if it is known."""
+    """Copy a directory's files other than weights into the folder of a run; ``dtype``: that of the weights, if known."""
     kept = run / KEPT
     kept.mkdir(parents=True, exist_ok=True)
     copy(source, kept, (CONFIG, GENERATION, *TOKENIZER))
@@ -57,7 +57,7 @@ def copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
 
 
 def eos_of(directory: Path) -> str:
-    """The text of a directory's end-of-document token, by its tokenizer_config.json, or else its config.json; empty if unknown."""
+    """The end-of-document token of a directory, by its tokenizer_config.json or else its config.json; empty if unknown."""
     settings = _json(directory / "tokenizer_config.json")
     token = settings.get("eos_token")
     if isinstance(token, dict):
@@ -88,8 +88,8 @@ def config_of(model: Model, run: Path, context: int, tokenizer: Tokenizer | None
 
 
 def write_text_files(draft: Path, run: Path, context: int, tokenizer: Tokenizer | None) -> None:
-    """Write tokenizer, chat template and generation config into a draft: those that the run came with, if its tokenizer is still
-    that one, or else its own. Without a tokenizer there is none.
+    """Write tokenizer, chat template and generation config into a draft: those that the run came with, if they are of its
+    tokenizer, or else new ones of that.
     """
     kept = run / KEPT
     if same_tokenizer(kept, tokenizer):

@@ -133,7 +133,9 @@ class AttentionForm:
             return NAMES | {"q_norm": Names("self_attn.sq", "attention.sq"), "k_norm": Names("self_attn.sk", "attention.sk")}
         heads = {"q_norm": self.n_heads, "k_norm": self.n_kv_heads} if self.qk_norm == "per-head" else {}
         flat = {name: NAMES[name]._replace(shape=(count, self.head_dim)) for name, count in heads.items()}
-        gains = {name: names._replace(olmo_core_offset=-1.0) for name, names in (NAMES | flat).items() if name.endswith("_norm")}
+        gains = {
+            name: names._replace(olmo_core_offset=-1.0) for name, names in (NAMES | flat).items() if name.endswith("_norm")
+        }
         return NAMES | (gains if self.zero_centred else flat)
 
     def flops(self, length: int) -> int:

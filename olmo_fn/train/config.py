@@ -86,8 +86,8 @@ class Init:
     """Where the first weights come from, if they are not random."""
 
     from_hf: Annotated[str, PATH] = ""
-    """Directory in the form of Hugging Face (config.json and safetensors) with weights of this model; without a preset the model
-    and the tokenizer are taken from it as well."""
+    """Directory in the form of Hugging Face (config.json and safetensors) with weights of this model. Without a preset the
+    model is that of the directory, and in any case the tokenizer, unless --data.tokenizer names one."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ LENGTH = 1024
 
 
 def finetuning(directory: Path) -> Config:
-    """The config of a run that fine-tunes the model in ``directory``: a low rate that falls to 0, short sequences, 200 steps."""
+    """A run that fine-tunes the model in ``directory``: a low rate that falls to 0, short sequences, 200 steps."""
     raw = read_json(directory)
     context = raw.get("max_position_embeddings")
     return Config(
