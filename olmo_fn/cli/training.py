@@ -20,7 +20,7 @@ from olmo_fn.launch.place import place_from_env
 from olmo_fn.models.config import Attention, Model, SwiGLU
 from olmo_fn.train.choices import Choices, choosable, choose, classes_of, describe, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
-from olmo_fn.train.finetune import check_model, data_of, finetuning
+from olmo_fn.train.finetune import check_model, data_of, described, finetuning
 from olmo_fn.train.folder import read_config
 
 SHAPE = {"d_model", "n_layers", "vocab_size", "tie_embeddings", "n_heads", "n_kv_heads", "head_dim", "hidden_size"}
@@ -204,6 +204,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
 
     with join(cfg) as context:
         size = context.process.size
+        report.say(described(cfg) if cfg.init.from_hf and context.is_main else "")
         session = open_run(cfg.on(size), context)
         dtype = str(session.dtype).removeprefix("torch.")
         memory = machine.total_memory(context.device, place.local_size if place else 1)

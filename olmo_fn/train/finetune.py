@@ -39,6 +39,13 @@ def data_of(directory: Path) -> Data:
     return Data(tokenizer=str(path), eos=eos_of(directory)) if path.is_file() else Data()
 
 
+def described(cfg: Config) -> str:
+    """Where the weights of a run come from, and what is done with them, in a line."""
+    r, names = cfg.recipe, read_json(Path(cfg.init.from_hf)).get("architectures") or ["?"]
+    how = f"lr {cfg.optim.lr:g}, {cfg.run.steps:,} steps of {r.batch_size:,} x {r.sequence_length:,} tokens"
+    return f"weights of {cfg.init.from_hf}: {names[0]}; {how}"
+
+
 def check_model(cfg: Config) -> None:
     """ValueError, with all that differs, unless the config's model is that of the directory that its weights come from."""
     folder = Path(cfg.init.from_hf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -86,4 +87,27 @@ def directory(case: str, folder: Path, dtype: torch.dtype = torch.float32, shard
     """A directory as transformers saves it."""
     model = peer(case, **changes).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+
+
+def with_tokenizer(folder: Path, vocab_size: int = 300) -> Path:
+    """The directory with tokenizer, chat template and generation config, as a published one has them."""
+    from olmo_fn.data.tokenizer import train_bpe
+
+    tokenizer = train_bpe(["def f(x):\n    return x + 1\n\nThe number of the word is one.\n" * 20], vocab_size)
+    tokenizer.save(folder / "tokenizer.json")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": {"content": "<|endoftext|>", "special": True},
+        "chat_template": TEMPLATE,
+        "model_max_length": 64,
+        "a key of its own": 1,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text('{"eos_token":  "<|endoftext|>"}')
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 299], "temperature": 0.7}')
     return folder
