@@ -62,7 +62,8 @@ def save(
     from their own memory, without a copy if contiguous on the CPU; a `Deferred` one is made when it is written. A new
     safetensors file begins after each ``file_bytes``, and for each of ``threads`` if there is enough to write. Until the last
     rename there is only a hidden folder, so a kill at any instant leaves the older checkpoints intact and this one absent. A
-    *broken* checkpoint of the same step is moved aside, to ``step{step}.broken-*``; an intact one is replaced only if ``replace``.
+    *broken* checkpoint of the same step is moved aside, to ``step{step}.broken-*``; an intact one is replaced only if
+    ``replace``.
 
     With ``ranks``, all of them call this with the same ``step``, in the same order, and each writes its part into the same
     folder, so that must be on a filesystem they share. Leaves may be DTensors; of a tensor that several ranks hold every
