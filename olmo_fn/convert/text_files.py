@@ -82,8 +82,7 @@ def config_of(model: Model, run: Path, context: int, tokenizer: Tokenizer | None
     raw: Mapping[str, Any] = read_json(kept) if (kept / CONFIG).is_file() else {}
     if raw and not differences(model_of(raw), model):
         return dict(raw)
-    new = json_of(model) | {"max_position_embeddings": context, "bos_token_id": None, "pad_token_id": None}
-    new |= {"eos_token_id": tokenizer.eos_id if tokenizer else None}
+    new = json_of(model) | {"max_position_embeddings": context, "eos_token_id": tokenizer.eos_id if tokenizer else None}
     return new | {name: raw[name] for name in IDS if name in raw and same_tokenizer(kept, tokenizer)}
 
 

@@ -188,7 +188,7 @@ REFUSED = [
     (SMALL, {"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}; it is not known here'),
     (SMALL, {"auto_map": {"AutoModel": "a.py"}}, "auto_map"),
     (SMALL, {"residual_multiplier": 0.2}, "residual_multiplier is 0.2; it is not known here, and would be ignored"),
-    (SMALL, {"num_attention_heads": 3}, "--model.n-heads 3"),
+    (SMALL, {"num_attention_heads": 3}, "num_attention_heads is 3; it does not divide hidden_size 8"),
     (SMALL, {"hidden_size": "8"}, 'hidden_size is "8"; it must be a whole number'),
     (SMALL, {"hidden_size": None}, "has no hidden_size"),
     (SMALL, {"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),

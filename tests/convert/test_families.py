@@ -48,7 +48,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(case, tmp_path):
 
     assert relative(transformer.logits(found.model, params, {"input_ids": ids}), out.logits.detach()) < 1e-5
     grads, metrics = pipe(transformer.loss(found.model), grad())(params, {"input_ids": ids, "labels": labels})
-    assert float(metrics["loss"]) == pytest.approx(float(out.loss), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(out.loss.item(), rel=1e-5)
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     largest = max(float(g.abs().max()) for g in expected.values())
     for path, g in tree.items(grads):
