@@ -190,8 +190,8 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         return (
-            f"{folder} has its weights in {pickles[0]}, a pickle: reading one may run any program, so it is not read. Where you "
-            "trust it, transformers makes safetensors of it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+            f"{folder} has its weights in {pickles[0]}, a pickle: reading one may run any program, so it is not read. Where "
+            "you trust it, transformers makes safetensors of it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     more = f"; {others[0]} is there, name it so" if others else ""

@@ -97,7 +97,8 @@ def with_tokenizer(folder: Path, vocab_size: int = 300) -> Path:
     """The directory with tokenizer, chat template and generation config, as a published one has them."""
     from olmo_fn.data.tokenizer import train_bpe
 
-    tokenizer = train_bpe(["def f(x):\n    return x + 1\n\nThe number of the word is one.\n" * 20], vocab_size)
+    tokenizer = train_bpe([Path(__file__).read_text()], vocab_size)
+    assert tokenizer.vocab_size == vocab_size
     tokenizer.save(folder / "tokenizer.json")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
