@@ -244,8 +244,7 @@ def norm_and_rotate(how: Place, tp: Axis, q: Tensor, k: Tensor, v: Tensor, *tens
         elif how.norm == "full":
             x = rms_norm(1 + gain if how.zero_centred else gain, x, how.eps, tp).unflatten(-1, (-1, K))
         elif how.norm == "unit":
-            x = unit_norm(x.unflatten(-1, (-1, K)))
-            x = (x * (how.gain_factor * gain).unflatten(-1, (-1, K))).to(x.dtype)
+            x = (unit_norm(x, tp) * (how.gain_factor * gain)).to(x.dtype).unflatten(-1, (-1, K))
         else:
             gain = enter(gain, tp) if how.norm == "head" else gain.unflatten(-1, (-1, K))
             x = rms_norm(1 + gain if how.zero_centred else gain, x.unflatten(-1, (-1, K)), how.eps)
