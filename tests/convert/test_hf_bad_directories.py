@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from peers import directory
+from hf_peers import directory
 from safetensors.torch import load_file, save_file
 
 from olmo_fn.cli import main as cli

@@ -28,7 +28,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from peers import directory  # here, as ranks need no transformers
+    from hf_peers import directory  # here, as ranks need no transformers
 
     return str(directory("llama-bias", tmp_path_factory.mktemp("hf"), torch.bfloat16, num_hidden_layers=2))
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peers import CASES, directory, peer
+from hf_peers import CASES, directory, peer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import same_bits
-from peers import TEMPLATE, directory, with_tokenizer
+from hf_peers import TEMPLATE, directory, with_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
