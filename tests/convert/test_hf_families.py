@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from hf_peers import CASES, directory, peer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from olmo_fn import tree
@@ -26,6 +27,27 @@ def params_of(folder):
 def relative(found, expected):
     """The largest difference, in units of the largest entry."""
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3", "llama3_stepwise", "olmo2_gqa", "olmo2_mha", "olmo3_swa", "olmo3_swa_yarn", "qwen3"]
+)
+def test_a_directory_with_the_weights_of_olmo_core_computes_its_numbers(name, tmp_path):
+    """Without transformers: config.json and names are those that OLMo-core's models have there, logits and loss its own."""
+    facts, tensors = json.loads((FIXTURES / f"{name}.json").read_text()), load_file(FIXTURES / f"{name}.safetensors")
+    offsets = facts["hf"]["olmo_weight_minus_hf_weight"]
+    names = {here: there for here, there in facts["hf"]["names"].items() if f"param.{here}" in tensors}  # but for a tied head
+    weights = {there: tensors[f"param.{here}"] - offsets.get(here, 0) for here, there in names.items()}
+    save_file({there: weight.contiguous() for there, weight in weights.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(facts["hf"]["config"]))
+    found, params = params_of(tmp_path)
+    batch = {key: tensors[key] for key in ("input_ids", "labels")}
+    torch.testing.assert_close(transformer.logits(found.model, params, batch), tensors["logits"], rtol=1e-5, atol=2e-5)
+    _, metrics = transformer.loss(found.model)(params, batch)
+    assert metrics["ce"].item() / int((batch["labels"] != IGNORE).sum()) == pytest.approx(facts["mean"]["ce_loss"], rel=1e-5)
 
 
 def test_all_families_are_among_the_cases():
