@@ -43,7 +43,7 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
         print(overview(presets, prog))
         return None
     first, *flags = rest
-    directories, _ = take(rest, "--init.from-hf")
+    directories = take(rest, "--init.from-hf")[0] or take(rest, "--init.from_hf")[0]
     if first.startswith("-") and directories:
         first, flags = directories[-1], rest
         config = finetuning(Path(first).expanduser())
@@ -174,7 +174,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
     """Train, evaluate, sample, and say what to type next."""
     cfg.check()
     check_start(cfg)
-    if cfg.init.from_hf:
+    if cfg.init.from_hf and not Path(cfg.run.folder, "config.yaml").exists():
         check_model(cfg)
     place = None if cfg.dry_run else place_from_env()
     if cfg.lora.rank and not cfg.run.start_from and not cfg.init.from_hf and (place is None or place.rank == 0):

@@ -123,7 +123,8 @@ def to_hf(args: ToHF) -> int:
     found = session.find(checkpoint or folder, write, on_skip=lambda line: print(line, file=sys.stderr))
     if found is None:
         raise ValueError(f"{args.run} holds no whole checkpoint; one is written every --run.checkpoint-every steps")
-    print(f"{args.directory}: the {args.weights} of {found[0]} in {found[1]}")
+    step = found[0].name.removeprefix("step")
+    print(f"{args.directory}: the {args.weights} of {args.run} after step {step}, in {found[1]}")
     if not args.verify:
         return 0
     said, same = compare(args.directory)

@@ -251,7 +251,7 @@ class Config:
                 )
         if self.init.from_hf and self.run.start_from:
             raise ValueError("--init.from-hf and --run.start-from both say where the weights come from; leave out one of them")
-        if self.init.from_hf and not self.data.paths:
+        if self.init.from_hf and not self.data.paths and not self.dry_run:
             raise ValueError(
                 f"--init.from-hf needs --data.paths, files that its tokenizer made: olmo-fn tokenize TEXTS --output tokens "
                 f"--tokenizer {self.init.from_hf}/tokenizer.json"

@@ -28,7 +28,7 @@ def finetuning(directory: Path) -> Config:
         optim=AdamW(lr=1e-5),
         schedule=Linear(warmup=0.1, final=0.0),
         recipe=Recipe(batch_size=8, sequence_length=min(LENGTH, context) if type(context) is int and context > 0 else LENGTH),
-        run=Run(steps=200, checkpoint_every=100, keep_last=2),
+        run=Run(steps=200, checkpoint_every=100, keep_last=2, sample="The "),
         init=Init(from_hf=str(directory)),
     )
 

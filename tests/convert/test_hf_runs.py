@@ -120,6 +120,16 @@ def test_everything_beside_the_weights_is_carried_along_unchanged(source, capsys
     assert len(text) > 5
 
 
+def test_files_and_dtype_are_handed_on_to_the_runs_that_come_of_it(source, tokens):
+    run("convert", "from-hf", source, "run")
+    more = ["--data.paths", tokens, "--run.steps", 1, "--run.folder", "next", *CONSTANT, *QUICK]
+    run("train", "run", "--run.start-from", "run", "--run.start-with", "params", *more)
+    run("average", "next", "-o", "mean")
+    run("convert", "to-hf", "mean", "out")
+    assert Path("out/tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+    assert {tensor.dtype for tensor in weights("out").values()} == {torch.bfloat16}
+
+
 def test_the_dtype_is_chosen(source, capsys):
     run("convert", "from-hf", source, "run")
     run("convert", "to-hf", "run", "out", "--dtype", "float32")
