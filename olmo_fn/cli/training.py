@@ -1,7 +1,7 @@
 """``olmo-fn train olmo2-tiny``, ``olmo-fn train olmo2-1b --optim.lr 6e-3``; ``python train.py`` is the same. Imports no torch.
 
-The first word is a preset, or the ``config.yaml`` (or the folder) of an earlier run; or there is none, and ``--init.from-hf DIR``
-gives the model. Every flag is a field of
+The first word is a preset, or the ``config.yaml`` (or the folder) of an earlier run; or there is none, and
+``--init.from-hf DIR`` gives the model. Every flag is a field of
 `olmo_fn.train.config.Config`: ``olmo-fn train olmo2-tiny --help`` lists them, and ``--optim.name muon --help`` those of Muon.
 """
 
@@ -20,7 +20,7 @@ from olmo_fn.launch.place import place_from_env
 from olmo_fn.models.config import Attention, Model, SwiGLU
 from olmo_fn.train.choices import Choices, choosable, choose, classes_of, describe, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
-from olmo_fn.train.finetune import check_model, data_of, finetuning
+from olmo_fn.train.finetune import check_model, data_of, described, finetuning
 from olmo_fn.train.folder import read_config
 
 SHAPE = {"d_model", "n_layers", "vocab_size", "tie_embeddings", "n_heads", "n_kv_heads", "head_dim", "hidden_size"}
@@ -43,7 +43,7 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
         print(overview(presets, prog))
         return None
     first, *flags = rest
-    directories, _ = take(rest, "--init.from-hf")
+    directories = take(rest, "--init.from-hf")[0] or take(rest, "--init.from_hf")[0]
     if first.startswith("-") and directories:
         first, flags = directories[-1], rest
         config = finetuning(Path(first).expanduser())
@@ -174,7 +174,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
     """Train, evaluate, sample, and say what to type next."""
     cfg.check()
     check_start(cfg)
-    if cfg.init.from_hf:
+    if cfg.init.from_hf and not Path(cfg.run.folder, "config.yaml").exists():
         check_model(cfg)
     place = None if cfg.dry_run else place_from_env()
     if cfg.lora.rank and not cfg.run.start_from and not cfg.init.from_hf and (place is None or place.rank == 0):
@@ -204,6 +204,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
 
     with join(cfg) as context:
         size = context.process.size
+        report.say(described(cfg) if cfg.init.from_hf and context.is_main else "")
         session = open_run(cfg.on(size), context)
         dtype = str(session.dtype).removeprefix("torch.")
         memory = machine.total_memory(context.device, place.local_size if place else 1)

@@ -1,4 +1,4 @@
-"""``olmo-fn convert from-hf DIR RUN`` and ``to-hf RUN DIR``: a run from a Hugging Face directory, and such a directory from a run."""
+"""``olmo-fn convert from-hf DIR RUN`` and ``to-hf RUN DIR``: from a Hugging Face directory, and to one."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def to_hf(args: ToHF) -> int:
     found = session.find(checkpoint or folder, write, on_skip=lambda line: print(line, file=sys.stderr))
     if found is None:
         raise ValueError(f"{args.run} holds no whole checkpoint; one is written every --run.checkpoint-every steps")
-    print(f"{args.directory}: the {args.weights} of {found[0]} in {found[1]}")
+    step = found[0].name.removeprefix("step")
+    print(f"{args.directory}: the {args.weights} of {args.run} after step {step}, in {found[1]}")
     if not args.verify:
         return 0
     said, same = compare(args.directory)

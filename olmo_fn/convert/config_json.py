@@ -16,6 +16,8 @@ from olmo_fn.models.config import Attention, Block, Model
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, RopeScaling, YaRN
 
 CONFIG = "config.json"
+NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+"""transformers' defaults of these are of the tokenizers of its first models."""
 LARGEST = 10 << 20
 """Bytes; a config.json has some thousand."""
 
@@ -84,7 +86,7 @@ def json_of(model: Model) -> dict[str, Any]:
     nearest: list[str] | None = None
     for family in FAMILIES:
         try:
-            raw = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(model)}
+            raw = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(model), **NO_IDS}
             differ = differences(model_of(raw), model)
         except (ValueError, AttributeError):  # a part has not the fields of this family's
             continue

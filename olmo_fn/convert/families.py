@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from olmo_fn.convert.keys import Keys
-from olmo_fn.convert.rope import Rotation, one_rope, rope_json, ropes_by_layer_type
+from olmo_fn.convert.rope import Rotation, one_rope, rope_json, ropes_by_layer_type, ropes_json
 from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, PeriNorm, PreNorm, RMSNorm, SwiGLU
 from olmo_fn.models.settings.rope_scaling import RopeScaling
 
@@ -46,12 +46,13 @@ def read_olmo3(keys: Keys) -> Model:
 
 def write_olmo3(m: Model) -> dict[str, Any]:
     """The keys of an OLMo 3."""
-    return {**sizes(m), **windows_json(m), **rope_json(m, by_layer_type=True)}
+    return {**sizes(m), **windows_json(m), **ropes_json(m)}
 
 
 def read_llama(keys: Keys) -> Model:
     """Norms on the sublayers' inputs, and none of queries and keys: Llama, SmolLM2, and whatever has their form."""
     keys.must_be("rope_interleaved", False)
+    check_divides(keys)
     mixer = attention(keys, one_rope(keys), qk_norm="none")
     return model(keys, mixer, silu(keys, bias=keys.flag("mlp_bias")), PreNorm)
 
@@ -93,6 +94,7 @@ def read_gemma3(keys: Keys) -> Model:
     """Norms around the sublayers and of each head, gains around 0, scaled embeddings, two bases of the rotary positions."""
     keys.must_be("attn_logit_softcapping", None)
     keys.must_be("use_bidirectional_attention", False)
+    check_divides(keys)
     period = keys.whole("sliding_window_pattern", keys.get("_sliding_window_pattern", 6))
     kinds = [SLIDING] * (period - 1) + [FULL]
     windows = windows_of(keys, kinds, keys.get("sliding_window", 4096))
@@ -112,7 +114,7 @@ def write_gemma3(m: Model) -> dict[str, Any]:
     """The keys of a Gemma 3."""
     mixer = m.layers[0].mixer
     scale = mixer.score_scale or mixer.width(m.d_model) ** -0.5
-    keys = {**sizes(m, "hidden_activation"), **windows_json(m), **rope_json(m, by_layer_type=True)}
+    keys = {**sizes(m, "hidden_activation"), **windows_json(m), **ropes_json(m, "rope_local_base_freq")}
     return {
         **keys,
         "query_pre_attn_scalar": whole(scale**-2),
@@ -180,6 +182,8 @@ def attention(
     """
     keys.must_be("attention_dropout", 0.0)
     heads = keys.whole("num_attention_heads")
+    if keys.get("head_dim", head_dim) is None:
+        check_divides(keys)
     if local is not None and any(windows) and None not in windows:
         rope, local = local, None  # all layers are of one type
     local = local if any(windows) else None
@@ -188,7 +192,7 @@ def attention(
     return Attention(
         n_heads=heads,
         n_kv_heads=keys.whole("num_key_value_heads", kv_heads or heads),
-        head_dim=keys.whole("head_dim", head_dim or max(1, keys.whole("hidden_size") // heads)),
+        head_dim=keys.whole("head_dim", head_dim or keys.whole("hidden_size") // heads),
         attention_bias=keys.flag("attention_bias"),
         rope_theta=rope.theta,
         local_rope_theta=None if local is None or local.theta == rope.theta else local.theta,
@@ -198,6 +202,12 @@ def attention(
         last_layer_full=False,
         **more,
     )
+
+
+def check_divides(keys: Keys) -> None:
+    """ValueError unless heads divide the width, as transformers demands of some architectures whatever the ``head_dim``."""
+    if (d_model := keys.whole("hidden_size")) % keys.whole("num_attention_heads"):
+        raise keys.refused("num_attention_heads", f"it does not divide hidden_size {d_model}")
 
 
 def silu(keys: Keys, bias: bool = False) -> SwiGLU:

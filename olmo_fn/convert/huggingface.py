@@ -128,7 +128,7 @@ def write_directory(
     """Write a directory that transformers loads: whole, or not at all.
 
     ``parameters``: paths and tensors in our form, in the order of `olmo_fn.convert.names.stored`; each is let go when it is
-    written. ``config``: the config.json but for its dtype, `json_of` the model when not given. ``more`` adds files to the draft.
+    written. ``config``: the config.json but for its dtype, `json_of` the model when not given. ``more`` adds files.
     ValueError for a target that is there already, and for a model that no architecture computes.
     """
     config = dict(config or json_of(model))

@@ -21,6 +21,8 @@ NO_EFFECT = {
     "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
 }  # fmt: skip
 """Keys that say how to start a model's training, to load it, to generate with it, or what it is called."""
+OFF = ("add_cross_attention", "is_encoder_decoder")
+"""Keys that are true in models of another kind."""
 
 
 class Keys:
@@ -74,6 +76,8 @@ class Keys:
 
     def end(self) -> None:
         """ValueError for a key that nobody has asked for, and that may change the numbers."""
+        for name in OFF:
+            self.must_be(name, False)
         for name in sorted(self.left - NO_EFFECT):
             raise self.refused(name, "it is not known here, and would be ignored")
 

@@ -1,4 +1,4 @@
-"""Rotary positions in a config.json: ``rope_parameters`` as transformers 5 writes them, ``rope_theta`` and ``rope_scaling`` as 4.
+"""Rotary positions in a config.json: ``rope_parameters`` of transformers 5, ``rope_theta`` and ``rope_scaling`` of 4.
 
 Both forms are written, so that no program takes its default in silence; where both are read, they must say the same.
 """
@@ -129,18 +129,31 @@ READ: dict[str, Any] = {
 }
 
 
-def rope_json(m: Model, by_layer_type: bool = False) -> dict[str, Any]:
-    """The keys of both forms."""
+def rope_json(m: Model) -> dict[str, Any]:
+    """The keys of both forms, of an architecture with one rotation."""
+    theta, scaled, full = full_json(m)
+    return {"rope_theta": theta, "rope_scaling": scaled or None, "rope_parameters": full}
+
+
+def ropes_json(m: Model, local_key: str = "") -> dict[str, Any]:
+    """The keys of both forms, of an architecture with another rotation for layers with a window; the old form has its base
+    under ``local_key``, and where it has no such key, and the bases are not the same, is left out.
+    """
+    theta, scaled, full = full_json(m)
+    mixer = m.layers[0].mixer
+    local = theta if mixer.local_rope_theta is None else mixer.local_rope_theta
+    new = {"rope_parameters": {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": local}}}
+    if not local_key and local != theta:
+        return new
+    return new | {"rope_theta": theta, "rope_scaling": scaled or None} | ({local_key: local} if local_key else {})
+
+
+def full_json(m: Model) -> tuple[float, dict[str, Any], dict[str, Any]]:
+    """Base, scaling and both of the layers with full attention."""
     mixer = m.layers[0].mixer
     scaled = scaling_json(mixer.rope_scaling)
     theta = mixer.rope_scaling.new_theta if isinstance(mixer.rope_scaling, AdjustedBase) else mixer.rope_theta
-    full = {"rope_type": "default", **scaled, "rope_theta": theta}
-    old = {"rope_theta": theta, "rope_scaling": scaled or None}
-    if not by_layer_type:
-        return {**old, "rope_parameters": full}
-    local = theta if mixer.local_rope_theta is None else mixer.local_rope_theta
-    both = {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": local}}
-    return {**old, **({} if local == theta else {"rope_local_base_freq": local}), "rope_parameters": both}
+    return theta, scaled, {"rope_type": "default", **scaled, "rope_theta": theta}
 
 
 def scaling_json(scaling: RopeScaling) -> dict[str, Any]:

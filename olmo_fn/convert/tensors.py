@@ -89,19 +89,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if length > LARGEST_HEADER or text[:1] != b"{":
         raise ValueError(f"{path}: it is no safetensors file; a file of Git LFS that was not fetched is a text of three lines")
     entries = parse(text, HEADER, str(path))
-    ends = [entry["data_offsets"][-1] for name, entry in entries.items() if name != "__metadata__" and entry["data_offsets"]]
-    whole = 8 + length + max(ends, default=0)
-    if size < whole:
-        lost = [
-            name for name, entry in entries.items() if name != "__metadata__" and 8 + length + entry["data_offsets"][-1] > size
-        ]
-        raise ValueError(f"{path}: cut off, {size:,} bytes of {whole:,}, so {lost[0]} is not whole; copy it again")
+    entries.pop("__metadata__", None)
+    ends = {name: 8 + length + max(entry["data_offsets"], default=0) for name, entry in entries.items()}
+    if lost := [name for name, end in ends.items() if end > size]:
+        raise ValueError(f"{path}: cut off, {size:,} bytes of {max(ends.values()):,}, so {lost[0]} is not whole; copy it again")
     found = {}
     for name, (dtype, shape, start, stop) in parse_header(prefix + text, size, str(path)).items():
         if dtype not in DTYPES:
-            raise ValueError(
-                f"{path}: {name} is of dtype {dtype[:20]!r}, which is not read here; there are {', '.join(DTYPES)}"
-            )
+            raise ValueError(f"{path}: {name} is of dtype {dtype[:20]!r}, which is not known; there are {', '.join(DTYPES)}")
         if stop - start != DTYPES[dtype].itemsize * math.prod(shape):
             raise BrokenCheckpoint(f"{path}: damaged, {name} of {dtype} {list(shape)} has {stop - start:,} bytes")
         found[name] = StoredTensor(path, DTYPES[dtype], shape, start, stop)
@@ -126,13 +121,13 @@ def write_tensors(
     targets: Iterable[Target],
     tensors: Iterable[Tensor],
     shard_bytes: int = SHARD_BYTES,
-    advance: Callable[[int], Any] = lambda nbytes: None,
+    advance: Callable[[int], Any] = lambda entries: None,
 ) -> None:
     """Write ``tensors``, those of ``targets`` in their order, into new safetensors files in ``folder``, as transformers does.
 
-    One file, or several of at most ``shard_bytes`` with an index beside them; a larger tensor has a file for itself. Each tensor
-    is taken when the one before is written, cast to its target's dtype a few rows at a time. ValueError, with the
-    name, where a number is too large for that. ``advance`` gets the bytes of each that is done.
+    One file, or several of at most ``shard_bytes`` with an index beside them; a larger tensor has a file for itself. A tensor
+    is taken when the one before is written, and cast a few rows at a time. ValueError, with its name, where a number is too
+    large for its dtype. ``advance`` gets the entries of each that is done.
     """
     shards = list(_shards(targets, shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if len(shards) > 1 else [SINGLE]
@@ -143,7 +138,7 @@ def write_tensors(
             file.write(header)
             for target in shard:
                 _write_tensor(file, target, next(left))
-                advance(target.nbytes)
+                advance(math.prod(target.shape))
             file.flush()
             os.fsync(file.fileno())
     if len(shards) > 1:
@@ -195,8 +190,8 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         return (
-            f"{folder} has its weights in {pickles[0]}, a pickle, which may run any program when it is read, and is not; where you "
-            "trust it, make safetensors of it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) of transformers"
+            f"{folder} has its weights in {pickles[0]}, a pickle: reading one may run any program, so it is not read. Where "
+            "you trust it, transformers makes safetensors of it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     more = f"; {others[0]} is there, name it so" if others else ""

@@ -27,7 +27,7 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"
 
 
 def keep(source: Path, run: Path, dtype: str = "") -> None:
-    """Copy a directory's files other than weights into the folder of a run; ``dtype`` is that of the weights, if it is known."""
+    """Copy a directory's files other than weights into the folder of a run; ``dtype``: that of the weights, if known."""
     kept = run / KEPT
     kept.mkdir(parents=True, exist_ok=True)
     copy(source, kept, (CONFIG, GENERATION, *TOKENIZER))
@@ -57,7 +57,7 @@ def copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
 
 
 def eos_of(directory: Path) -> str:
-    """The text of a directory's end-of-document token, by its tokenizer_config.json, or else its config.json; empty if unknown."""
+    """The end-of-document token of a directory, by its tokenizer_config.json or else its config.json; empty if unknown."""
     settings = _json(directory / "tokenizer_config.json")
     token = settings.get("eos_token")
     if isinstance(token, dict):
@@ -82,14 +82,13 @@ def config_of(model: Model, run: Path, context: int, tokenizer: Tokenizer | None
     raw: Mapping[str, Any] = read_json(kept) if (kept / CONFIG).is_file() else {}
     if raw and not differences(model_of(raw), model):
         return dict(raw)
-    new = json_of(model) | {"max_position_embeddings": context, "bos_token_id": None, "pad_token_id": None}
-    new |= {"eos_token_id": tokenizer.eos_id if tokenizer else None}
+    new = json_of(model) | {"max_position_embeddings": context, "eos_token_id": tokenizer.eos_id if tokenizer else None}
     return new | {name: raw[name] for name in IDS if name in raw and same_tokenizer(kept, tokenizer)}
 
 
 def write_text_files(draft: Path, run: Path, context: int, tokenizer: Tokenizer | None) -> None:
-    """Write tokenizer, chat template and generation config into a draft: those that the run came with, if its tokenizer is still
-    that one, or else its own. Without a tokenizer there is none.
+    """Write tokenizer, chat template and generation config into a draft: those that the run came with, if they are of its
+    tokenizer, or else new ones of that.
     """
     kept = run / KEPT
     if same_tokenizer(kept, tokenizer):

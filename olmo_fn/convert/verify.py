@@ -36,11 +36,8 @@ def compare(path: Path) -> tuple[str, bool]:
         found = transformer.logits(directory.model, params, {"input_ids": ids})
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
     same = difference <= CLOSE * largest
-    words = "the same model" if same else "NOT the same model: please report it, with config.json"
-    return (
-        f"logits of {ROWS} x {length} tokens differ by at most {difference:.2g} from transformers' (the largest is {largest:.3g}): {words}",
-        same,
-    )
+    said = f"logits of {ROWS} x {length} tokens differ by at most {difference:.2g} from transformers', of up to {largest:.3g}"
+    return f"{said}: {'the same model' if same else 'NOT the same model; please report it, with config.json'}", same
 
 
 def their_logits(path: Path, ids: Tensor) -> Tensor:

@@ -86,8 +86,8 @@ class Init:
     """Where the first weights come from, if they are not random."""
 
     from_hf: Annotated[str, PATH] = ""
-    """Directory in the form of Hugging Face (config.json and safetensors) with weights of this model; without a preset the model
-    and the tokenizer are taken from it as well."""
+    """Directory in the form of Hugging Face (config.json and safetensors) with weights of this model. Without a preset the
+    model is that of the directory, and in any case the tokenizer, unless --data.tokenizer names one."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class Config:
                 )
         if self.init.from_hf and self.run.start_from:
             raise ValueError("--init.from-hf and --run.start-from both say where the weights come from; leave out one of them")
-        if self.init.from_hf and not self.data.paths:
+        if self.init.from_hf and not self.data.paths and not self.dry_run:
             raise ValueError(
                 f"--init.from-hf needs --data.paths, files that its tokenizer made: olmo-fn tokenize TEXTS --output tokens "
                 f"--tokenizer {self.init.from_hf}/tokenizer.json"

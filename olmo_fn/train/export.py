@@ -47,7 +47,7 @@ def write_checkpoint(
 
 
 class Exporter(Observer):
-    """Writes ``hf/step{N}`` below the run's folder from the checkpoint of step N, in a thread of its own while training goes on.
+    """Writes ``hf/step{N}`` below the run's folder from the checkpoint of step N, in a thread while training goes on.
 
     It reads hard links to the checkpoint's files, so that the run may delete that meanwhile.
     """

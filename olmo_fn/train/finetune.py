@@ -19,7 +19,7 @@ LENGTH = 1024
 
 
 def finetuning(directory: Path) -> Config:
-    """The config of a run that fine-tunes the model in ``directory``: a low rate that falls to 0, short sequences, 200 steps."""
+    """A run that fine-tunes the model in ``directory``: a low rate that falls to 0, short sequences, 200 steps."""
     raw = read_json(directory)
     context = raw.get("max_position_embeddings")
     return Config(
@@ -28,7 +28,7 @@ def finetuning(directory: Path) -> Config:
         optim=AdamW(lr=1e-5),
         schedule=Linear(warmup=0.1, final=0.0),
         recipe=Recipe(batch_size=8, sequence_length=min(LENGTH, context) if type(context) is int and context > 0 else LENGTH),
-        run=Run(steps=200, checkpoint_every=100, keep_last=2),
+        run=Run(steps=200, checkpoint_every=100, keep_last=2, sample="The "),
         init=Init(from_hf=str(directory)),
     )
 
@@ -37,6 +37,13 @@ def data_of(directory: Path) -> Data:
     """Settings of data that the tokenizer in ``directory`` made, if it has one that is read here."""
     path = directory / "tokenizer.json"
     return Data(tokenizer=str(path), eos=eos_of(directory)) if path.is_file() else Data()
+
+
+def described(cfg: Config) -> str:
+    """Where the weights of a run come from, and what is done with them, in a line."""
+    r, names = cfg.recipe, read_json(Path(cfg.init.from_hf)).get("architectures") or ["?"]
+    how = f"lr {cfg.optim.lr:g}, {cfg.run.steps:,} steps of {r.batch_size:,} x {r.sequence_length:,} tokens"
+    return f"weights of {cfg.init.from_hf}: {names[0]}; {how}"
 
 
 def check_model(cfg: Config) -> None:

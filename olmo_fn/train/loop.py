@@ -118,7 +118,8 @@ def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
                 info = RunInfo(run.folder, run.folder.name, asdict(run.cfg))
                 asked_for = build_observers(run.cfg.observe, info)
                 exporters = [Exporter(run)] if run.cfg.export.hf_every else []
-            all_observers[:0] = [Console(run.cfg.run.log_every), Jsonl(run.folder / "metrics.jsonl"), *asked_for, *exporters]
+                always = Console(run.cfg.run.log_every), Jsonl(run.folder / "metrics.jsonl")
+                all_observers[:0] = [*always, *asked_for, *exporters]
             stop.ask(fan_out(all_observers, event))
             match event:
                 case Stepped(step):

@@ -190,8 +190,8 @@ class Session:
         }
         tensors = stream(checkpoint, {places[part]: leaves[part] for found in parts.values() for part in found})
         for path, found in parts.items():
-            w, *adapters = (next(tensors)[1] for _ in found)
-            yield path, adapted(w, *adapters, self.cfg.lora.alpha) if adapters else w
+            w, *ab = (next(tensors)[1] for _ in found)
+            yield path, adapted(w, ab[0], ab[1], self.cfg.lora.alpha) if ab else w
 
     def check_kept(self, where: Path, weights: Weights) -> None:
         """ValueError for a kind of weights that the run does not keep."""
