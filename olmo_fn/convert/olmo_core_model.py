@@ -27,7 +27,7 @@ from olmo_fn.models.config import (
     ScaledSwiGLU,
     SwiGLU,
 )
-from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, RopeScaling, Stepwise, YaRN
+from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, RopeScaling, Stepwise, YaRN
 
 HOW = ("_CLASS_", "type", "dtype", "backend", "use_flash", "fused_ops", "loss_implementation", "full_precision")
 """Fields that say how something is computed, not what."""
@@ -294,7 +294,7 @@ def _simplest(made: Model) -> Model:
     """
     if len(set(made.layers)) == 1:
         return replace(made, block=made.layers[0], pattern=())
-    scaled = next((block for block in made.layers if block.mixer.rope_scaling != RopeScaling()), made.layers[0])
+    scaled = next((block for block in made.layers if block.mixer.rope_scaling != NoScaling()), made.layers[0])
     block = replace(scaled, mixer=replace(scaled.mixer, rope_scaled_layers="full"))
     one = replace(made, block=block, pattern=())
     same = (
