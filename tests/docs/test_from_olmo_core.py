@@ -33,6 +33,12 @@ def test_commands_print_what_the_page_says(folder, capsys):
         assert not output or said == output
 
 
+def test_the_snippet_runs(folder, capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    exec(compile(snippet, "from-olmo-core.md", "exec"), {})
+    assert capsys.readouterr().out == "3 torch.Size([64, 8])\n"
+
+
 def test_what_the_page_names_is_there():
     from olmo_fn.convert import dcp, torch_files
     from olmo_fn.convert.olmo_core_training import SCHEDULES
