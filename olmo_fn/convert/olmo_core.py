@@ -140,9 +140,8 @@ def gone_on(
     cfg = training(found.config, made, {path: name.name for path, name in names.items()}, state.max_steps)
     dtypes = {str(found.tensors[name].dtype).removeprefix("torch.") for name in wanted}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
-        raise ValueError(
-            f"{found.folder}: AdamW's moments are in {' and '.join(sorted(dtypes))}; they must be in one of float32, bfloat16"
-        )
+        there = " and ".join(sorted(dtypes))
+        raise ValueError(f"{found.folder}: AdamW's moments are in {there}; they must be all in float32, or all in bfloat16")
     seed, paths = state.data.get("seed"), data_paths or found.paths or cfg.data.paths
     if not paths:
         raise ValueError(f"{found.folder} names no token files to go on with; give --data-paths")

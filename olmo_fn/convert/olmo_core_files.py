@@ -128,9 +128,9 @@ def read_train_state(path: Path) -> TrainState:
     with TorchFile(Place(path, 0, path.stat().st_size)) as file:
         state = file.pickle(IN_TENSORS | IN_TRAIN_STATE)
     state = state if type(state) is dict else {}
-    step, *others = (state.get(name) for name in ("global_step", "max_steps", "global_train_tokens_seen"))
-    if type(step) is not int or not all(n is None or (type(n) is int and 0 <= n < 1 << 53) for n in (step, *others)):
+    step, most, tokens = (state.get(name) for name in ("global_step", "max_steps", "global_train_tokens_seen"))
+    if type(step) is not int or not all(n is None or (type(n) is int and 0 <= n < 1 << 53) for n in (step, most, tokens)):
         raise ValueError(f"{path}: damaged, or of no trainer: its global_step, max_steps and tokens are no such numbers")
     data = state.get("data_loader", state.get("dataset"))
     kept = {str(key): value for key, value in data.items() if type(value) in (int, str)} if type(data) is dict else {}
-    return TrainState(step, *others, kept)
+    return TrainState(step, most, tokens, kept)
