@@ -191,7 +191,9 @@ def _turned(
 
 def updates(found: Checkpoint, state: TrainState, optim: AdamW, names: Mapping[str, Stored]) -> int:
     """How many updates AdamW has made, which must be as many for all parameters: here they are counted together."""
-    counts = {float(found.tensors[f"optim.state.{name.name}.step"].make()): name.name for name in names.values()}
+    counts: dict[float, str] = {}
+    for stored in names.values():
+        counts.setdefault(float(found.tensors[f"optim.state.{stored.name}.step"].make()), stored.name)
     (number, name), *others = counts.items()
     if others:
         raise ValueError(
