@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ def attention_sublayer(
         flops=flops,
         extend=extend,
         cache=empty_cache,
+        remembers=inf if window is None else window,
         tables={rope: lambda positions: rope_table(positions, head_dim, theta)},
         divided=("tp", "cp"),
         names=NAMES,
