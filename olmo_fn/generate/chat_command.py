@@ -35,6 +35,10 @@ class Chat(Trained):
     """How to sample."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, and no other signal."""
+
+
 class Interrupt:
     """What Ctrl-C does. While the model writes it is obeyed after the token that is being computed, so that the cache stays
     whole; a second time, and at any other moment, at once.
@@ -45,7 +49,7 @@ class Interrupt:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if not self.writing or self.asked:
-            raise KeyboardInterrupt(number)
+            raise Interrupted(number)
         self.asked = True
 
     @contextmanager
@@ -100,7 +104,7 @@ def lines(typed: bool) -> Iterator[str]:
             if typed:
                 print(file=sys.stderr)
             return
-        except KeyboardInterrupt:
+        except Interrupted:
             if not typed:
                 raise
             print(f"\n{WORDS}", file=sys.stderr)
@@ -114,7 +118,7 @@ def answer(talk: Conversation, text: str, interrupt: Interrupt) -> None:
         tokens.append(token)
         interrupt.writing = True
         if interrupt.asked:
-            raise KeyboardInterrupt
+            raise Interrupted(signal.SIGINT)
 
     try:
         pieces, left_out, most = talk.ask(text, on_token)
@@ -127,7 +131,7 @@ def answer(talk: Conversation, text: str, interrupt: Interrupt) -> None:
         with closing(pieces):  # type: ignore[type-var]
             for piece in pieces:
                 print(piece, end="", flush=True)
-    except KeyboardInterrupt:
+    except Interrupted:
         pass
     finally:
         interrupt.writing = interrupt.asked = False

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from generating import full_logits, random_ids, random_params
 from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,9 +33,7 @@ from olmo_fn.generate.load import load_model
 from olmo_fn.generate.sample import sample
 from olmo_fn.generate.sampling import choose, probabilities, uniforms
 from olmo_fn.generate.text import LanguageModel, decoded, generate_text, prepare, stream_text, until, without
-from olmo_fn.models import transformer
 from olmo_fn.models.config import Model, dense
-from olmo_fn.spec import init
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.serialize import to_yaml
 from olmo_fn.tree import Tree
@@ -48,28 +47,6 @@ def main(words):
 REPO = Path(__file__).parents[2]
 VOCAB = 257
 TEXT = "def grüßen(name: str) -> None:\n    print(f'你好, {name} 👋🏽')\n\n\nclass Ωmega:\n    pass\n"
-
-
-def random_params(cfg: Model, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tree:
-    """Parameters with attention far from uniform and gains that are not 1."""
-    params = init(transformer.specs(cfg), seed, dtype=dtype)
-    noise = torch.Generator().manual_seed(seed)
-    scale = {"*w_q": 3.0, "*w_k": 3.0}
-
-    def shake(path: str, leaf: Tensor) -> Tensor:
-        if leaf.ndim == 1:
-            return leaf * (0.5 + torch.rand(leaf.shape, generator=noise, dtype=dtype))
-        return leaf * next((s for pattern, s in scale.items() if tree.matches(path, [pattern])), 1.0)
-
-    return tree.map_with_path(shake, params)
-
-
-def full_logits(cfg: Model, params: Tree, ids: Tensor) -> Tensor:
-    return transformer.logits(cfg, params, {"input_ids": ids})
-
-
-def random_ids(cfg: Model, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(cfg.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 # --- the cache --------------------------------------------------------------------------------------------
