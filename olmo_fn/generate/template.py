@@ -43,8 +43,9 @@ class ChatTemplate:
         """
         given = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
         given |= {"add_generation_prompt": add_generation_prompt, **self.tokens, **variables}
+        program = self._compiled
         try:
-            return self._compiled.render(given)
+            return program.render(given)
         except Exception as error:  # whatever a program may raise that somebody else wrote
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
             raise ValueError(f"the chat template does not take this conversation: {kind}{error}") from None

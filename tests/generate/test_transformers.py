@@ -103,54 +103,8 @@ def test_probabilities_are_those_of_transformers_processors(how: dict[str, float
 
 # --- conversations ------------------------------------------------------------------------------------------------
 
-TEMPLATES = {
-    "chatml": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "llama3": (
-        "{{- bos_token }}\n"
-        "{%- if not date_string is defined %}\n    {%- set date_string = strftime_now('%d %b %Y') %}\n{%- endif %}\n"
-        "{%- if messages[0]['role'] == 'system' %}\n"
-        "    {%- set system_message = messages[0]['content']|trim %}\n    {%- set messages = messages[1:] %}\n"
-        "{%- else %}\n    {%- set system_message = '' %}\n{%- endif %}\n"
-        "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}\n"
-        "{%- if tools is not none %}\n    {{- 'Environment: ipython\n' }}\n{%- endif %}\n"
-        "{{- 'Today Date: ' + date_string + '\n\n' + system_message + '<|eot_id|>' }}\n"
-        "{%- for message in messages %}\n"
-        "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}\n"
-        "{%- endfor %}\n"
-        "{%- if add_generation_prompt %}\n    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n{%- endif %}\n"
-    ),
-    "smollm2": (
-        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
-        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "olmo2": (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] "
-        "+ '\n' }}{% elif message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + '\n' }}{% elif message['role'] == "
-        "'assistant' %}\n{% if not loop.last %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token + '\n' }}{% else %}\n"
-        "{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% endif %}\n{% endif %}\n"
-        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>\n' }}{% endif %}\n{% endfor %}"
-    ),
-    "everything": (
-        "{%- set ns = namespace(count=0, last='') -%}\n"
-        "{% for message in messages %}\n    {% if message.role == 'system' %}{% continue %}{% endif %}\n"
-        "    {% set ns.count = ns.count + 1 %}\n    {% set ns.last = message.content %}\n"
-        "    {% generation %}{{ message | tojson }}{% endgeneration %}\n"
-        "    {%- if ns.count > 2 %}{% break %}{% endif %}\n{% endfor %}\n"
-        "{{ ns.count }}{{ eos_token }}{{ dict(a=1, b=[1, 2]) | tojson(indent=2) }}{{ {'<': 'é'} | tojson }}\n"
-        "{{ ns.last[-3:] }}{{ messages | length }}{% if tools %}!{% endif %}{% if documents is none %}?{% endif %}\n"
-    ),
-    "strict": (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-        "[{{ message['content'] | trim }}]{% endfor %}"
-    ),
-}
+TEMPLATES = {path.stem: path.read_text() for path in sorted((Path(__file__).parents[1] / "fixtures" / "chat").glob("*.jinja"))}
+"""In the manner of published ones (ChatML, Llama 3, SmolLM2, OLMo 2), one that uses every function, one that refuses."""
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|user|>"]
 TALKS = [
     [{"role": "user", "content": "  Who are you? <b>é</b>\n"}],
@@ -181,7 +135,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_conversation_is_what_transformers_makes_of_it(name: str, talk: list[dict[str, str]], folder: Path) -> None:
     peer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.json", eos="<|im_end|>")
-    template = ChatTemplate(TEMPLATES[name], load_template(folder, file_with(folder, TEMPLATES[name])).tokens)
+    template = load_template(folder, file_with(folder, TEMPLATES[name]))
     for prompted in (True, False):
         options = {"chat_template": TEMPLATES[name], "add_generation_prompt": prompted}
         try:
