@@ -65,7 +65,8 @@ def measure(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     process = rendezvous()
-    init_process_group(process)
+    if process.size > 1:
+        init_process_group(process)
     prepare_cache(Path(args.cache) / f"rank{process.rank}")
     model = dense(args.d_model, args.n_layers, args.n_heads, args.hidden_size, vocab_size=args.vocab_size)
     specs, dtype = transformer.specs(model), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from olmo_fn.models.config import OLMO2, OLMO3, Model, dense
+from olmo_fn.models.config import Model, dense
+from olmo_fn.models.families import GEMMA3, LLAMA2, LLAMA3, NGPT, OLMO2, OLMO3, OLMO3_LONG, QWEN3, SMOLLM2
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.optimizers import AdamW
 from olmo_fn.train.schedules import Cosine, Linear
@@ -41,6 +42,7 @@ def pretraining(models: Mapping[str, Model], family: str, sequence_length: int) 
                 batch_size=1024 if model.d_model >= 4096 else 512,
                 sequence_length=sequence_length,
                 micro_batch=max(1, STREAM // (model.d_model * sequence_length)),
+                normalize=model.init_method == "normalized",
             ),
             run=Run(steps=100_000, checkpoint_every=1000, keep_last=3, keep_every=10_000),
         )
@@ -52,4 +54,11 @@ CONFIGS: dict[str, Config] = {
     "olmo2-tiny": TINY,
     **pretraining(OLMO2, "olmo2", 4096),
     **pretraining(OLMO3, "olmo3", 8192),
+    **pretraining(OLMO3_LONG, "olmo3", 65_536),
+    **pretraining(LLAMA2, "llama2", 4096),
+    **pretraining(LLAMA3, "llama3", 8192),
+    **pretraining(QWEN3, "qwen3", 4096),
+    **pretraining(GEMMA3, "gemma3", 8192),
+    **pretraining(NGPT, "ngpt", 4096),
+    **pretraining(SMOLLM2, "smollm2", 2048),
 }

@@ -55,10 +55,11 @@ class Box(NamedTuple):
 
 
 class Init(NamedTuple):
-    """How to fill a parameter: ``trunc_normal`` is cut at ±3 std (and not rescaled, as in OLMo-core)."""
+    """How to fill a parameter: ``trunc_normal`` is cut at ±3 std (not rescaled, as in OLMo-core), ``constant`` is ``value``."""
 
-    kind: Literal["trunc_normal", "normal", "ones", "zeros"]
+    kind: Literal["trunc_normal", "normal", "ones", "zeros", "constant"]
     std: float = 0.0
+    value: float = 0.0
 
 
 class Spec(NamedTuple):
@@ -113,8 +114,9 @@ def init_leaf(spec: Spec, seed: int, path: str, box: Box | None = None) -> Tenso
     """
     box = box or Box.whole(spec.shape)
     offset, shape = box
-    if spec.init.kind in ("ones", "zeros"):
-        return torch.full(shape, 1.0 if spec.init.kind == "ones" else 0.0)
+    constants = {"ones": 1.0, "zeros": 0.0, "constant": spec.init.value}
+    if spec.init.kind in constants:
+        return torch.full(shape, constants[spec.init.kind])
     row = math.prod(spec.shape[1:])
     columns = box.slices[1:]
     out, many = torch.empty(shape), max(1, BLOCK // row)

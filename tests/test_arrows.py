@@ -37,6 +37,7 @@ KNOWS: dict[str, set[str]] = {
     "data": CORE | {"progress", "fields"},
     "checkpoint": GROUND | {"mesh", "files"},
     "launch": set(),
+    "convert": MODEL | {"data", "checkpoint", "fields", "files", "progress"},
     "train": RUN - {"train"},
     "presets": RUN,
     "planner": RUN | {"picture"},

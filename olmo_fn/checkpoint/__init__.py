@@ -8,13 +8,13 @@ from olmo_fn.checkpoint.background import Retention, Saver, retire, to_delete
 from olmo_fn.checkpoint.commit import step_path, steps, sweep
 from olmo_fn.checkpoint.format import Index
 from olmo_fn.checkpoint.ranks import RankLost, Ranks
-from olmo_fn.checkpoint.reading import load, load_newest, newest_whole
+from olmo_fn.checkpoint.reading import load, load_newest, newest_whole, stream
 from olmo_fn.checkpoint.schema import BrokenCheckpoint
-from olmo_fn.checkpoint.shards import local_box
+from olmo_fn.checkpoint.shards import Deferred, local_box
 from olmo_fn.checkpoint.stored import read_index, verify
 from olmo_fn.checkpoint.writing import SaveFailed, save
 
 __all__ = [
-    "BrokenCheckpoint", "Index", "RankLost", "Ranks", "Retention", "SaveFailed", "Saver", "load", "load_newest", "local_box",
-    "newest_whole", "read_index", "retire", "save", "step_path", "steps", "sweep", "to_delete", "verify",
+    "BrokenCheckpoint", "Deferred", "Index", "RankLost", "Ranks", "Retention", "SaveFailed", "Saver", "load", "load_newest", "local_box",
+    "newest_whole", "read_index", "retire", "save", "step_path", "steps", "stream", "sweep", "to_delete", "verify",
 ]  # fmt: skip

@@ -129,7 +129,7 @@ class Saver:
             self._plan = state.held(), plan
         plan = self._plan[1]
         shards = plan.written_by(self.ranks.rank, state.shards)
-        self._buffers = {name: _copy(shard.data, self._buffers.get(name)) for name, shard in shards.items()}
+        self._buffers = {name: _copy(shard.tensor(), self._buffers.get(name)) for name, shard in shards.items()}
         copies = {name: shard._replace(data=self._buffers[name]) for name, shard in shards.items()}
         self._running = self._pool.submit(self._save, replace(state, shards=copies), plan)
         if failed and self._running.exception():

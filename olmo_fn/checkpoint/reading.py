@@ -74,6 +74,24 @@ def load(
     return unflatten(leaves), index.meta
 
 
+def stream(path: str | Path, like: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of the checkpoint at ``path`` that ``like`` names by their paths, one after another, on the CPU.
+
+    In memory is the one that was given last, and those of which threads read the beginning meanwhile: 256 MiB, and the rest of
+    the largest of them. Checks and errors as `load`.
+
+    >>> import tempfile
+    >>> from olmo_fn.checkpoint import save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save({"params": {"w": torch.ones(2)}}, folder, step=5)
+    ...     list(stream(path, {"params.w": torch.empty(2, device="meta")}))
+    [('params.w', tensor([1., 1.]))]
+    """
+    index = read_index(path)
+    _check_like(path, index, like, [])
+    yield from _read_tensors(Path(path), index, like, default_threads())
+
+
 def load_newest(
     folder: str | Path,
     read: Callable[[Path], T],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -17,12 +17,42 @@ from olmo_fn.mesh.axis import chunk
 from olmo_fn.spec import Box
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A dense tensor that ``make`` makes when it is written, and that is let go then; in the place of a leaf of a saved tree.
+
+    So a tree is saved that is larger than the memory, with ``threads=1`` one tensor at a time.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an entry."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return self.itemsize * math.prod(self.shape)
+
+
 class LocalShard(NamedTuple):
     """The part of one tensor that this rank holds: its data, the whole tensor's shape, and the box of it that the data is."""
 
-    data: torch.Tensor
+    data: torch.Tensor | Deferred
     shape: tuple[int, ...]
     box: Box
+
+    def tensor(self) -> torch.Tensor:
+        """The data, made now if it is not there yet."""
+        if not isinstance(self.data, Deferred):
+            return self.data
+        made = self.data.make()
+        assert (made.dtype, tuple(made.shape)) == (self.data.dtype, self.data.shape), (made.dtype, made.shape, self.data)
+        return made
 
 
 Held: TypeAlias = tuple[dict[str, tuple[Box, int, int]], tuple[str, ...]]
@@ -154,7 +184,7 @@ def _local_shard(leaf: Any, ranks: Ranks) -> LocalShard:
             )
         data = cast(DTensor, leaf.detach()).to_local()
     plain = type(data) in (torch.Tensor, torch.nn.Parameter)
-    if not plain or data.layout != torch.strided or data.is_meta:
+    if not isinstance(data, Deferred) and (not plain or data.layout != torch.strided or data.is_meta):
         kind = f"Tensor ({data.layout}, {data.device})" if plain else type(data).__name__
         raise ValueError(f"is a {kind}; a checkpoint holds dense tensors, other values go into meta")
     if data.dtype not in DTYPE_NAMES:

@@ -59,7 +59,7 @@ def save(
     """Save ``tree`` as ``folder/step{step}`` and return that path; on return, the checkpoint is durable.
 
     ``tree`` is a nested dict of tensors of any shape, stride and device; ``meta`` is JSON of the caller's. Tensors are written
-    from their own memory, without a copy if contiguous on the CPU. A new safetensors file begins after each ``file_bytes``,
+    from their own memory, without a copy if contiguous on the CPU; a `Deferred` one is made when it is written. A new safetensors file begins after each ``file_bytes``,
     and for each of ``threads`` if there is enough to write. Until the last rename there is only a hidden folder, so a kill at
     any instant leaves the older checkpoints intact and this one absent. A *broken* checkpoint of the same step is moved
     aside, to ``step{step}.broken-*``; an intact one is replaced only if ``replace``.
@@ -156,7 +156,7 @@ def write_files(draft: Path, prefix: str, shards: Mapping[str, LocalShard], file
 def write_file(path: Path, shards: Mapping[str, LocalShard]) -> tuple[StoredFile, dict[str, StoredTensor]]:
     """Write a new safetensors file straight from the tensors' memory and fsync it; what the index says of it."""
     # Large items first: every tensor is then aligned to its item size, for readers that map the file.
-    shards = dict(sorted(shards.items(), key=lambda item: -item[1].data.element_size()))
+    shards = dict(sorted(shards.items(), key=lambda item: -item[1].data.itemsize))
     header, starts, size = dump_header(
         (part_key(name, shard.shape, shard.box), DTYPE_NAMES[shard.data.dtype], shard.box.shape, shard.data.nbytes)
         for name, shard in shards.items()
@@ -167,7 +167,7 @@ def write_file(path: Path, shards: Mapping[str, LocalShard]) -> tuple[StoredFile
     try:
         _write(fd, memoryview(header), 0)
         for (name, shard), start in zip(shards.items(), starts, strict=True):
-            data, checksums = host_bytes(shard.data), []
+            data, checksums = host_bytes(shard.tensor()), []
             for first in range(0, max(len(data), 1), CHUNK_BYTES):
                 chunk = data[first : first + CHUNK_BYTES]
                 checksums.append(crc32(chunk))

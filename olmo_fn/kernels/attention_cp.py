@@ -8,21 +8,29 @@ are merged by their log-sum-exp (Liu et al. 2023), so that no rank ever holds al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from olmo_fn.kernels import Kernel, identity
-from olmo_fn.kernels.attention_tiles import Pullback, Tiles, attend, attend_vjp, row_products
+from olmo_fn.kernels.attention_sight import Sight
+from olmo_fn.kernels.attention_tiles import Pullback, attend, attend_vjp, row_products
+from olmo_fn.kernels.sinks import add_sinks, sinks_cotangent
+from olmo_fn.kernels.tiles import Tiles
 from olmo_fn.mesh.axis import Axis, CPMethod
 from olmo_fn.mesh.collectives import all_gather, all_to_all, reduce_scatter, ring_shift
 
 
 class AttendVJP(Protocol):
-    """A way to compute attention: `olmo_fn.kernels.attention_tiles.attend_vjp`, or another with the same arguments."""
+    """A way to compute attention: `olmo_fn.kernels.attention_tiles.attend_vjp`, or another with the same arguments.
+
+    Two more, ``sinks: Tensor | None = None`` and ``cap: float | None = None``, are for models that have these, and are not
+    given otherwise: `check_attend` refuses a way that does not take them.
+    """
 
     def __call__(
         self,
@@ -36,6 +44,23 @@ class AttendVJP(Protocol):
         kernel: Kernel = identity,
     ) -> tuple[Tensor, Pullback]:
         """The result (B, H, R, K), and its pullback."""
+
+
+def check_attend(attend: Callable[..., Any], *names: str) -> None:
+    """ValueError if a way to compute attention does not take arguments of these names, ``sinks`` or ``cap``.
+
+    >>> check_attend(attend_vjp, "sinks", "cap")
+    >>> check_attend(lambda q, k, v, *, window=None: None, "cap")
+    Traceback (most recent call last):
+    ValueError: the attention <lambda> takes no cap=; choose --model.mixer.name attention, or give it that argument
+    """
+    taken = inspect.signature(attend).parameters if names else {}
+    if missing := [f"{name}=" for name in names if name not in taken]:
+        name = getattr(attend, "__name__", repr(attend))
+        raise ValueError(
+            f"the attention {name} takes no {' and no '.join(missing)}; "
+            "choose --model.mixer.name attention, or give it that argument"
+        )
 
 
 def positions_of(T: int, cp: Axis, device: torch.device | str = "cpu") -> Tensor:
@@ -61,22 +86,24 @@ def attend_over(
     method: CPMethod = "gather",
     window: int | None = None,
     documents: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """`olmo_fn.kernels.attention_tiles.attend` for this rank's positions, in plain differentiable operations.
 
-    ``q`` (B, H, R, K), ``k``, ``v`` (B, N, R, K) of this rank's R = T / n positions; ``documents`` (B, T) of all.
+    ``q`` (B, H, R, K), ``k``, ``v`` (B, N, R, K) of this rank's R = T / n positions; ``documents`` (B, T) of all; ``sinks``
+    (H,), the same on all ranks, whose gradient is that of this rank's positions, or with ulysses of its heads.
     """
-    if cp.size == 1:
-        return attend(q, k, v, window=window, documents=documents)
-    if method == "ulysses":
+    if cp.size > 1 and method == "ulysses":
         q, k, v = (_in_order(all_to_all(x, 1, 2, cp), cp, 2) for x in (q, k, v))
-        return all_to_all(_as_dealt(attend(q, k, v, window=window, documents=documents), cp, 2), 2, 1, cp)
+        out = attend(q, k, v, window=window, documents=documents, sinks=_own_heads(sinks, cp), cap=cap)
+        return all_to_all(_as_dealt(out, cp, 2), 2, 1, cp)
+    one = partial(attend, window=window, documents=documents, sinks=sinks, cap=cap)
+    if cp.size == 1:
+        return one(q, k, v)
     keys, values = (_in_order(all_gather(x, 2, cp), cp, 2) for x in (k, v))  # of a ring, too: the same numbers
-    parts = [
-        attend(piece, keys, values, window=window, documents=documents, offset=offset)
-        for piece, offset in zip(q.chunk(2, 2), _offsets(q.shape[2], cp.index, cp.size), strict=True)
-    ]
-    return torch.cat(parts, 2)
+    pieces = zip(q.chunk(2, 2), _offsets(q.shape[2], cp.index, cp.size), strict=True)
+    return torch.cat([one(piece, keys, values, offset=offset) for piece, offset in pieces], 2)
 
 
 def attend_over_vjp(
@@ -90,55 +117,86 @@ def attend_over_vjp(
     documents: Tensor | None = None,
     kernel: Kernel = identity,
     attend: AttendVJP = attend_vjp,
+    sinks: Tensor | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Pullback]:
-    """`attend_over` with its pullback; a rank attends by ``attend``, in a ring by `Tiles`, which merges partial results."""
+    """`attend_over` with its pullback; a rank attends by ``attend``, in a ring by `Tiles`, which merges partial results.
+
+    ValueError, before anything is computed, if ``attend`` does not take ``sinks`` or ``cap`` and they are given.
+    """
+    more = {name: value for name, value in (("sinks", sinks), ("cap", cap)) if value is not None}
+    check_attend(attend, *more)
     if cp.size == 1:
-        return attend(q, k, v, window=window, documents=documents, kernel=kernel)
+        return attend(q, k, v, window=window, documents=documents, kernel=kernel, **more)
     if method == "ring":
         if attend is not attend_vjp:
             raise ValueError("--mesh.cp-method ring merges tiles of its own; with another attention use gather or ulysses")
-        return _ring_vjp(q, k, v, cp, window, documents, kernel)
+        return _ring_vjp(q, k, v, cp, window, documents, kernel, sinks, cap)
     run = {"gather": _gather_vjp, "ulysses": _ulysses_vjp}[method]
-    return run(q, k, v, cp, partial(attend, window=window, documents=documents, kernel=kernel))
+    return run(q, k, v, cp, partial(attend, window=window, documents=documents, kernel=kernel), **more)
 
 
-def _gather_vjp(q: Tensor, k: Tensor, v: Tensor, cp: Axis, attend: AttendVJP) -> tuple[Tensor, Pullback]:
+def _gather_vjp(q: Tensor, k: Tensor, v: Tensor, cp: Axis, attend: Callable[..., Any], **more: Any) -> tuple[Tensor, Pullback]:
     keys, values = (_in_order(all_gather(x, 2, cp), cp, 2) for x in (k, v))
     halves = [
-        attend(piece, keys, values, offset=offset)
+        attend(piece, keys, values, offset=offset, **more)
         for piece, offset in zip(q.chunk(2, 2), _offsets(q.shape[2], cp.index, cp.size), strict=True)
     ]
 
     pullbacks = [half[1] for half in halves]
 
-    def pullback(out: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pullback(out: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
         parts = zip(pullbacks, out.chunk(2, 2), cotangent.chunk(2, 2), strict=True)
-        found = [back(some, d_some) for back, some, d_some in parts]
-        d_q = torch.cat([d for d, _, _ in found], 2)
-        d_k, d_v = (reduce_scatter(_as_dealt(found[0][i] + found[1][i], cp, 2), 2, cp) for i in (1, 2))
-        return d_q, d_k, d_v
+        (d_q, *found), (more_d_q, *others) = (back(some, d_some) for back, some, d_some in parts)
+        d_k, d_v, *d_sinks = (one + other for one, other in zip(found, others, strict=True))
+        d_k, d_v = (reduce_scatter(_as_dealt(d, cp, 2), 2, cp) for d in (d_k, d_v))
+        return torch.cat((d_q, more_d_q), 2), d_k, d_v, *d_sinks
 
     return torch.cat([half[0] for half in halves], 2), pullback
 
 
-def _ulysses_vjp(q: Tensor, k: Tensor, v: Tensor, cp: Axis, attend: AttendVJP) -> tuple[Tensor, Pullback]:
+def _ulysses_vjp(
+    q: Tensor, k: Tensor, v: Tensor, cp: Axis, attend: Callable[..., Any], sinks: Tensor | None = None, **more: Any
+) -> tuple[Tensor, Pullback]:
     def to_heads(x: Tensor) -> Tensor:
         return _in_order(all_to_all(x, 1, 2, cp), cp, 2).contiguous()
 
     def to_positions(x: Tensor) -> Tensor:
         return all_to_all(_as_dealt(x, cp, 2), 2, 1, cp)
 
-    out, inner = attend(*(to_heads(x) for x in (q, k, v)))
+    if sinks is not None:
+        more["sinks"] = _own_heads(sinks, cp)
+    out, inner = attend(*(to_heads(x) for x in (q, k, v)), **more)
 
-    def pullback(_: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_q, d_k, d_v = inner(out, to_heads(cotangent))
-        return to_positions(d_q), to_positions(d_k), to_positions(d_v)
+    def pullback(_: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+        d_q, d_k, d_v, *d_sinks = inner(out, to_heads(cotangent))
+        return to_positions(d_q), to_positions(d_k), to_positions(d_v), *(_of_all_heads(d, cp) for d in d_sinks)
 
     return to_positions(out), pullback
 
 
+def _own_heads(sinks: Tensor | None, cp: Axis) -> Tensor | None:
+    """The sinks of the heads that ulysses gives this rank."""
+    return None if sinks is None else sinks.chunk(cp.size)[cp.index]
+
+
+def _of_all_heads(d_sinks: Tensor, cp: Axis) -> Tensor:
+    """Their cotangent, 0 for the heads that other ranks have."""
+    whole = d_sinks.new_zeros(cp.size, len(d_sinks))
+    whole[cp.index] = d_sinks
+    return whole.flatten()
+
+
 def _ring_vjp(
-    q: Tensor, k: Tensor, v: Tensor, cp: Axis, window: int | None, documents: Tensor | None, kernel: Kernel
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cp: Axis,
+    window: int | None,
+    documents: Tensor | None,
+    kernel: Kernel,
+    sinks: Tensor | None,
+    cap: float | None,
 ) -> tuple[Tensor, Pullback]:
     wide = torch.promote_types(q.dtype, torch.float32)
     half = q.shape[2] // 2
@@ -148,7 +206,7 @@ def _ring_vjp(
         for i, a in enumerate(_offsets(q.shape[2], cp.index, cp.size)):
             for j, b in enumerate(_offsets(q.shape[2], source, cp.size)):
                 if b <= a and (window is None or b + half > a - window + 1):
-                    tiles = Tiles(window, documents, a, b, kernel)
+                    tiles = Tiles(Sight(window, documents, a, b), kernel, cap)
                     yield slice(i * half, (i + 1) * half), slice(j * half, (j + 1) * half), tiles
 
     out, lse = torch.zeros_like(q, dtype=wide), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
@@ -164,10 +222,12 @@ def _ring_vjp(
             old, new = (x.sub(total).exp()[..., None] for x in (lse[:, :, rows], more_lse))
             out[:, :, rows] = out[:, :, rows] * old + more * new
             lse[:, :, rows] = total
+    if sinks is not None:
+        out, lse = add_sinks(out, lse, sinks)
     result = out.to(q.dtype)
     del out, keys, values
 
-    def pullback(out: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pullback(out: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
         delta = row_products(cotangent, out)
         d_q = torch.zeros_like(q, dtype=wide)
         d_keys, d_values = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
@@ -182,7 +242,8 @@ def _ring_vjp(
                 for total, part, more in zip((d_q, d_keys, d_values), (rows, columns, columns), found, strict=True):
                     total[:, :, part].add_(more)
         d_keys, d_values = ring_shift(torch.stack((d_keys, d_values)), cp).unbind()
-        return d_q.to(q.dtype), d_keys.to(k.dtype), d_values.to(v.dtype)
+        found = d_q.to(q.dtype), d_keys.to(k.dtype), d_values.to(v.dtype)
+        return found if sinks is None else (*found, sinks_cotangent(sinks, lse, delta))
 
     return result, pullback
 

@@ -6,13 +6,18 @@ written once, for training and decoding alike: what runs a sublayer is handed to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
+from olmo_fn.mesh.axis import Axis
+from olmo_fn.mesh.collectives import enter
 from olmo_fn.nn.context import Context
+from olmo_fn.nn.norm import Norm, unit_norm
 from olmo_fn.nn.sublayer import Names, Sublayer
+from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
 Run: TypeAlias = Callable[[Sublayer, Tensor], Tensor]
@@ -22,44 +27,107 @@ Run: TypeAlias = Callable[[Sublayer, Tensor], Tensor]
 class Part(NamedTuple):
     """A part of a block: ``fn(p, x, run, ctx)`` takes the stream x (B, T, D) to the stream after it.
 
-    ``sublayers`` are those that it runs, ``norms`` the gains (D,) that it uses, by their names in p and in other programs.
+    ``sublayers`` are those that it runs, ``norms`` the parameters of the model's `Norm` that it uses, by their names in p and
+    in other programs; ``others`` are parameters of other kinds, each with its names there.
     """
 
     name: str
     fn: Callable[[Tree, Tensor, Run, Context], Tensor]
     sublayers: tuple[Sublayer, ...]
     norms: dict[str, Names | None]
+    others: Mapping[str, tuple[Spec, Names | None]] = {}
 
 
-def reordered(mixer: Sublayer, feed_forward: Sublayer, eps: float) -> tuple[Part, ...]:
-    """``x + norm(f(x))`` for each: the norm is on the sublayer's output (OLMo 2 report, section 3.2)."""
+def reordered(mixer: Sublayer, feed_forward: Sublayer, norm: Norm, factors: tuple[float, float] = (1, 1)) -> tuple[Part, ...]:
+    """``x + factor · norm(f(x))`` for each: the norm is on the sublayer's output (OLMo 2 report, section 3.2)."""
 
-    def part(f: Sublayer, name: str, names: Names) -> Part:
-        norm = f"{f.name}_norm"
+    def part(f: Sublayer, name: str, names: Names, factor: float) -> Part:
+        gain = f"{f.name}_norm"
 
         def fn(p: Tree, x: Tensor, run: Run, ctx: Context) -> Tensor:
-            return ctx.add_normed(p[norm], x, run(f, x), eps)
+            return norm.add(ctx, p[gain], x, run(f, x), factor)
 
-        return Part(name, fn, (f,), {norm: names})
+        return Part(name, fn, (f,), {gain: names})
 
     return (
-        part(mixer, mixer.name, Names("post_attention_layernorm.weight", f"{mixer.name}_norm.weight")),
-        part(feed_forward, "feed_forward", Names("post_feedforward_layernorm.weight", "feed_forward_norm.weight")),
+        part(mixer, mixer.name, Names("post_attention_layernorm.weight", f"{mixer.name}_norm.weight"), factors[0]),
+        part(feed_forward, FFN, Names("post_feedforward_layernorm.weight", "feed_forward_norm.weight"), factors[1]),
     )
 
 
-def pre_norm(mixer: Sublayer, feed_forward: Sublayer, eps: float) -> tuple[Part, ...]:
-    """``x + f(norm(x))`` for each: the norm is on the sublayer's input (Llama, GPT-2)."""
+FFN = "feed_forward"
 
-    def part(f: Sublayer, name: str, names: Names) -> Part:
-        norm = f"{f.name}_norm"
+
+def pre_norm(mixer: Sublayer, feed_forward: Sublayer, norm: Norm, factors: tuple[float, float] = (1, 1)) -> tuple[Part, ...]:
+    """``x + factor · f(norm(x))`` for each: the norm is on the sublayer's input (Llama, GPT-2)."""
+
+    def part(f: Sublayer, name: str, names: Names, factor: float) -> Part:
+        gain = f"{f.name}_norm"
 
         def fn(p: Tree, x: Tensor, run: Run, ctx: Context) -> Tensor:
-            return x + run(f, ctx.norm(p[norm], x, eps))
+            y = run(f, norm(ctx, p[gain], x))
+            return x + (y if factor == 1 else factor * y)
 
-        return Part(name, fn, (f,), {norm: names})
+        return Part(name, fn, (f,), {gain: names})
 
     return (
-        part(mixer, mixer.name, Names("input_layernorm.weight", f"{mixer.name}_norm.weight")),
-        part(feed_forward, "feed_forward", Names("post_attention_layernorm.weight", "feed_forward_norm.weight")),
+        part(mixer, mixer.name, Names("input_layernorm.weight", f"{mixer.name}_norm.weight"), factors[0]),
+        part(feed_forward, FFN, Names("post_attention_layernorm.weight", "feed_forward_norm.weight"), factors[1]),
     )
+
+
+def peri_norm(mixer: Sublayer, feed_forward: Sublayer, norm: Norm, factors: tuple[float, float] = (1, 1)) -> tuple[Part, ...]:
+    """``x + factor · norm(f(norm(x)))`` for each: norms on a sublayer's input and output (Gemma 2 and 3)."""
+
+    def part(f: Sublayer, name: str, before: Names, after: Names, factor: float) -> Part:
+        first, second = f"{f.name}_norm", f"post_{f.name}_norm"
+
+        def fn(p: Tree, x: Tensor, run: Run, ctx: Context) -> Tensor:
+            return norm.add(ctx, p[second], x, run(f, norm(ctx, p[first], x)), factor)
+
+        return Part(name, fn, (f,), {first: before, second: after})
+
+    return (
+        part(
+            mixer,
+            mixer.name,
+            Names("input_layernorm.weight", f"{mixer.name}_norm.weight"),
+            Names("post_attention_layernorm.weight", f"post_{mixer.name}_norm.weight"),
+            factors[0],
+        ),
+        part(
+            feed_forward,
+            FFN,
+            Names("pre_feedforward_layernorm.weight", "feed_forward_norm.weight"),
+            Names("post_feedforward_layernorm.weight", "post_feed_forward_norm.weight"),
+            factors[1],
+        ),
+    )
+
+
+def normalized(mixer: Sublayer, feed_forward: Sublayer, d_model: int, step: float = 0.05) -> tuple[Part, ...]:
+    """``unit(x + a · (unit(f(x)) - x))`` for each: the stream stays on the unit sphere (nGPT, Loshchilov et al. 2024).
+
+    ``a`` (D,) is ``|alpha| · step · √D`` with a learned alpha that starts at 1/√D.
+    """
+
+    def part(f: Sublayer, name: str, names: Names) -> Part:
+        alpha = f"{f.name}_alpha"
+
+        def fn(p: Tree, x: Tensor, run: Run, ctx: Context) -> Tensor:
+            return ctx.fuse(move_on_sphere, step * d_model**0.5, ctx.backend.axes.tp)(x, run(f, x), p[alpha])
+
+        spec = Spec((d_model,), ("embed",), Init("constant", value=d_model**-0.5))
+        return Part(name, fn, (f,), {}, {alpha: (spec, names)})
+
+    return (
+        part(mixer, mixer.name, Names("attn_alpha", "attn_alpha")),
+        part(feed_forward, FFN, Names("mlp_alpha", "mlp_alpha")),
+    )
+
+
+def move_on_sphere(factor: float, tp: Axis, x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    """``x`` moved by ``factor · |alpha|`` towards the unit vector of ``y``, then back to length 1; (B, T, D), but alpha (D,)."""
+    x32, y32 = (z if z.dtype == torch.float64 else z.float() for z in (x, y))
+    step = (factor * enter(alpha, tp)).abs().to(x32.dtype)
+    return unit_norm(torch.lerp(x32, unit_norm(y32), step.expand_as(x32))).to(x.dtype)

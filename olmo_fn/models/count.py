@@ -10,7 +10,7 @@ from olmo_fn.models.transformer import layers, specs
 def num_params(cfg: Model) -> int:
     """Entries of all parameters; tied embeddings count once.
 
-    >>> from olmo_fn.models.config import OLMO2
+    >>> from olmo_fn.models.families import OLMO2
     >>> f"{num_params(OLMO2['olmo2-32b']):,}"
     '32,234,279,936'
     """
@@ -20,7 +20,7 @@ def num_params(cfg: Model) -> int:
 def num_non_embedding_params(cfg: Model) -> int:
     """Entries of all parameters but the embedding; the head counts, unless it is tied.
 
-    >>> from olmo_fn.models.config import OLMO2
+    >>> from olmo_fn.models.families import OLMO2
     >>> f"{num_non_embedding_params(OLMO2['olmo2-32b']):,}"
     '31,720,477,696'
     """
@@ -48,7 +48,7 @@ def flops_per_sequence(cfg: Model, sequence_length: int) -> int:
 def flops_per_token(cfg: Model, sequence_length: int) -> float:
     """Training FLOPs per token, averaged over a sequence; see `flops_per_sequence` for what is counted.
 
-    >>> from olmo_fn.models.config import OLMO2, OLMO3
+    >>> from olmo_fn.models.families import OLMO2, OLMO3
     >>> [f"{flops_per_token(family, 8192):.4g}" for family in (OLMO2["olmo2-7b"], OLMO3["olmo3-7b"])]
     ['4.777e+10', '4.656e+10']
     """

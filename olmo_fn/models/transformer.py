@@ -24,9 +24,10 @@ from olmo_fn.models.batch import TokenBatch
 from olmo_fn.models.blocks import Part
 from olmo_fn.models.config import Model
 from olmo_fn.nn.context import Context
-from olmo_fn.nn.cross_entropy import cross_entropy
+from olmo_fn.nn.cross_entropy import capped, cross_entropy
 from olmo_fn.nn.embedding import embedding
-from olmo_fn.nn.norm import norm_stream, rms_norm, rms_norm_spec
+from olmo_fn.nn.linear import Weight, merged
+from olmo_fn.nn.norm import Norm
 from olmo_fn.nn.sublayer import Sublayer, with_aux
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
@@ -38,12 +39,18 @@ class Layer(NamedTuple):
     parts: tuple[Part, ...]
     sublayers: tuple[Sublayer, ...]
 
-    def specs(self, d_model: int) -> Tree:
+    def specs(self, norm: Norm, d_model: int) -> Tree:
         """The block's parameters: a subtree for each sublayer, then what the parts use beside them."""
-        norms = {name: rms_norm_spec(d_model) for part in self.parts for name in part.norms}
-        every = {**{sub.name: sub.specs for sub in self.sublayers}, **norms}
-        order = [name for part in self.parts for name in (*(sub.name for sub in part.sublayers), *part.norms)]
-        return {name: every[name] for name in dict.fromkeys(order)}
+        every: Tree = {sub.name: sub.specs for sub in self.sublayers}
+        for part in self.parts:
+            every |= {name: norm.specs(d_model) for name in part.norms}
+            every |= {name: spec for name, (spec, _) in part.others.items()}
+        return {name: every[name] for part in self.parts for name in names_of(part)}
+
+
+def names_of(part: Part) -> list[str]:
+    """What a part uses of its block's parameters: subtrees of sublayers, norms, and others."""
+    return [*(sub.name for sub in part.sublayers), *part.norms, *part.others]
 
 
 @lru_cache(16)
@@ -62,13 +69,19 @@ def layers(cfg: Model) -> tuple[Layer, ...]:
 
 def specs(cfg: Model) -> Tree:
     """The parameters of a model, by path: ``embed``, ``blocks.<i>.…``, ``head.norm``, and ``head.w_out`` unless tied."""
-    head: Tree = {"norm": rms_norm_spec(cfg.d_model)}
+    norm, V = cfg.norm.build(cfg.norm_eps), cfg.vocab_size
+    head: Tree = {"norm": norm.specs(cfg.d_model)} if cfg.head.norm else {}
     if not cfg.tie_embeddings:
         std = cfg.init_std if cfg.init_method == "normal" else cfg.d_model**-0.5
-        head["w_out"] = Spec((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), Init("trunc_normal", std))
+        head["w_out"] = Spec((V, cfg.d_model), ("vocab", "embed"), Init("trunc_normal", std))
+    if cfg.head.bias:
+        head["bias"] = Spec((V,), ("vocab",), Init("zeros"))
+    if cfg.head.scales:
+        head["scales"] = Spec((V,), ("vocab",), Init("constant", value=cfg.d_model**-0.5))
     return {
-        "embed": Spec((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), _embed_init(cfg)),
-        "blocks": {str(i): layer.specs(cfg.d_model) for i, layer in enumerate(layers(cfg))},
+        "embed": Spec((V, cfg.d_model), ("vocab", "embed"), _embed_init(cfg)),
+        **({"embed_norm": norm.specs(cfg.d_model)} if cfg.embed_norm else {}),
+        "blocks": {str(i): layer.specs(norm, cfg.d_model) for i, layer in enumerate(layers(cfg))},
         "head": head,
     }
 
@@ -94,35 +107,58 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
         raise ValueError(re.sub(r"--model\.([\w-]+)", lambda flag: flag[1].replace("-", "_"), str(error))) from None
     built = layers(cfg)
     blocks = [_block_stage(part, i) for i, layer in enumerate(built) for part in layer.parts]
+    declared = specs(cfg)
+    rest = tuple((name, f"head.{name}") for name in declared["head"] if name != "w_out")
     w_out = "embed" if cfg.tie_embeddings else "head.w_out"
+    norm = cfg.norm.build(cfg.norm_eps)
 
     def embed(p: Tree, x: None, ctx: Context) -> tuple[Tensor, Aux]:
-        return embedding(ctx, p["embed"], cfg.vocab_size), NOTHING
+        return _embedded(cfg, norm, p, ctx), NOTHING
 
     def head(p: Tree, x: Tensor, ctx: Context) -> tuple[None, Aux]:
-        tp = ctx.backend.axes.tp
-        h = all_gather(norm_stream(cfg.norm_eps, tp, p["norm"], x), 1, tp)
         assert ctx.labels is not None
-        return None, Aux(*cross_entropy(ctx, p["w_out"], h, ctx.labels, cfg.vocab_size, z_loss))
+        h = all_gather(norm(ctx, p["norm"], x) if cfg.head.norm else x, 1, ctx.backend.axes.tp)
+        matrix, h = with_bias_and_scales(p, h)
+        return None, Aux(*cross_entropy(ctx, matrix, h, ctx.labels, cfg.vocab_size, z_loss, cfg.head.cap))
 
     return Chain(
         partial(context, cfg, built),
         (
-            Stage("embed", (("embed", "embed"),), embed),
+            Stage("embed", tuple((name, name) for name in ("embed", "embed_norm") if name in declared), embed),
             *blocks,
-            Stage("head", (("norm", "head.norm"), ("w_out", w_out)), head, metrics={"ce": Metric(), "z": Metric()}),
+            Stage("head", (*rest, ("w_out", w_out)), head, metrics={"ce": Metric(), "z": Metric()}),
         ),
         empty=partial(_empty, cfg.d_model),
         uncast=frozenset({"embed", w_out}),
         check=partial(_check_axes, built),
         takes=TokenBatch(cfg.vocab_size),
-        specs=specs(cfg),
+        specs=declared,
     )
+
+
+def _embedded(cfg: Model, norm: Norm, p: Tree, ctx: Context) -> Tensor:
+    """The stream (B, T, D) before the first block."""
+    x = embedding(ctx, p["embed"], cfg.vocab_size)
+    x = x if cfg.embed_scale is None else x * cfg.embed_scale
+    return norm(ctx, p["embed_norm"], x) if cfg.embed_norm else x
+
+
+def with_bias_and_scales(p: Tree, h: Tensor) -> tuple[Weight, Tensor]:
+    """A matrix and h (..., D), whose product has the head's scales of logits and their bias in it, if it has any."""
+    matrix = p["w_out"]
+    if "scales" not in p and "bias" not in p:
+        return matrix, h
+    w = merged(matrix)
+    if "scales" in p:
+        w = w * (h.shape[-1] ** 0.5 * p["scales"])[:, None]
+    if "bias" in p:
+        w, h = torch.cat((w, p["bias"][:, None].to(w.dtype)), -1), torch.cat((h, torch.ones_like(h[..., :1])), -1)
+    return w, h
 
 
 def _block_stage(part: Part, layer: int) -> Stage:
     """A part of a block as a stage; vectors among its metrics get the block's number."""
-    names = [*(sub.name for sub in part.sublayers), *part.norms]
+    names = names_of(part)
 
     def renamed(name: str, metric: Metric) -> str:
         return f"{name}/{layer}" if metric.shape else name
@@ -190,7 +226,9 @@ def logits(cfg: Model, params: Tree, batch: Batch, backend: Backend = PLAIN) -> 
 
 def head_logits(cfg: Model, params: Tree, x: Tensor) -> Tensor:
     """Logits (..., V) of the last block's output ``x`` (..., D)."""
-    return rms_norm(params["head"]["norm"], x, cfg.norm_eps) @ output_matrix(params).T
+    p, ctx = {**params["head"], "w_out": output_matrix(params)}, Context(PLAIN, x, None, x)
+    matrix, h = with_bias_and_scales(p, cfg.norm.build(cfg.norm_eps)(ctx, p["norm"], x) if cfg.head.norm else x)
+    return capped(h @ merged(matrix).T, cfg.head.cap)
 
 
 def output_matrix(params: Tree) -> Tensor:

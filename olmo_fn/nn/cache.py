@@ -5,7 +5,7 @@ B batch, T new columns, H query heads, N key/value heads, S columns of the cache
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,11 +90,13 @@ def sight(rows: Tensor, columns: Tensor, window: int | None, padding: Tensor | N
     return (mask & (token_row[:, :, None] == token_column[:, None, :]))[:, None]
 
 
-def attend_seen(q: Tensor, seen: Seen, **options: Any) -> Tensor:
-    """softmax(q kᵀ / √K) v over what is seen; ``q`` and the result are (B, H, T, K). ``options`` are `attend_masked`'s."""
+def attend_seen(q: Tensor, seen: Seen, *, sinks: Tensor | None = None, cap: float | None = None) -> Tensor:
+    """softmax(q kᵀ / √K) v over what is seen; ``q`` and the result are (B, H, T, K). The rest as `attend_masked` has it."""
     q = q if seen.k.shape[1] == q.shape[1] else q.unflatten(1, (seen.k.shape[1], -1))
-    if seen.mask is None and not options:
-        # Nothing tells apart the heads that share keys and values: they are so many rows of queries.
-        return F.scaled_dot_product_attention(q.flatten(2, -2), seen.k, seen.v).view_as(q).flatten(1, -3)
-    mask = torch.ones(q.shape[-2], seen.k.shape[2], dtype=torch.bool, device=q.device) if seen.mask is None else seen.mask
-    return attend_masked(q, seen.k, seen.v, mask, **options)
+    mask = seen.mask
+    if mask is None and (sinks is not None or cap is not None):
+        mask = torch.ones(q.shape[-2], seen.k.shape[2], dtype=torch.bool, device=q.device)
+    if mask is not None:
+        return attend_masked(q, seen.k, seen.v, mask, sinks=sinks, cap=cap)
+    # Nothing tells apart the heads that share keys and values: they are so many rows of queries.
+    return F.scaled_dot_product_attention(q.flatten(2, -2), seen.k, seen.v).view_as(q).flatten(1, -3)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from olmo_fn.core.chain import Backend
 from olmo_fn.nn.linear import Weight, linear
-from olmo_fn.nn.norm import add_normed, norm_stream
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,6 @@ class Context:
     def linear(self, x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
         """Products with whole matrices: for sublayers that are whole on the ranks of ``tp``."""
         return linear(self.backend, x, weights)
-
-    def norm(self, gain: Tensor, x: Tensor, eps: float) -> Tensor:
-        """`rms_norm` of the stream between sublayers."""
-        return self.fuse(norm_stream, eps, self.backend.axes.tp)(gain, x)
-
-    def add_normed(self, gain: Tensor, x: Tensor, y: Tensor, eps: float) -> Tensor:
-        """``x`` plus the norm of ``y``, in one pass."""
-        return self.fuse(add_normed, eps, self.backend.axes.tp)(gain, x, y)
 
     def fuse(self, fn: Callable[..., Any], *constants: Any) -> Callable[..., Any]:
         """``fn(*constants, *tensors)`` as a function of the tensors, compiled into one kernel where steps are compiled.

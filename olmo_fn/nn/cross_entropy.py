@@ -27,13 +27,20 @@ LOGITS_ROWS = (1024, 2048)  # fast matrix products need the first, more than the
 
 
 def cross_entropy(
-    ctx: Context, matrix: Weight, h: Tensor, labels: Tensor, vocab_size: int, z_loss: float = 0.0
+    ctx: Context,
+    matrix: Weight,
+    h: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    z_loss: float = 0.0,
+    cap: float | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Summed cross entropy plus ``z_loss · logsumexp²`` (PaLM, section 5) over the labels that count.
 
     ``matrix`` (V, D) in any dtype, ``h`` (B, T, D) after the final norm in that of the products, ``labels`` (B, T), `IGNORE`
     where there is no loss. Returns the sum (0-d, fp32) and its two parts ``ce`` and ``z``. On an axis ``tp`` each rank has some
     rows of the vocabulary, and the same ``h``; the sum is the whole one on all of them, the gradient of ``h`` a rank's share.
+    With a ``cap`` logits are `capped`.
 
     >>> from olmo_fn.core.chain import Backend
     >>> h, labels = torch.tensor([[[2.0, 0.0, 0.0]]]), torch.tensor([[0]])
@@ -45,20 +52,36 @@ def cross_entropy(
     backend, tp, w_out = ctx.backend, ctx.backend.axes.tp, merged(matrix)
     rows, inside = local_rows(labels, vocab_size, tp)
     if not backend.primitive:
-        return plain_cross_entropy(w_out, h, labels, rows, inside, z_loss, tp)
+        return plain_cross_entropy(w_out, h, labels, rows, inside, z_loss, tp, cap)
     if backend.loss_weight is None:  # there will be no backward
-        return _by_rows(w_out, h, labels, rows, inside, z_loss, tp)
-    vjp = _cross_entropy_vjp(labels, rows, inside, z_loss, tp, backend)
+        return _by_rows(w_out, h, labels, rows, inside, z_loss, tp, cap)
+    vjp = _cross_entropy_vjp(labels, rows, inside, z_loss, tp, backend, cap)
     total, ce, z = backend.primitive(vjp, [w_out], [h], backend.weight_grads)
     return total, {"ce": ce.detach(), "z": z.detach()}
 
 
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """``cap · tanh(logits / cap)`` (Gemma 2, section 2), or the logits where there is none.
+
+    >>> capped(torch.tensor([1.0, 100.0]), 30.0)
+    tensor([ 0.9996, 29.9241])
+    """
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def plain_cross_entropy(
-    w_out: Tensor, h: Tensor, labels: Tensor, rows: Tensor, inside: Tensor | None, z_loss: float, tp: Axis
+    w_out: Tensor,
+    h: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    inside: Tensor | None,
+    z_loss: float,
+    tp: Axis,
+    cap: float | None = None,
 ) -> tuple[Tensor, Metrics]:
     """The definition, in plain differentiable operations; ``rows`` and ``inside`` are `local_rows` of the labels."""
     logits = h @ w_out.to(h.dtype).T
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = capped(logits if logits.dtype == torch.float64 else logits.float(), cap)
     counts = labels != IGNORE
     rows = rows.where(counts, 0)
     top = pmax(logits.detach().amax(-1), tp)
@@ -72,7 +95,15 @@ def plain_cross_entropy(
 
 @torch.no_grad()
 def _by_rows(
-    w_out: Tensor, h: Tensor, labels: Tensor, rows: Tensor, inside: Tensor | None, z_loss: float, tp: Axis, many: int = 1024
+    w_out: Tensor,
+    h: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    inside: Tensor | None,
+    z_loss: float,
+    tp: Axis,
+    cap: float | None,
+    many: int = 1024,
 ) -> tuple[Tensor, Metrics]:
     """The loss alone, of ``many`` positions at a time."""
     w = to_large(w_out, h.dtype)  # once
@@ -80,14 +111,20 @@ def _by_rows(
     sums: dict[str, Tensor] = {}
     for part, *indices in zip(h.flatten(0, -2).split(many), *parts, strict=True):
         some_labels, some_rows, some_inside = indices if inside is not None else (*indices, None)
-        loss, metrics = plain_cross_entropy(w, part, some_labels, some_rows, some_inside, z_loss, tp)
+        loss, metrics = plain_cross_entropy(w, part, some_labels, some_rows, some_inside, z_loss, tp, cap)
         for name, value in {"loss": loss, **metrics}.items():
             sums[name] = sums[name] + value if name in sums else value
     return sums.pop("loss"), sums
 
 
 def _cross_entropy_vjp(
-    labels: Tensor, label_rows: Tensor, inside: Tensor | None, z_loss: float, tp: Axis, backend: Backend
+    labels: Tensor,
+    label_rows: Tensor,
+    inside: Tensor | None,
+    z_loss: float,
+    tp: Axis,
+    backend: Backend,
+    cap: float | None,
 ) -> VJP:
     """Gradients of the logits are formed in place while the logits of a chunk of positions are in memory.
 
@@ -113,7 +150,10 @@ def _cross_entropy_vjp(
             part = slice(start, min(start + many, N))
             logits = torch.mm(h[part], w.T, out=buffer[: part.stop - start])
             some = (target[part], seen[0][part], None if seen[1] is None else seen[1][part])
+            slope = None if cap is None else _cap(logits, cap)
             sums += _to_gradient(logits, *some, z_loss, weight, backend.kernel, tp)
+            if slope is not None:
+                logits.mul_(slope)
             torch.mm(logits, w, out=d_h[part])
             if part.stop == N:
                 del w  # a copy, or not, in whose place its gradient may lie
@@ -133,6 +173,13 @@ def _cross_entropy_vjp(
         return (ce + z, ce.clone(), z.clone()), pullback
 
     return vjp
+
+
+def _cap(logits: Tensor, cap: float) -> Tensor:
+    """Overwrite logits by `capped` ones; returns the derivative, ``1 - tanh²``, in their dtype."""
+    tanh = torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
+    logits.copy_(cap * tanh)
+    return (1 - tanh * tanh).to(logits.dtype)
 
 
 def _to_gradient(

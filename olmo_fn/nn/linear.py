@@ -14,7 +14,7 @@ from torch import Tensor
 from olmo_fn.core.chain import Backend
 from olmo_fn.core.primitive import VJP
 from olmo_fn.mesh.axis import Axis
-from olmo_fn.mesh.collectives import all_gather, reduce_scatter
+from olmo_fn.mesh.collectives import all_gather, enter, reduce_scatter
 
 SINGLE = Axis()
 
@@ -91,3 +91,10 @@ def _linear_vjp(gather: Axis, scatter: Axis) -> VJP:
         return out, pullback
 
     return vjp
+
+
+def add_bias(tp: Axis, y: Tensor, bias: Tensor) -> Tensor:
+    """``y + bias`` in the dtype of y (B, T, N), of which a rank of ``tp`` has some positions: gradients of the bias (N,) are
+    summed.
+    """
+    return (y + enter(bias, tp)).to(y.dtype)

@@ -21,10 +21,17 @@ Result: TypeAlias = "Tensor | tuple[Tensor, Aux]"
 
 
 class Names(NamedTuple):
-    """What a parameter is called in other programs' files, relative to its block; matrices are (out, in) there."""
+    """What a parameter is called in other programs' files, relative to its block; matrices are (out, in) there.
+
+    The offsets are what is added to theirs to get ours: 1 for a gain that is kept around 0 there, and around 1 here. ``shape``:
+    of OLMo-core's, where ours is flat.
+    """
 
     huggingface: str
     olmo_core: str
+    huggingface_offset: float = 0.0
+    olmo_core_offset: float = 0.0
+    shape: tuple[int, ...] = ()
 
 
 def no_cache(rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> Tree:

@@ -13,7 +13,13 @@ from olmo_fn.data.instances.fixed import FixedLength
 from olmo_fn.data.settings import Data
 from olmo_fn.fields import AT_LEAST_ONE, DECAY, INVISIBLE, PATH, SIGNED, VISIBLE, Range, check_values
 from olmo_fn.mesh.settings import MeshConfig
-from olmo_fn.models.config import Attention, Block, FeedForwardSettings, MixerSettings, Model, PreNorm, SwiGLU, divisors
+from olmo_fn.models.config import Model
+from olmo_fn.models.settings.attention import Attention
+from olmo_fn.models.settings.block import BLOCKS, Block
+from olmo_fn.models.settings.feed_forward import FEED_FORWARDS
+from olmo_fn.models.settings.norm import NORMS, NormSettings
+from olmo_fn.models.settings.rope_scaling import SCALINGS, RopeScaling
+from olmo_fn.models.settings.sublayer import FeedForwardSettings, MixerSettings, divisors
 from olmo_fn.train.check_mesh import check_layout
 from olmo_fn.train.choices import Choices, named
 from olmo_fn.train.environment import check_device
@@ -28,8 +34,10 @@ CHOICES: Choices = {
     ScheduleSettings: named(*SCHEDULES),
     LossSettings: named(*LOSSES),
     MixerSettings: named(Attention),
-    FeedForwardSettings: named(SwiGLU),
-    Block: named(Block, PreNorm),
+    FeedForwardSettings: named(*FEED_FORWARDS),
+    Block: named(*BLOCKS),
+    NormSettings: named(*NORMS),
+    RopeScaling: named(*SCALINGS),
     InstancesSettings: named(FixedLength),
     ObserverSettings: named(NoObserver),
 }

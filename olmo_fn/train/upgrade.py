@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from olmo_fn.fields import values
-from olmo_fn.models.config import OLMO2
+from olmo_fn.models.families import OLMO2
 from olmo_fn.train.optimizers import OPTIMIZERS
 from olmo_fn.train.schedules import SCHEDULES
 

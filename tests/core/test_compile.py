@@ -19,7 +19,7 @@ from olmo_fn.optim import adamw
 from olmo_fn.spec import init
 
 
-def compilations(monkeypatch, cfg, length, dtype):
+def compilations(monkeypatch, cfg, length, dtype, mean_length=None):
     """Names of the functions that Dynamo compiles for three steps, and how often."""
     seen = Counter()
     plain = convert_frame.compile_frame
@@ -35,23 +35,29 @@ def compilations(monkeypatch, cfg, length, dtype):
     step = with_execution(step, fuse=fuse, kernel=wrap_with("eager"))
     state = step.init(init(transformer.specs(cfg), 0))
     for i in range(3):
-        ids = torch.randint(cfg.vocab_size, (2, length + 1), generator=torch.Generator().manual_seed(i))
-        state, _ = step(state, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
+        generator = torch.Generator().manual_seed(i)
+        ids = torch.randint(cfg.vocab_size, (2, length + 1), generator=generator)
+        batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+        if mean_length:
+            batch["documents"] = (torch.rand(2, length, generator=generator) < 1 / mean_length).cumsum(1)
+        state, _ = step(state, batch)
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_function_compiles_once(monkeypatch, dtype):
-    """Each costs one or two seconds: all blocks, tiles, norms and leaves share theirs, but a leaf's for a gradient's dtype."""
-    seen = compilations(monkeypatch, dense(32, 3, 4, 48, vocab_size=80), 400, dtype)
+@pytest.mark.parametrize(("dtype", "mean_length"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 60)])
+def test_every_function_compiles_once(monkeypatch, dtype, mean_length):
+    """Each costs one or two seconds: all blocks, tiles of every document, norms and leaves share theirs, but a leaf's for a
+    gradient's dtype.
+    """
+    seen = compilations(monkeypatch, dense(32, 3, 4, 48, vocab_size=80), 400, dtype, mean_length)
     assert seen.pop("_guarded.<locals>.guarded") == (1 if dtype == torch.float32 else 2)
     assert seen.pop("bind.<locals>.bound") == 2  # norm_and_rotate and add_normed, with their constants
     assert set(seen.values()) == {1}
     tiles = {"_weigh", "_total", "_gradient"} if dtype == torch.bfloat16 else set()  # in fp32 torch's own kernel attends
     assert set(seen) == {
         *tiles,
-        "gated",
-        "_gated_gradient",
+        "gated_silu",
+        "_gated_silu_gradient",
         "_softmax_times",
     }
 

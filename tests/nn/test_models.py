@@ -23,12 +23,13 @@ from olmo_fn.kernels.attention_tiles import TILE, attend, attend_vjp, document_s
 from olmo_fn.kernels.huge_pages import LARGE, new_large, to_large
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.models import count, transformer
-from olmo_fn.models.config import OLMO2, OLMO3, dense, modified
+from olmo_fn.models.config import dense, modified
+from olmo_fn.models.families import OLMO2, OLMO3
 from olmo_fn.nn import cross_entropy as head
 from olmo_fn.nn.attention import causal_pairs
 from olmo_fn.nn.context import Context
 from olmo_fn.nn.embedding import add_rows, embedding
-from olmo_fn.nn.feed_forward import swiglu
+from olmo_fn.nn.feed_forward import gated
 from olmo_fn.nn.linear import Adapted, linear
 from olmo_fn.nn.norm import rms_norm
 
@@ -229,7 +230,7 @@ def law_primitive(fn, *inputs):
 def test_swiglu_and_linear_are_their_definitions():
     g = torch.Generator().manual_seed(0)
     x, gate, up, down = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((2, 5, 6), (6, 9), (6, 9), (9, 6)))
-    law_primitive(swiglu, x, gate, up, down)
+    law_primitive(gated, x, gate, up, down)
     law_primitive(lambda ctx, x, a, b: torch.cat(ctx.linear(x, a, b), -1).sin(), x, gate, up)
     law_primitive(lambda ctx, x, w, a, b: ctx.linear(x, Adapted(w, a, b, 0.5))[0], x, gate, up[:2], gate[:, :2])
 

@@ -10,7 +10,8 @@ from olmo_fn import tree
 from olmo_fn.core.gradients import Gradients
 from olmo_fn.core.pipe import clip, ema, grad, pipe, skip_spikes
 from olmo_fn.models import transformer
-from olmo_fn.models.config import OLMO2, dense
+from olmo_fn.models.config import dense
+from olmo_fn.models.families import OLMO2
 from olmo_fn.optim import adamw, dion, lion, muon, normuon, sgd
 from olmo_fn.optim.base import OLMO_CORE_NO_DECAY, Decay
 from olmo_fn.optim.partition import assign, partition

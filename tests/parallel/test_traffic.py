@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -170,6 +171,7 @@ def between_sweeps(connection, rules: Rules) -> tuple[int, int]:
 
     def watching(stage):
         def head(p, x, ctx):
+            time.sleep(0.3)  # gloo's thread may hold the buffers of the gather that just ended for a moment longer
             weights = sum(out.untyped_storage().nbytes() for segment in gathered for out in segment.outs.values())
             found.append((weights, live.bytes()))
             return stage.fn(p, x, ctx)

@@ -12,7 +12,7 @@ from olmo_fn.mesh.mesh import Mesh, members
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import Attention, Model, SwiGLU, dense
 from olmo_fn.models.count import flops_per_sequence
-from olmo_fn.nn import context
+from olmo_fn.nn.norm import Norm
 from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.clock import clock
 from olmo_fn.planner.estimate import profile_of
@@ -153,9 +153,9 @@ def test_planning_notices_a_change_of_the_step(monkeypatch):
     axis = Axis("tp", 2, 0, "tp")
     plan = plan_of(Mesh(tp=2))
     before = traffic(plan, profile_of(plan))["tp", "all_gather", "calls"]
-    plain = context.Context.add_normed
-    more = lambda self, gain, x, y, eps: plain(self, gain, x, y, eps) + 0 * all_gather(x, 0, axis)[:1]  # noqa: E731
-    monkeypatch.setattr(context.Context, "add_normed", more)
+    plain = Norm.add
+    more = lambda self, ctx, p, x, y, factor: plain(self, ctx, p, x, y, factor) + 0 * all_gather(x, 0, axis)[:1]  # noqa: E731
+    monkeypatch.setattr(Norm, "add", more)
     profile.cache_clear()
     after = traffic(plan, profile_of(plan))["tp", "all_gather", "calls"]
     profile.cache_clear()

@@ -16,7 +16,8 @@ from olmo_fn import tree
 from olmo_fn.cli import main as cli
 from olmo_fn.cli import training
 from olmo_fn.fields import AT_LEAST_ONE, SIGNED, check_values, values
-from olmo_fn.models.config import OLMO2, dense
+from olmo_fn.models.config import dense
+from olmo_fn.models.families import OLMO2
 from olmo_fn.presets import CONFIGS
 from olmo_fn.spec import init
 from olmo_fn.train.choices import choosable, choose, named, with_files

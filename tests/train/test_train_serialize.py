@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.data.settings import Data
-from olmo_fn.models.config import OLMO2, OLMO3, Attention, Block, Model, PreNorm
+from olmo_fn.models.config import Attention, Block, Model, PreNorm
+from olmo_fn.models.families import OLMO2, OLMO3
 from olmo_fn.train.choices import base_of
 from olmo_fn.train.config import CHOICES, Config, Run
 from olmo_fn.train.observers import Observe

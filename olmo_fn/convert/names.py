@@ -1,0 +1,103 @@
+"""Which parameter is which in other programs' files: its name there, its shape there, and how to turn one into the other.
+
+Nothing is listed here but the ends of a model: what a sublayer's parameters and a part's norms are called is said where they
+are declared (`olmo_fn.nn.sublayer.Names`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from olmo_fn import tree
+from olmo_fn.models.config import Model
+from olmo_fn.models.transformer import layers, specs
+from olmo_fn.nn.norm import Norm
+from olmo_fn.nn.sublayer import Names
+
+Program: TypeAlias = Literal["huggingface", "olmo_core"]
+
+BLOCK = {"huggingface": "model.layers", "olmo_core": "blocks"}
+ENDS = {
+    "embed": Names("model.embed_tokens.weight", "embeddings.weight"),
+    "head.w_out": Names("lm_head.weight", "lm_head.w_out.weight"),
+    "head.bias": Names("lm_head.bias", "lm_head.w_out.bias"),
+    "head.scales": Names("lm_head.sz", "lm_head.sz"),
+}
+NORMS = {
+    "embed_norm": Names("model.embed_norm.weight", "embedding_norm.weight"),
+    "head.norm": Names("model.norm.weight", "lm_head.norm.weight"),
+}
+"""What is no part of a block. Its matrices are (vocabulary, width) everywhere."""
+
+
+class Stored(NamedTuple):
+    """A parameter as another program's file has it."""
+
+    name: str
+    """Its name there."""
+    shape: tuple[int, ...]
+    """Its shape there."""
+    transposed: bool = False
+    """It is a matrix (out, in) there, and (in, out) here."""
+    offset: float = 0.0
+    """What is added to it to get ours: 1 for a gain that is kept around 0 there."""
+    flat: bool = False
+    """It has dims there, and is flat here."""
+
+    def ours(self, theirs: Tensor) -> Tensor:
+        """The parameter out of the file's tensor: a view of it without an ``offset``.
+
+        >>> import torch
+        >>> Stored("w", (2, 3), transposed=True).ours(torch.ones(2, 3)).shape
+        torch.Size([3, 2])
+        """
+        turned = theirs.T if self.transposed else theirs.flatten() if self.flat else theirs
+        return turned + self.offset if self.offset else turned
+
+    def theirs(self, ours: Tensor) -> Tensor:
+        """The file's tensor out of the parameter; the inverse of `ours`."""
+        turned = ours - self.offset if self.offset else ours
+        return turned.T if self.transposed else turned.view(self.shape) if self.flat else turned
+
+
+def stored(cfg: Model, program: Program) -> dict[str, Stored]:
+    """Each parameter of a model, by its path, as ``program``'s files have it; a tied head is left out, as it is the embedding.
+
+    ValueError, with the path, for a parameter that has no name there.
+
+    >>> from olmo_fn.models.config import dense
+    >>> stored(dense(8, 1, 2, 16), "huggingface")["blocks.0.attention.w_q"]
+    Stored(name='model.layers.0.self_attn.q_proj.weight', shape=(8, 8), transposed=True, offset=0.0)
+    >>> stored(dense(8, 1, 2, 16), "olmo_core")["blocks.0.feed_forward.w_up"].name
+    'blocks.0.feed_forward.w3.weight'
+    """
+    norm = cfg.norm.build(cfg.norm_eps)
+    names = {path: ("", name) for path, name in {**ENDS, **_norms(norm, NORMS)}.items()}
+    for i, layer in enumerate(layers(cfg)):
+        named = {f"{sub.name}.{path}": name for sub in layer.sublayers for path, name in sub.names.items()}
+        for part in layer.parts:
+            named |= _norms(norm, {path: name for path, name in part.norms.items() if name})
+            named |= {path: name for path, (_, name) in part.others.items() if name}
+        names |= {f"blocks.{i}.{path}": (f"{BLOCK[program]}.{i}.", name) for path, name in named.items()}
+    found = {}
+    for path, spec in tree.items(specs(cfg)):
+        if path not in names:
+            raise ValueError(f"{path} has no name in the files of {program}")
+        block, name = names[path]
+        transposed, flat = bool(block) and len(spec.shape) == 2, program == "olmo_core" and bool(name.shape)
+        shape = name.shape if flat else spec.shape[::-1] if transposed else spec.shape
+        found[path] = Stored(block + getattr(name, program), shape, transposed, getattr(name, f"{program}_offset"), flat)
+    return found
+
+
+def _norms(norm: Norm, gains: Mapping[str, Names]) -> dict[str, Names]:
+    """The parameters of norms whose gains are called so; one kept around 0 here is kept around 1 by OLMo-core."""
+    if norm.zero_centred:
+        gains = {path: name._replace(olmo_core_offset=-1.0) for path, name in gains.items()}
+    if not norm.bias:
+        return dict(gains)
+    biases = {path: Names(*(text.removesuffix("weight") + "bias" for text in name[:2])) for path, name in gains.items()}
+    return {f"{path}.gain": name for path, name in gains.items()} | {f"{path}.bias": name for path, name in biases.items()}

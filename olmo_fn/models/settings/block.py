@@ -1,0 +1,108 @@
+"""Settings of blocks: each kind is a function of `olmo_fn.models.blocks`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from olmo_fn.models.settings.attention import Attention
+from olmo_fn.models.settings.feed_forward import SwiGLU
+
+if TYPE_CHECKING:
+    from olmo_fn.models.blocks import Part
+    from olmo_fn.models.config import Model
+    from olmo_fn.nn.norm import Norm
+    from olmo_fn.nn.sublayer import Sublayer
+
+InPlace = tyro.conf.arg(name="")
+"""The fields of a nested value are flags of their own, without its name before them: ``--model.n-heads``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A block: the mixer, then the feed-forward network, each with a norm on its output and a residual around both (OLMo 2)."""
+
+    name: tyro.conf.Suppress[str] = "reordered"
+    mixer: Annotated[Any, InPlace] = field(default_factory=Attention)
+    """What mixes positions."""
+    feed_forward: Annotated[Any, InPlace] = field(default_factory=SwiGLU)
+    """What works on each position."""
+
+    attention_factor: float = 1.0
+    """What the mixer's output is multiplied by before it is added to the stream."""
+    feed_forward_factor: float = 1.0
+    """The same for the feed-forward network."""
+
+    def parts(self, model: Model, layer: int) -> tuple[Part, ...]:
+        """The parts of block ``layer``: override `combine` for another kind of block."""
+        return self.combine(self.mixer.build(model, layer), self.feed_forward.build(model, layer), self.norm_of(model, layer))
+
+    def norm_of(self, model: Model, layer: int) -> Norm:
+        """The norm of block ``layer``."""
+        return model.norm.build(model.norm_eps)
+
+    def combine(self, mixer: Sublayer, feed_forward: Sublayer, norm: Norm) -> tuple[Part, ...]:
+        """How the two sublayers are put together: a function of `olmo_fn.models.blocks`, or your own."""
+        from olmo_fn.models.blocks import reordered
+
+        return reordered(mixer, feed_forward, norm, self.factors)
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """Those of the mixer and of the feed-forward network."""
+        return self.attention_factor, self.feed_forward_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreNorm(Block):
+    """A block with the norms on the sublayers' inputs (Llama, Qwen)."""
+
+    name: tyro.conf.Suppress[str] = "pre-norm"
+
+    def combine(self, mixer: Sublayer, feed_forward: Sublayer, norm: Norm) -> tuple[Part, ...]:
+        """``x + f(norm(x))`` for each."""
+        from olmo_fn.models.blocks import pre_norm
+
+        return pre_norm(mixer, feed_forward, norm, self.factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeriNorm(Block):
+    """A block with norms on the sublayers' inputs and outputs (Gemma 2 and 3)."""
+
+    name: tyro.conf.Suppress[str] = "peri-norm"
+
+    def combine(self, mixer: Sublayer, feed_forward: Sublayer, norm: Norm) -> tuple[Part, ...]:
+        """``x + norm(f(norm(x)))`` for each."""
+        from olmo_fn.models.blocks import peri_norm
+
+        return peri_norm(mixer, feed_forward, norm, self.factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledNorm(PreNorm):
+    """Norms on the inputs, divided by the square root of the block's number from 1 on (layer-norm scaling, Sun et al. 2025)."""
+
+    name: tyro.conf.Suppress[str] = "scaled-norm"
+
+    def norm_of(self, model: Model, layer: int) -> Norm:
+        """The norm of block ``layer``."""
+        return super().norm_of(model, layer)._replace(factor=(layer + 1) ** -0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalized(Block):
+    """A block that moves the stream along the unit sphere (nGPT); it has no norms with gains, and no factors."""
+
+    name: tyro.conf.Suppress[str] = "normalized"
+
+    def parts(self, model: Model, layer: int) -> tuple[Part, ...]:
+        """The parts of block ``layer``."""
+        from olmo_fn.models.blocks import normalized
+
+        return normalized(self.mixer.build(model, layer), self.feed_forward.build(model, layer), model.d_model)
+
+
+BLOCKS: tuple[Any, ...] = (Block, PreNorm, PeriNorm, ScaledNorm, Normalized)
