@@ -17,9 +17,8 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.core.chain import PLAIN
 from olmo_fn.models.config import Model
-from olmo_fn.models.transformer import extend_layer, head_logits, layers, tables_of
+from olmo_fn.models.transformer import embedded, extend_layer, head_logits, layers, tables_of
 from olmo_fn.nn.context import Context
-from olmo_fn.nn.embedding import embedding
 from olmo_fn.tree import Tree
 
 CHUNK = 128  # columns computed at once: bounds the memory of the scores
@@ -108,7 +107,7 @@ def _extend(cfg: Model, params: Tree, ids: Tensor, cache: Cache) -> tuple[Tensor
     positions = columns if cache.padding is None else (columns - cache.padding[:, None]).clamp(min=0)
     tables = tables_of(built, positions)
     ctx = Context(PLAIN, ids, None, positions, tables=tables, start=start, padding=cache.padding)
-    x, blocks = embedding(ctx, params["embed"], cfg.vocab_size), {}
+    x, blocks = embedded(cfg, params, ctx), {}
     for i, layer in enumerate(built):
         x, blocks[str(i)] = extend_layer(layer, params["blocks"][str(i)], x, ctx, cache.blocks[str(i)])
     return x, cache._replace(blocks=blocks, length=stop)

@@ -113,7 +113,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     norm = cfg.norm.build(cfg.norm_eps)
 
     def embed(p: Tree, x: None, ctx: Context) -> tuple[Tensor, Aux]:
-        return _embedded(cfg, norm, p, ctx), NOTHING
+        return embedded(cfg, p, ctx), NOTHING
 
     def head(p: Tree, x: Tensor, ctx: Context) -> tuple[None, Aux]:
         assert ctx.labels is not None
@@ -136,11 +136,11 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     )
 
 
-def _embedded(cfg: Model, norm: Norm, p: Tree, ctx: Context) -> Tensor:
+def embedded(cfg: Model, p: Tree, ctx: Context) -> Tensor:
     """The stream (B, T, D) before the first block."""
     x = embedding(ctx, p["embed"], cfg.vocab_size)
     x = x if cfg.embed_scale is None else x * cfg.embed_scale
-    return norm(ctx, p["embed_norm"], x) if cfg.embed_norm else x
+    return cfg.norm.build(cfg.norm_eps)(ctx, p["embed_norm"], x) if cfg.embed_norm else x
 
 
 def with_bias_and_scales(p: Tree, h: Tensor) -> tuple[Weight, Tensor]:
