@@ -13,14 +13,14 @@ from olmo_fn.tree import Tree
 
 
 def random_params(cfg: Model, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tree:
-    """Parameters with attention far from uniform and gains that are not 1."""
+    """Parameters with attention far from uniform, and gains that are not 1, nor biases 0."""
     params = init(transformer.specs(cfg), seed, dtype=dtype)
     noise = torch.Generator().manual_seed(seed)
     scale = {"*w_q": 3.0, "*w_k": 3.0}
 
     def shake(path: str, leaf: Tensor) -> Tensor:
         if leaf.ndim == 1:
-            return leaf * (0.5 + torch.rand(leaf.shape, generator=noise, dtype=dtype))
+            return (leaf if leaf.any() else leaf + 1) * (0.5 + torch.rand(leaf.shape, generator=noise, dtype=dtype))
         return leaf * next((s for pattern, s in scale.items() if tree.matches(path, [pattern])), 1.0)
 
     return tree.map_with_path(shake, params)

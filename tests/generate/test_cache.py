@@ -16,7 +16,8 @@ from olmo_fn.generate.config import Sampling
 from olmo_fn.generate.decode import CHUNK, empty_cache, enlarged, extend, rewound
 from olmo_fn.generate.memory import Memory
 from olmo_fn.generate.sample import sample
-from olmo_fn.models.config import Model, dense
+from olmo_fn.models.config import Head, Model, dense, modified
+from olmo_fn.models.families import FAMILIES
 from olmo_fn.nn import cache as kv
 from olmo_fn.nn.cache import sight
 
@@ -64,6 +65,33 @@ def test_every_position_across_the_ring_s_turns(parts: list[int]) -> None:
 def test_prompts_longer_than_window_and_chunk() -> None:
     cfg = windowed(7, CHUNK + 40, -1)
     decodes_as_it_computes(cfg, [2 * CHUNK + 3, 1, 1], [0, CHUNK + 9])
+
+
+SMALL = {"d_model": 16, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 4, "hidden_size": 24, "vocab_size": 31}
+PRESETS = ("olmo2-1b", "olmo3-7b-long", "llama3.1-8b", "qwen3-0.6b", "gemma3-4b", "ngpt-271m", "smollm2-135m")
+PARTS: dict[str, dict] = {
+    "sinks": {"sinks": True},
+    "score cap": {"score_cap": 2.0, "window_pattern": (5, -1)},
+    "gate": {"gate": "head"},
+    "biases": {"attention_bias": True, "clip_qkv": 0.7, "qk_norm": "none"},
+    "scalable softmax": {"scalable_softmax": True, "window_pattern": (5, -1)},
+    "no rope": {"rope_layers": "windowed", "window_pattern": (5, -1)},
+    "partial rope": {"rope_fraction": 0.5, "rope_interleaved": True, "qk_norm": "per-head"},
+    "head": {"head": Head(bias=True, cap=3.0), "embed_norm": True, "tie_embeddings": True},
+}
+
+
+def shrunk(model: Model) -> Model:
+    """The same kind of model in a size that takes no time."""
+    windows = {"window_pattern": (5, 5, -1)} if model.block.mixer.window_pattern else {}
+    return modified(model, **SMALL, **windows)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *PARTS])
+def test_every_family_and_part_decodes_as_it_computes(name: str) -> None:
+    presets = {preset: model for family in FAMILIES.values() for preset, model in family.items()}
+    cfg = shrunk(presets[name]) if name in PRESETS else modified(dense(16, 3, 4, 24), **SMALL, **PARTS[name])
+    decodes_as_it_computes(cfg, [3, 1, 9, 1, 1, 5], [0, 2])
 
 
 MUTANTS = {
