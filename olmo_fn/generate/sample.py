@@ -77,6 +77,8 @@ def _sample(
     seen = _seen(prompts, cfg.vocab_size, ids.device) if how.repetition_penalty != 1 else None
     read, running = list(prompts[0]), [True] * len(prompts)
     for n in range(how.max_tokens):
+        if memory is not None:
+            memory.cache = None  # used up; put back when it is whole again
         with torch.inference_mode():  # not around the yield, where it would reach the caller
             logits, cache = extend(cfg, params, ids, cache)
             if memory is not None:
@@ -98,8 +100,6 @@ def _sample(
         if not any(running):
             return
         ids, read = chosen[:, None], [*read, numbers[0]]
-        if memory is not None:
-            memory.cache = None
 
 
 def _start(
