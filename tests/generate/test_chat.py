@@ -8,7 +8,9 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from select import select
 
 import pytest
 import torch
@@ -231,12 +233,14 @@ def test_a_terminal_has_a_prompt_and_ctrl_d_ends(run: Path) -> None:
     def read_until(words: bytes, times: int) -> None:
         nonlocal text
         while text.count(words) < times:
+            assert select([ours], [], [], 60)[0], text
             text += os.read(ours, 1000)
 
     read_until(b"> ", 1)
     assert b"/reset forgets what was said" in text
     os.write(ours, b"hi\n")
     read_until(b"> ", 2)
+    time.sleep(0.5)  # until it reads: Python sees a signal that comes just before only with the next key
     process.send_signal(signal.SIGINT)  # while nothing is written
     read_until(b"> ", 3)
     assert text.count(b"/reset forgets what was said") == 2

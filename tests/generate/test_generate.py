@@ -516,7 +516,7 @@ def test_the_newest_whole_checkpoint_is_taken(run: Path, tmp_path: Path) -> None
 
 def test_the_command_prints_what_the_functions_give(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--max-tokens", "30", "--temperature", "1.1", "--top-k", "40", "--top-p", "0.9", "--seed", "7"]
-    how = Sampling(30, 1.1, 40, 0.9, (), 7)
+    how = Sampling(30, 1.1, 40, 0.9, seed=7)
     expected = "def " + generate_text(load_model(run)[0], "def ", how) + "\n"
     for more in ([], ["--no-stream"]):
         assert main([str(run), "def ", *flags, *more]) == 0
