@@ -52,6 +52,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     from olmo_fn.train import machine
     from olmo_fn.train.config import Config, Recipe, Run
     from olmo_fn.train.loss import CrossEntropy
+    from olmo_fn.train.neighbours import Neighbours
     from olmo_fn.train.optimizers import AdamW
     from olmo_fn.train.recipe import recipe
     from olmo_fn.train.schedules import Constant
@@ -86,6 +87,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 
     state = step.init(init(transformer.specs(model), 0))
     start, times, losses, peaks = time.perf_counter(), [], [], []
+    neighbours = Neighbours()
     with machine.warm_up() as warm:  # as the trainer does
         for i in range(args.steps + 2):
             data = batch()
@@ -93,6 +95,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             state, metrics = step(state, data)
             losses.append(float(metrics["loss"]))
             times.append(time.perf_counter() - begin)
+            neighbours()
             if i == 0:
                 warm()
             if i == 1:

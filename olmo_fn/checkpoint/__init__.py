@@ -15,6 +15,6 @@ from olmo_fn.checkpoint.stored import read_index, verify
 from olmo_fn.checkpoint.writing import SaveFailed, save
 
 __all__ = [
-    "BrokenCheckpoint", "Deferred", "Index", "RankLost", "Ranks", "Retention", "SaveFailed", "Saver", "load", "load_newest", "local_box",
-    "newest_whole", "read_index", "retire", "save", "step_path", "steps", "stream", "sweep", "to_delete", "verify",
+    "BrokenCheckpoint", "Deferred", "Index", "RankLost", "Ranks", "Retention", "SaveFailed", "Saver", "load", "load_newest",
+    "local_box", "newest_whole", "read_index", "retire", "save", "step_path", "steps", "stream", "sweep", "to_delete", "verify",
 ]  # fmt: skip

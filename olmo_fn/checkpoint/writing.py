@@ -59,10 +59,11 @@ def save(
     """Save ``tree`` as ``folder/step{step}`` and return that path; on return, the checkpoint is durable.
 
     ``tree`` is a nested dict of tensors of any shape, stride and device; ``meta`` is JSON of the caller's. Tensors are written
-    from their own memory, without a copy if contiguous on the CPU; a `Deferred` one is made when it is written. A new safetensors file begins after each ``file_bytes``,
-    and for each of ``threads`` if there is enough to write. Until the last rename there is only a hidden folder, so a kill at
-    any instant leaves the older checkpoints intact and this one absent. A *broken* checkpoint of the same step is moved
-    aside, to ``step{step}.broken-*``; an intact one is replaced only if ``replace``.
+    from their own memory, without a copy if contiguous on the CPU; a `Deferred` one is made when it is written. A new
+    safetensors file begins after each ``file_bytes``, and for each of ``threads`` if there is enough to write. Until the last
+    rename there is only a hidden folder, so a kill at any instant leaves the older checkpoints intact and this one absent. A
+    *broken* checkpoint of the same step is moved aside, to ``step{step}.broken-*``; an intact one is replaced only if
+    ``replace``.
 
     With ``ranks``, all of them call this with the same ``step``, in the same order, and each writes its part into the same
     folder, so that must be on a filesystem they share. Leaves may be DTensors; of a tensor that several ranks hold every

@@ -99,5 +99,9 @@ def _norms(norm: Norm, gains: Mapping[str, Names]) -> dict[str, Names]:
         gains = {path: name._replace(olmo_core_offset=-1.0) for path, name in gains.items()}
     if not norm.bias:
         return dict(gains)
-    biases = {path: Names(*(text.removesuffix("weight") + "bias" for text in name[:2])) for path, name in gains.items()}
+    biases = {path: Names(_bias(name.huggingface), _bias(name.olmo_core)) for path, name in gains.items()}
     return {f"{path}.gain": name for path, name in gains.items()} | {f"{path}.bias": name for path, name in biases.items()}
+
+
+def _bias(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"

@@ -124,7 +124,7 @@ def attend_over_vjp(
 
     ValueError, before anything is computed, if ``attend`` does not take ``sinks`` or ``cap`` and they are given.
     """
-    more = {name: value for name, value in (("sinks", sinks), ("cap", cap)) if value is not None}
+    more: dict[str, Any] = {name: value for name, value in (("sinks", sinks), ("cap", cap)) if value is not None}
     check_attend(attend, *more)
     if cp.size == 1:
         return attend(q, k, v, window=window, documents=documents, kernel=kernel, **more)

@@ -127,7 +127,7 @@ def normalized(mixer: Sublayer, feed_forward: Sublayer, d_model: int, step: floa
 
 
 def move_on_sphere(factor: float, tp: Axis, x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
-    """``x`` moved by ``factor · |alpha|`` towards the unit vector of ``y``, then back to length 1; (B, T, D), but alpha (D,)."""
+    """``x`` moved by ``factor · |alpha|`` towards the unit vector of ``y``, and back to length 1; both (B, T, D)."""
     x32, y32 = (z if z.dtype == torch.float64 else z.float() for z in (x, y))
     step = (factor * enter(alpha, tp)).abs().to(x32.dtype)
     return unit_norm(torch.lerp(x32, unit_norm(y32), step.expand_as(x32))).to(x.dtype)

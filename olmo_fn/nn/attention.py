@@ -134,7 +134,9 @@ class AttentionForm:
             return NAMES | {"q_norm": Names("self_attn.sq", "attention.sq"), "k_norm": Names("self_attn.sk", "attention.sk")}
         heads = {"q_norm": self.n_heads, "k_norm": self.n_kv_heads} if self.qk_norm == "per-head" else {}
         flat = {name: NAMES[name]._replace(shape=(count, self.head_dim)) for name, count in heads.items()}
-        gains = {name: names._replace(olmo_core_offset=-1.0) for name, names in (NAMES | flat).items() if name.endswith("_norm")}
+        gains = {
+            name: names._replace(olmo_core_offset=-1.0) for name, names in (NAMES | flat).items() if name.endswith("_norm")
+        }
         return NAMES | (gains if self.zero_centred else flat)
 
     def flops(self, length: int) -> int:
@@ -244,8 +246,7 @@ def norm_and_rotate(how: Place, tp: Axis, q: Tensor, k: Tensor, v: Tensor, *tens
         elif how.norm == "full":
             x = rms_norm(1 + gain if how.zero_centred else gain, x, how.eps, tp).unflatten(-1, (-1, K))
         elif how.norm == "unit":
-            x = unit_norm(x.unflatten(-1, (-1, K)))
-            x = (x * (how.gain_factor * gain).unflatten(-1, (-1, K))).to(x.dtype)
+            x = (unit_norm(x, tp) * (how.gain_factor * gain)).to(x.dtype).unflatten(-1, (-1, K))
         else:
             gain = enter(gain, tp) if how.norm == "head" else gain.unflatten(-1, (-1, K))
             x = rms_norm(1 + gain if how.zero_centred else gain, x.unflatten(-1, (-1, K)), how.eps)

@@ -96,11 +96,12 @@ def add_normed(norm: Norm, tp: Axis, factor: float, x: Tensor, y: Tensor, gain: 
     return x + (normed if factor == 1 else factor * normed)
 
 
-def unit_norm(x: Tensor) -> Tensor:
-    """``x / |x|`` over the last dim, computed in fp32 (nGPT, Loshchilov et al. 2024).
+def unit_norm(x: Tensor, axis: Axis = Axis()) -> Tensor:  # noqa: B008
+    """``x / |x|`` over the last dim, computed in fp32 (nGPT, Loshchilov et al. 2024); with an ``axis`` as in `rms_norm`.
 
     >>> unit_norm(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
     """
     x32 = x if x.dtype == torch.float64 else x.float()
-    return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True).clamp_min(1e-24))).to(x.dtype)
+    square = enter(psum(x32.square().sum(-1, keepdim=True), axis), axis)
+    return (x32 * torch.rsqrt(square.clamp_min(1e-24))).to(x.dtype)

@@ -22,6 +22,7 @@ from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout
 from olmo_fn.train.events import Evaluated, Event, Failure, Observer, RunInfo, Said, Started, Stepped, Stopped
 from olmo_fn.train.meter import InFlight, Meter, Moment
+from olmo_fn.train.neighbours import Neighbours
 from olmo_fn.train.observers import Console, Jsonl, build_observers, close_observers, fan_out
 from olmo_fn.train.observers.divergence import streak
 from olmo_fn.train.process import join
@@ -176,11 +177,14 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
         yield from map(Said, (*notes, *keeper.notes))
         rate = machine.gemm_rate(context.device, session.dtype) * context.process.size
         warm = stack.enter_context(machine.warm_up())
+        neighbours = Neighbours()
+        stack.callback(neighbours.close)
         meter = Meter(session.cfg.model, sizes(session.cfg), context.device, rate, Moment(context.device))
         try:
             for batch in batches:
                 state, metrics = session.step(state, batch)
                 n += 1
+                neighbours()
                 queue.append(InFlight(n, metrics, stop.code, context))
                 if n == start + 1:
                     warm()

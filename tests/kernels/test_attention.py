@@ -51,17 +51,18 @@ def by_definition(q, k, v, *, window=None, documents=None, offset=0, sinks=None,
     return scores.softmax(-1)[..., : k.shape[2]] @ v
 
 
-def law_pullback(fn, vjp, *inputs, **close):
-    """A faster form gives the value of the plain one, and its pullback the plain one's derivative."""
+def law_pullback(fn, vjp, *inputs, close=1e-10):
+    """A faster form gives the value of the plain one, and its pullback the plain one's derivative, within ``close`` of the
+    largest entry.
+    """
     leaves = [x.clone().requires_grad_() for x in inputs]
     expected = fn(*leaves)
     cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=DOUBLE).to(expected.dtype)
     with torch.no_grad():
         out, pullback = vjp(*inputs)
         found = pullback(out, cotangent)
-    assert_close(out, expected, **close)
-    for one, other in zip(found, torch.autograd.grad(expected, leaves, cotangent), strict=True):
-        assert_close(one, other, **close)
+    for one, other in zip((out, *found), (expected, *torch.autograd.grad(expected, leaves, cotangent)), strict=True):
+        assert_close(one, other, rtol=0, atol=close * other.abs().max().item())
 
 
 def options_of(documents, window, cap, masked):
@@ -84,8 +85,8 @@ def test_both_forms_are_softmax_attention(heads, kv_heads, window, sunk, cap, ma
     def named(fn):
         return lambda q, k, v, *sinks: fn(q, k, v, **options, **({"sinks": sinks[0]} if sinks else {}))
 
-    law_pullback(named(attend), lambda *x: vjp_of(named(by_definition), *x), *inputs, **EXACT)
-    law_pullback(named(attend), named(attend_vjp), *inputs, **EXACT)
+    law_pullback(named(attend), lambda *x: vjp_of(named(by_definition), *x), *inputs)
+    law_pullback(named(attend), named(attend_vjp), *inputs)
 
 
 def vjp_of(fn, *inputs):
@@ -108,7 +109,7 @@ def test_rows_from_an_offset_on(offset, window):
     def named(fn):
         return lambda q, k, v, sinks: fn(q, k, v, sinks=sinks, **options)
 
-    law_pullback(named(attend), named(attend_vjp), q[:, :, offset:], k, v, sinks, **EXACT)
+    law_pullback(named(attend), named(attend_vjp), q[:, :, offset:], k, v, sinks)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
@@ -116,6 +117,7 @@ def test_rows_from_an_offset_on(offset, window):
 def test_in_fp32(heads, kv_heads, masked):
     """Also where torch's own kernel attends, which takes sinks by the log-sum-exp, and no cap."""
     q, k, v, sinks, documents = tensors(heads, kv_heads, dtype=torch.float32)
+    q, k, v = q / 2, k / 2, v / 2  # of the usual size: sharper softmaxes magnify the rounding of scores
     assert suits(q, k, None, None) == (heads == kv_heads)
     assert not suits(q, k, None, None, 3.0)
     for cap in (None, 3.0):
@@ -124,8 +126,7 @@ def test_in_fp32(heads, kv_heads, masked):
             lambda q, k, v, s, o=options: attend(q, k, v, sinks=s, **o),
             lambda q, k, v, s, o=options: attend_vjp(q, k, v, sinks=s, **o),
             *(q, k, v, sinks),
-            rtol=1e-4,
-            atol=2e-5,
+            close=2e-6,
         )
 
 
@@ -243,8 +244,8 @@ def law_cost(documents, window=None, heads=2, kv_heads=2, K=4):
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_documents_cost_what_they_should(monkeypatch, window, kv_heads):
-    """The law, and with documents of about 128 of 1,024 tokens at most a third of one long document's cost without window."""
-    documents = packed(3, 1024, 128)
+    """The law; and without a window, documents of about 64 tokens cost a third of one of 1,024."""
+    documents = packed(3, 1024, 64)
     law_cost(documents, window, kv_heads=kv_heads)
     if window is None:
         for short, long in zip(flops(documents), flops(torch.zeros_like(documents)), strict=True):
@@ -261,7 +262,7 @@ CASES = [(None, None, False), (None, None, True), (70, None, True), (None, 3.0, 
 
 
 def on_a_rank(connection, method, case, sunk):
-    """Results of both forms for this rank's positions, its gradients, and the FLOPs of the fast one."""
+    """This rank's positions, and the results of both forms for them, with their gradients."""
     window, cap, masked = case
     cp = connection.axes.cp
     *whole, sinks, documents = tensors(4, 4, length=320)
@@ -274,10 +275,8 @@ def on_a_rank(connection, method, case, sunk):
         return lambda q, k, v, *s: fn(q, k, v, **options, **({"sinks": s[0]} if s else {}))
 
     out, pullback = vjp_of(named(attend_over), *inputs)
-    with FlopCounterMode(display=False) as counter:
-        fast, fast_pullback = named(attend_over_vjp)(*inputs)
-        found = fast_pullback(fast, cotangent.contiguous())
-    return local, (out, *pullback(out, cotangent)), (fast, *found), counter.get_total_flops()
+    fast, fast_pullback = named(attend_over_vjp)(*inputs)
+    return local, (out, *pullback(out, cotangent)), (fast, *fast_pullback(fast, cotangent.contiguous()))
 
 
 def law_ranks(results, case, sunk):
@@ -306,12 +305,24 @@ def test_over_ranks(pool, method, ranks):
         law_ranks(pool.run(on_a_rank, method, case, True, mesh=Mesh(cp=ranks)), case, True)
 
 
+def cost_of_a_rank(connection, method, documents):
+    """FLOPs forward and backward, with documents and without."""
+    cp = connection.axes.cp
+    q = torch.zeros(len(documents), 2, documents.shape[1] // cp.size, 4, dtype=DOUBLE)
+    found = []
+    for masked in (documents, None):
+        with FlopCounterMode(display=False) as counter:
+            out, pullback = attend_over_vjp(q, q, q, cp=cp, method=method, documents=masked)
+            pullback(out, out)
+        found.append(counter.get_total_flops())
+    return found
+
+
 @pytest.mark.parametrize("method", ["gather", "ulysses", "ring"])
-def test_documents_cost_less_over_ranks(pool, method):
-    """Each rank computes less, too."""
-    long, short = (pool.run(on_a_rank, method, (None, None, masked), False, mesh=Mesh(cp=2)) for masked in (False, True))
-    for one, other in zip(long, short, strict=True):
-        assert other[3] < 0.6 * one[3]
+def test_documents_cost_less_on_every_rank(pool, method):
+    """With any method, documents of about 64 tokens cost a third of one of 1,024."""
+    for short, long in pool.run(cost_of_a_rank, method, packed(2, 1024, 64), mesh=Mesh(cp=2)):
+        assert short < long / 3
 
 
 # --- the sublayer's primitive, and other backends ---------------------------------------------------------------------

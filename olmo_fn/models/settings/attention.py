@@ -30,7 +30,7 @@ class Attention(MixerSettings):
     """Width of a head; d_model / n_heads when not given."""
     qk_norm: Literal["full", "head", "per-head", "unit", "none"] = "full"
     """RMS norm of queries and keys: over all heads (OLMo), of each head (Qwen 3, Gemma 3), the same with gains for each head;
-    unit: each head has length 1 before its gains (nGPT)."""
+    unit: all heads together have length 1 before their gains (nGPT as OLMo-core has it)."""
     zero_centred: bool = False
     """The gains of these norms are what is added to one (Gemma)."""
     attention_bias: bool = False

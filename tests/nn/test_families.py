@@ -1,0 +1,300 @@
+"""Every part of a dense model computes what OLMo-core does; the families have the released sizes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_models import CLOSE, ENGINES, assert_grads, under
+from torch.testing import assert_close
+
+from olmo_fn import tree
+from olmo_fn.convert.names import stored
+from olmo_fn.core.chain import IGNORE, PLAIN
+from olmo_fn.core.pipe import grad, pipe
+from olmo_fn.generate.decode import empty_cache, extend
+from olmo_fn.models import count, transformer
+from olmo_fn.models.config import (
+    Attention,
+    Block,
+    GeGLU,
+    Head,
+    LayerNorm,
+    Model,
+    Normalized,
+    PeriNorm,
+    PreNorm,
+    RMSNorm,
+    ScaledNorm,
+    ScaledSwiGLU,
+    SwiGLU,
+    modified,
+)
+from olmo_fn.models.families import FAMILIES, LLAMA3, NGPT, OLMO3
+from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, RopeScaling, Stepwise, YaRN
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
+NAMES = (
+    "complex_rope_bias",
+    "gates_nope",
+    "gemma3",
+    "llama3_stepwise",
+    "lns",
+    "ngpt",
+    "ngpt_gqa",
+    "olmo3_swa_yarn",
+    "qwen3",
+    "scalable_softmax",
+    "sinks",
+    "yarn_all_layers",
+)
+BLOCKS = {
+    "default": PreNorm,
+    "default_scaled": ScaledNorm,
+    "reordered_norm": Block,
+    "peri_norm": PeriNorm,
+    "normalized": Normalized,
+}
+FEED_FORWARDS = {("default", "silu"): SwiGLU, ("default", "gelu_tanh"): GeGLU, ("normalized", "silu"): ScaledSwiGLU}
+
+
+def scaling_of(rope):
+    """Our settings of OLMo-core's, which are told apart by their fields."""
+    theirs = rope.get("scaling") or {}
+    if "new_theta" in theirs:
+        return AdjustedBase(new_theta=theirs["new_theta"])
+    if "beta_fast" in theirs:
+        return YaRN(
+            factor=theirs["factor"],
+            beta_fast=theirs["beta_fast"],
+            beta_slow=theirs["beta_slow"],
+            old_context=theirs["old_context_len"],
+        )
+    if "low_freq_proportion" in theirs:
+        return Stepwise(
+            factor=theirs["factor"],
+            low_freq_factor=1 / (1 - theirs["low_freq_proportion"]),
+            high_freq_factor=1 / theirs["high_freq_proportion"],
+            old_context=theirs["old_context_len"],
+        )
+    return Interpolation(factor=theirs["factor"]) if theirs else RopeScaling()
+
+
+def block_of(theirs, d_model):
+    """A block of ours, without what differs over the depth."""
+    mixer, ff, swa = theirs["sequence_mixer"], theirs["feed_forward"], theirs["sequence_mixer"].get("sliding_window") or {}
+    rope, norm, k = mixer["rope"], mixer.get("qk_norm"), mixer.get("head_dim") or d_model // mixer["n_heads"]
+    kind = "none" if not norm else "head" if mixer.get("use_head_qk_norm") else "full"
+    unit = mixer["name"] == "normalized"
+    gate = (mixer.get("gate") or {}).get("granularity", "none")
+    return BLOCKS[theirs["name"]](
+        mixer=Attention(
+            n_heads=mixer["n_heads"],
+            n_kv_heads=mixer.get("n_kv_heads"),
+            head_dim=mixer.get("head_dim"),
+            qk_norm="unit" if unit else "per-head" if mixer.get("qk_norm_per_head_gains") else kind,
+            attention_bias=bool(mixer.get("bias")),
+            clip_qkv=mixer.get("clip_qkv"),
+            gate={"none": "none", "headwise": "head", "elementwise": "element"}[gate],
+            sinks=mixer["attention_sinks"],
+            scalable_softmax=mixer["scalable_softmax"],
+            score_scale=k**0.5 if unit else None,
+            rope_theta=rope["theta"],
+            rope_scaling=scaling_of(rope),
+            rope_scaled_layers="all",
+            rope_layers="windowed" if rope["no_global_rope"] else "all",
+            rope_fraction=rope["partial_rotary_factor"],
+            rope_interleaved=rope["name"] == "complex",
+            window_pattern=tuple(swa.get("pattern", ())),
+            first_layer_full=swa.get("force_full_attention_on_first_layer", False),
+            last_layer_full=swa.get("force_full_attention_on_last_layer", False),
+        ),
+        feed_forward=FEED_FORWARDS[ff["name"], ff.get("activation", "silu")](
+            hidden_size=ff["hidden_size"], feed_forward_bias=bool(ff.get("bias"))
+        ),
+        attention_factor=theirs.get("attention_residual_alpha") or 1.0,
+        feed_forward_factor=theirs.get("feed_forward_residual_alpha") or 1.0,
+    )
+
+
+def model_of(theirs):
+    """Our config of any dense OLMo-core model."""
+    blocks = theirs["block"] if "sequence_mixer" not in theirs["block"] else {"": theirs["block"]}
+    pattern = theirs.get("block_pattern") or [""]
+    built = {name: block_of(block, theirs["d_model"]) for name, block in blocks.items()}
+    layers = [built[pattern[i % len(pattern)]] for i in range(theirs["n_layers"])]
+    for i, block in (theirs.get("block_overrides") or {}).items():
+        layers[int(i)] = block_of(block, theirs["d_model"])
+    norm = next(iter(blocks.values())).get("layer_norm") or {"name": "rms", "eps": 1e-6}
+    unit = theirs["name"] == "normalized"
+    return Model(
+        theirs["d_model"],
+        theirs["n_layers"],
+        theirs["vocab_size"],
+        layers[0],
+        pattern=tuple(layers) if len(set(map(str, layers))) > 1 else (),
+        norm=LayerNorm(bias=norm["bias"]) if norm["name"] == "default" else RMSNorm(),
+        norm_eps=norm["eps"],
+        embed_scale=theirs.get("embed_scale"),
+        embed_norm=bool(theirs.get("embedding_norm")),
+        head=Head(norm=not unit, scales=unit, bias=bool(theirs["lm_head"].get("bias"))),
+        tie_embeddings=theirs["tie_word_embeddings"],
+    )
+
+
+def load(tensors, cfg):
+    """OLMo-core's flat dict as a tree of ours; it must hold nothing else."""
+    table = stored(cfg, "olmo_core")
+    left = set(tensors) - {one.name for one in table.values()}
+    assert not left, f"no place for {sorted(left)}"
+    return tree.map_with_path(lambda path, _: table[path].ours(tensors[table[path].name]).clone(), transformer.specs(cfg))
+
+
+@pytest.fixture(params=NAMES)
+def case(request):
+    facts = json.loads((FIXTURES / f"{request.param}.json").read_text())
+    tensors = load_file(FIXTURES / f"{request.param}.safetensors")
+    cfg = model_of(facts["olmo_core_config"])
+    batch = {name: tensors[name] for name in ("input_ids", "labels")}
+    return cfg, tensors, facts, load(under("param.", tensors), cfg), batch
+
+
+def test_logits_and_hidden_states(case):
+    """Each block's output, and the logits."""
+    cfg, tensors, _, params, batch = case
+    chain, x = transformer.loss(cfg), None
+    context = chain.context(batch, PLAIN)
+    for stage in chain.stages[:-1]:
+        x, _ = stage.fn({key: tree.at(params, path) for key, path in stage.params}, x, context)
+        if stage.name == "feed_forward":
+            assert_close(x, tensors[f"hidden.{stage.block}"], **CLOSE)
+    assert_close(transformer.logits(cfg, params, batch), tensors["logits"], **CLOSE)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_loss_and_gradients(case, engine):
+    """The mean losses and the gradient of every parameter."""
+    cfg, tensors, facts, params, batch = case
+    grads, metrics = pipe(transformer.loss(cfg, z_loss=facts["z_loss_multiplier"]), grad(engine))(params, batch)
+    for ours, theirs in (("loss", "loss"), ("ce", "ce_loss"), ("z", "z_loss")):
+        assert metrics[ours].item() == pytest.approx(facts["mean"][theirs], rel=1e-5)
+    assert_grads(grads, load(under("grad.", tensors), cfg), params)
+
+
+def test_documents(case):
+    """Where OLMo-core's numbers are there: attention inside a document, positions from 0 in each."""
+    cfg, tensors, _, params, batch = case
+    if "doc.logits" not in tensors:
+        documents = torch.tensor([[0] * 9 + [1] * 15, [0] * 24])  # else a document alone is the definition
+        packed = transformer.logits(cfg, params, {**batch, "documents": documents})
+        alone = [transformer.logits(cfg, params, {"input_ids": ids}) for ids in batch["input_ids"][:1].split([9, 15], dim=1)]
+        return assert_close(packed[:1], torch.cat(alone, dim=1), **CLOSE)
+    numbers = torch.stack([torch.arange(row.numel()).repeat_interleave(row) for row in tensors["doc.doc_lens"]])
+    return assert_close(transformer.logits(cfg, params, {**batch, "documents": numbers}), tensors["doc.logits"], **CLOSE)
+
+
+def test_decoding(case):
+    """With its cache, a prompt and then token after token, each part gives the logits of its forward pass."""
+    cfg, tensors, _, params, batch = case
+    ids = batch["input_ids"]
+    cache, found = empty_cache(cfg, 2, ids.shape[1]), []
+    for part in ids.split([10] + [1] * 14, dim=1):
+        logits, cache = extend(cfg, params, part, cache)
+        found.append(logits)
+    assert_close(torch.stack(found, 1), tensors["logits"][:, 9:], **CLOSE)
+
+
+def test_counts(case):
+    """Parameters as OLMo-core counts them; FLOPs of products, to which it adds 6 for every entry of a vector."""
+    cfg, _, facts, params, _ = case
+    assert count.num_params(cfg) == facts["counts"]["num_params"]
+    vectors = sum(x.numel() for path, x in tree.items(params) if x.ndim == 1)
+    for length, theirs in facts["counts"]["flops_per_token"].items():
+        ours = count.flops_per_token(cfg, int(length))
+        assert ours <= theirs + cfg.n_layers * 12 * 64, "its pairs are rounded down"
+        assert theirs - ours <= 6 * vectors
+
+
+# --- the families -----------------------------------------------------------------------------------------------------
+
+RELEASED = {
+    "olmo3-7b": 7_298_617_344,
+    "olmo3-32b": 32_234_279_936,
+    "llama2-271m": 271_090_688,
+    "llama2-1b": 1_055_991_808,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-26b": 25_704_043_520,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3.1-405b": 405_853_388_800,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "gemma3-270m": 268_098_176,
+    "gemma3-1b": 999_885_952,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+}
+"""Parameters of the released models (of OLMo 3 with the vocabulary padded as here), and OLMo-core's of its own sizes."""
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_sizes(name):
+    cfg = next(models[name] for models in FAMILIES.values() if name in models)
+    assert count.num_params(cfg) == RELEASED[name]
+
+
+@pytest.mark.parametrize("name", [name for models in FAMILIES.values() for name in models])
+def test_presets_are_sound(name):
+    next(models[name] for models in FAMILIES.values() if name in models).check()
+
+
+def test_where_olmo_cores_presets_are_not_the_released_models():
+    assert LLAMA3["llama3-70b"].d_model == 8192
+    qwen, gemma = FAMILIES["qwen3"], FAMILIES["gemma3"]
+    assert (qwen["qwen3-14b"].n_layers, qwen["qwen3-32b"].block.mixer.n_heads) == (40, 64)
+    assert [gemma[f"gemma3-{size}"].block.mixer.head_dim for size in ("1b", "4b", "12b", "27b")] == [256, 256, 256, 128]
+
+
+def test_yarn_is_on_the_full_layers_of_olmo3_only():
+    model = FAMILIES["olmo3"]["olmo3-7b-long"]
+    found = [model.block.mixer.rope(model, layer).scaling for layer in range(8)]
+    assert [scaling is not None for scaling in found] == [False, False, False, True] * 2
+    assert OLMO3["olmo3-7b"].block.mixer.rope(OLMO3["olmo3-7b"], 3).scaling is None
+
+
+def test_ngpt_starts_and_stays_on_the_sphere():
+    model = modified(NGPT["ngpt-271m"], d_model=16, n_layers=1, n_heads=2, hidden_size=24, vocab_size=32)
+    assert model.init_method == "normalized"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_fraction": 0.3}, "the head width is 8, of which 2 are"),
+        ({"rope_fraction": 0.1}, "of which 0 are rotated; rotary positions need an even number"),
+        ({"score_cap": 0.0}, "--model.score-cap is 0.0; it must be positive"),
+        ({"rope_scaling": YaRN(beta_slow=40.0)}, "beta-slow 40.0 must be below"),
+        ({"rope_scaling": Stepwise(low_freq_factor=4.0)}, "low-freq-factor 4.0 must be below"),
+    ],
+)
+def test_wrong_settings_are_refused(change, message):
+    model = modified(Model(32, 1, 64), n_heads=4, **change)
+    if "of which 2" in message:
+        return model.check()  # two dims are a pair
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        model.check()
+
+
+def test_labels_that_do_not_count_are_not_in_the_loss(case):
+    _, _, _, _, batch = case
+    assert (batch["labels"] == IGNORE).any()
