@@ -111,6 +111,7 @@ def soup(args: Soup) -> str:
     import torch
 
     from olmo_fn.checkpoint import read_index, save
+    from olmo_fn.convert.text_files import KEPT
     from olmo_fn.train.folder import write_config
     from olmo_fn.train.process import ProcessContext
     from olmo_fn.train.session import find_run, open_run
@@ -138,6 +139,8 @@ def soup(args: Soup) -> str:
         write_config(replace(cfg, run=replace(cfg.run, folder=str(output))), draft)
         if tokenizer:
             shutil.copy(tokenizer, draft)
+            if (kept := tokenizer.parent / KEPT).is_dir():
+                shutil.copytree(kept, draft / KEPT)
         saved = save({"params": params}, draft / "checkpoints", step=step, meta={"averaged": [str(path) for path in paths]})
         draft.rename(output)
     name, other = shlex.quote(str(output)), shlex.quote(f"{output}-2")

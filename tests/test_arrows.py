@@ -16,7 +16,7 @@ PACKAGE = Path(olmo_fn.__file__).parent
 GROUND = {"tree", "spec"}
 CORE = GROUND | {"mesh", "kernels", "core"}
 MODEL = CORE | {"nn", "models"}
-RUN = MODEL | {"optim", "transforms", "parallel", "data", "checkpoint", "launch", "fields", "files", "train"}
+RUN = MODEL | {"optim", "transforms", "parallel", "data", "checkpoint", "convert", "launch", "fields", "files", "train"}
 KNOWS: dict[str, set[str]] = {
     "tree": set(),
     "spec": {"tree"},
@@ -54,6 +54,7 @@ KNOWS: dict[str, set[str]] = {
 
 EXCEPTIONS = {
     ("transforms/lora.py", "nn"): "an adapted matrix is a kind of weight of `olmo_fn.nn.linear`, which multiplies by it",
+    ("convert/command.py", "train"): "the commands read and write runs; the formats, which training reads and writes, do not",
     ("testing/pool.py", "train"): "ranks load the files of parts that the caller has used, by `olmo_fn.train.choices.load`",
 }
 """Files that may import more, each with the reason."""

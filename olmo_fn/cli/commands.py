@@ -109,6 +109,24 @@ def tokenize(words: Sequence[str]) -> int:
     return run(parse(Tokenize, "olmo-fn tokenize", words))
 
 
+def convert(words: Sequence[str]) -> int:
+    """Runs from the files of other programs, and back."""
+    from olmo_fn.convert.command import DIRECTIONS
+
+    name, *rest = words or ["--help"]
+    if name in ("-h", "--help"):
+        rows = "\n".join(f"  {way:<10} {settings.__doc__}" for way, (settings, _) in DIRECTIONS.items())
+        print(f"usage: olmo-fn convert {{{','.join(DIRECTIONS)}}} …\n\n{rows}\n\nolmo-fn convert WAY --help says more")
+        return 0
+    if name not in DIRECTIONS:
+        raise ValueError(
+            f"olmo-fn convert {name}: there is no such way{did_you_mean(name, DIRECTIONS)} There are {', '.join(DIRECTIONS)}"
+        )
+    settings, run = DIRECTIONS[name]
+    found: int = run(parse(settings, f"olmo-fn convert {name}", rest))
+    return found
+
+
 def with_use(words: Sequence[str]) -> tuple[Mapping[str, Config], Choices, list[str]]:
     """The presets and choices, with those of the files after each ``--use``, and the other words."""
     use, rest = training.take(words, "--use")

@@ -1,6 +1,7 @@
 """``olmo-fn train olmo2-tiny``, ``olmo-fn train olmo2-1b --optim.lr 6e-3``; ``python train.py`` is the same. Imports no torch.
 
-The first word is a preset, or the ``config.yaml`` (or the folder) of an earlier run. Every flag is a field of
+The first word is a preset, or the ``config.yaml`` (or the folder) of an earlier run; or there is none, and
+``--init.from-hf DIR`` gives the model. Every flag is a field of
 `olmo_fn.train.config.Config`: ``olmo-fn train olmo2-tiny --help`` lists them, and ``--optim.name muon --help`` those of Muon.
 """
 
@@ -19,6 +20,7 @@ from olmo_fn.launch.place import place_from_env
 from olmo_fn.models.config import Attention, Model, SwiGLU
 from olmo_fn.train.choices import Choices, choosable, choose, classes_of, describe, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
+from olmo_fn.train.finetune import check_model, data_of, described, finetuning
 from olmo_fn.train.folder import read_config
 
 SHAPE = {"d_model", "n_layers", "vocab_size", "tie_embeddings", "n_heads", "n_kv_heads", "head_dim", "hidden_size"}
@@ -41,7 +43,11 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
         print(overview(presets, prog))
         return None
     first, *flags = rest
-    if first in presets:
+    directories = take(rest, "--init.from-hf")[0] or take(rest, "--init.from_hf")[0]
+    if first.startswith("-") and directories:
+        first, flags = directories[-1], rest
+        config = finetuning(Path(first).expanduser())
+    elif first in presets:
         config = presets[first]
     elif first.startswith("-"):
         name = next((word for word in flags if word in presets), next(iter(presets)))
@@ -56,9 +62,17 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
     cls, default = group(config, flags)
     words = describe(config, choices)
     config = parsing.parse(cls, f"{prog} {first}", flags, elsewhere(config, choices), default=default, description=words)
-    config = one_of_both(config, flags)
+    config = with_tokenizer(one_of_both(config, flags))
     name = first if first in presets else Path(first).stem
     return config if config.run.folder else replace(config, run=replace(config.run, folder=f"runs/{name}"))
+
+
+def with_tokenizer(config: Config) -> Config:
+    """The config with the tokenizer of the directory that the weights come from, unless another is named."""
+    if not config.init.from_hf or config.data.tokenizer:
+        return config
+    found = data_of(Path(config.init.from_hf))
+    return replace(config, data=replace(config.data, tokenizer=found.tokenizer, eos=config.data.eos or found.eos))
 
 
 def group(config: Config, flags: list[str]) -> tuple[Any, Any]:
@@ -160,9 +174,14 @@ def run(cfg: Config, command: Sequence[str]) -> int:
     """Train, evaluate, sample, and say what to type next."""
     cfg.check()
     check_start(cfg)
+    if cfg.init.from_hf and not Path(cfg.run.folder, "config.yaml").exists():
+        check_model(cfg)
     place = None if cfg.dry_run else place_from_env()
-    if cfg.lora.rank and not cfg.run.start_from and (place is None or place.rank == 0):
-        print("warning: --lora.rank trains adapters of random weights here; give --run.start-from RUN", file=sys.stderr)
+    if cfg.lora.rank and not cfg.run.start_from and not cfg.init.from_hf and (place is None or place.rank == 0):
+        print(
+            "warning: --lora.rank trains adapters of random weights here; give --run.start-from RUN or --init.from-hf DIR",
+            file=sys.stderr,
+        )
     if cfg.nproc and not cfg.dry_run and not (place and place.status):
         from olmo_fn.launch.local import launch
 
@@ -185,6 +204,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
 
     with join(cfg) as context:
         size = context.process.size
+        report.say(described(cfg) if cfg.init.from_hf and context.is_main else "")
         session = open_run(cfg.on(size), context)
         dtype = str(session.dtype).removeprefix("torch.")
         memory = machine.total_memory(context.device, place.local_size if place else 1)

@@ -117,7 +117,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
 
     def head(p: Tree, x: Tensor, ctx: Context) -> tuple[None, Aux]:
         assert ctx.labels is not None
-        h = all_gather(norm(ctx, p["norm"], x) if cfg.head.norm else x, 1, ctx.backend.axes.tp)
+        h = all_gather(norm.once(ctx, p["norm"], x) if cfg.head.norm else x, 1, ctx.backend.axes.tp)
         matrix, h = with_bias_and_scales(p, h)
         return None, Aux(*cross_entropy(ctx, matrix, h, ctx.labels, cfg.vocab_size, z_loss, cfg.head.cap))
 
@@ -140,7 +140,7 @@ def embedded(cfg: Model, p: Tree, ctx: Context) -> Tensor:
     """The stream (B, T, D) before the first block, of the parameters ``embed`` and ``embed_norm``."""
     x = embedding(ctx, p["embed"], cfg.vocab_size)
     x = x if cfg.embed_scale is None else x * cfg.embed_scale
-    return cfg.norm.build(cfg.norm_eps)(ctx, p["embed_norm"], x) if cfg.embed_norm else x
+    return cfg.norm.build(cfg.norm_eps).once(ctx, p["embed_norm"], x) if cfg.embed_norm else x
 
 
 def with_bias_and_scales(p: Tree, h: Tensor) -> tuple[Weight, Tensor]:

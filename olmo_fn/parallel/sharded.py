@@ -28,7 +28,7 @@ from olmo_fn.mesh.placement import DEFAULT, Placed, Rules, placements
 from olmo_fn.parallel import buckets
 from olmo_fn.parallel.gathered import Gathered
 from olmo_fn.parallel.owners import gather_from_owners, scatter_to_owners
-from olmo_fn.spec import Box, init_leaf
+from olmo_fn.spec import Box, Spec, init_leaf
 from olmo_fn.tree import Tree
 
 _c10d = torch.ops._c10d_functional
@@ -76,10 +76,14 @@ class ShardedPlacement(Placement):
 
     def init(self, seed: int, dtype: torch.dtype = torch.float32) -> Tree:
         """Initial parameters as DTensors; each rank makes only its own shards, with the bits of `olmo_fn.spec.init`."""
+        return self.make(lambda path, spec, box: init_leaf(spec, seed, path, box).to(dtype))
+
+    def make(self, part: Callable[[str, Spec, Box], Tensor]) -> Tree:
+        """Parameters as DTensors, of this rank's parts: ``part(path, spec, box)`` gives the ``box`` of a parameter."""
         device = self.connection.device_mesh.device_type
 
-        def leaf(path: str, spec: Any) -> DTensor:
-            return self.store(path, init_leaf(spec, seed, path, self.box(path)).to(device=device, dtype=dtype))
+        def leaf(path: str, spec: Spec) -> DTensor:
+            return self.store(path, part(path, spec, self.box(path)).to(device))
 
         return tree.map_with_path(leaf, self.local_specs)
 

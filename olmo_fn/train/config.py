@@ -33,11 +33,11 @@ CHOICES: Choices = {
     OptimizerSettings: named(*OPTIMIZERS),
     ScheduleSettings: named(*SCHEDULES),
     LossSettings: named(*LOSSES),
+    NormSettings: named(*NORMS),
+    RopeScaling: named(*SCALINGS),
     MixerSettings: named(Attention),
     FeedForwardSettings: named(*FEED_FORWARDS),
     Block: named(*BLOCKS),
-    NormSettings: named(*NORMS),
-    RopeScaling: named(*SCALINGS),
     InstancesSettings: named(FixedLength),
     ObserverSettings: named(NoObserver),
 }
@@ -79,6 +79,29 @@ class Lora:
     """The change is multiplied by alpha / rank."""
     patterns: tuple[str, ...] = ("*.attention.w_*", "*.feed_forward.w_*")
     """Patterns of the matrices to adapt."""
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where the first weights come from, if they are not random."""
+
+    from_hf: Annotated[str, PATH] = ""
+    """Directory in the form of Hugging Face (config.json and safetensors) with weights of this model. Without a preset the
+    model is that of the directory, and in any case the tokenizer, unless --data.tokenizer names one."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Directories in the form of Hugging Face, written while the run goes on."""
+
+    hf_every: int = 0
+    """Steps between them; one is written at the end as well. They are made from checkpoints, which are saved then. 0: none."""
+    keep_last: int = 0
+    """Keep only this many newest ones; 0 keeps all."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of their weights; auto: that of --init.from-hf, or else float32."""
+    weights: Literal["params", "ema", "merge"] = "params"
+    """The weights; or their moving average, or the mean of the last steps, if the run keeps one."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +209,10 @@ class Config:
     """How the processes divide the work."""
     lora: Lora = field(default_factory=Lora)
     """Train low-rank changes only."""
+    init: Init = field(default_factory=Init)
+    """First weights that are not random."""
+    export: Annotated[Export, INVISIBLE] = field(default_factory=Export)
+    """Directories in the form of Hugging Face on the way."""
     run: Annotated[Run, INVISIBLE] = field(default_factory=Run)
     """Where the run lives, how long it is, what it reports."""
     observe: Annotated[Observe, INVISIBLE] = field(default_factory=Observe)
@@ -222,6 +249,13 @@ class Config:
                 raise ValueError(
                     f"--recipe.accumulate {r.accumulate} does not divide {name} {size}; choose one of {divisors(size)}"
                 )
+        if self.init.from_hf and self.run.start_from:
+            raise ValueError("--init.from-hf and --run.start-from both say where the weights come from; leave out one of them")
+        if self.init.from_hf and not self.data.paths and not self.dry_run:
+            raise ValueError(
+                f"--init.from-hf needs --data.paths, files that its tokenizer made: olmo-fn tokenize TEXTS --output tokens "
+                f"--tokenizer {self.init.from_hf}/tokenizer.json"
+            )
         if r.noise_scale and r.accumulate < 2 and not r.micro_batch:
             raise ValueError("--recipe.noise-scale compares the parts of a batch; give it --recipe.accumulate 2 or more")
 

@@ -21,6 +21,7 @@ from olmo_fn.train import machine
 from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout
 from olmo_fn.train.events import Evaluated, Event, Failure, Observer, RunInfo, Said, Started, Stepped, Stopped
+from olmo_fn.train.export import Exporter
 from olmo_fn.train.meter import InFlight, Meter, Moment
 from olmo_fn.train.neighbours import Neighbours
 from olmo_fn.train.observers import Console, Jsonl, build_observers, close_observers, fan_out
@@ -116,7 +117,9 @@ def train(run: Config | Session, observers: Sequence[Observer] = ()) -> Result:
             if isinstance(event, Started) and run.process.is_main:  # nothing refuses the run from here on
                 info = RunInfo(run.folder, run.folder.name, asdict(run.cfg))
                 asked_for = build_observers(run.cfg.observe, info)
-                all_observers[:0] = [Console(run.cfg.run.log_every), Jsonl(run.folder / "metrics.jsonl"), *asked_for]
+                exporters = [Exporter(run)] if run.cfg.export.hf_every else []
+                always = Console(run.cfg.run.log_every), Jsonl(run.folder / "metrics.jsonl")
+                all_observers[:0] = [*always, *asked_for, *exporters]
             stop.ask(fan_out(all_observers, event))
             match event:
                 case Stepped(step):
@@ -188,9 +191,8 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
                 queue.append(InFlight(n, metrics, stop.code, context))
                 if n == start + 1:
                     warm()
-                save, evaluate = (
-                    n == run.steps or (every and n % every == 0) for every in (run.checkpoint_every, run.eval_every)
-                )
+                save = due(n, run.steps, run.checkpoint_every, session.cfg.export.hf_every)
+                evaluate = due(n, run.steps, run.eval_every)
                 yield from told(keep=1)
                 if save or evaluate or stopped or (stop.code and not context.connection):
                     yield from told(keep=0)
@@ -220,6 +222,11 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
         if not asked():
             yield from evaluated(session, state, asked)
     yield Stopped(n, stop.reason)
+
+
+def due(step: int, last: int, *every: int) -> bool:
+    """Whether something is done after ``step``: after the last one, and after each multiple of ``every`` that is not 0."""
+    return step == last or any(n and step % n == 0 for n in every)
 
 
 def evaluated(session: Session, state: State, given_up: Callable[[], bool]) -> Iterator[Event]:

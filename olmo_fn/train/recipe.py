@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from olmo_fn import tree
+from olmo_fn.convert.huggingface import open_directory
 from olmo_fn.core.compile import compile
 from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.core.step import Step
@@ -18,7 +19,7 @@ from olmo_fn.models import transformer
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.shard import shard
 from olmo_fn.parallel.sharded import ShardedPlacement
-from olmo_fn.spec import init
+from olmo_fn.spec import Box, Spec, init_leaf
 from olmo_fn.train.config import Config
 from olmo_fn.train.schedule import schedule
 from olmo_fn.transforms import (
@@ -85,13 +86,27 @@ def is_trained(cfg: Config, path: str) -> bool:
 
 
 def first_parameters(cfg: Config, step: Step, device: torch.device) -> Tree:
-    """The parameters that a run begins with; on a mesh each rank makes its own parts."""
-    placement = step.execution.layout.placement
+    """The parameters that a run begins with: random, or those of ``init.from_hf``; on a mesh each rank makes its own parts."""
+    placement, part = step.execution.layout.placement, first_part(cfg)
     if isinstance(placement, ShardedPlacement):
-        params = placement.init(cfg.run.seed)
+        params = placement.make(part)
     else:
-        params = init(parameters(cfg), cfg.run.seed, device=device)
+        params = tree.map_with_path(lambda path, spec: part(path, spec, None).to(device), parameters(cfg))
     return unit_params(params, dims_of(transformer.specs(cfg.model))) if cfg.recipe.normalize else params
+
+
+def first_part(cfg: Config) -> Callable[[str, Spec, Box | None], torch.Tensor]:
+    """A function that gives the first values of the parameter at a path, or of a box of it, fp32."""
+
+    def random(path: str, spec: Spec, box: Box | None) -> torch.Tensor:
+        return init_leaf(spec, cfg.run.seed, path, box)
+
+    if not cfg.init.from_hf:
+        return random
+    directory = open_directory(cfg.init.from_hf, cfg.model)
+    return lambda path, spec, box: (
+        directory.parameter(path, box) if path in directory.names else random(path, spec, box)  # adapters are in no directory
+    )
 
 
 def given(value: Any, make: Callable[[Any], Transform]) -> tuple[Transform, ...]:

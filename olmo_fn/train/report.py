@@ -81,9 +81,11 @@ def next_commands(result: Result) -> str:
     cfg, folder = result.session.cfg, result.session.folder
     where, config, other = (shlex.quote(str(path)) for path in (folder, folder / "config.yaml", f"{folder}-2"))
     test = f"loss over lr:  olmo-fn plot range-test {where}\n" if cfg.schedule.name == "range-test" else ""
+    name = shlex.quote(f"{folder}-hf")
+    export = f"hugging face:  olmo-fn convert to-hf {where} {name}\n" if cfg.init.from_hf else ""
     return test + (
         f"sample more:   olmo-fn generate {where} {shlex.quote(cfg.run.sample or 'def ')} --temperature 0.7\n"
-        f"checkpoints:   olmo-fn checkpoint {where}\n"
+        f"checkpoints:   olmo-fn checkpoint {where}\n{export}"
         f"train again:   python train.py {config} --optim.lr {cfg.optim.lr / 2:g} --run.folder {other}"
     )
 

@@ -10,6 +10,8 @@ from typing import Any
 from olmo_fn import tree
 from olmo_fn.checkpoint import BrokenCheckpoint, Retention, Saver, read_index, step_path, steps
 from olmo_fn.checkpoint.commit import free_bytes
+from olmo_fn.convert.huggingface import READ, open_directory
+from olmo_fn.convert.text_files import KEPT, keep
 from olmo_fn.core.step import State
 from olmo_fn.data.identity import identity
 from olmo_fn.files import make_folder, sync, write_whole
@@ -76,10 +78,21 @@ class Keeper:
                 self.notes.append(f"{path} is not the tokenizer of the data, and stays: checkpoints were made with it")
             else:
                 write_whole(path, text)
+        self._keep_text_files()
         own = session.folder.resolve() / "checkpoints"
         if self.checkpoint and session.cfg.run.start_from and self.checkpoint.resolve().parent != own:
             write_origin(session.cfg, self.checkpoint)
         self.notes += room(session)
+
+    def _keep_text_files(self) -> None:
+        """Tokenizer, chat template and the like of the Hugging Face directory that the weights are from, for an export."""
+        cfg, folder = self.session.cfg, self.session.folder
+        if (folder / KEPT).exists():
+            return
+        if cfg.init.from_hf and self.newest == 0:
+            keep(Path(cfg.init.from_hf), folder, READ[open_directory(cfg.init.from_hf).dtype])
+        elif self.checkpoint and (source := self.checkpoint.parent.parent / KEPT).is_dir():
+            keep(source, folder)
 
 
 def newest_meta(folder: Path) -> Mapping[str, Any]:

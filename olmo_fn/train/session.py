@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
 from olmo_fn import tree
-from olmo_fn.checkpoint import Index, load, load_newest, read_index, step_path, steps
+from olmo_fn.checkpoint import Index, load, load_newest, read_index, step_path, steps, stream
 from olmo_fn.core.chain import Batch
 from olmo_fn.core.step import State, Step
 from olmo_fn.data.heldout import TokenSet, heldout_batches
@@ -32,9 +32,10 @@ from olmo_fn.train.folder import origin, read_config, runs_near
 from olmo_fn.train.process import ProcessContext
 from olmo_fn.train.recipe import first_parameters, parameters, recipe
 from olmo_fn.train.schedule import sizes
-from olmo_fn.transforms.lora import merge_lora
+from olmo_fn.transforms.lora import adapted, merge_lora
 from olmo_fn.tree import Tree
 
+T = TypeVar("T")
 Weights: TypeAlias = Literal["params", "ema", "merge"]
 
 
@@ -139,7 +140,7 @@ class Session:
             )  # a pipeline's stage asks for less
             return load(path, like, select=select, device=self.process.device)[0]
 
-        found = self._find(where, read, **options)
+        found = self.find(where, read, **options)
         if found is None:
             return None
         state, new = with_new_slots(self.step, found[1], expected["slots"])
@@ -148,13 +149,13 @@ class Session:
     def _params_of(self, where: Path) -> Loaded | None:
         """A new state with the model's parameters of another run; adapters are new."""
         like = {"params": abstract(transformer.specs(self.cfg.model))}
-        found = self._find(where, lambda path: load(path, like, select=["params.*"], device=self.process.device)[0])
+        found = self.find(where, lambda path: load(path, like, select=["params.*"], device=self.process.device)[0])
         if found is None:
             return None
         params = {**first_parameters(self.cfg, self.step, self.process.device), **found[1]["params"]}
         return Loaded(self.step.init(params), found[0])
 
-    def _find(self, where: Path, read: Callable[[Path], Tree], **options: Any) -> tuple[Path, Tree] | None:
+    def find(self, where: Path, read: Callable[[Path], T], **options: Any) -> tuple[Path, T] | None:
         """``read`` of the checkpoint ``where``, or of the newest whole one of that run; ``options`` as `load_newest` has."""
         if (where / "index.json").is_file():
             return where, read(where)
@@ -166,10 +167,7 @@ class Session:
 
     def read_model(self, where: Path, weights: Weights = "params", **options: Any) -> tuple[Tree, Path] | None:
         """`model_parameters` of a checkpoint, or of the newest whole one of a run, and its path. Reads only what it needs."""
-        setting = {"ema": "ema", "merge": "merge_last"}.get(weights)
-        if setting and not getattr(self.cfg.recipe, setting):
-            flag = f"--recipe.{setting.replace('_', '-')}"
-            raise ValueError(f"{where} kept no {weights} of its weights ({flag} was 0); use --weights params")
+        self.check_kept(where, weights)
         leaves = tree.flatten(abstract(self.specs))
 
         def read(path: Path) -> Tree:
@@ -177,8 +175,30 @@ class Session:
             like = tree.unflatten((place, leaves[path]) for path, place in places.items())
             return load(path, like, select=list(places.values()), device=self.process.device)[0]
 
-        found = self._find(where, read, **options)
+        found = self.find(where, read, **options)
         return found and (self._model(found[1], leaves, weights, where), found[0])
+
+    def stream_model(self, checkpoint: Path, weights: Weights = "params") -> Iterator[tuple[str, torch.Tensor]]:
+        """`read_model` of one checkpoint, a parameter at a time: paths and tensors on the CPU."""
+        self.check_kept(checkpoint, weights)
+        leaves = tree.flatten(abstract(self.specs))
+        places = weight_places(weights, leaves, read_index(checkpoint).tensors, checkpoint)
+        parts = {
+            path: [part for part in (path, f"lora.{path}.a", f"lora.{path}.b") if part in leaves]
+            for path in leaves
+            if not path.startswith("lora.")
+        }
+        tensors = stream(checkpoint, {places[part]: leaves[part] for found in parts.values() for part in found})
+        for path, found in parts.items():
+            w, *ab = (next(tensors)[1] for _ in found)
+            yield path, adapted(w, ab[0], ab[1], self.cfg.lora.alpha) if ab else w
+
+    def check_kept(self, where: Path, weights: Weights) -> None:
+        """ValueError for a kind of weights that the run does not keep."""
+        setting = {"ema": "ema", "merge": "merge_last"}.get(weights)
+        if setting and not getattr(self.cfg.recipe, setting):
+            flag = f"--recipe.{setting.replace('_', '-')}"
+            raise ValueError(f"{where} kept no {weights} of its weights ({flag} was 0); use --weights params")
 
     def evaluate(
         self, state: State, weights: Weights = "params", name: str = HELDOUT, given_up: Callable[[], bool] = lambda: False

@@ -11,10 +11,18 @@ from programs import ROOT
 
 from olmo_fn.cli import main as cli
 
-PAGES = ("your-data", "your-model", "configs", "many-gpus")
+PAGES = ("your-data", "your-model", "configs", "many-gpus", "hugging-face")
+SAID = {
+    "your-data": "perplexity",
+    "your-model": "loss ",
+    "configs": "Heldout(loss=",
+    "many-gpus": "fits",
+    "hugging-face": "the same model",
+}
 SMALL = """--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.hidden-size 32 --recipe.no-compile
 --recipe.sequence-length 16 --recipe.batch-size 4 --recipe.dtype float32 --run.threads 1 --run.steps 6 --schedule.warmup 2
 --run.eval-tokens 500 --run.sample="""
+FEW = "--recipe.no-compile --recipe.sequence-length 16 --recipe.dtype float32 --run.threads 1 --run.steps 6 --run.sample="
 TOKENS = "--model.vocab-size 300 --data.paths tokens/part-*.npy --data.tokenizer tokens/tokenizer.json"
 
 
@@ -55,6 +63,8 @@ def command(line):
     words = [small.get(word, word) for word in rest] if {"--mesh.dp-shard", "--gpus"} & {*rest} else rest
     if name == "train" and {"olmo2-tiny", "mine"} & {*words} and "--help" not in words:
         words += shlex.split(SMALL) + ([] if "--data.paths" in words else shlex.split(TOKENS))
+    if "--init.from-hf" in words:
+        words += shlex.split(FEW)
     if "--mesh.dp-shard" in words or "--nproc" in words:
         words += ["--dry-run", "--gpus", "2"]
     return [name, *words]
@@ -66,7 +76,7 @@ def test_what_the_page_says_works(page, folder, capsys):
     for _, text in found:
         if named := re.match(r"# ([\w.]+\.(?:py|yaml))\n", text):
             (folder / named[1]).write_text(text)
-    if page != "your-data":
+    if page not in ("your-data", "hugging-face"):
         assert cli.main(["tokenize", "texts", "--output", "tokens", "--tokenizer", "bpe", "--vocab-size", "300"]) == 0
     for language, text in found:
         if language == "python" and not re.match(r"# [\w.]+\.py\n", text):
@@ -75,7 +85,7 @@ def test_what_the_page_says_works(page, folder, capsys):
             if not line.startswith("cat "):
                 assert exit_code(command(line)) == 0, (line, capsys.readouterr().err)
     said = capsys.readouterr().out
-    assert {"your-data": "perplexity", "your-model": "loss ", "configs": "Heldout(loss=", "many-gpus": "fits"}[page] in said
+    assert SAID[page] in said
 
 
 def test_a_script_for_slurm_is_one_for_bash():

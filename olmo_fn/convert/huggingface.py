@@ -1,0 +1,177 @@
+"""A directory in the form of Hugging Face: its parameters, read from it a part at a time, and such a directory, written whole.
+
+directory = open_directory("OLMo-2-0425-1B")
+directory.model                                     # what its config.json describes
+directory.parameter("blocks.0.attention.w_q")       # in our form, fp32
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmo_fn.checkpoint.commit import free_bytes
+from olmo_fn.checkpoint.stored import some
+from olmo_fn.convert.config_json import CONFIG, differences, json_of, model_of, read_json, write_json
+from olmo_fn.convert.names import ENDS, Stored, stored
+from olmo_fn.convert.tensors import SHARD_BYTES, StoredTensor, Target, open_tensors, write_tensors
+from olmo_fn.files import sync
+from olmo_fn.models.config import Model
+from olmo_fn.spec import Box
+
+READ = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""The dtypes of weights, all of which fp32 holds exactly."""
+DTYPES = {name: dtype for dtype, name in READ.items()}
+BUFFER = "rotary_emb.inv_freq"
+"""The end of the names of tensors that old files have, and that are computed from the config."""
+
+
+@dataclass(frozen=True)
+class Directory:
+    """An open directory, whose tensors are those of its ``model``."""
+
+    path: Path
+    raw: Mapping[str, Any] = field(repr=False)
+    """Its config.json."""
+    model: Model
+    names: Mapping[str, Stored] = field(repr=False)
+    """Each parameter by its path, as the files have it."""
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all of its weights; fp32 where they are not all of one."""
+        dtypes = {self.tensors[name.name].dtype for name in self.names.values()}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that it is made for, if the config.json says it."""
+        found = self.raw.get("max_position_embeddings")
+        return found if type(found) is int else None
+
+    def parameter(self, path: str, box: Box | None = None) -> Tensor:
+        """A parameter, or the ``box`` of it, in our form, fp32. Of the file only the rows are read that hold it."""
+        name = self.names[path]
+        tensor = self.tensors[name.name]
+        offset, shape = box or Box.whole(name.shape[::-1] if name.transposed else name.shape)
+        out = torch.empty(shape, dtype=torch.float32)
+        theirs, start = (out.T, offset[::-1]) if name.transposed else (out, offset)
+        columns = tuple(slice(at, at + n) for at, n in zip(start[1:], theirs.shape[1:], strict=True))
+        for first, rows in tensor.rows(start[0], theirs.shape[0]):
+            theirs[first - start[0] : first - start[0] + len(rows)] = rows[(slice(None), *columns)]
+        return out.add_(name.offset) if name.offset else out
+
+
+def open_directory(path: str | Path, model: Model | None = None) -> Directory:
+    """The directory at ``path``: its config.json is read, and the headers of its safetensors files.
+
+    ``model``: what it is expected to hold. ValueError, one line, for a model that is not that one, with all that differs; for
+    tensors that lack, that no parameter has, or of other shapes; and as `model_of` and `open_tensors`.
+    """
+    folder = Path(path)
+    raw = read_json(folder)
+    there = model_of(raw, str(folder / CONFIG))
+    if model is not None and (differ := differences(there, model)):
+        raise ValueError(f"{folder} holds another model: {', '.join(differ)}")
+    found = Directory(folder, raw, there, stored(there, "huggingface"), open_tensors(folder))
+    check_tensors(found)
+    return found
+
+
+def check_tensors(directory: Directory) -> None:
+    """ValueError unless the tensors are those of the model, with their shapes and dtypes that are read."""
+    wanted, tensors = {name.name: name.shape for name in directory.names.values()}, directory.tensors
+    missing = [name for name in wanted if name not in tensors]
+    extra = [name for name in tensors if name not in wanted and not name.endswith(BUFFER)]
+    head, embed = ENDS["head.w_out"].huggingface, ENDS["embed"].huggingface
+    if directory.model.tie_embeddings and head in extra and embed in tensors:
+        extra.remove(head)
+        if not _same(tensors[head], tensors[embed]):
+            extra.append(f"{head} (another than {embed}, though tie_word_embeddings is true)")
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, and {list(shape)} by {CONFIG}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    problems = [f"missing: {some(missing, 3)}"] if missing else []
+    problems += [f"not of this model: {some(extra, 3)}"] if extra else []
+    problems += [some(wrong, 3)] if wrong else []
+    if problems:
+        raise ValueError(f"the tensors in {directory.path} are not those of its {CONFIG}: {'; '.join(problems)}")
+    for name in wanted:
+        if tensors[name].dtype not in READ:
+            dtype = str(tensors[name].dtype).removeprefix("torch.")
+            raise ValueError(f"{tensors[name].file}: {name} is {dtype}; weights are read in {', '.join(DTYPES)}")
+
+
+def write_directory(
+    target: Path,
+    model: Model,
+    parameters: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    more: Callable[[Path], Any] = lambda draft: None,
+    config: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    advance: Callable[[int], Any] = lambda nbytes: None,
+) -> None:
+    """Write a directory that transformers loads: whole, or not at all.
+
+    ``parameters``: paths and tensors in our form, in the order of `olmo_fn.convert.names.stored`; each is let go when it is
+    written. ``config``: the config.json but for its dtype, `json_of` the model when not given. ``more`` adds files.
+    ValueError for a target that is there already, and for a model that no architecture computes.
+    """
+    config = dict(config or json_of(model))
+    config.pop("torch_dtype", None)
+    config |= {"dtype": READ[dtype], "torch_dtype": READ[dtype]}  # of transformers 5, and of 4
+    names = stored(model, "huggingface")
+    targets = [Target(name.name, dtype, name.shape) for name in names.values()]
+
+    def tensors() -> Iterator[Tensor]:
+        for (path, name), (given, tensor) in zip(names.items(), parameters, strict=True):
+            assert path == given, (path, given)
+            yield name.theirs(tensor)
+
+    with drafting(target, sum(one.nbytes for one in targets)) as draft:
+        write_tensors(draft, targets, tensors(), shard_bytes, advance)
+        write_json(draft / CONFIG, config)
+        more(draft)
+
+
+@contextmanager
+def drafting(target: Path, nbytes: int) -> Iterator[Path]:
+    """A hidden folder beside ``target`` that takes its name at the end, or is removed after an error."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is there already; choose another directory, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if free_bytes(target.parent) < nbytes:
+        raise ValueError(f"{target} needs {nbytes:,} bytes, and fewer are free there; free some space, or choose another")
+    draft = target.with_name(f".partial-{target.name}-{uuid.uuid4().hex[:12]}")
+    try:
+        draft.mkdir()
+        yield draft
+        for file in draft.rglob("*"):
+            sync(file)
+        sync(draft)
+        os.replace(draft, target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _same(a: StoredTensor, b: StoredTensor) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    integers = torch.uint8
+    pairs = zip(a.rows(), b.rows(), strict=True)
+    return all(torch.equal(x.view(integers), y.view(integers)) for (_, x), (_, y) in pairs) if math.prod(a.shape) else True

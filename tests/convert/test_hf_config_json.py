@@ -1,0 +1,210 @@
+"""A config.json is read in whole or refused by the key's name; a model that is written as one is the same when it is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from helpers import examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+from olmo_fn.convert.config_json import canonical, differences, json_of, model_of
+from olmo_fn.models import families
+from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, PeriNorm, PreNorm, RMSNorm, SwiGLU, dense, modified
+from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, RopeScaling, Stepwise, YaRN
+
+PRESETS = {
+    name: model
+    for group in vars(families).values()
+    if isinstance(group, dict)
+    for name, model in group.items()
+    if isinstance(model, Model)
+}
+
+# --- released models, as their config.json says it ------------------------------------------------------------
+
+COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True}
+RELEASED = {
+    "olmo2-7b": {
+        "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False, "eos_token_id": 100257,
+        "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 100277, "rms_norm_eps": 1e-6, "rope_scaling": None,
+        "rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32", "vocab_size": 100352,
+    },
+    "olmo3-7b-long": {
+        "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "attention_bias": False, "eos_token_id": 100257,
+        "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 65536, "num_attention_heads": 32,
+        "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 8, "num_hidden_layers": 32, "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-6, "rope_theta": 500000, "sliding_window": 4096, "tie_word_embeddings": False, "dtype": "bfloat16",
+        "rope_scaling": {"attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "yarn"}, "vocab_size": 100352,
+    },
+    "llama3.2-1b": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192,
+        "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "tie_word_embeddings": True,
+    },
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128,
+        "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+        "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+        "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "gemma3-1b": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attn_logit_softcapping": None,
+        "final_logit_softcapping": None, "cache_implementation": "hybrid", "head_dim": 256, "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+        "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_local_base_freq": 10000, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144,
+    },
+    "smollm2-135m": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "hidden_size": 576,
+        "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+        "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+        "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True, "vocab_size": 49152,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_config_of_a_released_model_is_its_preset(name):
+    assert differences(model_of({**COMMON, **RELEASED[name]}), PRESETS[name]) == []
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("ngpt")])
+def test_every_preset_has_a_config_json(name):
+    raw = json.loads(json.dumps(json_of(PRESETS[name])))
+    assert differences(model_of(raw), PRESETS[name]) == []
+
+
+def test_a_model_of_no_architecture_is_refused_with_what_differs():
+    with pytest.raises(ValueError, match=r"no architecture of transformers computes this model; as \w+ it .*--model\.\S+ "):
+        json_of(PRESETS["ngpt-271m"])
+    with pytest.raises(ValueError, match=r"--model\.clip-qkv 2\.0 \(there None\)"):
+        json_of(modified(dense(8, 2, 2, 16), clip_qkv=2.0))
+
+
+# --- law 11, of configs ---------------------------------------------------------------------------------------
+
+some = st.sampled_from
+SCALINGS = (
+    RopeScaling(),
+    Interpolation(factor=3.0),
+    Stepwise(factor=8.0, old_context=64),
+    YaRN(factor=4.0, old_context=32),
+    AdjustedBase(new_theta=77.0),
+)
+
+
+@st.composite
+def models(draw) -> Model:
+    """Models of all kinds, most of which some architecture computes."""
+    kind, heads = draw(some([Block, PreNorm, PreNorm, PeriNorm])), draw(some([2, 4]))
+    gemma = kind is PeriNorm
+    mixer = Attention(
+        n_heads=heads,
+        n_kv_heads=draw(some([None, 1, 2])),
+        head_dim=draw(some([None, 6])),
+        qk_norm="full" if kind is Block else "head" if gemma else draw(some(["none", "head"])),
+        zero_centred=gemma,
+        attention_bias=draw(some([False, False, True])),
+        score_scale=draw(some([None, 16**-0.5])) if gemma else None,
+        rope_theta=draw(some([1e4, 5e5])),
+        local_rope_theta=draw(some([None, 1e4])) if gemma else None,
+        rope_scaling=draw(some(SCALINGS)),
+        rope_scaled_layers=draw(some(["full", "all"])),
+        window_pattern=draw(some([(), (), (5,), (5, 5, -1), (-1, 5)])),
+        first_layer_full=draw(st.booleans()),
+        last_layer_full=draw(st.booleans()),
+    )
+    feed_forward = (GeGLU if gemma else SwiGLU)(
+        hidden_size=draw(some([8, 12])), feed_forward_bias=draw(some([False, False, True]))
+    )
+    return Model(
+        d_model=8,
+        n_layers=draw(st.integers(1, 7)),
+        vocab_size=draw(some([20, 33])),
+        block=kind(mixer=mixer, feed_forward=feed_forward),
+        norm=RMSNorm(zero_centred=gemma),
+        norm_eps=draw(some([1e-5, 1e-6])),
+        embed_scale=8**0.5 if gemma else None,
+        head=Head(cap=draw(some([None, 30.0])) if gemma else None),
+        tie_embeddings=draw(st.booleans()),
+        init_std=draw(some([0.02, 0.3])),
+    )
+
+
+@given(models())
+@examples(150)
+def test_what_has_a_config_json_is_read_as_the_same_model(model):
+    try:
+        raw = json_of(model)
+    except ValueError:  # no architecture computes it
+        return
+    assert canonical(model_of(json.loads(json.dumps(raw)))) == canonical(model)
+
+
+def test_nearly_all_are_written_that_an_architecture_has():
+    """The law is not empty: these are of some architecture."""
+    base = dense(8, 6, 2, 16)
+    for model in (
+        base,
+        modified(base, window_pattern=(5, 5, -1)),
+        modified(base, window_pattern=(5,), last_layer_full=False),
+        modified(base, window_pattern=(5, -1), rope_scaling=YaRN(factor=4.0, old_context=32)),
+        replace(base, block=PreNorm(mixer=Attention(n_heads=2, qk_norm="none", window_pattern=(5,), last_layer_full=False))),
+        replace(base, block=PreNorm(mixer=Attention(n_heads=2, qk_norm="head", window_pattern=(-1, 5), last_layer_full=False))),
+        replace(base, pattern=(PreNorm(mixer=Attention(n_heads=2, qk_norm="none")),
+                               PreNorm(mixer=Attention(n_heads=2, qk_norm="none", rope_layers="none")))),
+    ):  # fmt: skip
+        assert differences(model_of(json_of(model)), model) == []
+
+
+# --- what is refused, by name ---------------------------------------------------------------------------------
+
+SMALL = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "vocab_size": 9,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+}  # fmt: skip
+OLMO3 = {**SMALL, "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "rope_theta": 5e5}
+REFUSED = [
+    (SMALL, {"hidden_act": "gelu"}, 'hidden_act is "gelu"; no model here computes that, only "silu" or "swish"'),
+    (SMALL, {"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+    (SMALL, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "is of rope_type 'dynamic'; there are default"),
+    (SMALL, {"rope_scaling": {"type": "longrope"}}, "'longrope'"),
+    (SMALL, {"rope_scaling": {"type": "linear"}}, "rope_scaling has no factor"),
+    (SMALL, {"rope_scaling": {"type": "linear", "factor": 2.0, "extra": 1}}, "extra is 1; it is not known here"),
+    (SMALL, {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "keep one of them"),
+    (SMALL, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    (SMALL, {"rope_interleaved": True}, "rope_interleaved is true"),
+    (SMALL, {"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}; it is not known here'),
+    (SMALL, {"auto_map": {"AutoModel": "a.py"}}, "auto_map"),
+    (SMALL, {"residual_multiplier": 0.2}, "residual_multiplier is 0.2; it is not known here, and would be ignored"),
+    (SMALL, {"num_attention_heads": 3}, "num_attention_heads is 3; it does not divide hidden_size 8"),
+    (SMALL, {"hidden_size": "8"}, 'hidden_size is "8"; it must be a whole number'),
+    (SMALL, {"hidden_size": None}, "has no hidden_size"),
+    (SMALL, {"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
+    (SMALL, {"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not read here; there are Olmo2ForCausalLM, Olmo3"),
+    (OLMO3, {"rope_theta": 1e4}, "transformers 4 takes it for all layers, 5 for those with full attention alone"),
+    (OLMO3, {"layer_types": ["full_attention"]}, "layer_types is .*for each of the 2 layers"),
+    (OLMO3, {"layer_types": ["chunked_attention"] * 2}, "layer_types"),
+    (OLMO3, {"layer_types": ["sliding_attention"] * 2, "sliding_window": 0}, "sliding_window is 0"),
+    (OLMO3, {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": False}}, "truncate is false"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "change", "said"), REFUSED)
+def test_a_key_that_would_be_ignored_is_refused_by_name(base, change, said):
+    model_of(base)
+    with pytest.raises(ValueError, match=said) as caught:
+        model_of({**base, **change}, "DIR/config.json")
+    assert str(caught.value).startswith("DIR/config.json")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,110 @@
+"""What is read from a directory of transformers computes what transformers does, and is written again with the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hf_peers import CASES, directory, peer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from olmo_fn import tree
+from olmo_fn.cli import main as cli
+from olmo_fn.convert.huggingface import open_directory
+from olmo_fn.core.chain import IGNORE
+from olmo_fn.core.pipe import grad, pipe
+from olmo_fn.models import transformer
+
+
+def params_of(folder):
+    found = open_directory(folder)
+    return found, tree.unflatten((path, found.parameter(path)) for path in found.names)
+
+
+def relative(found, expected):
+    """The largest difference, in units of the largest entry."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3", "llama3_stepwise", "olmo2_gqa", "olmo2_mha", "olmo3_swa", "olmo3_swa_yarn", "qwen3"]
+)
+def test_a_directory_with_the_weights_of_olmo_core_computes_its_numbers(name, tmp_path):
+    """Without transformers: config.json and names are those that OLMo-core's models have there, logits and loss its own."""
+    facts, tensors = json.loads((FIXTURES / f"{name}.json").read_text()), load_file(FIXTURES / f"{name}.safetensors")
+    offsets = facts["hf"]["olmo_weight_minus_hf_weight"]
+    names = {here: there for here, there in facts["hf"]["names"].items() if f"param.{here}" in tensors}  # but for a tied head
+    weights = {there: tensors[f"param.{here}"] - offsets.get(here, 0) for here, there in names.items()}
+    save_file({there: weight.contiguous() for there, weight in weights.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(facts["hf"]["config"]))
+    found, params = params_of(tmp_path)
+    batch = {key: tensors[key] for key in ("input_ids", "labels")}
+    torch.testing.assert_close(transformer.logits(found.model, params, batch), tensors["logits"], rtol=1e-5, atol=2e-5)
+    _, metrics = transformer.loss(found.model)(params, batch)
+    assert metrics["ce"].item() / int((batch["labels"] != IGNORE).sum()) == pytest.approx(facts["mean"]["ce_loss"], rel=1e-5)
+
+
+def test_all_families_are_among_the_cases():
+    from olmo_fn.convert.families import FAMILIES
+
+    assert {family.model_type for family in FAMILIES} == {kind for kind, _ in CASES.values()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_loss_and_gradients_are_those_of_transformers(case, tmp_path):
+    theirs = peer(case)
+    theirs.save_pretrained(tmp_path)
+    found, params = params_of(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(found.model.vocab_size, (2, 40), generator=generator)
+    targets = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.2, IGNORE)  # transformers shifts them itself
+    labels = torch.cat((targets[:, 1:], torch.full((2, 1), IGNORE)), dim=1)
+    out = theirs(input_ids=ids, labels=targets)
+    out.loss.backward()
+
+    assert relative(transformer.logits(found.model, params, {"input_ids": ids}), out.logits.detach()) < 1e-5
+    grads, metrics = pipe(transformer.loss(found.model), grad())(params, {"input_ids": ids, "labels": labels})
+    assert float(metrics["loss"]) == pytest.approx(out.loss.item(), rel=1e-5)
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for path, g in tree.items(grads):
+        there = found.names[path].ours(expected[found.names[path].name])
+        assert float((g - there).abs().max()) <= 1e-5 * max(float(there.abs().max()), 1e-2 * largest), path
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", CASES)
+def test_from_and_to_keeps_the_bytes_of_every_tensor(case, dtype, tmp_path, capsys):
+    source = directory(case, tmp_path / "in", dtype)
+    assert cli.main(["convert", "from-hf", str(source), str(tmp_path / "run")]) == 0
+    assert cli.main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert (tensor.dtype, tensor.shape) == (after[name].dtype, after[name].shape), name
+        assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+    assert old == {name: value for name, value in new.items() if name != "torch_dtype"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_new_config_json_is_loaded_as_the_same_model(case, tmp_path):
+    """Without the one that the weights came with: transformers reads what we write of the model alone."""
+    from olmo_fn.convert.huggingface import write_directory
+
+    theirs = peer(case)
+    theirs.save_pretrained(tmp_path / "in")
+    found, params = params_of(tmp_path / "in")
+    write_directory(tmp_path / "out", found.model, tree.items(params), torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    assert type(again) is type(theirs)
+    ids = torch.randint(found.model.vocab_size, (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, theirs(ids).logits)
