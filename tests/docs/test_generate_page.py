@@ -9,11 +9,11 @@ import subprocess
 
 import pytest
 import torch
-from olmo_fn.convert.huggingface import write_directory
 from programs import ROOT
 
 from olmo_fn.checkpoint import save
 from olmo_fn.cli import main as cli
+from olmo_fn.convert.huggingface import write_directory
 from olmo_fn.convert.names import stored
 from olmo_fn.data.tokenizer import byte_level
 from olmo_fn.models import transformer
@@ -31,7 +31,7 @@ CHATML = (ROOT / "tests" / "fixtures" / "chat" / "chatml.jinja").read_text()
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder to stand in with a run, a directory in Hugging Face's format, and a long text."""
-    cfg = dense(16, 2, 2, 32, vocab_size=257, window_pattern=(8, -1), init_method="fan_in")
+    cfg = dense(16, 2, 2, 32, vocab_size=257, init_method="fan_in")
     params, run, chat = init(transformer.specs(cfg), 0), tmp_path / "runs" / "olmo2-tiny", tmp_path / "smollm2"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(to_yaml(Config(cfg, recipe=Recipe(sequence_length=128), run=Run(folder=str(run)))))
