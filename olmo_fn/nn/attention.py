@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -188,6 +189,7 @@ def attention_sublayer(form: AttentionForm) -> Sublayer:
         flops=form.flops,
         extend=extend,
         cache=empty_cache,
+        remembers=inf if form.window is None else form.window,
         tables=form.tables(),
         divided=("tp", "cp"),
         names=form.names(),
