@@ -125,10 +125,7 @@ def changed(name: str, **fields) -> Model:
         ("biases-layer-norm", {"clip_qkv": 0.6}),
         ("factors-head-gate-cap", {"score_cap": 2.1}),
         ("linear-nope", {"rope_scaling": Interpolation(factor=2.1)}),
-        (
-            "dropout",
-            {"block": PeriNorm(mixer=MODELS["dropout"].block.mixer, feed_forward=MODELS["dropout"].block.feed_forward)},
-        ),
+        ("dropout", {"block": replace(MODELS["dropout"].block, dropout=0.3)}),
     ],
 )
 def test_the_law_catches_another_number(pool: Pool, name: str, fields: dict) -> None:
