@@ -25,6 +25,13 @@ def generate(words: Sequence[str]) -> int:
     return run(parse(Generate, "olmo-fn generate", words, config=(tyro.conf.UseAppendAction,)))
 
 
+def chat(words: Sequence[str]) -> int:
+    """A conversation with a trained model."""
+    from olmo_fn.generate.chat_command import Chat, run
+
+    return run(parse(Chat, "olmo-fn chat", words, config=(tyro.conf.UseAppendAction,)))
+
+
 def evaluate(words: Sequence[str]) -> int:
     """The loss of a trained model on texts."""
     from olmo_fn.evaluate import Evaluate, run

@@ -11,6 +11,7 @@ from olmo_fn.cli.process import exit_code, run_process
 COMMANDS = {
     "train": "train a model, a preset or the config.yaml of a run",
     "generate": "text from a trained model",
+    "chat": "talk with a trained model",
     "evaluate": "the loss of a trained model on texts, in perplexity and bits per byte",
     "plan": "the best layouts of a number of accelerators",
     "pipeline": "a pipeline schedule, drawn and counted",

@@ -13,7 +13,7 @@ from olmo_fn.convert.families import FAMILIES, Family
 from olmo_fn.convert.keys import Keys
 from olmo_fn.fields import values
 from olmo_fn.models.config import Attention, Block, Model
-from olmo_fn.models.settings.rope_scaling import AdjustedBase, RopeScaling, YaRN
+from olmo_fn.models.settings.rope_scaling import AdjustedBase, NoScaling, YaRN
 
 CONFIG = "config.json"
 NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -140,9 +140,9 @@ def _mixer(mixer: Attention, model: Model, layer: int) -> Attention:
     window = mixer.window(layer, model.n_layers)
     rotated = mixer.rope_layers == "all" or (mixer.rope_layers == "windowed" and window is not None)
     theta = mixer.local_rope_theta if window is not None and mixer.local_rope_theta is not None else mixer.rope_theta
-    scaling = mixer.rope_scaling if mixer.rope_scaled_layers == "all" or window is None else RopeScaling()
+    scaling = mixer.rope_scaling if mixer.rope_scaled_layers == "all" or window is None else NoScaling()
     if isinstance(scaling, AdjustedBase):
-        theta, scaling = scaling.new_theta, RopeScaling()
+        theta, scaling = scaling.new_theta, NoScaling()
     if isinstance(scaling, YaRN) and scaling.attention_factor is None:
         scaling = replace(scaling, attention_factor=0.1 * log(scaling.factor) + 1)
     return replace(
@@ -152,7 +152,7 @@ def _mixer(mixer: Attention, model: Model, layer: int) -> Attention:
         score_scale=mixer.width(model.d_model) ** -0.5 if mixer.score_scale is None else mixer.score_scale,
         rope_theta=theta if rotated else 1.0,
         local_rope_theta=None,
-        rope_scaling=scaling if rotated else RopeScaling(),
+        rope_scaling=scaling if rotated else NoScaling(),
         rope_scaled_layers="all",
         rope_layers="all" if rotated else "none",
         window_pattern=() if window is None else (window,),

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from olmo_fn.convert.keys import Keys
 from olmo_fn.convert.rope import Rotation, one_rope, rope_json, ropes_by_layer_type, ropes_json
 from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, PeriNorm, PreNorm, RMSNorm, SwiGLU
-from olmo_fn.models.settings.rope_scaling import RopeScaling
+from olmo_fn.models.settings.feed_forward import Gated
+from olmo_fn.models.settings.rope_scaling import NoScaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -156,7 +157,7 @@ FAMILIES = (
 )
 
 
-def model(keys: Keys, mixer: Attention, feed_forward: SwiGLU, kind: type[Block] = Block, tie: bool = False) -> Model:
+def model(keys: Keys, mixer: Attention, feed_forward: Gated, kind: type[Block] = Block, tie: bool = False) -> Model:
     """A model of one kind of block; ``tie``: whether the head is the embedding where the keys do not say it."""
     return Model(
         d_model=keys.whole("hidden_size"),
@@ -187,7 +188,7 @@ def attention(
     if local is not None and any(windows) and None not in windows:
         rope, local = local, None  # all layers are of one type
     local = local if any(windows) else None
-    if local is not None and local.scaling not in (RopeScaling(), rope.scaling):
+    if local is not None and local.scaling not in (NoScaling(), rope.scaling):
         raise keys.refused("rope_parameters", "layers with a window have the scaling of the others, or none")
     return Attention(
         n_heads=heads,

@@ -100,7 +100,7 @@ def _norms(norm: Norm, gains: Mapping[str, Names]) -> dict[str, Names]:
     if not norm.bias:
         return dict(gains)
     biases = {path: Names(_bias(name.huggingface), _bias(name.olmo_core)) for path, name in gains.items()}
-    return {f"{path}.gain": name for path, name in gains.items()} | {f"{path}.bias": name for path, name in biases.items()}
+    return {f"{path}.norm": name for path, name in gains.items()} | {f"{path}.bias": name for path, name in biases.items()}
 
 
 def _bias(weight: str) -> str:

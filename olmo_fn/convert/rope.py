@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from olmo_fn.convert.keys import Keys
 from olmo_fn.models.config import Model
-from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, RopeScaling, Stepwise, YaRN
+from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, RopeScaling, Stepwise, YaRN
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 KINDS = "default, linear, llama3 and yarn"
@@ -21,7 +21,7 @@ class Rotation(NamedTuple):
     """The base of rotary frequencies, and how they are stretched."""
 
     theta: float
-    scaling: RopeScaling = RopeScaling()
+    scaling: RopeScaling = NoScaling()
 
 
 def one_rope(keys: Keys, default: float = 10_000.0) -> Rotation:
@@ -122,7 +122,7 @@ def read_llama3(inner: Keys, keys: Keys) -> Stepwise:
 
 
 READ: dict[str, Any] = {
-    "default": lambda inner, keys: RopeScaling(),
+    "default": lambda inner, keys: NoScaling(),
     "linear": lambda inner, keys: Interpolation(factor=inner.number("factor")),
     "llama3": read_llama3,
     "yarn": read_yarn,

@@ -8,11 +8,13 @@ B batch, T new columns, V vocabulary.
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from olmo_fn import tree
 from olmo_fn.core.chain import PLAIN
 from olmo_fn.models.config import Model
 from olmo_fn.models.transformer import embedded, extend_layer, head_logits, layers, tables_of
@@ -44,12 +46,32 @@ def empty_cache(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Cache:
-    """A cache for ``capacity`` columns of ``rows`` sequences; of attention, 2 · layers · B · N · S · K entries."""
+    """A cache for ``capacity`` columns of ``rows`` sequences; of attention, 2 · layers · B · N · S · K entries.
+
+    S is the capacity, in layers with a window no more than that.
+    """
     blocks: Tree = {
         str(i): {sub.name: sub.cache(rows, capacity, dtype, device) for sub in layer.sublayers}
         for i, layer in enumerate(layers(cfg))
     }
     return Cache(blocks, 0, capacity, padding)
+
+
+def rewound(cfg: Model, cache: Cache, length: int) -> Cache | None:
+    """The cache as it was after ``length`` columns; None where a sublayer has overwritten what it held then."""
+    kept = min((sub.remembers for layer in layers(cfg) for sub in layer.sublayers if sub.extend), default=inf)
+    return cache._replace(length=length) if length == cache.length or cache.length <= kept else None
+
+
+def enlarged(cfg: Model, cache: Cache, capacity: int) -> Cache:
+    """The same columns in a cache for ``capacity`` of them, which are at least as many."""
+    leaves = tree.flatten(cache.blocks)
+    some = next(iter(leaves.values()))
+    options = {"dtype": some.dtype, "device": some.device}
+    new = empty_cache(cfg, some.shape[0], capacity, cache.padding, **options)
+    for path, leaf in tree.items(new.blocks):
+        leaf[tuple(map(slice, leaves[path].shape))] = leaves[path]
+    return new._replace(length=cache.length)
 
 
 def extend(cfg: Model, params: Tree, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache]:

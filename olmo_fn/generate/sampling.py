@@ -25,12 +25,20 @@ def uniforms(seed: int, rows: Iterable[int], positions: Iterable[int]) -> Tensor
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """The distribution (B, V), fp64, that a token is drawn from.
+def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """``logits`` (B, V), those of tokens that were ``seen`` (B, V) made smaller: x / penalty where x > 0, else x · penalty.
 
-    softmax(logits / temperature), cut to the ``top_k`` likeliest tokens (0: all) and renormalised, then cut
-    to the fewest likeliest tokens whose probabilities reach ``top_p``, at least one, and renormalised. Of
-    equally likely tokens those with lower ids come first. Temperature 0 is the likeliest token alone.
+    (Keskar et al. 2019, CTRL, section 4.1, where all are divided; transformers' form multiplies the negative ones.)
+
+    >>> penalized(torch.tensor([[2.0, -2.0, 2.0]]), torch.tensor([[True, True, False]]), 2.0)
+    tensor([[ 1., -4.,  2.]])
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """The distribution (B, V), fp64, that a token is drawn from: softmax(logits / temperature), and of that `keep_top_k`,
+    then `keep_top_p`, then `keep_min_p`. Temperature 0 is the likeliest token alone.
 
     >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     >>> probabilities(logits, top_p=0.6)
@@ -40,14 +48,44 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
         return torch.zeros_like(logits, dtype=torch.float64).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     scaled = logits.double()
     p = ((scaled - scaled.amax(1, keepdim=True)) / temperature).softmax(1)
-    if not 0 < top_k < p.shape[1] and top_p >= 1:
-        return p
-    ranked = _descending(p)
-    if top_k:
-        ranked[:, top_k:] = 0.0
+    if 0 < top_k < p.shape[1]:
+        p = keep_top_k(p, top_k)
     if top_p < 1:
-        mass = ranked.cumsum(1)
-        ranked[:, 1:].masked_fill_(mass[:, :-1] >= top_p * mass[:, -1:], 0.0)
+        p = keep_top_p(p, top_p)
+    return keep_min_p(p, min_p) if min_p else p
+
+
+def keep_top_k(p: Tensor, k: int) -> Tensor:
+    """The ``k`` likeliest tokens of ``p`` (B, V), renormalised; of equally likely ones those with lower ids come first.
+
+    >>> keep_top_k(torch.tensor([[0.2, 0.4, 0.2, 0.2]]), 2)
+    tensor([[0.3333, 0.6667, 0.0000, 0.0000]])
+    """
+    return _likeliest(p, p.topk(k, 1).values)
+
+
+def keep_top_p(p: Tensor, mass: float) -> Tensor:
+    """The fewest likeliest tokens of ``p`` (B, V) whose probabilities reach ``mass``, at least one, renormalised (nucleus
+    sampling, Holtzman et al. 2019); of equally likely ones those with lower ids come first.
+    """
+    ranked = _descending(p)
+    total = ranked.cumsum(1)
+    ranked[:, 1:].masked_fill_(total[:, :-1] >= mass * total[:, -1:], 0.0)
+    return _likeliest(p, ranked)
+
+
+def keep_min_p(p: Tensor, ratio: float) -> Tensor:
+    """The tokens of ``p`` (B, V) with p ≥ ratio · max p, renormalised (Nguyen et al. 2024, min-p).
+
+    >>> keep_min_p(torch.tensor([[0.6, 0.3, 0.1]]), 0.5)
+    tensor([[0.6667, 0.3333, 0.0000]])
+    """
+    p = p.where(p >= ratio * p.amax(1, keepdim=True), 0.0)
+    return p / p.sum(1, keepdim=True)
+
+
+def _likeliest(p: Tensor, ranked: Tensor) -> Tensor:
+    """The tokens with the probabilities ``ranked`` (B, R), largest first, of which zeros do not count; renormalised."""
     count = (ranked > 0).sum(1, keepdim=True)
     least = ranked.gather(1, count - 1)
     above, tied = p > least, p == least
@@ -63,7 +101,9 @@ def _descending(p: Tensor) -> Tensor:
     return p.sort(dim=1, descending=True).values
 
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def choose(
+    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
     """Ids (B,) int64 from logits (B, V): where the cumulative probability first exceeds ``uniform`` (B,).
 
     Probabilities accumulate in the order of the ids, not of likelihood, so that a rounding error that swaps
@@ -74,7 +114,7 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int
     """
     if temperature == 0:
         return logits.argmax(1)
-    cumulative = probabilities(logits, temperature, top_k, top_p).cumsum(1)
+    cumulative = probabilities(logits, temperature, top_k, top_p, min_p).cumsum(1)
     # A number below 1 times the total is below the total, so no token of probability 0 is ever chosen.
     target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0]

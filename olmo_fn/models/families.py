@@ -24,7 +24,7 @@ from olmo_fn.models.config import (
     dense,
     modified,
 )
-from olmo_fn.models.settings.rope_scaling import Interpolation, RopeScaling, Stepwise, YaRN
+from olmo_fn.models.settings.rope_scaling import Interpolation, NoScaling, Stepwise, YaRN
 
 
 def _each(change: Callable[[str, Model], Model], models: dict[str, Model]) -> dict[str, Model]:
@@ -162,7 +162,7 @@ def gemma3(
         score_scale=score_scale,
         rope_theta=1e6,
         local_rope_theta=1e4,
-        rope_scaling=Interpolation(factor=factor) if factor > 1 else RopeScaling(),
+        rope_scaling=Interpolation(factor=factor) if factor > 1 else NoScaling(),
         window_pattern=(window,) * 5 + (-1,),
         last_layer_full=False,
     )

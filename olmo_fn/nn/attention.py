@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -76,7 +77,7 @@ class AttentionForm:
 
     def place(self) -> Place:
         """Its `Place`."""
-        biases = ("b_q", "b_k", "b_v") if self.bias else ()
+        biases = ("q_bias", "k_bias", "v_bias") if self.bias else ()
         norms = () if self.qk_norm == "none" else ("q_norm", "k_norm")
         scale = ("softmax_scale", "log_visible") if self.scalable_softmax else ()
         return Place(
@@ -104,7 +105,12 @@ class AttentionForm:
         if self.gate != "none":
             specs["w_gate"] = Spec((D, heads if self.gate == "element" else self.n_heads), ("embed", "heads"), read)
         if self.bias:
-            widths = {"b_q": (heads, "heads"), "b_k": (kv, "kv_heads"), "b_v": (kv, "kv_heads"), "b_out": (D, "embed")}
+            widths = {
+                "q_bias": (heads, "heads"),
+                "k_bias": (kv, "kv_heads"),
+                "v_bias": (kv, "kv_heads"),
+                "out_bias": (D, "embed"),
+            }
             specs |= {name: Spec((width,), (axis,), Init("zeros")) for name, (width, axis) in widths.items()}
         if self.qk_norm == "head":
             specs |= {name: rms_norm_spec(self.head_dim, "head_dim", self.zero_centred) for name in ("q_norm", "k_norm")}
@@ -162,7 +168,7 @@ def attention_sublayer(form: AttentionForm) -> Sublayer:
         for g in gate:
             rows = ctx.fuse(gated_heads)(rows, g)
         y = ctx.row_linear(rows, p["w_out"])
-        return ctx.fuse(add_bias, ctx.backend.axes.tp)(y, p["b_out"]) if form.bias else y
+        return ctx.fuse(add_bias, ctx.backend.axes.tp)(y, p["out_bias"]) if form.bias else y
 
     def apply(p: Tree, x: Tensor, ctx: Context) -> Result:
         q, k, v, *gate = project(p, x, ctx)
@@ -183,6 +189,7 @@ def attention_sublayer(form: AttentionForm) -> Sublayer:
         flops=form.flops,
         extend=extend,
         cache=empty_cache,
+        remembers=inf if form.window is None else form.window,
         tables=form.tables(),
         divided=("tp", "cp"),
         names=form.names(),
@@ -195,10 +202,10 @@ NAMES = {
     "w_v": Names("self_attn.v_proj.weight", "attention.w_v.weight"),
     "w_out": Names("self_attn.o_proj.weight", "attention.w_out.weight"),
     "w_gate": Names("self_attn.g_proj.weight", "attention.w_g.weight"),
-    "b_q": Names("self_attn.q_proj.bias", "attention.w_q.bias"),
-    "b_k": Names("self_attn.k_proj.bias", "attention.w_k.bias"),
-    "b_v": Names("self_attn.v_proj.bias", "attention.w_v.bias"),
-    "b_out": Names("self_attn.o_proj.bias", "attention.w_out.bias"),
+    "q_bias": Names("self_attn.q_proj.bias", "attention.w_q.bias"),
+    "k_bias": Names("self_attn.k_proj.bias", "attention.w_k.bias"),
+    "v_bias": Names("self_attn.v_proj.bias", "attention.w_v.bias"),
+    "out_bias": Names("self_attn.o_proj.bias", "attention.w_out.bias"),
     "q_norm": Names("self_attn.q_norm.weight", "attention.q_norm.weight"),
     "k_norm": Names("self_attn.k_norm.weight", "attention.k_norm.weight"),
     "sinks": Names("self_attn.sinks", "attention.sinks"),
@@ -233,8 +240,8 @@ def norm_and_rotate(how: Place, tp: Axis, q: Tensor, k: Tensor, v: Tensor, *tens
     ``tensors`` are those that ``how`` names. Norms over all heads span the heads of all ranks of ``tp``.
     """
     p, K = dict(zip(how.tensors, tensors, strict=True)), how.head_dim
-    if "b_q" in p:
-        q, k, v = ((x + p[name]).to(x.dtype) for x, name in ((q, "b_q"), (k, "b_k"), (v, "b_v")))
+    if "q_bias" in p:
+        q, k, v = ((x + p[name]).to(x.dtype) for x, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
     if how.clip is not None:
         q, k, v = (x.clamp(-how.clip, how.clip) for x in (q, k, v))
 

@@ -64,7 +64,7 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
     """``cap · tanh(logits / cap)`` (Gemma 2, section 2), or the logits where there is none.
 
     >>> capped(torch.tensor([1.0, 100.0]), 30.0)
-    tensor([ 0.9996, 29.9241])
+    tensor([ 0.9996, 29.9237])
     """
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

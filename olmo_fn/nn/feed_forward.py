@@ -45,7 +45,7 @@ class GatedForm:
 def gated_sublayer(form: GatedForm) -> Sublayer:
     """``(act(x w_gate) · (x w_up)) w_down``: ``w_gate`` (D, F), ``w_up`` (D, F), ``w_down`` (F, D)."""
     D, hidden = form.d_model, form.hidden
-    biases = {"b_gate": (hidden, "mlp"), "b_up": (hidden, "mlp"), "b_down": (D, "embed")} if form.bias else {}
+    biases = {"gate_bias": (hidden, "mlp"), "up_bias": (hidden, "mlp"), "down_bias": (D, "embed")} if form.bias else {}
     scales = ("s_gate", "s_up") if form.scales else ()
 
     def apply(p: Tree, x: Tensor, ctx: Context) -> Result:
@@ -55,9 +55,9 @@ def gated_sublayer(form: GatedForm) -> Sublayer:
         if form.scales:
             gate, up = ctx.fuse(scaled, D**0.5)(gate, up, p["s_gate"], p["s_up"])
         if form.bias:
-            gate, up = ctx.fuse(biased)(gate, up, p["b_gate"], p["b_up"])
+            gate, up = ctx.fuse(biased)(gate, up, p["gate_bias"], p["up_bias"])
         y = ctx.row_linear(ctx.fuse(ACTIVATIONS[form.activation].gated)(gate, up), p["w_down"])
-        return ctx.fuse(add_bias, ctx.backend.axes.tp)(y, p["b_down"]) if form.bias else y
+        return ctx.fuse(add_bias, ctx.backend.axes.tp)(y, p["down_bias"]) if form.bias else y
 
     return Sublayer(
         "feed_forward",
@@ -79,22 +79,22 @@ GATED_NAMES = {
     "w_gate": Names("mlp.gate_proj.weight", "feed_forward.w1.weight"),
     "w_up": Names("mlp.up_proj.weight", "feed_forward.w3.weight"),
     "w_down": Names("mlp.down_proj.weight", "feed_forward.w2.weight"),
-    "b_gate": Names("mlp.gate_proj.bias", "feed_forward.w1.bias"),
-    "b_up": Names("mlp.up_proj.bias", "feed_forward.w3.bias"),
-    "b_down": Names("mlp.down_proj.bias", "feed_forward.w2.bias"),
+    "gate_bias": Names("mlp.gate_proj.bias", "feed_forward.w1.bias"),
+    "up_bias": Names("mlp.up_proj.bias", "feed_forward.w3.bias"),
+    "down_bias": Names("mlp.down_proj.bias", "feed_forward.w2.bias"),
     "s_gate": Names("mlp.s_gate", "feed_forward.sw1"),
     "s_up": Names("mlp.s_up", "feed_forward.sw3"),
 }
 
 
 def plain_sublayer(d_model: int, hidden: int, *, activation: Activation, bias: bool, std: float, std_down: float) -> Sublayer:
-    """``act(x w_up + b_up) w_down + b_down``, as in GPT-2; the biases only with ``bias``."""
-    biases = {"b_up": (hidden, "mlp"), "b_down": (d_model, "embed")} if bias else {}
+    """``act(x w_up + up_bias) w_down + down_bias``, as in GPT-2; the biases only with ``bias``."""
+    biases = {"up_bias": (hidden, "mlp"), "down_bias": (d_model, "embed")} if bias else {}
 
     def apply(p: Tree, x: Tensor, ctx: Context) -> Result:
         (up,) = ctx.column_linear(x, p["w_up"])
-        y = ctx.row_linear(ctx.fuse(activated, activation)(up, *([p["b_up"]] if bias else [])), p["w_down"])
-        return ctx.fuse(add_bias, ctx.backend.axes.tp)(y, p["b_down"]) if bias else y
+        y = ctx.row_linear(ctx.fuse(activated, activation)(up, *([p["up_bias"]] if bias else [])), p["w_down"])
+        return ctx.fuse(add_bias, ctx.backend.axes.tp)(y, p["down_bias"]) if bias else y
 
     return Sublayer(
         "feed_forward",
@@ -106,7 +106,7 @@ def plain_sublayer(d_model: int, hidden: int, *, activation: Activation, bias: b
         apply=apply,
         flops=lambda length: 2 * length * 2 * d_model * hidden,
         divided=("tp", "cp"),
-        names={name: GATED_NAMES[name] for name in ("w_up", "w_down", "b_up", "b_down")},
+        names={name: GATED_NAMES[name] for name in ("w_up", "w_down", "up_bias", "down_bias")},
     )
 
 
@@ -115,9 +115,9 @@ def activated(activation: Activation, up: Tensor, bias: Tensor | None = None) ->
     return ACTIVATIONS[activation].act(up if bias is None else (up + bias).to(up.dtype))
 
 
-def biased(gate: Tensor, up: Tensor, b_gate: Tensor, b_up: Tensor) -> tuple[Tensor, Tensor]:
+def biased(gate: Tensor, up: Tensor, gate_bias: Tensor, up_bias: Tensor) -> tuple[Tensor, Tensor]:
     """Both with their biases."""
-    return (gate + b_gate).to(gate.dtype), (up + b_up).to(up.dtype)
+    return (gate + gate_bias).to(gate.dtype), (up + up_bias).to(up.dtype)
 
 
 def scaled(factor: float, gate: Tensor, up: Tensor, s_gate: Tensor, s_up: Tensor) -> tuple[Tensor, Tensor]:

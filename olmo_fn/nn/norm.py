@@ -52,7 +52,7 @@ def layer_norm(weight: Tensor, x: Tensor, eps: float = 1e-6, bias: Tensor | None
 class Norm(NamedTuple):
     """The norm of a model's stream: call it as ``norm(ctx, p, x)``, x (B, T, D).
 
-    Its parameters ``p``, `specs`, are a gain (D,), or with a bias a tree of ``gain`` and ``bias``.
+    Its parameters ``p``, `specs`, are a gain (D,), or with a bias a tree of that, ``norm``, and ``bias``.
     """
 
     eps: float = 1e-6
@@ -66,17 +66,22 @@ class Norm(NamedTuple):
     def specs(self, size: int) -> Tree | Spec:
         """Its parameters, for a width of ``size``."""
         gain = rms_norm_spec(size, zero_centred=self.zero_centred)
-        return {"gain": gain, "bias": Spec((size,), ("embed",), Init("zeros"))} if self.bias else gain
+        return {"norm": gain, "bias": Spec((size,), ("embed",), Init("zeros"))} if self.bias else gain
 
     def __call__(self, ctx: Context, p: Tree | Tensor, x: Tensor) -> Tensor:
-        return ctx.fuse(norm_stream, self, ctx.backend.axes.tp)(x, *self._weights(p))
+        return ctx.fuse(norm_stream, self, ctx.backend.axes.tp)(x, *self.weights(p))
 
     def add(self, ctx: Context, p: Tree | Tensor, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
         """``x`` plus ``factor`` times the norm of ``y``, in one pass."""
-        return ctx.fuse(add_normed, self, ctx.backend.axes.tp, factor)(x, y, *self._weights(p))
+        return ctx.fuse(add_normed, self, ctx.backend.axes.tp, factor)(x, y, *self.weights(p))
 
-    def _weights(self, p: Tree | Tensor) -> tuple[Tensor, ...]:
-        return (p["gain"], p["bias"]) if self.bias else (p,)  # type: ignore[index,return-value]
+    def once(self, ctx: Context, p: Tree | Tensor, x: Tensor) -> Tensor:
+        """The same, not compiled: for what a step does once, which is not worth the seconds."""
+        return norm_stream(self, ctx.backend.axes.tp, x, *self.weights(p))
+
+    def weights(self, p: Tree | Tensor) -> tuple[Tensor, ...]:
+        """Its parameters in their order."""
+        return (p["norm"], p["bias"]) if self.bias else (p,)  # type: ignore[index,return-value]
 
 
 def norm_stream(norm: Norm, tp: Axis, x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:

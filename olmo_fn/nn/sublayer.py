@@ -49,6 +49,7 @@ class Sublayer:
     - ``extend(p, x, ctx, cache)``: decoding. x (B, T, D) of T new columns, from ``ctx.start`` on; gives the result and the
       cache with these columns in it. Not given: ``apply``, for a sublayer that looks at one position at a time.
     - ``cache(rows, capacity, dtype, device)``: an empty cache, a tree of tensors.
+    - ``remembers``: for how many columns it holds all of them, and so can go back to any; 0 for a state that is overwritten.
     - ``flops(T)``: FLOPs of a forward pass over one sequence of T tokens: 2 for each entry of a matrix and token, and so on.
     - ``tables``: what it wants to know of the positions, by a key: functions of the positions (R,) or (B, R), each computed
       once for all sublayers that ask by the same key; ``ctx.tables[key]`` has the value.
@@ -64,6 +65,7 @@ class Sublayer:
     flops: Callable[[int], int]
     extend: Callable[[Tree, Tensor, Context, Tree], tuple[Tensor, Tree]] | None = None
     cache: Callable[[int, int, torch.dtype, torch.device | str], Tree] = no_cache
+    remembers: float = 0
     tables: Mapping[Any, Callable[[Tensor], Any]] = field(default_factory=dict)
     divided: tuple[str, ...] = ()
     metrics: Mapping[str, Metric] = field(default_factory=dict)

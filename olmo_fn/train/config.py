@@ -33,11 +33,11 @@ CHOICES: Choices = {
     OptimizerSettings: named(*OPTIMIZERS),
     ScheduleSettings: named(*SCHEDULES),
     LossSettings: named(*LOSSES),
+    NormSettings: named(*NORMS),
+    RopeScaling: named(*SCALINGS),
     MixerSettings: named(Attention),
     FeedForwardSettings: named(*FEED_FORWARDS),
     Block: named(*BLOCKS),
-    NormSettings: named(*NORMS),
-    RopeScaling: named(*SCALINGS),
     InstancesSettings: named(FixedLength),
     ObserverSettings: named(NoObserver),
 }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from olmo_fn.convert.config_json import canonical, differences, json_of, model_of
 from olmo_fn.models import families
 from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, PeriNorm, PreNorm, RMSNorm, SwiGLU, dense, modified
-from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, RopeScaling, Stepwise, YaRN
+from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, Stepwise, YaRN
 
 PRESETS = {
     name: model
@@ -96,7 +96,7 @@ def test_a_model_of_no_architecture_is_refused_with_what_differs():
 
 some = st.sampled_from
 SCALINGS = (
-    RopeScaling(),
+    NoScaling(),
     Interpolation(factor=3.0),
     Stepwise(factor=8.0, old_context=64),
     YaRN(factor=4.0, old_context=32),

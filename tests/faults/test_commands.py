@@ -398,6 +398,7 @@ def flags_of(name):
     from olmo_fn.checkpoints import Arguments as Checkpoints
     from olmo_fn.data.tokenize import Tokenize
     from olmo_fn.evaluate import Evaluate
+    from olmo_fn.generate.chat_command import Chat
     from olmo_fn.generate.command import Generate
     from olmo_fn.planner.pipeline_command import Show
     from olmo_fn.planner.plan_command import Plan
@@ -409,6 +410,7 @@ def flags_of(name):
         "checkpoint": Checkpoints,
         "tokenize": Tokenize,
         "generate": Generate,
+        "chat": Chat,
         "pipeline": Show,
         "evaluate": Evaluate,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from generating import full_logits, random_ids, random_params
 from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,10 +33,8 @@ from olmo_fn.generate.healing import heal
 from olmo_fn.generate.load import load_model
 from olmo_fn.generate.sample import sample
 from olmo_fn.generate.sampling import choose, probabilities, uniforms
-from olmo_fn.generate.text import LanguageModel, decoded, generate_text, prepare, stream_text, until, without
-from olmo_fn.models import transformer
+from olmo_fn.generate.text import LanguageModel, decoded, generate_text, prepare, stream_text, stream_texts, until, without
 from olmo_fn.models.config import Model, dense
-from olmo_fn.spec import init
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.serialize import to_yaml
 from olmo_fn.tree import Tree
@@ -48,28 +48,6 @@ def main(words):
 REPO = Path(__file__).parents[2]
 VOCAB = 257
 TEXT = "def grüßen(name: str) -> None:\n    print(f'你好, {name} 👋🏽')\n\n\nclass Ωmega:\n    pass\n"
-
-
-def random_params(cfg: Model, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tree:
-    """Parameters with attention far from uniform and gains that are not 1."""
-    params = init(transformer.specs(cfg), seed, dtype=dtype)
-    noise = torch.Generator().manual_seed(seed)
-    scale = {"*w_q": 3.0, "*w_k": 3.0}
-
-    def shake(path: str, leaf: Tensor) -> Tensor:
-        if leaf.ndim == 1:
-            return leaf * (0.5 + torch.rand(leaf.shape, generator=noise, dtype=dtype))
-        return leaf * next((s for pattern, s in scale.items() if tree.matches(path, [pattern])), 1.0)
-
-    return tree.map_with_path(shake, params)
-
-
-def full_logits(cfg: Model, params: Tree, ids: Tensor) -> Tensor:
-    return transformer.logits(cfg, params, {"input_ids": ids})
-
-
-def random_ids(cfg: Model, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(cfg.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 # --- the cache --------------------------------------------------------------------------------------------
@@ -538,7 +516,7 @@ def test_the_newest_whole_checkpoint_is_taken(run: Path, tmp_path: Path) -> None
 
 def test_the_command_prints_what_the_functions_give(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--max-tokens", "30", "--temperature", "1.1", "--top-k", "40", "--top-p", "0.9", "--seed", "7"]
-    how = Sampling(30, 1.1, 40, 0.9, (), 7)
+    how = Sampling(30, 1.1, 40, 0.9, seed=7)
     expected = "def " + generate_text(load_model(run)[0], "def ", how) + "\n"
     for more in ([], ["--no-stream"]):
         assert main([str(run), "def ", *flags, *more]) == 0
@@ -548,6 +526,99 @@ def test_the_command_prints_what_the_functions_give(run: Path, capsys: pytest.Ca
     stop = expected[9:11]
     assert main([*flags, "--stop", stop, "--stop", "zzzz", str(run), "def "]) == 0
     assert capsys.readouterr().out == expected[: expected.index(stop, 4)] + "\n"
+
+
+def test_several_prompts_are_the_same_texts_as_one_by_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--max-tokens", "20", "--temperature", "0"]
+    prompts = ["def ", "class A:", "x", "import os\nimport re", "é"]
+    model, how = load_model(run)[0], Sampling(20, 0)
+    texts = [generate_text(model, prompt, how) for prompt in prompts]
+    expected = "".join(f"=== {i} of 5\n{p}{t}\n" for i, (p, t) in enumerate(zip(prompts, texts, strict=True), 1))
+    for batch in ("1", "3", "8"):
+        assert main([str(run), *prompts, *flags, "--batch-size", batch]) == 0
+        out, err = capsys.readouterr()
+        assert out == expected
+        assert re.search(r"step10: 5 texts, \d+ tokens in \S+ s, \d+ tokens/s\n", err)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "id": 3}) + "\n" for p in prompts))
+    assert main([str(run), *flags, "--prompts-file", str(tmp_path / "prompts.jsonl"), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["prompt"], row["text"]) for row in rows] == list(zip(prompts, texts, strict=True))
+    assert all(0 < row["tokens"] <= 20 for row in rows)
+    (tmp_path / "prompts.txt").write_text("x\né\n")
+    assert main([str(run), "def ", *flags, "--prompts-file", str(tmp_path / "prompts.txt"), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == [texts[0], texts[2], texts[4]]
+
+
+def test_draws_of_a_prompt_do_not_depend_on_its_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outs = []
+    for batch in ("1", "4"):
+        assert main([str(run), "a", "a", "bcd", "a", "--max-tokens", "20", "--batch-size", batch, "--json"]) == 0
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1]
+    assert len(set(outs[0].splitlines())) == 4  # equal prompts have draws of their own
+
+
+def test_rows_of_a_batch_end_where_each_would_alone() -> None:
+    prompts = [prepare(tiny(), text) for text in ("def ", "x", "class A")]
+    how = Sampling(max_tokens=40, temperature=0)
+    whole = ["".join(stream_text(tiny(), prompt, how)) for prompt in prompts]
+    how = replace(how, stop=(whole[0][5], whole[1][9], whole[2][3]))
+    alone = ["".join(stream_text(tiny(), prompt, how)) for prompt in prompts]
+    seen: list[tuple[int, int]] = []
+    together = ["".join(pieces) for pieces in stream_texts(tiny(), prompts, how, lambda row, token: seen.append((row, token)))]
+    assert together == alone != whole
+    assert len({len(text) for text in alone}) > 1
+    assert max(map(len, alone)) + 3 > max(sum(row == i for row, _ in seen) for i in range(3))
+
+
+def test_each_row_has_the_context_for_itself() -> None:
+    model, how = tiny()._replace(context=20), Sampling(max_tokens=99, temperature=0)
+    prompts = [prepare(model, text, False) for text in ("x" * 15, "abc")]
+    counts = [0, 0]
+
+    def count(row: int, _: int) -> None:
+        counts[row] += 1
+
+    together = ["".join(pieces) for pieces in stream_texts(model, prompts, how, count)]
+    assert counts == [5, 17]
+    assert together == ["".join(stream_text(model, prompt, how)) for prompt in prompts]
+
+
+def test_a_prompt_is_cut_by_choice_and_never_silently(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(3000))
+    flags = ["--max-tokens", "40", "--temperature", "0", "--no-healing"]
+    assert main([str(run), text, *flags, "--truncate-prompt", "left"]) == 0
+    out, err = capsys.readouterr()
+    assert "prompt 1: its first 1,040 tokens were left out (--truncate-prompt left)\n" in err
+    assert "stopped at the model's context of 2,000 tokens" in err
+    model, _ = load_model(run)
+    assert out == text + generate_text(model, text[-1960:], Sampling(40, 0), healing=False) + "\n"
+    assert prepare(model, text, False, room=model.room(5000)).ids == list(text[-1000:].encode())  # half stays for the prompt
+    assert prepare(model, "short", False, room=40).cut == 0
+    assert main([str(run), "short", text, *flags]) == 2
+    assert "3,000 tokens, and the model's context 2,000; shorten it to at most 1,999, or give --truncate-prompt left" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_text_begins_and_ends_with_the_ids_that_a_model_says(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(run), str(copy)], check=True)
+    how = Sampling(max_tokens=40, temperature=0)
+    whole = generate_text(load_model(copy)[0], "def ", how)
+    assert len(set(whole)) > 3
+    end = ord(whole[4])
+    for ids in (end, [300, end, 5]):  # 300 is outside the vocabulary
+        (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        model, _ = load_model(copy)
+        assert generate_text(model, "def ", how) == whole[: whole.index(chr(end))]
+    assert generate_text(load_model(run)[0], "def ", replace(how, stop_ids=(end,))) == whole[: whole.index(chr(end))]
+    begun = load_model(run)[0]._replace(first_ids=(256, 9))
+    assert prepare(begun, "ab").ids[:2] == [256, 9]
+    assert prepare(begun, "").ids == [256, 9][: len(prepare(begun, "").ids)]
 
 
 def test_wrong_requests_are_told_in_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -568,6 +639,11 @@ def test_wrong_requests_are_told_in_one_line(run: Path, capsys: pytest.CaptureFi
         ([str(run), "x", "--top-p", "0"], "--top-p is 0.0; it must be above 0 and at most 1"),
         ([str(run), "x", "--top-p", "1.5"], "--top-p is 1.5"),
         ([str(run), "x", "--top-k", "-3"], "--top-k is -3"),
+        ([str(run), "x", "--min-p", "1.5"], "--min-p is 1.5; it must be at least 0 and at most 1"),
+        ([str(run), "x", "--repetition-penalty", "0"], "--repetition-penalty is 0.0; it must be positive"),
+        ([str(run), "x", "--stop-ids", "999"], "--stop-ids 999: the model's ids are 0 to 263"),
+        ([str(run), "--prompts-file", "nowhere.txt"], "nowhere.txt"),
+        ([str(run), "--prompts-file", str(REPO / "pyproject.toml"), "--batch-size", "0"], "--batch-size is 0"),
         ([str(run), "x", "--max-tokens", "0"], "--max-tokens is 0"),
         ([str(run), "x", "--threads", "-1"], "--threads is -1"),
         ([str(run), "x", "--stop", ""], "--stop has an empty text"),

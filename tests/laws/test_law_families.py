@@ -22,6 +22,7 @@ from olmo_fn.models.config import (
     Head,
     LayerNorm,
     Model,
+    MultiToken,
     PeriNorm,
     PreNorm,
     RMSNorm,
@@ -76,6 +77,8 @@ MODELS = {
         Block,
         {"rope_scaling": Interpolation(), "rope_scaled_layers": "all", "rope_layers": "windowed", "window_pattern": (4, -1)},
     ),
+    "multi-token": model(Block, tie_embeddings=True, multi_token=MultiToken(depth=2)),
+    "multi-token-untied": model(PreNorm, {"qk_norm": "head"}, multi_token=MultiToken(depth=1, weight=0.5)),
     "ngpt": ngpt(16, 2, 4, 24, vocab_size=32, n_kv_heads=2),
 }
 LAYOUTS = {

@@ -32,7 +32,7 @@ from olmo_fn.models.config import (
     modified,
 )
 from olmo_fn.models.families import FAMILIES, LLAMA3, NGPT, OLMO3
-from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, RopeScaling, Stepwise, YaRN
+from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, Stepwise, YaRN
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
 NAMES = (
@@ -78,7 +78,7 @@ def scaling_of(rope):
             high_freq_factor=1 / theirs["high_freq_proportion"],
             old_context=theirs["old_context_len"],
         )
-    return Interpolation(factor=theirs["factor"]) if theirs else RopeScaling()
+    return Interpolation(factor=theirs["factor"]) if theirs else NoScaling()
 
 
 def block_of(theirs, d_model):

@@ -140,7 +140,8 @@ def test_what_the_preset_says_stays_and_what_its_class_has_by_default_does_not()
 
 
 def test_every_choice_has_a_flag_and_every_setting_a_default_and_a_help():
-    held = ("model.block", "model.mixer", "model.feed-forward", "data.instances", "loss", "optim", "schedule", "observe.own")
+    model = "model.block", "model.mixer", "model.feed-forward", "model.norm", "model.rope-scaling"
+    held = *model, "data.instances", "loss", "optim", "schedule", "observe.own"
     assert choosable(TINY, CHOICES).keys() == {f"--{name}.name" for name in held}
     assert len(held) == len(CHOICES)
     for classes in CHOICES.values():

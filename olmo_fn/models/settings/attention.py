@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from olmo_fn.fields import POSITIVE, SIGNED, Range
-from olmo_fn.models.settings.rope_scaling import RopeScaling
+from olmo_fn.models.settings.rope_scaling import NoScaling
 from olmo_fn.models.settings.sublayer import WIDTH, MixerSettings, check_positive, divisors
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Attention(MixerSettings):
     """Base of the rotary frequencies."""
     local_rope_theta: Annotated[float | None, POSITIVE] = None
     """Another base for the layers with a window (Gemma 3)."""
-    rope_scaling: Any = field(default_factory=RopeScaling)
+    rope_scaling: Any = field(default_factory=NoScaling)
     """How rotary positions are stretched over a longer context."""
     rope_scaled_layers: Literal["full", "all"] = "full"
     """Which layers that concerns: those without a window (OLMo 3), or all."""

@@ -17,10 +17,9 @@ Activation: TypeAlias = Literal["silu", "gelu-tanh", "gelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwiGLU(FeedForwardSettings):
+class Gated(FeedForwardSettings):
     """A gated feed-forward network (Shazeer 2020)."""
 
-    name: tyro.conf.Suppress[str] = "swiglu"
     hidden_size: Annotated[int, WIDTH] = 8192
     """Width of the feed-forward network."""
     feed_forward_bias: bool = False
@@ -59,18 +58,25 @@ def _feed_forward_deviations(hidden_size: int, model: Model, layer: int) -> tupl
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeGLU(SwiGLU):
+class SwiGLU(Gated):
+    """A gated feed-forward network (Shazeer 2020)."""
+
+    name: tyro.conf.Suppress[Literal["swiglu"]] = "swiglu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeGLU(Gated):
     """The same with GELU, by its approximation with tanh (Gemma)."""
 
-    name: tyro.conf.Suppress[str] = "geglu"
+    name: tyro.conf.Suppress[Literal["geglu"]] = "geglu"
     activation: ClassVar[Activation] = "gelu-tanh"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaledSwiGLU(SwiGLU):
+class ScaledSwiGLU(Gated):
     """SwiGLU with learned scales of its hidden features (nGPT)."""
 
-    name: tyro.conf.Suppress[str] = "scaled-swiglu"
+    name: tyro.conf.Suppress[Literal["scaled-swiglu"]] = "scaled-swiglu"
     scales: ClassVar[bool] = True
 
 

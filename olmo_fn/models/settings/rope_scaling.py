@@ -19,16 +19,27 @@ CONTEXT = Range(1, 1 << 40)
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """What a scaling's settings must have: ``scale``. This one leaves frequencies as they are."""
+    """What a scaling's settings must have: a ``name``, and ``scale``."""
 
-    name: Suppress[str] = "none"
+    name: Suppress[str] = ""
 
     def scale(self, inverse_frequency: Tensor, theta: float) -> tuple[Tensor, float]:
         """Other inverse frequencies (dims/2,) fp32, and a factor of all cosines and sines."""
-        return inverse_frequency, 1.0
+        raise NotImplementedError(f"{type(self).__name__} has no scale")
 
     def check(self) -> None:
         """ValueError, in one line, if the numbers do not fit together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoScaling(RopeScaling):
+    """Frequencies as they are."""
+
+    name: Suppress[Literal["none"]] = "none"
+
+    def scale(self, inverse_frequency: Tensor, theta: float) -> tuple[Tensor, float]:
+        """The same frequencies."""
+        return inverse_frequency, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,4 +129,4 @@ class YaRN(RopeScaling):
             )
 
 
-SCALINGS: tuple[Any, ...] = (RopeScaling, AdjustedBase, Interpolation, Stepwise, YaRN)
+SCALINGS: tuple[Any, ...] = (NoScaling, AdjustedBase, Interpolation, Stepwise, YaRN)
