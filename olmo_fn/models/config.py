@@ -107,6 +107,11 @@ class Model:
         pattern = self.pattern or (self.block,)
         return tuple(pattern[i % len(pattern)] for i in range(self.n_layers))
 
+    @property
+    def drops(self) -> bool:
+        """Whether training wants to know the numbers of sequences, by which entries are dropped."""
+        return any(getattr(block, "dropout", 0) for block in self.pattern or (self.block,))
+
     def deviations(self, layer: int) -> tuple[float, float]:
         """Standard deviations of the initial matrices of a block: of those that read the stream, and of those that add to it.
 

@@ -98,7 +98,8 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     """The training loss as a chain: ``(params, batch) -> (sum of losses, metrics)``.
 
     ``batch`` holds ``input_ids`` and ``labels`` (B, T) int64, and optionally ``documents`` (B, T): numbers that tell the
-    documents of a row apart. With them attention stays inside a document and positions restart in each.
+    documents of a row apart. With them attention stays inside a document and positions restart in each. A model with dropout
+    drops where the batch has ``rows`` (B,) int64, numbers that no other sequence of the run has.
 
     With tensor parallelism the stream between stages is a rank's part of the sequence (Korthikanti et al. 2022, sequence
     parallelism), with context parallelism everything but the mixing of positions is. The sum is that of this rank's tokens.
@@ -214,7 +215,8 @@ def context(cfg: Model, built: tuple[Layer, ...], batch: Batch, backend: Backend
     labels = batch["labels"][:, local] if "labels" in batch else None
     depth = cfg.multi_token.depth if labels is not None else 0
     ahead = tuple(multi_token.Ahead(*(x[:, local] for x in part)) for part in multi_token.ahead(batch, depth)) if depth else ()
-    return Context(backend, batch["input_ids"][:, local], labels, positions, documents, ahead, tables_of(built, positions))
+    ids, rows, tables = batch["input_ids"][:, local], batch.get("rows"), tables_of(built, positions)
+    return Context(backend, ids, labels, positions, documents, rows, local, ahead, tables)
 
 
 def tables_of(built: tuple[Layer, ...], positions: Tensor) -> dict[Any, Any]:
