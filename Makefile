@@ -1,7 +1,7 @@
 # Every target sets up what it needs: `make train` and `make test` work on a fresh clone.
 PYTHON  ?= python3
 VENV    ?= .venv
-WORKERS ?= 2
+WORKERS ?= 4
 BIN     := $(VENV)/bin
 
 .PHONY: setup train test test-slow notebooks check format clean
@@ -16,7 +16,7 @@ train: setup
 	$(BIN)/python train.py olmo2-tiny $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -19,6 +19,13 @@ settings.register_profile("nightly", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One of xdist's workers has all tests on real ranks, so that there are eight of these and not eight a worker."""
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 @pytest.fixture(scope="session")
 def pool():
     """Real processes connected by gloo, started when first asked for and kept: see `olmo_fn.testing.Pool`."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from olmo_fn.convert.olmo_core import FromOlmoCore, from_olmo_core
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -132,5 +134,9 @@ def to_hf(args: ToHF) -> int:
     return 0 if same else 1
 
 
-DIRECTIONS: dict[str, tuple[type, Any]] = {"from-hf": (FromHF, from_hf), "to-hf": (ToHF, to_hf)}
+DIRECTIONS: dict[str, tuple[type, Any]] = {
+    "from-hf": (FromHF, from_hf),
+    "to-hf": (ToHF, to_hf),
+    "from-olmo-core": (FromOlmoCore, from_olmo_core),
+}
 """What can be converted: the settings of each direction, and what carries it out."""

@@ -41,11 +41,11 @@ class ChatTemplate:
         ... )
         '<user>hi'
         """
-        plain = [dict(message) for message in messages]
-        given = {"messages": plain, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        given: dict[str, Any] = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
+        given |= {"add_generation_prompt": add_generation_prompt, **self.tokens, **variables}
         program = self._compiled
         try:
-            return str(program.render(given | {**self.tokens, **variables}))
+            return str(program.render(given))
         except Exception as error:  # whatever a program may raise that somebody else wrote
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
             raise ValueError(f"the chat template does not take this conversation: {kind}{error}") from None

@@ -11,8 +11,9 @@ from programs import ROOT
 
 from olmo_fn.cli import main as cli
 
-PAGES = ("your-data", "your-model", "configs", "many-gpus", "hugging-face")
+PAGES = ("models", "your-data", "your-model", "configs", "many-gpus", "hugging-face")
 SAID = {
+    "models": "loss ",
     "your-data": "perplexity",
     "your-model": "loss ",
     "configs": "Heldout(loss=",

@@ -1,0 +1,312 @@
+"""The model in OLMo-core's ``config.json``. Every field is read, or known to change no number, or refused by name.
+
+OLMo-core 2.x and 3.x: a block's attention is called ``attention`` until 2.4, and ``sequence_mixer`` since. A field that is not
+there has OLMo-core's default, which for biases is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from olmo_fn.convert.groups import Group, shown
+from olmo_fn.models.config import (
+    Attention,
+    Block,
+    FeedForwardSettings,
+    GeGLU,
+    Head,
+    LayerNorm,
+    Model,
+    Normalized,
+    NormSettings,
+    PeriNorm,
+    PreNorm,
+    RMSNorm,
+    ScaledNorm,
+    ScaledSwiGLU,
+    SwiGLU,
+)
+from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, RopeScaling, Stepwise, YaRN
+
+HOW = (
+    *("_CLASS_", "type", "dtype", "backend", "use_flash", "fused_ops", "loss_implementation", "full_precision"),
+    "use_recompute_qkv_prep",
+)
+"""Fields that say how something is computed, not what."""
+OF_MODEL = ("compile", "dp_config", "tp_config", "cp_config", "ac_config", "init_seed", "init_device", "embedding_init_std")
+EIGHT_BITS = ("mxfp8_projections", "mxfp8_qkv_projection", "mxfp8_out_projection", "mxfp8_save_qkv_for_backward")
+BLOCKS = {
+    "default": PreNorm,
+    "default_scaled": ScaledNorm,
+    "reordered_norm": Block,
+    "peri_norm": PeriNorm,
+    "normalized": Normalized,
+}
+RMS = ("rms", "fused_rms", "cute_rms", "qwen_rms", "nemotron_rms")
+"""Norms that differ in their rounding alone."""
+Norms = set[tuple[NormSettings, float]]
+
+
+def model(config: Mapping[str, Any]) -> Model:
+    """The model that ``config["model"]`` describes; ValueError with the field's path for what this package has not.
+
+    >>> norm = {"name": "rms", "eps": 1e-6, "bias": False}
+    >>> attention = {"n_heads": 2, "bias": False, "qk_norm": norm, "rope": {"theta": 10_000}}
+    >>> feed_forward = {"hidden_size": 24, "bias": False}
+    >>> block = {"name": "reordered_norm", "attention": attention, "feed_forward": feed_forward, "layer_norm": norm}
+    >>> head = {"layer_norm": norm, "bias": False}
+    >>> found = model({"model": {"d_model": 16, "n_layers": 2, "vocab_size": 64, "block": block, "lm_head": head}})
+    >>> found.block.mixer.rope_theta, found.block.feed_forward.hidden_size
+    (10000.0, 24)
+    """
+    fields = Group(config.get("model"), "model", HOW)
+    _refuse_experts(fields)
+    fields.one_of("name", "default", "normalized")
+    d_model, n_layers = fields.take("d_model", int), fields.take("n_layers", int)
+    if not 1 <= n_layers <= 1024:
+        raise ValueError(f"model.n_layers is {n_layers}; it must be from 1 to 1024")
+    norms: Norms = set()
+    pattern = _pattern(fields, n_layers, d_model, norms)
+    head = _head(fields.group("lm_head"), norms)
+    if embed_norm := "embedding_norm" in fields.left:
+        _norm(fields.group("embedding_norm"), norms)
+    if len(norms) > 1:
+        found = " and ".join(sorted(f"{norm.name} with eps {eps:g}" for norm, eps in norms))
+        raise ValueError(f"model: its norms are of different kinds, {found}, and there is one for all of a model here")
+    norm, eps = norms.pop() if norms else (RMSNorm(), 1e-6)
+    method = fields.left.pop("init_method", "normal")
+    made = Model(
+        d_model,
+        n_layers,
+        vocab_size=fields.take("vocab_size", int),
+        block=pattern[0],
+        pattern=pattern if len(pattern) > 1 else (),
+        norm=norm,
+        norm_eps=eps,
+        embed_scale=fields.maybe("embed_scale", float),
+        embed_norm=embed_norm,
+        head=head,
+        tie_embeddings=fields.take("tie_word_embeddings", bool, False),
+        init_method=method if method in ("llama", "llama_depth", "normalized", "fan_in") else "normal",
+        init_std=fields.take("init_std", float, 0.02),
+    )
+    fields.ignore(*OF_MODEL)
+    fields.end()
+    made.check()
+    return _simplest(made)
+
+
+def _refuse_experts(fields: Group) -> None:
+    """ValueError for a model that is not dense, with what is."""
+    block = fields.left.get("block")
+    groups: list[Any] = [fields.values, block, *(block.values() if isinstance(block, dict) else ())]
+    groups = [group for group in groups if isinstance(group, dict)]
+    found = [name for group in groups if (name := str(group.get("name"))).startswith("moe")]
+    found += ["feed_forward_moe" for group in groups if group.get("feed_forward_moe")]
+    if found:
+        raise ValueError(
+            f"model: a mixture of experts ({found[0]}) is not read; dense models are, with blocks {', '.join(BLOCKS)}"
+        )
+
+
+def _pattern(fields: Group, n_layers: int, d_model: int, norms: Norms) -> tuple[Block, ...]:
+    """Blocks that are repeated over the depth."""
+    pattern, overrides = fields.maybe("block_pattern", list), fields.maybe("block_overrides", dict) or {}
+    if pattern:
+        kinds = fields.group("block")
+        named = {name: _block(kinds.group(name), d_model, norms) for name in list(kinds.left)}
+        if not all(isinstance(name, str) and name in named for name in pattern):
+            raise ValueError(f"model.block_pattern must name blocks of model.block, {', '.join(named)}")
+        found = tuple(named[name] for name in pattern)
+    else:
+        found = (_block(fields.group("block"), d_model, norms),)
+    if not overrides:
+        return found
+    layers = [found[i % len(found)] for i in range(n_layers)]
+    for key, value in overrides.items():
+        path = f"model.block_overrides.{key}"
+        if not key.isdecimal() or int(key) >= n_layers:
+            raise ValueError(f"{path}: there is no such layer, but {n_layers}")
+        layers[int(key)] = _block(Group(value, path, HOW), d_model, norms)
+    return tuple(layers)
+
+
+def _block(fields: Group, d_model: int, norms: Norms) -> Block:
+    kind = BLOCKS[fields.one_of("name", *BLOCKS)]
+    mixer = _attention(fields.group("sequence_mixer", "attention"), d_model, norms)
+    feed_forward = _feed_forward(fields.group("feed_forward"))
+    if kind is not Normalized:
+        _norm(fields.group("layer_norm"), norms)
+    unit = kind is Normalized, mixer.qk_norm == "unit", isinstance(feed_forward, ScaledSwiGLU)
+    if len(set(unit)) > 1:
+        raise ValueError(f"{fields.path}: block, attention and feed-forward network must be normalized all three, or none")
+    fields.one_of("dropout", 0.0)
+    found = kind(
+        mixer=mixer,
+        feed_forward=feed_forward,
+        attention_factor=fields.take("attention_residual_alpha", float, 1.0),
+        feed_forward_factor=fields.take("feed_forward_residual_alpha", float, 1.0),
+    )
+    fields.end()
+    return found
+
+
+def _feed_forward(fields: Group) -> FeedForwardSettings:
+    name, activation = fields.one_of("name", "default", "normalized"), fields.one_of("activation", "silu", "gelu_tanh")
+    hidden, bias = fields.take("hidden_size", int), fields.take("bias", bool, name == "default")
+    fields.end()
+    if name == "normalized" and (bias or activation != "silu"):
+        raise ValueError(f"{fields.path} is normalized, and then only silu without biases is read")
+    kind: Any = ScaledSwiGLU if name == "normalized" else GeGLU if activation == "gelu_tanh" else SwiGLU
+    found: FeedForwardSettings = kind(hidden_size=hidden, feed_forward_bias=bias)
+    return found
+
+
+def _attention(fields: Group, d_model: int, norms: Norms) -> Attention:
+    kind = str(fields.values.get("type") or fields.values.get("_CLASS_") or "attention").rpartition(".")[2]
+    if "ttention" not in kind:
+        raise ValueError(f"{fields.path} is a {kind[:60]}, and of hybrid models none is read; only attention is")
+    name = fields.one_of("name", "default", "normalized")
+    fields.one_of("dropout", 0.0)
+    for flag in EIGHT_BITS:
+        fields.one_of(flag, False)
+    n_heads, head_dim = fields.take("n_heads", int, 16), fields.maybe("head_dim", int)
+    k = head_dim or d_model // max(n_heads, 1)
+    gate = fields.group("gate") if "gate" in fields.left else Group({}, "")
+    found = Attention(
+        n_heads=n_heads,
+        n_kv_heads=fields.maybe("n_kv_heads", int),
+        head_dim=head_dim,
+        qk_norm=_qk_norm(fields, name, norms),  # type: ignore[arg-type]
+        attention_bias=fields.take("bias", bool, name == "default"),
+        clip_qkv=fields.maybe("clip_qkv", float),
+        gate={"headwise": "head", "elementwise": "element", "": "none"}[
+            gate.one_of("granularity", "headwise", "elementwise") if gate.path else ""
+        ],  # type: ignore[arg-type]
+        sinks=fields.take("attention_sinks", bool, False),
+        scalable_softmax=fields.take("scalable_softmax", bool, False),
+        score_scale=k**0.5 if name == "normalized" else None,
+        **_rope(fields),
+        **_windows(fields),
+    )
+    gate.end()
+    fields.end()
+    return found
+
+
+def _qk_norm(fields: Group, name: str, norms: Norms) -> str:
+    """Of which kind the norms of queries and keys are."""
+    by_head, gains = fields.take("use_head_qk_norm", bool, False), fields.take("qk_norm_per_head_gains", bool, False)
+    if name == "normalized":
+        if "qk_norm" in fields.left:
+            fields.group("qk_norm").one_of("name", "l2_norm")
+        return "unit"
+    if "qk_norm" not in fields.left:
+        return "none"
+    _norm(fields.group("qk_norm"), norms, RMS)
+    return "full" if not by_head else "per-head" if gains else "head"
+
+
+def _rope(fields: Group) -> dict[str, Any]:
+    if "rope" not in fields.left:
+        return {"rope_layers": "none"}
+    rope = fields.group("rope")
+    found = {
+        "rope_theta": rope.take("theta", float, 500_000.0),
+        "rope_interleaved": rope.one_of("name", "default", "fused", "complex") == "complex",
+        "rope_layers": "windowed" if rope.take("no_global_rope", bool, False) else "all",
+        "rope_fraction": rope.take("partial_rotary_factor", float, 1.0),
+    }
+    if "scaling" in rope.left:
+        found |= {"rope_scaling": _scaling(rope.group("scaling")), "rope_scaled_layers": "all"}
+    rope.end()
+    return found
+
+
+def _scaling(fields: Group) -> RopeScaling:
+    kind = str(fields.values.get("_CLASS_")).rpartition(".")[2].removesuffix("RoPEScalingConfig")
+    if kind == "YaRN":  # without a rescaling of its own; old configs have one that OLMo-core ignores
+        fields.ignore("attention_rescale_factor")
+    fields.one_of("attention_rescale_factor", 1.0)
+    made: RopeScaling
+    match kind:
+        case "ABF":
+            made = AdjustedBase(new_theta=fields.take("new_theta", float, 8_000_000.0))
+        case "PI":
+            made = Interpolation(factor=fields.take("factor", float, 2.0))
+        case "Stepwise":
+            low, high = fields.take("low_freq_proportion", float, 0.0), fields.take("high_freq_proportion", float, 0.25)
+            if not 0 <= low < 1 or not 0 < high <= 1:
+                raise ValueError(f"{fields.path}: the proportions {low:g} and {high:g} must be from 0 to 1")
+            made = Stepwise(
+                factor=fields.take("factor", float, 32.0),
+                low_freq_factor=1 / (1 - low),
+                high_freq_factor=1 / high,
+                old_context=fields.take("old_context_len", int, 8192),
+            )
+        case "YaRN":
+            made = YaRN(
+                factor=fields.take("factor", float, 8.0),
+                beta_fast=fields.take("beta_fast", float, 32.0),
+                beta_slow=fields.take("beta_slow", float, 1.0),
+                old_context=fields.take("old_context_len", int, 8192),
+            )
+        case _:
+            raise ValueError(f"{fields.path} is {shown(kind)}, and only ABF, PI, Stepwise or YaRN is read")
+    fields.end()
+    return made
+
+
+def _windows(fields: Group) -> dict[str, Any]:
+    if "sliding_window" not in fields.left:
+        return {"last_layer_full": False}
+    sliding = fields.group("sliding_window")
+    pattern = sliding.take("pattern", list)
+    if not pattern or not all(type(size) is int for size in pattern):
+        raise ValueError(f"{sliding.path}.pattern must be a list of whole numbers")
+    first = sliding.take("force_full_attention_on_first_layer", bool, True)
+    last = sliding.take("force_full_attention_on_last_layer", bool, True)
+    sliding.end()
+    return {"window_pattern": tuple(pattern), "first_layer_full": first, "last_layer_full": last}
+
+
+def _norm(fields: Group, norms: Norms, kinds: tuple[str, ...] = (*RMS, "default")) -> None:
+    """Add a norm to those of the model; the kind of those of queries and keys is not the model's."""
+    own = kinds == RMS
+    kind = fields.one_of("name", "default", *RMS)
+    if own and kind == "default":
+        raise ValueError(f"{fields.path}.name is {kind!r}, and for queries and keys only {' or '.join(map(repr, RMS))} is read")
+    fields.one_of("elementwise_affine", True)
+    bias, eps = fields.take("bias", bool, True), fields.take("eps", float, 1e-5)
+    if bias and kind != "default":
+        raise ValueError(f"{fields.path}.bias is true or not there, and norms of kind {kind} are read without biases")
+    fields.end()
+    norms.add((LayerNorm(bias=bias) if kind == "default" else RMSNorm(), eps))
+
+
+def _head(fields: Group, norms: Norms) -> Head:
+    scales = fields.one_of("name", "default", "normalized") == "normalized"
+    bias = fields.take("bias", bool, not scales)
+    if norm := "layer_norm" in fields.left:
+        _norm(fields.group("layer_norm"), norms)
+    fields.end()
+    return Head(norm=norm, bias=bias, scales=scales)
+
+
+def _simplest(made: Model) -> Model:
+    """One block for all layers, where it gives the same ones: if all are alike, or if it is just those without a window whose
+    rotary positions are scaled, as in OLMo 3.
+    """
+    if len(set(made.layers)) == 1:
+        return replace(made, block=made.layers[0], pattern=())
+    scaled = next((block for block in made.layers if block.mixer.rope_scaling != NoScaling()), made.layers[0])
+    block = replace(scaled, mixer=replace(scaled.mixer, rope_scaled_layers="full"))
+    one = replace(made, block=block, pattern=())
+    same = (
+        replace(theirs, mixer=replace(theirs.mixer, rope_scaling=block.mixer.rope_scaling, rope_scaled_layers="full")) == block
+        and theirs.mixer.rope(made, i) == block.mixer.rope(one, i)
+        for i, theirs in enumerate(made.layers)
+    )
+    return one if all(same) else made
