@@ -79,9 +79,9 @@ def write_mistral(m: Model) -> dict[str, Any]:
 def read_qwen3(keys: Keys) -> Model:
     """Norms on the sublayers' inputs, and one of each head of queries and keys."""
     using, first = keys.flag("use_sliding_window"), keys.get("max_window_layers", 28)
-    n = keys.whole("num_hidden_layers")
+    n, window = keys.whole("num_hidden_layers"), keys.get("sliding_window", 4096)
     kinds = [SLIDING if using and layer >= first else FULL for layer in range(n)]
-    windows = windows_of(keys, kinds, keys.get("sliding_window", 4096) if using else None)
+    windows = windows_of(keys, kinds, window if using else None)
     return model(keys, attention(keys, one_rope(keys), windows, qk_norm="head", head_dim=128), silu(keys), PreNorm)
 
 
@@ -255,10 +255,10 @@ def sizes(m: Model, activation: str = "hidden_act") -> dict[str, Any]:
 
 
 def windows_json(m: Model) -> dict[str, Any]:
-    """``layer_types`` and ``sliding_window``."""
+    """``layer_types`` and ``sliding_window``, which transformers wants to be a number though no layer has a window."""
     windows = [block.mixer.window(layer, m.n_layers) for layer, block in enumerate(m.layers)]
     kinds = [FULL if window is None else SLIDING for window in windows]
-    return {"layer_types": kinds, "sliding_window": next(filter(None, windows), None)}
+    return {"layer_types": kinds, "sliding_window": next(filter(None, windows), 4096)}
 
 
 def shortest(items: Sequence[Any]) -> Sequence[Any]:
