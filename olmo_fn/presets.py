@@ -24,7 +24,13 @@ TINY = Config(
 """Learns Python from the standard library's sources in a few minutes on two cores."""
 
 LEARNING_RATES = {"760m": 4e-4, "1b": 4e-4, "1b-18l": 4e-4, "3b": 4e-4, "7b": 3e-4, "13b": 9e-4, "32b": 6e-4}
-"""Of the larger sizes; the smaller ones have 1e-3."""
+"""Of OLMo's larger sizes, as its reports have them."""
+
+
+def rate(model: Model, size: str) -> float:
+    """The peak rate of a model: OLMo's of this ``size``, or else one that falls with the width."""
+    widths = {1536: 1e-3, 3072: 4e-4, 8192: 3e-4}
+    return LEARNING_RATES.get(size) or next((lr for width, lr in widths.items() if model.d_model < width), 1.5e-4)
 
 
 STREAM = 1 << 24
@@ -36,7 +42,7 @@ def pretraining(models: Mapping[str, Model], family: str, sequence_length: int) 
     return {
         name: Config(
             model=model,
-            optim=AdamW(lr=LEARNING_RATES.get(name.removeprefix(f"{family}-"), 1e-3)),
+            optim=AdamW(lr=rate(model, name.removeprefix(f"{family}-") if family.startswith("olmo") else "")),
             schedule=Cosine(),
             recipe=Recipe(
                 batch_size=1024 if model.d_model >= 4096 else 512,

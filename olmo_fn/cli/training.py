@@ -17,7 +17,8 @@ from typing import Any, get_type_hints
 from olmo_fn.cli import parsing
 from olmo_fn.fields import get, values
 from olmo_fn.launch.place import place_from_env
-from olmo_fn.models.config import Attention, Model, SwiGLU
+from olmo_fn.models.config import Attention, Model
+from olmo_fn.models.settings.feed_forward import GELU, Gated
 from olmo_fn.train.choices import Choices, choosable, choose, classes_of, describe, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
 from olmo_fn.train.finetune import check_model, data_of, described, finetuning
@@ -147,10 +148,11 @@ def parameters(model: Model) -> str:
     entries = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
     for block in model.layers:
         a, f = block.mixer, block.feed_forward
-        if type(a) is not Attention or type(f) is not SwiGLU:
+        if type(a) is not Attention or not isinstance(f, Gated | GELU):
             return ""
-        entries += 2 * model.d_model * a.width(model.d_model) * (a.n_heads + a.kv_heads) + 3 * model.d_model * f.hidden_size
-    exponent = 9 if entries >= 1e9 else 6
+        matrices = 3 if isinstance(f, Gated) else 2
+        entries += model.d_model * (2 * a.width(model.d_model) * (a.n_heads + a.kv_heads) + matrices * f.hidden_size)
+    exponent = 9 if entries >= 999.5e6 else 6
     return f"{entries / 10**exponent:.3g} {'B' if exponent == 9 else 'M'}"
 
 

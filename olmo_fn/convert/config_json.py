@@ -129,7 +129,7 @@ def canonical(model: Model) -> Model:
     True
     """
     blocks = tuple(
-        replace(block, mixer=_mixer(block.mixer, model, layer)) if isinstance(block.mixer, Attention) else block
+        replace(block, mixer=_mixer(block.mixer, model, layer), dropout=0.0) if isinstance(block.mixer, Attention) else block
         for layer, block in enumerate(model.layers)
     )
     scale = 1.0 if model.embed_scale is None else model.embed_scale

@@ -37,6 +37,7 @@ IN_METADATA = frozenset(
 )
 """What a ``.metadata`` may name; nothing of it is imported or called."""
 LARGEST = 1 << 48  # of a size or an offset
+MOST_BYTES = 2 << 30  # of the metadata: those of a 7B from 256 ranks have 38 million
 
 
 def read_metadata(folder: Path) -> dict[str, Deferred]:
@@ -49,6 +50,8 @@ def read_metadata(folder: Path) -> dict[str, Deferred]:
     path = folder / ".metadata"
     if not path.is_file():
         raise ValueError(f"{path} is missing, so {folder} is no checkpoint of torch.distributed.checkpoint")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, more than the metadata of any checkpoint; it is not read")
     fields = _fields(loads(path.read_bytes(), IN_METADATA, str(path)), f"{CLASSES}.Metadata", path)
     described, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
     if type(described) is not dict or type(stored) is not dict:

@@ -61,8 +61,7 @@ class Group:
     def end(self) -> None:
         """ValueError that names a field which is set, and was not taken."""
         for name, value in self.left.items():
-            if value is not False:
-                raise ValueError(f"{self.path}.{name} is {shown(value)}, which is not read, and would be lost")
+            raise ValueError(f"{self.path}.{name} is {shown(value)}, which is not read, and would be lost")
 
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}

@@ -140,9 +140,8 @@ def gone_on(
     cfg = training(found.config, made, {path: name.name for path, name in names.items()}, state.max_steps)
     dtypes = {str(found.tensors[name].dtype).removeprefix("torch.") for name in wanted}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
-        raise ValueError(
-            f"{found.folder}: AdamW's moments are in {' and '.join(sorted(dtypes))}; they must be in one of float32, bfloat16"
-        )
+        there = " and ".join(sorted(dtypes))
+        raise ValueError(f"{found.folder}: AdamW's moments are in {there}; they must be all in float32, or all in bfloat16")
     seed, paths = state.data.get("seed"), data_paths or found.paths or cfg.data.paths
     if not paths:
         raise ValueError(f"{found.folder} names no token files to go on with; give --data-paths")
@@ -192,7 +191,9 @@ def _turned(
 
 def updates(found: Checkpoint, state: TrainState, optim: AdamW, names: Mapping[str, Stored]) -> int:
     """How many updates AdamW has made, which must be as many for all parameters: here they are counted together."""
-    counts = {float(found.tensors[f"optim.state.{name.name}.step"].make()): name.name for name in names.values()}
+    counts: dict[float, str] = {}
+    for stored in names.values():
+        counts.setdefault(float(found.tensors[f"optim.state.{stored.name}.step"].make()), stored.name)
     (number, name), *others = counts.items()
     if others:
         raise ValueError(

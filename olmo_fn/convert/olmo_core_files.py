@@ -18,6 +18,7 @@ from torch import Tensor
 
 from olmo_fn.checkpoint import Deferred
 from olmo_fn.convert.dcp import read_metadata
+from olmo_fn.convert.pickles import Refused
 from olmo_fn.convert.tensors import StoredTensor, read_header
 from olmo_fn.convert.torch_files import IN_TENSORS, Place, TorchFile, read_tensors
 
@@ -126,11 +127,14 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_train_state(path: Path) -> TrainState:
     """What is read of ``train/rank0.pt``, by the reader of pickles that builds nothing."""
     with TorchFile(Place(path, 0, path.stat().st_size)) as file:
-        state = file.pickle(IN_TENSORS | IN_TRAIN_STATE)
+        try:
+            state = file.pickle(IN_TENSORS | IN_TRAIN_STATE)
+        except Refused as error:
+            raise ValueError(f"{error}; --params-only does without it") from None
     state = state if type(state) is dict else {}
-    step, *others = (state.get(name) for name in ("global_step", "max_steps", "global_train_tokens_seen"))
-    if type(step) is not int or not all(n is None or (type(n) is int and 0 <= n < 1 << 53) for n in (step, *others)):
+    step, most, tokens = (state.get(name) for name in ("global_step", "max_steps", "global_train_tokens_seen"))
+    if type(step) is not int or not all(n is None or (type(n) is int and 0 <= n < 1 << 53) for n in (step, most, tokens)):
         raise ValueError(f"{path}: damaged, or of no trainer: its global_step, max_steps and tokens are no such numbers")
     data = state.get("data_loader", state.get("dataset"))
     kept = {str(key): value for key, value in data.items() if type(value) in (int, str)} if type(data) is dict else {}
-    return TrainState(step, *others, kept)
+    return TrainState(step, most, tokens, kept)

@@ -14,6 +14,7 @@ from olmo_fn.convert.groups import Group, shown
 from olmo_fn.models.config import (
     Attention,
     Block,
+    FeedForwardSettings,
     GeGLU,
     Head,
     LayerNorm,
@@ -29,9 +30,13 @@ from olmo_fn.models.config import (
 )
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, RopeScaling, Stepwise, YaRN
 
-HOW = ("_CLASS_", "type", "dtype", "backend", "use_flash", "fused_ops", "loss_implementation", "full_precision")
+HOW = (
+    *("_CLASS_", "type", "dtype", "backend", "use_flash", "fused_ops", "loss_implementation", "full_precision"),
+    "use_recompute_qkv_prep",
+)
 """Fields that say how something is computed, not what."""
 OF_MODEL = ("compile", "dp_config", "tp_config", "cp_config", "ac_config", "init_seed", "init_device", "embedding_init_std")
+EIGHT_BITS = ("mxfp8_projections", "mxfp8_qkv_projection", "mxfp8_out_projection", "mxfp8_save_qkv_for_backward")
 BLOCKS = {
     "default": PreNorm,
     "default_scaled": ScaledNorm,
@@ -148,14 +153,15 @@ def _block(fields: Group, d_model: int, norms: Norms) -> Block:
     return found
 
 
-def _feed_forward(fields: Group) -> SwiGLU:
+def _feed_forward(fields: Group) -> FeedForwardSettings:
     name, activation = fields.one_of("name", "default", "normalized"), fields.one_of("activation", "silu", "gelu_tanh")
     hidden, bias = fields.take("hidden_size", int), fields.take("bias", bool, name == "default")
     fields.end()
     if name == "normalized" and (bias or activation != "silu"):
         raise ValueError(f"{fields.path} is normalized, and then only silu without biases is read")
-    kind = ScaledSwiGLU if name == "normalized" else GeGLU if activation == "gelu_tanh" else SwiGLU
-    return kind(hidden_size=hidden, feed_forward_bias=bias)
+    kind: Any = ScaledSwiGLU if name == "normalized" else GeGLU if activation == "gelu_tanh" else SwiGLU
+    found: FeedForwardSettings = kind(hidden_size=hidden, feed_forward_bias=bias)
+    return found
 
 
 def _attention(fields: Group, d_model: int, norms: Norms) -> Attention:
@@ -164,7 +170,8 @@ def _attention(fields: Group, d_model: int, norms: Norms) -> Attention:
         raise ValueError(f"{fields.path} is a {kind[:60]}, and of hybrid models none is read; only attention is")
     name = fields.one_of("name", "default", "normalized")
     fields.one_of("dropout", 0.0)
-    fields.ignore("use_recompute_qkv_prep", "mxfp8_save_qkv_for_backward")
+    for flag in EIGHT_BITS:
+        fields.one_of(flag, False)
     n_heads, head_dim = fields.take("n_heads", int, 16), fields.maybe("head_dim", int)
     k = head_dim or d_model // max(n_heads, 1)
     gate = fields.group("gate") if "gate" in fields.left else Group({}, "")

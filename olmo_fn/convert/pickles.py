@@ -11,7 +11,6 @@ import pickletools
 from collections.abc import Callable, Collection
 from typing import Any
 
-MOST = 2 << 30  # bytes of a pickle; that of a checkpoint of a thousand ranks has some hundred million
 DEEPEST = 64  # lists inside of lists, as the opcode MARK begins them
 
 
@@ -53,8 +52,6 @@ def loads(data: bytes, known: Collection[str], where: str) -> Any:
     Traceback (most recent call last):
     olmo_fn.convert.pickles.Refused: state: it names posix.system, which no such file needs; it is not read
     """
-    if len(data) > MOST:
-        raise Refused(f"{where}: a pickle of {len(data):,} bytes is longer than any of a checkpoint")
     machine = _Machine(known, where)
     try:
         for opcode, argument, _ in pickletools.genops(data):

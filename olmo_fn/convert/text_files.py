@@ -9,11 +9,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olmo_fn.convert.config_json import CONFIG, differences, json_of, model_of, read_json, write_json
-from olmo_fn.data.tokenizer import Tokenizer, load
 from olmo_fn.models.config import Model
+
+if TYPE_CHECKING:
+    from olmo_fn.data.tokenizer import Tokenizer
 
 KEPT = "huggingface"
 GENERATION = "generation_config.json"
@@ -89,6 +91,8 @@ def chat_template(directory: Path) -> str:
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of a directory, if it has a tokenizer.json."""
+    from olmo_fn.data.tokenizer import load
+
     path = directory / "tokenizer.json"
     return load(path, eos_of(directory)) if path.is_file() else None
 

@@ -75,7 +75,7 @@ def run(args: Chat) -> int:
     from olmo_fn.generate.chat import Conversation
 
     eos = model.tokenizer.backend.id_to_token(model.tokenizer.eos_id)
-    template = replace(template, tokens={"eos_token": eos, **template.tokens})
+    template = replace(template, tokens={"eos_token": eos or "", **template.tokens})
     talk = Conversation(model, template, args.sampling, args.system, args.truncate_prompt == "left")
     typed, interrupt = sys.stdin.isatty(), Interrupt()
     if typed:

@@ -41,7 +41,7 @@ class ChatTemplate:
         ... )
         '<user>hi'
         """
-        given = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
+        given: dict[str, Any] = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
         given |= {"add_generation_prompt": add_generation_prompt, **self.tokens, **variables}
         program = self._compiled
         try:

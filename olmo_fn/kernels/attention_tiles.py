@@ -144,8 +144,8 @@ def attend_vjp(
     algorithms 1 and 4). ``kernel`` compiles what is between the products. On a CPU the work follows the lengths of the
     documents, and of the window: `olmo_fn.kernels.attention_sight.Sight`.
     """
-    if offset == 0 and suits(q, k, window, documents, cap):
-        return attend_whole_vjp(q, k, v, sinks)
+    if offset == 0 and suits(q, k, window, cap):
+        return attend_whole_vjp(q, k, v, documents, sinks)
     tiles = Tiles(Sight(window, documents, offset), kernel, cap)
     out, lse = tiles.forward(q, k, v)
     if sinks is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from olmo_fn.core.chain import IGNORE, Batch
 from olmo_fn.core.check import check_batch
 
-TAKES = ("input_ids", "labels", "documents", "loss_tokens")
+TAKES = ("input_ids", "labels", "documents", "rows", "loss_tokens")
 INSTEAD = {
     "attention_mask": "padding goes behind the tokens of a row, where nothing attends to it, with labels -100 there; documents "
     "(B, T), numbers that tell the texts of a row apart, keep them from attending to each other",
@@ -60,6 +60,9 @@ class TokenBatch:
                 instead = INSTEAD.get(name, f"it takes {', '.join(TAKES)}")
                 raise ValueError(f"batch[{name!r}] is nothing that the model knows; {instead}")
         ids = batch["input_ids"]
+        if "rows" in batch and (batch["rows"].shape != ids.shape[:1] or batch["rows"].dtype != torch.int64):
+            kind = str(batch["rows"].dtype).removeprefix("torch.")
+            raise ValueError(f"rows is {tuple(batch['rows'].shape)} {kind}, and must be {tuple(ids.shape[:1])} int64")
         for name in ("input_ids", "labels", "documents"):
             x = batch.get(name, ids)
             whole = x.dtype == torch.int64 or (name == "documents" and not x.is_floating_point())

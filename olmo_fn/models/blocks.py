@@ -16,12 +16,19 @@ from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import enter
 from olmo_fn.nn.context import Context
 from olmo_fn.nn.norm import Norm, unit_norm
+from olmo_fn.nn.residual import Residual
 from olmo_fn.nn.sublayer import Names, Sublayer
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
 Run: TypeAlias = Callable[[Sublayer, Tensor], Tensor]
 """Runs a sublayer on a tensor (B, T, D)."""
+
+
+Residuals: TypeAlias = tuple[Residual, Residual]
+"""Those of the mixer and of the feed-forward network."""
+PLAIN = Residual(), Residual()
+FFN = "feed_forward"
 
 
 class Part(NamedTuple):
@@ -38,52 +45,48 @@ class Part(NamedTuple):
     others: Mapping[str, tuple[Spec, Names | None]] = {}
 
 
-def reordered(mixer: Sublayer, feed_forward: Sublayer, norm: Norm, factors: tuple[float, float] = (1, 1)) -> tuple[Part, ...]:
-    """``x + factor · norm(f(x))`` for each: the norm is on the sublayer's output (OLMo 2 report, section 3.2)."""
+def reordered(mixer: Sublayer, feed_forward: Sublayer, norm: Norm, residuals: Residuals = PLAIN) -> tuple[Part, ...]:
+    """``x + norm(f(x))`` for each: the norm is on the sublayer's output (OLMo 2 report, section 3.2)."""
 
-    def part(f: Sublayer, name: str, names: Names, factor: float) -> Part:
+    def part(f: Sublayer, name: str, names: Names, residual: Residual) -> Part:
         gain = f"{f.name}_norm"
 
         def fn(p: Tree, x: Tensor, run: Run, ctx: Context) -> Tensor:
-            return norm.add(ctx, p[gain], x, run(f, x), factor)
+            return residual.add_normed(ctx, norm, p[gain], x, run(f, x))
 
         return Part(name, fn, (f,), {gain: names})
 
     return (
-        part(mixer, mixer.name, Names("post_attention_layernorm.weight", f"{mixer.name}_norm.weight"), factors[0]),
-        part(feed_forward, FFN, Names("post_feedforward_layernorm.weight", "feed_forward_norm.weight"), factors[1]),
+        part(mixer, mixer.name, Names("post_attention_layernorm.weight", f"{mixer.name}_norm.weight"), residuals[0]),
+        part(feed_forward, FFN, Names("post_feedforward_layernorm.weight", "feed_forward_norm.weight"), residuals[1]),
     )
 
 
-FFN = "feed_forward"
+def pre_norm(mixer: Sublayer, feed_forward: Sublayer, norm: Norm, residuals: Residuals = PLAIN) -> tuple[Part, ...]:
+    """``x + f(norm(x))`` for each: the norm is on the sublayer's input (Llama, GPT-2)."""
 
-
-def pre_norm(mixer: Sublayer, feed_forward: Sublayer, norm: Norm, factors: tuple[float, float] = (1, 1)) -> tuple[Part, ...]:
-    """``x + factor · f(norm(x))`` for each: the norm is on the sublayer's input (Llama, GPT-2)."""
-
-    def part(f: Sublayer, name: str, names: Names, factor: float) -> Part:
+    def part(f: Sublayer, name: str, names: Names, residual: Residual) -> Part:
         gain = f"{f.name}_norm"
 
         def fn(p: Tree, x: Tensor, run: Run, ctx: Context) -> Tensor:
-            y = run(f, norm(ctx, p[gain], x))
-            return x + (y if factor == 1 else factor * y)
+            return residual.add(ctx, x, run(f, norm(ctx, p[gain], x)))
 
         return Part(name, fn, (f,), {gain: names})
 
     return (
-        part(mixer, mixer.name, Names("input_layernorm.weight", f"{mixer.name}_norm.weight"), factors[0]),
-        part(feed_forward, FFN, Names("post_attention_layernorm.weight", "feed_forward_norm.weight"), factors[1]),
+        part(mixer, mixer.name, Names("input_layernorm.weight", f"{mixer.name}_norm.weight"), residuals[0]),
+        part(feed_forward, FFN, Names("post_attention_layernorm.weight", "feed_forward_norm.weight"), residuals[1]),
     )
 
 
-def peri_norm(mixer: Sublayer, feed_forward: Sublayer, norm: Norm, factors: tuple[float, float] = (1, 1)) -> tuple[Part, ...]:
-    """``x + factor · norm(f(norm(x)))`` for each: norms on a sublayer's input and output (Gemma 2 and 3)."""
+def peri_norm(mixer: Sublayer, feed_forward: Sublayer, norm: Norm, residuals: Residuals = PLAIN) -> tuple[Part, ...]:
+    """``x + norm(f(norm(x)))`` for each: norms on a sublayer's input and output (Gemma 2 and 3)."""
 
-    def part(f: Sublayer, name: str, before: Names, after: Names, factor: float) -> Part:
+    def part(f: Sublayer, name: str, before: Names, after: Names, residual: Residual) -> Part:
         first, second = f"{f.name}_norm", f"post_{f.name}_norm"
 
         def fn(p: Tree, x: Tensor, run: Run, ctx: Context) -> Tensor:
-            return norm.add(ctx, p[second], x, run(f, norm(ctx, p[first], x)), factor)
+            return residual.add_normed(ctx, norm, p[second], x, run(f, norm(ctx, p[first], x)))
 
         return Part(name, fn, (f,), {first: before, second: after})
 
@@ -93,14 +96,14 @@ def peri_norm(mixer: Sublayer, feed_forward: Sublayer, norm: Norm, factors: tupl
             mixer.name,
             Names("input_layernorm.weight", f"{mixer.name}_norm.weight"),
             Names("post_attention_layernorm.weight", f"post_{mixer.name}_norm.weight"),
-            factors[0],
+            residuals[0],
         ),
         part(
             feed_forward,
             FFN,
             Names("pre_feedforward_layernorm.weight", "feed_forward_norm.weight"),
             Names("post_feedforward_layernorm.weight", "post_feed_forward_norm.weight"),
-            factors[1],
+            residuals[1],
         ),
     )
 

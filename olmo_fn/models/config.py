@@ -28,6 +28,7 @@ __all__ = [
     "LayerNorm",
     "MixerSettings",
     "Model",
+    "MultiToken",
     "NormSettings",
     "Normalized",
     "PeriNorm",
@@ -57,6 +58,16 @@ class Head:
     """Logits are c tanh(logit / c) (Gemma 2)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MultiToken:
+    """Modules that predict further tokens than the next while training (DeepSeek-V3); decoding leaves them out."""
+
+    depth: Annotated[int, Range(0, 64)] = 0
+    """How many further tokens."""
+    weight: Annotated[float, POSITIVE] = 0.3
+    """Weight in the loss of the mean of their cross entropies."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A decoder-only language model: an embedding, blocks, a norm and a head."""
@@ -81,6 +92,8 @@ class Model:
     """A norm behind the embedding."""
     head: Head = Head()
     """From the last block's output to logits."""
+    multi_token: MultiToken = MultiToken()
+    """Further tokens that are predicted beside the next one."""
     tie_embeddings: bool = False
     """Use the embedding as the head's matrix."""
     init_method: InitMethod = "normal"
@@ -93,6 +106,11 @@ class Model:
         """The settings of each block."""
         pattern = self.pattern or (self.block,)
         return tuple(pattern[i % len(pattern)] for i in range(self.n_layers))
+
+    @property
+    def drops(self) -> bool:
+        """Whether training wants to know the numbers of sequences, by which entries are dropped."""
+        return any(getattr(block, "dropout", 0) for block in self.pattern or (self.block,))
 
     def deviations(self, layer: int) -> tuple[float, float]:
         """Standard deviations of the initial matrices of a block: of those that read the stream, and of those that add to it.

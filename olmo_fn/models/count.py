@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from olmo_fn import spec
+from olmo_fn.models import multi_token
 from olmo_fn.models.config import Model
 from olmo_fn.models.transformer import layers, specs
 
@@ -30,7 +31,7 @@ def num_non_embedding_params(cfg: Model) -> int:
 def flops_per_sequence(cfg: Model, sequence_length: int) -> int:
     """Training FLOPs of one sequence of S tokens, an exact integer: forward, and twice that for backward.
 
-        3 · (Σ over sublayers of their flops(S)  +  2 · V · D · S for the head)
+        3 · (Σ over sublayers of their flops(S)  +  2 · V · D · S for the head  +  multi-token prediction's modules)
 
     A matrix costs a multiplication and an addition per entry and token; a pair of query and key costs
     2 · head_dim per head for its score, and as many for its value. What is not a matrix product (norms,
@@ -42,7 +43,8 @@ def flops_per_sequence(cfg: Model, sequence_length: int) -> int:
     pairs / S, about twice as much attention.
     """
     blocks = sum(sub.flops(sequence_length) for layer in layers(cfg) for sub in layer.sublayers)
-    return 3 * (blocks + 2 * cfg.vocab_size * cfg.d_model * sequence_length)
+    further = multi_token.flops(cfg, layers(cfg)[-1], sequence_length)
+    return 3 * (blocks + 2 * cfg.vocab_size * cfg.d_model * sequence_length + further)
 
 
 def flops_per_token(cfg: Model, sequence_length: int) -> float:

@@ -20,6 +20,7 @@ from olmo_fn.kernels.attention_cp import positions_of
 from olmo_fn.kernels.attention_tiles import document_starts
 from olmo_fn.mesh.axis import Axes, CPMethod
 from olmo_fn.mesh.collectives import all_gather
+from olmo_fn.models import multi_token
 from olmo_fn.models.batch import TokenBatch
 from olmo_fn.models.blocks import Part
 from olmo_fn.models.config import Model
@@ -83,6 +84,7 @@ def specs(cfg: Model) -> Tree:
         **({"embed_norm": norm.specs(cfg.d_model)} if cfg.embed_norm else {}),
         "blocks": {str(i): layer.specs(norm, cfg.d_model) for i, layer in enumerate(layers(cfg))},
         "head": head,
+        **({"mtp": multi_token.specs(cfg, layers(cfg)[-1])} if cfg.multi_token.depth else {}),
     }
 
 
@@ -96,7 +98,8 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     """The training loss as a chain: ``(params, batch) -> (sum of losses, metrics)``.
 
     ``batch`` holds ``input_ids`` and ``labels`` (B, T) int64, and optionally ``documents`` (B, T): numbers that tell the
-    documents of a row apart. With them attention stays inside a document and positions restart in each.
+    documents of a row apart. With them attention stays inside a document and positions restart in each. A model with dropout
+    drops where the batch has ``rows`` (B,) int64, numbers that no other sequence of the run has.
 
     With tensor parallelism the stream between stages is a rank's part of the sequence (Korthikanti et al. 2022, sequence
     parallelism), with context parallelism everything but the mixing of positions is. The sum is that of this rank's tokens.
@@ -109,8 +112,9 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     blocks = [_block_stage(part, i) for i, layer in enumerate(built) for part in layer.parts]
     declared = specs(cfg)
     rest = tuple((name, f"head.{name}") for name in declared["head"] if name != "w_out")
+    more = (("mtp", "mtp"), ("embed", "embed")) if cfg.multi_token.depth else ()
     w_out = "embed" if cfg.tie_embeddings else "head.w_out"
-    norm = cfg.norm.build(cfg.norm_eps)
+    norm, reported = cfg.norm.build(cfg.norm_eps), ("ce", "z", *(["mtp"] if more else []))
 
     def embed(p: Tree, x: None, ctx: Context) -> tuple[Tensor, Aux]:
         return embedded(cfg, p, ctx), NOTHING
@@ -119,14 +123,19 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
         assert ctx.labels is not None
         h = all_gather(norm.once(ctx, p["norm"], x) if cfg.head.norm else x, 1, ctx.backend.axes.tp)
         matrix, h = with_bias_and_scales(p, h)
-        return None, Aux(*cross_entropy(ctx, matrix, h, ctx.labels, cfg.vocab_size, z_loss, cfg.head.cap))
+        loss, metrics = cross_entropy(ctx, matrix, h, ctx.labels, cfg.vocab_size, z_loss, cfg.head.cap)
+        if not more:
+            return None, Aux(loss, metrics)
+        aux = multi_token.further(cfg, built[-1], p, x, ctx)
+        assert aux.loss is not None
+        return None, Aux(loss + aux.loss, {**metrics, **aux.metrics})
 
     return Chain(
         partial(context, cfg, built),
         (
             Stage("embed", tuple((name, name) for name in ("embed", "embed_norm") if name in declared), embed),
             *blocks,
-            Stage("head", (*rest, ("w_out", w_out)), head, metrics={"ce": Metric(), "z": Metric()}),
+            Stage("head", (*rest, ("w_out", w_out), *more), head, metrics=dict.fromkeys(reported, Metric())),
         ),
         empty=partial(_empty, cfg.d_model),
         uncast=frozenset({"embed", w_out}),
@@ -204,7 +213,10 @@ def context(cfg: Model, built: tuple[Layer, ...], batch: Batch, backend: Backend
     documents = document_starts(batch["documents"]) if "documents" in batch else None
     positions = local if documents is None else local - documents[:, local]
     labels = batch["labels"][:, local] if "labels" in batch else None
-    return Context(backend, batch["input_ids"][:, local], labels, positions, documents, tables_of(built, positions))
+    depth = cfg.multi_token.depth if labels is not None else 0
+    ahead = tuple(multi_token.Ahead(*(x[:, local] for x in part)) for part in multi_token.ahead(batch, depth)) if depth else ()
+    ids, rows, tables = batch["input_ids"][:, local], batch.get("rows"), tables_of(built, positions)
+    return Context(backend, ids, labels, positions, documents, rows, local, ahead, tables)
 
 
 def tables_of(built: tuple[Layer, ...], positions: Tensor) -> dict[Any, Any]:

@@ -18,7 +18,9 @@ class Context:
 
     ``input_ids``, ``labels`` (B, R) of this rank's R positions (all of them, unless ``cp`` shares the sequence); ``positions``
     (R,) or, with documents, (B, R): they begin anew in each. ``documents`` (B, T): the first position of each position's
-    document, of the whole sequence, or None. ``tables``: what sublayers prepared from the positions, by their keys.
+    document, of the whole sequence, or None. ``rows`` (B,), ``columns`` (R,): numbers of the run's sequences and of this rank's
+    positions in them, by which entries are dropped. ``ahead``: for multi-token prediction, ids and labels further on.
+    ``tables``: what sublayers prepared from the positions, by their keys.
 
     Decoding: ``start`` columns are in the caches already, and ``padding`` (B,) of a row's first columns are no tokens.
     """
@@ -28,6 +30,9 @@ class Context:
     labels: Tensor | None
     positions: Tensor
     documents: Tensor | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    ahead: tuple[Any, ...] = ()
     tables: Mapping[Any, Any] = field(default_factory=dict)
     start: int = 0
     padding: Tensor | None = None

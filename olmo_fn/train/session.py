@@ -89,7 +89,12 @@ class Session:
         and of them those of each part that gradients are accumulated over.
         """
         read, sharing = self.source.train, self.step.execution.layout.sharing
-        parts = [read(step, rows) for rows in sharing.rows(read.sizes.rows(step), self.cfg.recipe.accumulate)]
+        slices = sharing.rows(read.sizes.rows(step), self.cfg.recipe.accumulate)
+        parts = [read(step, rows) for rows in slices]
+        if self.cfg.model.drops:
+            first = (self.cfg.run.seed << 44) + (step << 20)
+            for part, rows in zip(parts, slices, strict=True):
+                part["rows"] = first + rows.start + torch.arange(len(part["input_ids"]))
         return {name: torch.cat([part[name] for part in parts]).to(self.process.device) for name in parts[0]}
 
     @cached_property

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import load, read_index, steps
 from olmo_fn.cli import main as cli
 from olmo_fn.convert.names import stored
+from olmo_fn.convert.olmo_core_files import open_checkpoint
 from olmo_fn.convert.olmo_core_model import model
 from olmo_fn.convert.olmo_core_training import SCHEDULES, training
 from olmo_fn.models import transformer
@@ -171,6 +173,46 @@ def test_unsharded_checkpoints_are_the_same(unpacked, tmp_path, kind):
     for path, name in names.items():
         data = name.theirs(tree.at(values["params"], path)).contiguous().numpy().tobytes()
         assert hashlib.sha256(data).hexdigest() == expected[f"model.{name.name}"]["sha256"]
+
+
+def test_an_unsharded_optimizer_goes_on(runs, tmp_path):
+    folder = Path(shutil.copytree(runs / "olmo2" / "unsharded-pt", tmp_path / "unsharded"))
+    shutil.copytree(runs / "olmo2" / "run" / "step3" / "train", folder / "train")
+    assert convert(folder, tmp_path / "run", "--data-paths", runs / "olmo2" / "tokens.npy") == 0
+    there, _ = load(runs / "olmo2" / "ours" / "checkpoints" / "step3")
+    found, _ = load(tmp_path / "run" / "checkpoints" / "step3")
+    for path, value in tree.items(there):
+        assert torch.equal(tree.at(found, path), value), path
+
+
+def rewrite(step, change):
+    """Write a checkpoint's tensors anew, as torch does, with some of them changed."""
+    tensors = {name: tensor.make() for name, tensor in open_checkpoint(step).tensors.items()}
+    change(tensors)
+    shutil.rmtree(step / "model_and_optim")
+    dcp.save(tensors, checkpoint_id=step / "model_and_optim", no_dist=True)
+
+
+def test_other_dtypes(copy, tmp_path, capsys):
+    before = {name: tensor.make() for name, tensor in open_checkpoint(copy).tensors.items()}
+    rewrite(copy, lambda ts: ts.update((name, x.bfloat16()) for name, x in ts.items() if not name.endswith(".step")))
+    assert convert(copy, tmp_path / "run") == 0
+    assert read_config(tmp_path / "run").optim.moments == "bfloat16"
+    found, _ = load(tmp_path / "run" / "checkpoints" / "step3")
+    assert torch.equal(found["params"]["embed"], before["model.embeddings.weight"].bfloat16().float())
+    moment = found["slots"]["adamw_v"]["embed"]
+    assert moment.dtype == torch.bfloat16
+    assert torch.equal(moment, before["optim.state.embeddings.weight.exp_avg_sq"].bfloat16())
+    rewrite(copy, lambda ts: ts.update({"optim.state.embeddings.weight.exp_avg": before["model.embeddings.weight"]}))
+    assert "moments are in bfloat16 and float32; they must be all in" in refused(capsys, copy, tmp_path / "other")
+
+
+def test_counts_that_do_not_agree(copy, tmp_path, capsys):
+    rewrite(copy, lambda ts: ts.update({"optim.state.embeddings.weight.step": torch.tensor(9.0)}))
+    said = refused(capsys, copy, tmp_path / "run")
+    assert "AdamW has made 9 updates of embeddings.weight and 4 of blocks.0.attention.w_q.weight" in said
+    rewrite(copy, lambda ts: ts.update({name: torch.tensor(0.5) for name in ts if name.endswith(".step")}))
+    assert "is 0.5, which is no number of updates" in refused(capsys, copy, tmp_path / "run")
 
 
 # What does not fit

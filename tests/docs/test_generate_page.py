@@ -13,6 +13,7 @@ from programs import ROOT
 
 from olmo_fn.checkpoint import save
 from olmo_fn.cli import main as cli
+from olmo_fn.convert.config_json import json_of
 from olmo_fn.convert.huggingface import write_directory
 from olmo_fn.convert.names import stored
 from olmo_fn.data.tokenizer import byte_level
@@ -38,7 +39,7 @@ def folder(tmp_path, monkeypatch):
     byte_level().save(run / "tokenizer.json")
     save({"step": torch.tensor(1000), "params": params, "slots": {}}, run / "checkpoints", step=1000)
     parameters = ((path, at(params, path)) for path in stored(cfg, "huggingface"))
-    write_directory(chat, cfg, parameters, torch.float32)
+    write_directory(chat, cfg, parameters, torch.float32, config=json_of(cfg) | {"max_position_embeddings": 128})
     byte_level().save(chat / "tokenizer.json")
     (chat / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|endoftext|>"}))
     (tmp_path / "long.txt").write_text("a long text " * 40)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import convert
 import pytest
+import tokenizers
 import torch
 import transformers
 from generating import random_params
+from programs import ROOT
 from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast
 
 from olmo_fn.data.tokenizer import load as load_tokenizer
 from olmo_fn.data.tokenizer import train_bpe
 from olmo_fn.generate.config import Sampling
+from olmo_fn.generate.load import load_model
 from olmo_fn.generate.sample import sample
 from olmo_fn.generate.sampling import penalized, probabilities
 from olmo_fn.generate.template import ChatTemplate, encode_chat, load_template
+from olmo_fn.generate.text import generate_text, prepare
 from olmo_fn.models.config import Model, dense
 from olmo_fn.tree import Tree
 
+PEERS = runpy.run_path(str(ROOT / "tests" / "convert" / "hf_peers.py"))
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 NO_IDS = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
 
@@ -57,6 +63,49 @@ def test_greedy_is_transformers_generate_token_for_token(family: str) -> None:
     assert ours == theirs
     assert len({tuple(row) for row in ours}) == 4
     assert len(set(ours[0])) > 5  # no short circle
+
+
+@pytest.mark.parametrize("case", ["olmo3-yarn", "llama-stepwise", "mistral", "qwen3-windows", "gemma3-capped", "smollm3"])
+def test_a_directory_of_any_family_generates_as_transformers_does(case: str, tmp_path: Path) -> None:
+    PEERS["with_tokenizer"](PEERS["directory"](case, tmp_path, vocab_size=300))
+    model, path = load_model(tmp_path)
+    assert (path, model.context, model.ends) == (tmp_path, 64, {0, 299})
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompts = [[5, 9, 200, 7, 8, 11, 12, 40], [250, 3], [77, 78, 79]]
+    ids = torch.tensor([[0] * (8 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (8 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    theirs = peer.generate(ids, attention_mask=mask, **options)[:, 8:].tolist()
+    steps = sample(model.cfg, model.params, prompts, Sampling(max_tokens=24, temperature=0))
+    assert [list(row) for row in zip(*steps, strict=True)] == theirs
+    text = generate_text(model, "def ", Sampling(max_tokens=8, temperature=0), healing=False)
+    prompt = torch.tensor([model.tokenizer.encode("def ")])
+    whole = peer.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert text == model.tokenizer.decode(whole[0, prompt.shape[1] :].tolist())
+
+
+def test_what_a_directory_lacks(tmp_path: Path) -> None:
+    PEERS["directory"]("llama", tmp_path, vocab_size=300)
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json; put the one there that the model was trained with"):
+        load_model(tmp_path)
+    PEERS["with_tokenizer"](tmp_path)
+    for options in ({"step": 3}, {"weights": "ema"}):
+        with pytest.raises(ValueError, match="is a Hugging Face directory, without steps and averages; leave out --step"):
+            load_model(tmp_path, **options)
+
+
+def test_a_text_begins_as_the_tokenizer_of_a_directory_begins_it(tmp_path: Path) -> None:
+    PEERS["with_tokenizer"](PEERS["directory"]("llama", tmp_path, vocab_size=300))
+    backend = load_tokenizer(tmp_path / "tokenizer.json").backend
+    assert load_model(tmp_path)[0].first_ids == ()
+    start = backend.id_to_token(7)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(f"{start} $A", special_tokens=[(start, 7)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    model, _ = load_model(tmp_path)
+    assert prepare(model, "def f").ids[0] == 7
+    assert prepare(model, "").ids == [7]
+    peer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert prepare(model, "def f", healing=False).ids == peer("def f")["input_ids"]
 
 
 def test_a_penalty_counts_prompt_and_generated_tokens_as_transformers_does() -> None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from olmo_fn.core.chain import Backend
@@ -118,8 +119,8 @@ def test_in_fp32(heads, kv_heads, masked):
     """Also where torch's own kernel attends, which takes sinks by the log-sum-exp, and no cap."""
     q, k, v, sinks, documents = tensors(heads, kv_heads, dtype=torch.float32)
     q, k, v = q / 2, k / 2, v / 2  # of the usual size: sharper softmaxes magnify the rounding of scores
-    assert suits(q, k, None, None) == (heads == kv_heads)
-    assert not suits(q, k, None, None, 3.0)
+    assert suits(q, k, None) == (heads == kv_heads)
+    assert not suits(q, k, None, 3.0)
     for cap in (None, 3.0):
         options = options_of(documents, None, cap, masked)
         law_pullback(
@@ -254,6 +255,31 @@ def test_documents_cost_what_they_should(monkeypatch, window, kv_heads):
         patch.setattr(Sight, "_on_host", None)
         with pytest.raises(AssertionError):
             law_cost(documents, window, kv_heads=kv_heads)
+
+
+class Lengths(TorchDispatchMode):
+    """Lengths of what torch's own attention is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        if "flash_attention" in str(fn):
+            self.found.append(args[0].shape[2])
+        return fn(*args, **kwargs or {})
+
+
+def test_torchs_own_attention_sees_one_document_at_a_time():
+    """Forward and backward: no two documents are multiplied."""
+    documents = packed(2, 300, 50)
+    lengths = [int(n) for row in documents for n in row.unique_consecutive(return_counts=True)[1]]
+    q = torch.zeros(2, 2, 300, 4)
+    with Lengths() as seen:
+        out, pullback = attend_vjp(q, q, q, documents=documents)
+        pullback(out, out)
+    assert seen.found == 2 * lengths
+    assert len(lengths) > 4
 
 
 # --- over ranks -------------------------------------------------------------------------------------------------------

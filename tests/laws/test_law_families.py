@@ -1,5 +1,6 @@
 """Law 2 for every part of a dense model: loss, gradients and whole steps are the same on any ranks."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from olmo_fn.models.config import (
     Head,
     LayerNorm,
     Model,
+    MultiToken,
     PeriNorm,
     PreNorm,
     RMSNorm,
@@ -76,6 +78,10 @@ MODELS = {
         Block,
         {"rope_scaling": Interpolation(), "rope_scaled_layers": "all", "rope_layers": "windowed", "window_pattern": (4, -1)},
     ),
+    "dropout": model(partial(PeriNorm, dropout=0.25, attention_factor=0.5)),
+    "dropout-reordered": model(partial(Block, dropout=0.5)),
+    "multi-token": model(Block, tie_embeddings=True, multi_token=MultiToken(depth=2)),
+    "multi-token-untied": model(PreNorm, {"qk_norm": "head"}, multi_token=MultiToken(depth=1, weight=0.5)),
     "ngpt": ngpt(16, 2, 4, 24, vocab_size=32, n_kv_heads=2),
 }
 LAYOUTS = {
@@ -96,7 +102,8 @@ def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 32, (count, 4, 25), generator=generator)
     documents = torch.tensor([0] * 9 + [1] * 7 + [2] * 8).expand(4, -1)
-    return [{"input_ids": x[:, :-1].contiguous(), "labels": x[:, 1:].contiguous(), "documents": documents} for x in ids]
+    rest = {"documents": documents, "rows": torch.tensor([7, 1 << 40, 9, 3])}
+    return [{"input_ids": x[:, :-1].contiguous(), "labels": x[:, 1:].contiguous(), **rest} for x in ids]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -118,6 +125,7 @@ def changed(name: str, **fields) -> Model:
         ("biases-layer-norm", {"clip_qkv": 0.6}),
         ("factors-head-gate-cap", {"score_cap": 2.1}),
         ("linear-nope", {"rope_scaling": Interpolation(factor=2.1)}),
+        ("dropout", {"block": replace(MODELS["dropout"].block, dropout=0.3)}),
     ],
 )
 def test_the_law_catches_another_number(pool: Pool, name: str, fields: dict) -> None:

@@ -176,17 +176,17 @@ def test_attend_is_softmax_attention(heads, kv_heads, window):
 
 
 def test_torchs_own_attention_is_the_same_function():
-    """The law in fp64; in fp32 `attend_vjp` takes it where nothing but causality hides a key, and tiles elsewhere."""
+    """The law in fp64; in fp32 `attend_vjp` takes it where only causality and documents hide keys, and tiles elsewhere."""
     q, k, v = torch.randn(3, 2, 4, 300, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     law_pullback(attend, attend_whole_vjp, q, k, v)
     q, k, v = (x.float() for x in (q, k, v))
     documents = torch.zeros(2, 300, dtype=torch.int64)
-    for window, docs, whole in ((None, None, True), (300, None, True), (299, None, False), (None, documents, False)):
-        assert suits(q, k, window, docs) == whole
+    for window, docs, whole in ((None, None, True), (300, None, True), (299, None, False), (None, documents, True)):
+        assert suits(q, k, window) == whole
         found, _ = attend_vjp(q, k, v, window=window, documents=docs)
         assert_close(found, attend(q, k, v, window=window, documents=docs), rtol=1e-5, atol=1e-6)
-    assert not suits(q, k[:, :2], None, None)
-    assert not suits(q.bfloat16(), k.bfloat16(), None, None)
+    assert not suits(q, k[:, :2], None)
+    assert not suits(q.bfloat16(), k.bfloat16(), None)
 
 
 def law_pullback(fn, vjp, *inputs):

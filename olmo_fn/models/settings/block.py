@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from olmo_fn.fields import Range
 from olmo_fn.models.settings.attention import Attention
 from olmo_fn.models.settings.feed_forward import SwiGLU
 
 if TYPE_CHECKING:
-    from olmo_fn.models.blocks import Part
+    from olmo_fn.models.blocks import Part, Residuals
     from olmo_fn.models.config import Model
     from olmo_fn.nn.norm import Norm
     from olmo_fn.nn.sublayer import Sublayer
@@ -35,24 +36,31 @@ class Block:
     feed_forward_factor: float = 1.0
     """The same for the feed-forward network."""
 
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """Share of the entries of both sublayers' outputs that are dropped while training."""
+
     def parts(self, model: Model, layer: int) -> tuple[Part, ...]:
         """The parts of block ``layer``: override `combine` for another kind of block."""
-        return self.combine(self.mixer.build(model, layer), self.feed_forward.build(model, layer), self.norm_of(model, layer))
+        mixer, feed_forward = self.mixer.build(model, layer), self.feed_forward.build(model, layer)
+        return self.combine(mixer, feed_forward, self.norm_of(model, layer), self.residuals(layer))
 
     def norm_of(self, model: Model, layer: int) -> Norm:
         """The norm of block ``layer``."""
         return model.norm.build(model.norm_eps)
 
-    def combine(self, mixer: Sublayer, feed_forward: Sublayer, norm: Norm) -> tuple[Part, ...]:
+    def residuals(self, layer: int) -> Residuals:
+        """How the two sublayers' outputs are added to the stream."""
+        from olmo_fn.nn.residual import Residual
+
+        factors = self.attention_factor, self.feed_forward_factor
+        first, second = (Residual(factor, self.dropout, 2 * layer + i) for i, factor in enumerate(factors))
+        return first, second
+
+    def combine(self, mixer: Sublayer, feed_forward: Sublayer, norm: Norm, residuals: Residuals) -> tuple[Part, ...]:
         """How the two sublayers are put together: a function of `olmo_fn.models.blocks`, or your own."""
         from olmo_fn.models.blocks import reordered
 
-        return reordered(mixer, feed_forward, norm, self.factors)
-
-    @property
-    def factors(self) -> tuple[float, float]:
-        """Those of the mixer and of the feed-forward network."""
-        return self.attention_factor, self.feed_forward_factor
+        return reordered(mixer, feed_forward, norm, residuals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +69,11 @@ class PreNorm(Block):
 
     name: tyro.conf.Suppress[str] = "pre-norm"
 
-    def combine(self, mixer: Sublayer, feed_forward: Sublayer, norm: Norm) -> tuple[Part, ...]:
+    def combine(self, mixer: Sublayer, feed_forward: Sublayer, norm: Norm, residuals: Residuals) -> tuple[Part, ...]:
         """``x + f(norm(x))`` for each."""
         from olmo_fn.models.blocks import pre_norm
 
-        return pre_norm(mixer, feed_forward, norm, self.factors)
+        return pre_norm(mixer, feed_forward, norm, residuals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +82,11 @@ class PeriNorm(Block):
 
     name: tyro.conf.Suppress[str] = "peri-norm"
 
-    def combine(self, mixer: Sublayer, feed_forward: Sublayer, norm: Norm) -> tuple[Part, ...]:
+    def combine(self, mixer: Sublayer, feed_forward: Sublayer, norm: Norm, residuals: Residuals) -> tuple[Part, ...]:
         """``x + norm(f(norm(x)))`` for each."""
         from olmo_fn.models.blocks import peri_norm
 
-        return peri_norm(mixer, feed_forward, norm, self.factors)
+        return peri_norm(mixer, feed_forward, norm, residuals)
 
 
 @dataclass(frozen=True, kw_only=True)
