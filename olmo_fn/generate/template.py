@@ -45,7 +45,7 @@ class ChatTemplate:
         given |= {"add_generation_prompt": add_generation_prompt, **self.tokens, **variables}
         program = self._compiled
         try:
-            return program.render(given)
+            return str(program.render(given))
         except Exception as error:  # whatever a program may raise that somebody else wrote
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
             raise ValueError(f"the chat template does not take this conversation: {kind}{error}") from None
