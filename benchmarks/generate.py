@@ -14,18 +14,22 @@ import os
 import statistics
 import time
 
-import torch
-import transformers
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from olmo_fn.train.environment import prepare_environment
 
-from olmo_fn import tree
-from olmo_fn.generate.config import Sampling
-from olmo_fn.generate.load import arranged
-from olmo_fn.generate.sample import sample
-from olmo_fn.models.config import Model, dense
-from olmo_fn.models.transformer import specs
-from olmo_fn.spec import abstract
-from olmo_fn.tree import Tree
+prepare_environment()  # as the commands do, before torch is loaded: it is to the peer's good as well
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import Olmo2Config, Olmo2ForCausalLM  # noqa: E402
+
+from olmo_fn import tree  # noqa: E402
+from olmo_fn.generate.config import Sampling  # noqa: E402
+from olmo_fn.generate.load import arranged  # noqa: E402
+from olmo_fn.generate.sample import sample  # noqa: E402
+from olmo_fn.models.config import Model, dense  # noqa: E402
+from olmo_fn.models.transformer import specs  # noqa: E402
+from olmo_fn.spec import abstract  # noqa: E402
+from olmo_fn.tree import Tree  # noqa: E402
 
 NAMES = {
     "embed": "embed_tokens",

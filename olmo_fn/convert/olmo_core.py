@@ -47,14 +47,15 @@ class FromOlmoCore:
 def from_olmo_core(args: FromOlmoCore) -> int:
     """Make the run, whole or not at all, and say what to type next. ValueError, in one line, for what is not read."""
     from olmo_fn import tree
-    from olmo_fn.checkpoint import save
+    from olmo_fn.checkpoint import Deferred, save
     from olmo_fn.convert.olmo_core_files import open_checkpoint
+    from olmo_fn.convert.run import check_new
+    from olmo_fn.progress import progress
     from olmo_fn.train.folder import write_config
     from olmo_fn.train.schedule import sizes
 
     run = args.run
-    if run.exists():
-        raise ValueError(f"{run} is there already; choose another folder for the run")
+    check_new(run)
     found = open_checkpoint(args.folder, args.config, with_state=not args.params_only)
     made, names = read_model(found)
     if args.params_only:
@@ -74,11 +75,24 @@ def from_olmo_core(args: FromOlmoCore) -> int:
         }
     cfg = replace(cfg, run=replace(cfg.run, folder=str(run)))
     cfg.check()
+    state = dict(leaves)
     run.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=run.parent) as beside:
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=run.parent) as beside,
+        progress("reading", sum(leaf.nbytes for leaf in state.values())) as advance,
+    ):
+
+        def shown(path: str, leaf: Tensor | Deferred) -> Tensor | Deferred:
+            def make() -> Tensor:
+                advance(leaf.nbytes, path)
+                return leaf.make()  # type: ignore[union-attr]
+
+            return Deferred(leaf.shape, leaf.dtype, make) if isinstance(leaf, Deferred) else leaf
+
         draft = Path(beside) / "run"
         write_config(cfg, draft)
-        save(tree.unflatten(leaves), draft / "checkpoints", step=step, meta=meta, threads=1)
+        written = tree.unflatten((path, shown(path, leaf)) for path, leaf in state.items())
+        save(written, draft / "checkpoints", step=step, meta=meta, threads=1)
         draft.rename(run)
     print(summary(run, made, cfg, found))
     return 0

@@ -47,6 +47,8 @@ def remember(cache: Tree, k: Tensor, v: Tensor, ctx: Context, window: int | None
     if stop <= S or T == 1:
         _put(cache, k, v, start)
         k, v = cache["k"][:, :, :stop], cache["v"][:, :, :stop]
+        if T == 1 and ctx.padding is None:
+            return Seen(k, v, None)  # all that is there
         columns = _columns(stop, min(stop, S), k.device)
     else:
         old = min(start, S)
@@ -54,8 +56,7 @@ def remember(cache: Tree, k: Tensor, v: Tensor, ctx: Context, window: int | None
         seen = tuple(torch.cat((cache[name][:, :, :old], new), 2) for name, new in (("k", k), ("v", v)))
         _put(cache, k, v, start)
         k, v = seen
-    everything = T == 1 and ctx.padding is None
-    return Seen(k, v, None if everything else sight(torch.arange(start, stop, device=k.device), columns, window, ctx.padding))
+    return Seen(k, v, sight(torch.arange(start, stop, device=k.device), columns, window, ctx.padding))
 
 
 def _columns(stop: int, S: int, device: torch.device) -> Tensor:
