@@ -152,6 +152,11 @@ def test_what_has_a_config_json_is_read_as_the_same_model(model):
     assert canonical(model_of(json.loads(json.dumps(raw)))) == canonical(model)
 
 
+def test_dropout_is_of_training_alone():
+    model = dense(8, 2, 2, 16)
+    assert json_of(replace(model, block=replace(model.block, dropout=0.1))) == json_of(model)
+
+
 def test_nearly_all_are_written_that_an_architecture_has():
     """The law is not empty: these are of some architecture."""
     base = dense(8, 6, 2, 16)
