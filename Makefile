@@ -4,7 +4,7 @@ VENV    ?= .venv
 WORKERS ?= 4
 BIN     := $(VENV)/bin
 
-.PHONY: setup train test test-slow notebooks check format clean
+.PHONY: setup train test test-slow test-weights notebooks check format clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
@@ -20,6 +20,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-weights: setup
+	$(BIN)/python -m pytest -m weights $(ARGS)
 
 notebooks: setup
 	$(BIN)/python notebooks/execute.py

@@ -179,6 +179,7 @@ def write_file(path: Path, shards: Mapping[str, LocalShard]) -> tuple[StoredFile
                     unsynced = 0
             part = StoredPart(path.name, shard.box, tuple(checksums))
             tensors[name] = StoredTensor(DTYPE_NAMES[shard.data.dtype], shard.shape, (part,))
+            del data, chunk  # before a deferred one is made
         os.fsync(fd)
     finally:
         os.close(fd)

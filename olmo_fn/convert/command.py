@@ -1,21 +1,16 @@
-"""``olmo-fn convert from-hf DIR RUN`` and ``to-hf RUN DIR``: from a Hugging Face directory, and to one."""
+"""``olmo-fn convert``: a run from the weights of other programs, and these from a run. Here those of Hugging Face."""
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from olmo_fn.convert.gguf import FromGGUF, ToGGUF, from_gguf, to_gguf
 from olmo_fn.convert.olmo_core import FromOlmoCore, from_olmo_core
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -48,54 +43,17 @@ class ToHF:
 
 def from_hf(args: FromHF) -> int:
     """Make the run, whole or not at all, and say what to type next."""
-    import torch
-
-    from olmo_fn import tree
-    from olmo_fn.checkpoint import Deferred, save
     from olmo_fn.convert.huggingface import READ, open_directory
-    from olmo_fn.convert.text_files import keep
-    from olmo_fn.models import transformer
-    from olmo_fn.progress import progress
-    from olmo_fn.spec import Spec
-    from olmo_fn.train.config import Init
-    from olmo_fn.train.finetune import finetuning
-    from olmo_fn.train.folder import write_config
+    from olmo_fn.convert.run import check_new, write_run
+    from olmo_fn.models.count import num_params
 
-    source, run = args.directory, args.run
-    if run.exists():
-        raise ValueError(f"{run} is there already; choose another folder for the run")
-    directory, cfg = open_directory(source), finetuning(source)
-    own = str(run / "tokenizer.json") if cfg.data.tokenizer else ""
-    cfg = replace(cfg, init=Init(), run=replace(cfg.run, folder=str(run)), data=replace(cfg.data, tokenizer=own))
-    specs = transformer.specs(directory.model)
-    count = sum(spec.size for _, spec in tree.items(specs))
-    run.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=run.parent) as beside,
-        progress("reading", count) as advance,
-    ):
-
-        def make(path: str, size: int) -> Tensor:
-            advance(size, path)
-            return directory.parameter(path)
-
-        def deferred(path: str, spec: Spec) -> Any:
-            return Deferred(spec.shape, torch.float32, partial(make, path, spec.size))
-
-        draft = Path(beside) / "run"
-        write_config(cfg, draft)
-        if own:
-            shutil.copyfile(source / "tokenizer.json", draft / "tokenizer.json")
-        keep(source, draft, READ[directory.dtype])
-        meta = {"converted": str(source.resolve()), "dtype": READ[directory.dtype]}
-        save({"params": tree.map_with_path(deferred, specs)}, draft / "checkpoints", step=0, meta=meta, threads=1)
-        draft.rename(run)
-    name = shlex.quote(str(run))
-    print(f"{run}: {directory.raw['architectures'][0]}, {count:,} parameters, from {READ[directory.dtype]}")
-    if own:
-        print(f"sample:        olmo-fn generate {name} 'The '")
-    start = f"--run.start-from {name} --run.start-with params --run.folder {name}-2"
-    print(f"train on:      olmo-fn train {name} {start} --data.paths 'tokens/part-*.npy'")
+    check_new(args.run)
+    directory = open_directory(args.directory)
+    dtype = READ[directory.dtype]
+    meta = {"converted": str(args.directory.resolve()), "dtype": dtype}
+    said = write_run(args.directory, args.run, directory.parameter, dtype, meta)
+    print(f"{args.run}: {directory.raw['architectures'][0]}, {num_params(directory.model):,} parameters, from {dtype}")
+    print(said)
     return 0
 
 
@@ -137,6 +95,8 @@ def to_hf(args: ToHF) -> int:
 DIRECTIONS: dict[str, tuple[type, Any]] = {
     "from-hf": (FromHF, from_hf),
     "to-hf": (ToHF, to_hf),
+    "from-gguf": (FromGGUF, from_gguf),
+    "to-gguf": (ToGGUF, to_gguf),
     "from-olmo-core": (FromOlmoCore, from_olmo_core),
 }
 """What can be converted: the settings of each direction, and what carries it out."""

@@ -69,8 +69,9 @@ def model_of(raw: Mapping[str, Any], where: str = CONFIG) -> Model:
 
 def family_of(keys: Keys) -> Family:
     """The family of the architecture that is named, or else of the ``model_type``."""
-    names = keys.get("architectures") or []
-    kind = keys.get("model_type")
+    names, kind = keys.get("architectures", []), keys.get("model_type")
+    if not isinstance(names, list):
+        raise keys.refused("architectures", "it must be a list")
     for family in FAMILIES:
         if family.architecture in names if names else family.model_type == kind:
             return family

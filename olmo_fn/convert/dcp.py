@@ -32,7 +32,7 @@ IN_METADATA = frozenset(
         *(f"{CLASSES}.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
         *(f"{CLASSES}.{name}" for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
         *(f"{CLASSES}.BytesStorageMetadata", "torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath"),
-        *("collections.OrderedDict", *STORAGE_INFO, *DTYPES),
+        *("pathlib._local.PosixPath", "collections.OrderedDict", *STORAGE_INFO, *DTYPES),
     }
 )
 """What a ``.metadata`` may name; nothing of it is imported or called."""

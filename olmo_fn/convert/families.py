@@ -78,10 +78,10 @@ def write_mistral(m: Model) -> dict[str, Any]:
 
 def read_qwen3(keys: Keys) -> Model:
     """Norms on the sublayers' inputs, and one of each head of queries and keys."""
-    using, first = keys.flag("use_sliding_window"), keys.get("max_window_layers", 28)
-    n = keys.whole("num_hidden_layers")
+    using, first = keys.flag("use_sliding_window"), keys.whole("max_window_layers", 28, least=0)
+    n, window = depth(keys), keys.get("sliding_window", 4096)
     kinds = [SLIDING if using and layer >= first else FULL for layer in range(n)]
-    windows = windows_of(keys, kinds, keys.get("sliding_window", 4096) if using else None)
+    windows = windows_of(keys, kinds, window if using else None)
     return model(keys, attention(keys, one_rope(keys), windows, qk_norm="head", head_dim=128), silu(keys), PreNorm)
 
 
@@ -127,9 +127,9 @@ def write_gemma3(m: Model) -> dict[str, Any]:
 def read_smollm3(keys: Keys) -> Model:
     """A Llama in which some layers have no rotary positions."""
     keys.must_be("use_sliding_window", False)
-    n, interval = keys.whole("num_hidden_layers"), keys.whole("no_rope_layer_interval", 4)
+    n, interval = depth(keys), keys.whole("no_rope_layer_interval", 4)
     rotated = keys.get("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(n)])
-    if not isinstance(rotated, list) or len(rotated) < n or not set(rotated) <= {0, 1}:
+    if not isinstance(rotated, list) or len(rotated) < n or not all(type(one) is int and one in (0, 1) for one in rotated):
         raise keys.refused("no_rope_layers", f"it must be a list of 0 and 1 for each of the {n} layers")
     windows = windows_of(keys, [FULL], None)
     mixer = attention(keys, one_rope(keys, 2_000_000.0), windows, qk_norm="none", kv_heads=4)
@@ -161,12 +161,20 @@ def model(keys: Keys, mixer: Attention, feed_forward: Gated, kind: type[Block] =
     """A model of one kind of block; ``tie``: whether the head is the embedding where the keys do not say it."""
     return Model(
         d_model=keys.whole("hidden_size"),
-        n_layers=keys.whole("num_hidden_layers"),
+        n_layers=depth(keys),
         vocab_size=keys.whole("vocab_size"),
         block=kind(mixer=mixer, feed_forward=feed_forward),
         norm_eps=keys.number("rms_norm_eps"),
         tie_embeddings=keys.flag("tie_word_embeddings", tie),
     )
+
+
+def depth(keys: Keys) -> int:
+    """The number of layers."""
+    n = keys.whole("num_hidden_layers")
+    if n > 1024:
+        raise keys.refused("num_hidden_layers", "no model has more than 1,024")
+    return n
 
 
 def attention(
@@ -226,9 +234,9 @@ def gelu(keys: Keys) -> GeGLU:
 
 def windows_of(keys: Keys, kinds: Sequence[str], window: Any) -> list[int | None]:
     """The window of each layer, from ``layer_types`` or a pattern of them, ``kinds``."""
-    n = keys.whole("num_hidden_layers")
+    n = depth(keys)
     types = keys.get("layer_types", [kinds[layer % len(kinds)] for layer in range(n)])
-    if not isinstance(types, list) or len(types) != n or not set(types) <= {FULL, SLIDING}:
+    if not isinstance(types, list) or len(types) != n or not all(kind in (FULL, SLIDING) for kind in types):
         raise keys.refused("layer_types", f"it must name {FULL} or {SLIDING} for each of the {n} layers")
     if SLIDING in types and (type(window) is not int or window < 1):
         raise keys.refused("sliding_window", f"layer_types has {SLIDING}, and a window is at least 1 token")
@@ -255,10 +263,10 @@ def sizes(m: Model, activation: str = "hidden_act") -> dict[str, Any]:
 
 
 def windows_json(m: Model) -> dict[str, Any]:
-    """``layer_types`` and ``sliding_window``."""
+    """``layer_types`` and ``sliding_window``, which transformers wants to be a number though no layer has a window."""
     windows = [block.mixer.window(layer, m.n_layers) for layer, block in enumerate(m.layers)]
     kinds = [FULL if window is None else SLIDING for window in windows]
-    return {"layer_types": kinds, "sliding_window": next(filter(None, windows), None)}
+    return {"layer_types": kinds, "sliding_window": next(filter(None, windows), 4096)}
 
 
 def shortest(items: Sequence[Any]) -> Sequence[Any]:

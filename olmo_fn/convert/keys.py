@@ -39,13 +39,13 @@ class Keys:
         self.left.discard(name)
         return self.values.get(name, default)
 
-    def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1; ValueError without it, where there is no default."""
+    def whole(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number of at least ``least``; ValueError without it, where there is no default."""
         value = self.get(name, default)
         if value is None:
             raise ValueError(f"{self.where} has no {name}")
-        if type(value) is not int or value < 1:
-            raise self.refused(name, "it must be a whole number of at least 1")
+        if type(value) is not int or not least <= value < 1 << 40:
+            raise self.refused(name, f"it must be a whole number of at least {least}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -62,6 +62,13 @@ class Keys:
         value = self.get(name, default)
         if type(value) is not bool:
             raise self.refused(name, "it must be true or false")
+        return value
+
+    def object(self, name: str) -> dict[str, Any]:
+        """A JSON object; an empty one if there is none."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise self.refused(name, "it must be an object")
         return value
 
     def is_null(self, name: str) -> bool:

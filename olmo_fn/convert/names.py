@@ -70,7 +70,7 @@ def stored(cfg: Model, program: Program) -> dict[str, Stored]:
 
     >>> from olmo_fn.models.config import dense
     >>> stored(dense(8, 1, 2, 16), "huggingface")["blocks.0.attention.w_q"]
-    Stored(name='model.layers.0.self_attn.q_proj.weight', shape=(8, 8), transposed=True, offset=0.0)
+    Stored(name='model.layers.0.self_attn.q_proj.weight', shape=(8, 8), transposed=True, offset=0.0, flat=False)
     >>> stored(dense(8, 1, 2, 16), "olmo_core")["blocks.0.feed_forward.w_up"].name
     'blocks.0.feed_forward.w3.weight'
     """

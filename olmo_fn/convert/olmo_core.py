@@ -47,14 +47,15 @@ class FromOlmoCore:
 def from_olmo_core(args: FromOlmoCore) -> int:
     """Make the run, whole or not at all, and say what to type next. ValueError, in one line, for what is not read."""
     from olmo_fn import tree
-    from olmo_fn.checkpoint import save
+    from olmo_fn.checkpoint import Deferred, save
     from olmo_fn.convert.olmo_core_files import open_checkpoint
+    from olmo_fn.convert.run import check_new
+    from olmo_fn.progress import progress
     from olmo_fn.train.folder import write_config
     from olmo_fn.train.schedule import sizes
 
     run = args.run
-    if run.exists():
-        raise ValueError(f"{run} is there already; choose another folder for the run")
+    check_new(run)
     found = open_checkpoint(args.folder, args.config, with_state=not args.params_only)
     made, names = read_model(found)
     if args.params_only:
@@ -74,13 +75,26 @@ def from_olmo_core(args: FromOlmoCore) -> int:
         }
     cfg = replace(cfg, run=replace(cfg.run, folder=str(run)))
     cfg.check()
+    state = dict(leaves)
     run.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=run.parent) as beside:
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=run.parent) as beside,
+        progress("reading", sum(leaf.nbytes for leaf in state.values())) as advance,
+    ):
+
+        def shown(path: str, leaf: Tensor | Deferred) -> Tensor | Deferred:
+            def make() -> Tensor:
+                advance(leaf.nbytes, path)
+                return leaf.make()  # type: ignore[union-attr]
+
+            return Deferred(leaf.shape, leaf.dtype, make) if isinstance(leaf, Deferred) else leaf
+
         draft = Path(beside) / "run"
         write_config(cfg, draft)
-        save(tree.unflatten(leaves), draft / "checkpoints", step=step, meta=meta, threads=1)
+        written = tree.unflatten((path, shown(path, leaf)) for path, leaf in state.items())
+        save(written, draft / "checkpoints", step=step, meta=meta, threads=1)
         draft.rename(run)
-    print(summary(run, made, cfg, found.state))
+    print(summary(run, made, cfg, found))
     return 0
 
 
@@ -205,10 +219,12 @@ def updates(found: Checkpoint, state: TrainState, optim: AdamW, names: Mapping[s
     return int(number) or (state.step if optim.first_step_bias else 0)  # OLMo-core does not count with that
 
 
-def summary(run: Path, made: Model, cfg: Config, state: TrainState | None) -> str:
+def summary(run: Path, made: Model, cfg: Config, found: Checkpoint) -> str:
     """What was read, and what to type next."""
+    from olmo_fn.convert.olmo_core_training import lost
     from olmo_fn.models.count import num_params
 
+    state = found.state
     name = shlex.quote(str(run))
     what = f"{run}: {num_params(made):,} parameters"
     if state is None:
@@ -218,19 +234,22 @@ def summary(run: Path, made: Model, cfg: Config, state: TrainState | None) -> st
     if state.max_steps not in (None, cfg.run.steps):
         lines.append(f"steps:         the schedule is of {cfg.run.steps}, OLMo-core's run of {state.max_steps}")
     files = f"{len(cfg.data.paths)} token file{'s' * (len(cfg.data.paths) != 1)}"
-    lines.append(f"data:          {files} in the order of seed {cfg.data.order_seed}; {_place(cfg, state)}")
+    left = lost(found.config)
+    lines.append(f"data:          {files} in the order of seed {cfg.data.order_seed}; {_place(cfg, state, not left)}")
+    if left:
+        lines.append(f"not kept:      {', '.join(left)}")
     if missing := next((path for path in cfg.data.paths if not Path(path).exists()), ""):
         lines.append(f"               {missing} is not here: bring it, or put another into {name}/config.yaml, data.paths")
     return "\n".join([*lines, f"go on:         olmo-fn train {name}"])
 
 
-def _place(cfg: Config, state: TrainState) -> str:
+def _place(cfg: Config, state: TrainState, alike: bool) -> str:
     """Whether the batches go on where they were."""
     from olmo_fn.train.schedule import sizes
 
     data = state.data
     epoch, batches = data.get("epoch"), data.get("batches_processed")
-    alike = state.tokens in (None, sizes(cfg).tokens_before(state.step)) and data.get("dataset_type", "fsl") == "fsl"
+    alike = alike and state.tokens in (None, sizes(cfg).tokens_before(state.step)) and data.get("dataset_type", "fsl") == "fsl"
     if alike and (epoch, batches) == (1, state.step):
         return f"the next batch is number {state.step + 1:,} of epoch 1, as there"
     return f"OLMo-core was behind batch {batches} of epoch {epoch}, and the next batch may be another here"

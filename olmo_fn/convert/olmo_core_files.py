@@ -27,6 +27,7 @@ IN_TRAIN_STATE = frozenset(
     {
         *("numpy.ndarray", "numpy.dtype", "_codecs.encode", "builtins.set", "torch.Size", "pathlib.PosixPath"),
         *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+        *("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer", "pathlib._local.PosixPath"),
     }
 )
 """What the trainer's state may name besides tensors; none of it is read."""

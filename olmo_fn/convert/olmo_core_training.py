@@ -33,6 +33,18 @@ OF_TRAINING = (
     *("rank_microbatch_size", "compile_model", "state_dict_save_opts", "state_dict_load_opts"),
     *("load_key_mapping", "pp_config", "dp_config", "tp_config", "cp_config", "ep_config", "ac_config"),
 )
+OF_DATA = (
+    *("_CLASS_", "type", "name", "tokenizer", "paths", "mix", "mix_base_dir", "expand_glob", "dtype", "metadata", "work_dir"),
+    *(
+        "include_instance_metadata",
+        "ignore_fingerprint_mismatch",
+        "sequence_length",
+        "generate_doc_lengths",
+        "label_mask_paths",
+    ),
+    *("global_batch_size", "seed", "num_threads", "num_workers", "prefetch_factor", "target_device_type"),
+)
+"""Fields of the data set and of its loader that are read, or change no number."""
 SCHEDULES: dict[str, type[ScheduleSettings]] = {
     "ConstantScheduler": Constant,
     "ConstantWithWarmup": Constant,
@@ -190,12 +202,46 @@ def _data(config: Mapping[str, Any]) -> Data:
         found = replace(found, order_seed=seed)
     if not isinstance(dataset, dict):
         return found
-    paths, eos, dtype = dataset.get("paths"), at(dataset, "tokenizer", "eos_token_id"), dataset.get("dtype")
-    if isinstance(paths, list) and all(isinstance(path, str) for path in paths):
-        found = replace(found, paths=tuple(paths))
+    eos, dtype = at(dataset, "tokenizer", "eos_token_id"), dataset.get("dtype")
     return replace(
         found,
+        paths=_texts(dataset.get("paths")),
+        label_mask_paths=_texts(dataset.get("label_mask_paths")),
         eos_id=eos if type(eos) is int else None,
         mask_documents=dataset.get("generate_doc_lengths") is True,
         dtype=dtype if dtype in ("uint8", "uint16", "uint32", "uint64") else "auto",
     )
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else ()
+
+
+def lost(config: Mapping[str, Any]) -> list[str]:
+    """What changes the batches of OLMo-core's run, and is not carried over: fields, and classes, by their dotted names.
+
+    >>> lost({"dataset": {"_CLASS_": "x.NumpyPackedFSLDatasetConfig"}, "trainer": {"steps_to_skip": [{"start": 3}]}})
+    ['dataset (NumpyPackedFSLDatasetConfig)', 'trainer.steps_to_skip']
+    """
+    found = []
+    kinds = {"dataset": ("NumpyFSLDatasetConfig", "NumpyDatasetConfig"), "data_loader": ("NumpyDataLoaderConfig",)}
+    for group, known in kinds.items():
+        fields = config.get(group)
+        fields = fields if isinstance(fields, dict) else {}
+        kind = str(fields.get("_CLASS_", known[0])).rpartition(".")[2]
+        if kind not in known or (group == "dataset" and fields.get("name", "fsl") != "fsl"):
+            found.append(f"{group} ({kind[:60]})")
+            continue
+        length = fields.get("max_target_sequence_length")
+        read = (*OF_DATA, "max_target_sequence_length") if length == fields.get("sequence_length") else OF_DATA
+        found += [
+            f"{group}.{name}" for name, value in fields.items() if name not in read and value is not None and value is not False
+        ]
+    if at(config, "trainer", "steps_to_skip"):
+        found.append("trainer.steps_to_skip")
+    callbacks = at(config, "trainer", "callbacks")
+    for name, fields in callbacks.items() if isinstance(callbacks, dict) else ():
+        kind = str(at(fields, "_CLASS_")).rpartition(".")[2]
+        if ("Scheduler" in kind or "MonkeyPatcher" in kind) and at(fields, "enabled") is not False:
+            found.append(f"trainer.callbacks.{name} ({kind[:60]})")
+    return found

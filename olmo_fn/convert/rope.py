@@ -27,8 +27,8 @@ class Rotation(NamedTuple):
 def one_rope(keys: Keys, default: float = 10_000.0) -> Rotation:
     """The rotation of all layers; ``default``: the base where no key says it."""
     keys.must_be("partial_rotary_factor", 1.0)
-    new = keys.get("rope_parameters")
-    if new is not None and new.keys() & {FULL, SLIDING}:
+    new = keys.object("rope_parameters")
+    if new.keys() & {FULL, SLIDING}:
         raise keys.refused("rope_parameters", "layers of this architecture have one rotation, not one for each type")
     old = old_form(keys, default)
     return agreed(keys, rotation(keys, new, "rope_parameters", default) if new else None, old) or Rotation(default)
@@ -42,9 +42,9 @@ def ropes_by_layer_type(keys: Keys, windows: Sequence[int | None]) -> tuple[Rota
     keys.must_be("partial_rotary_factor", 1.0)
     gemma = keys.get("model_type") == "gemma3_text"
     defaults = (1_000_000.0, 10_000.0) if gemma else (500_000.0, 500_000.0)
-    new = keys.get("rope_parameters")
+    new = keys.object("rope_parameters")
     full, sliding = (
-        rotation(keys, (new or {}).get(kind), f"rope_parameters.{kind}", default) if (new or {}).get(kind) else None
+        rotation(keys, new[kind], f"rope_parameters.{kind}", default) if new.get(kind) else None
         for kind, default in zip((FULL, SLIDING), defaults, strict=True)
     )
     if new and not full and not sliding:
@@ -66,11 +66,11 @@ def ropes_by_layer_type(keys: Keys, windows: Sequence[int | None]) -> tuple[Rota
 
 def old_form(keys: Keys, default: float) -> Rotation | None:
     """What ``rope_theta`` and ``rope_scaling`` say."""
-    theta, scaling = keys.get("rope_theta"), keys.get("rope_scaling")
-    if theta is None and scaling is None:
+    theta, scaling = keys.get("rope_theta"), keys.object("rope_scaling")
+    if theta is None and not scaling:
         return None
     theta = default if theta is None else keys.number("rope_theta")
-    return rotation(keys, {**(scaling or {}), "rope_theta": theta}, "rope_scaling", theta)
+    return rotation(keys, {**scaling, "rope_theta": theta}, "rope_scaling", theta)
 
 
 def agreed(keys: Keys, new: Rotation | None, old: Rotation | None) -> Rotation | None:
@@ -86,7 +86,7 @@ def rotation(keys: Keys, values: Any, where: str, default: float) -> Rotation:
         raise ValueError(f"{keys.where}: {where} is {values!r}; it must be an object")
     inner = Keys(values, f"{keys.where}, {where}")
     kind = inner.get("rope_type", inner.get("type", "default"))
-    if kind not in READ:
+    if not isinstance(kind, str) or kind not in READ:
         raise ValueError(f"{keys.where}: {where} is of rope_type {kind!r}; there are {KINDS}")
     theta = inner.number("rope_theta", default)
     inner.must_be("partial_rotary_factor", 1.0)

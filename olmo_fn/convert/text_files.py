@@ -72,6 +72,23 @@ def eos_of(directory: Path) -> str:
     return next((one["content"] for one in added if one.get("id") == first), "")
 
 
+def named_tokens(directory: Path) -> dict[str, str]:
+    """The special tokens of a directory, such as ``eos_token``, by its tokenizer_config.json."""
+    found = {name: value for name, value in _json(directory / "tokenizer_config.json").items() if name.endswith("_token")}
+    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
+    return {name: value for name, value in contents.items() if isinstance(value, str)}
+
+
+def chat_template(directory: Path) -> str:
+    """The chat template of a directory: chat_template.jinja, or else that in its tokenizer_config.json; empty without one."""
+    if (own := directory / "chat_template.jinja").is_file():
+        return own.read_text(encoding="utf-8")
+    found = _json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = next((one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), "")
+    return found if isinstance(found, str) else ""
+
+
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of a directory, if it has a tokenizer.json."""
     from olmo_fn.data.tokenizer import load

@@ -41,8 +41,8 @@ class Data:
     eos_id: int | None = None
     """Id of the end-of-document token. None: the tokenizer's, or as the tokenizing command wrote beside the files."""
     tokenizer: Annotated[str, PATH] = ""
-    """Path of a tokenizer.json, that of the token files; for samples, and for bits per byte where no meta.json of the
-    tokenizing command beside held-out files says how many bytes their text has."""
+    """Path of a tokenizer.json, that of the token files, or dolma2; for samples, and for bits per byte where no meta.json of
+    the tokenizing command beside held-out files says how many bytes their text has."""
     eos: str = ""
     """Name of the end-of-document token in it. Empty: the usual names are tried."""
     order_seed: int = 34521

@@ -17,7 +17,7 @@ from olmo_fn.data.loader import Loader
 from olmo_fn.data.meta import Meta, check_vocabulary, read_meta
 from olmo_fn.data.settings import Data, cache_dir
 from olmo_fn.data.sizes import Sizes
-from olmo_fn.data.tokenizer import Tokenizer, load
+from olmo_fn.data.tokenizer import Tokenizer, load, located
 from olmo_fn.data.tokens import (
     HELDOUT_FILE,
     TokenFile,
@@ -98,7 +98,8 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
     if eos_id is None and any(len(found) == 1 for found in sets.values()):
         raise ValueError("the held-out text is 1 token, and nothing predicts it; give --data.eos-id, or more text")
     read = [(f.path, f.dtype) for f in (*files, *heldout_files, *masks)]
-    read += [(path, "bool") for path in expand(data.heldout_mask_paths)] + ([(data.tokenizer, "json")] if tokenizer else [])
+    read += [(path, "bool") for path in expand(data.heldout_mask_paths)]
+    read += [(str(located(data.tokenizer)), "json")] if tokenizer else []
     return Source(train, sets, tokenizer, eos_id, compressed, tuple(read))
 
 

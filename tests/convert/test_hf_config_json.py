@@ -168,6 +168,26 @@ def test_nearly_all_are_written_that_an_architecture_has():
         assert differences(model_of(json_of(model)), model) == []
 
 
+LEAVES = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=5) | some(["yarn", 1e-9])
+INNER = some(["rope_type", "factor", "full_attention", "x"])
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(INNER, inner, max_size=3), max_leaves=6)
+
+
+@given(st.data(), some([*RELEASED]))
+@examples(100)
+def test_whatever_stands_in_a_key_is_read_or_refused_in_one_line(data, name):
+    raw = {**COMMON, **RELEASED[name], "rope_parameters": None, "layer_types": None}
+    key = data.draw(some(sorted(raw)))
+    try:
+        found = model_of({**raw, key: data.draw(JSON)}, "DIR/config.json")
+    except ValueError as error:
+        said = str(error)
+        assert said.startswith("DIR/config.json"), said
+        assert len(said.splitlines()) == 1
+    else:
+        json_of(found)
+
+
 # --- what is refused, by name ---------------------------------------------------------------------------------
 
 SMALL = {

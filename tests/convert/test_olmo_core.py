@@ -25,7 +25,7 @@ from olmo_fn.cli import main as cli
 from olmo_fn.convert.names import stored
 from olmo_fn.convert.olmo_core_files import open_checkpoint
 from olmo_fn.convert.olmo_core_model import model
-from olmo_fn.convert.olmo_core_training import SCHEDULES, training
+from olmo_fn.convert.olmo_core_training import SCHEDULES, lost, training
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
 from olmo_fn.train.folder import read_config
@@ -310,6 +310,18 @@ def test_a_longer_schedule_than_the_run_keeps_its_rates(unpacked, tmp_path, copy
     assert "the schedule is of 40, OLMo-core's run of 10" in capsys.readouterr().out
 
 
+def test_what_is_not_carried_over_is_said(copy, tmp_path, capsys):
+    def change(config):
+        config["dataset"] |= {"instance_filter_config": {"repetition_max_count": 32}, "max_target_sequence_length": 16}
+        config["trainer"]["callbacks"]["b"] = {"_CLASS_": "olmo_core.train.callbacks.BatchSizeSchedulerCallback"}
+
+    edit(copy, change)
+    assert convert(copy, tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "not kept:      dataset.instance_filter_config, trainer.callbacks.b (BatchSizeSchedulerCallback)\n" in said
+    assert "OLMo-core was behind batch 3 of epoch 1, and the next batch may be another here" in said
+
+
 def test_without_token_files_no_run_goes_on(copy, tmp_path, capsys):
     (copy / "data_paths.txt").unlink()
     edit(copy, lambda c: c["dataset"].pop("paths"))
@@ -343,6 +355,7 @@ def test_no_config_gives_a_traceback(data):
     group[name] = data.draw(JSON)
     try:
         training(config, model(config), {"embed": "embeddings.weight"}, None).check()
+        lost(config)
     except ValueError as error:
         said = str(error)
         assert "\n" not in said, said

@@ -1,0 +1,71 @@
+"""A run of weights that are read a parameter at a time: one checkpoint in fp32, with the files beside weights."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check_new(run: Path) -> None:
+    """ValueError for a folder that is there."""
+    if run.exists():
+        raise ValueError(f"{run} is there already; choose another folder for the run")
+
+
+def write_run(source: Path, run: Path, parameter: Callable[[str], Tensor], dtype: str, meta: Mapping[str, Any]) -> str:
+    """Make the folder ``run``, whole or not at all, and say what to type next.
+
+    ``source``: a directory with the config.json, and the tokenizer and so on, which the run keeps. ``parameter`` gives each
+    parameter by its path, in fp32; one at a time is in memory. ``dtype``: what a directory made of the run has, if known.
+    """
+    import torch
+
+    from olmo_fn import tree
+    from olmo_fn.checkpoint import Deferred, save
+    from olmo_fn.convert.text_files import keep
+    from olmo_fn.models import transformer
+    from olmo_fn.progress import progress
+    from olmo_fn.spec import Spec
+    from olmo_fn.train.config import Init
+    from olmo_fn.train.finetune import finetuning
+    from olmo_fn.train.folder import write_config
+
+    check_new(run)
+    cfg = finetuning(source)
+    own = str(run / "tokenizer.json") if cfg.data.tokenizer else ""
+    cfg = replace(cfg, init=Init(), run=replace(cfg.run, folder=str(run)), data=replace(cfg.data, tokenizer=own))
+    specs = transformer.specs(cfg.model)
+    count = sum(spec.size for _, spec in tree.items(specs))
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{run.name}-", dir=run.parent) as beside,
+        progress("reading", count) as advance,
+    ):
+
+        def make(path: str, size: int) -> Tensor:
+            advance(size, path)
+            return parameter(path)
+
+        def deferred(path: str, spec: Spec) -> Any:
+            return Deferred(spec.shape, torch.float32, partial(make, path, spec.size))
+
+        draft = Path(beside) / "run"
+        write_config(cfg, draft)
+        if own:
+            shutil.copyfile(source / "tokenizer.json", draft / "tokenizer.json")
+        keep(source, draft, dtype)
+        save({"params": tree.map_with_path(deferred, specs)}, draft / "checkpoints", step=0, meta=dict(meta), threads=1)
+        draft.rename(run)
+    name = shlex.quote(str(run))
+    start = f"--run.start-from {name} --run.start-with params --run.folder {name}-2"
+    sample = f"sample:        olmo-fn generate {name} 'The '\n" if own else ""
+    return f"{sample}train on:      olmo-fn train {name} {start} --data.paths 'tokens/part-*.npy'"

@@ -1,0 +1,85 @@
+"""Law 11: a model that some architecture has goes to a directory and comes back bit for bit; transformers computes the same."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers import caught, examples, same_bits
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from test_hf_config_json import models
+from transformers import AutoModelForCausalLM
+
+from olmo_fn import spec, tree
+from olmo_fn.convert.config_json import differences, json_of
+from olmo_fn.convert.huggingface import open_directory, write_directory
+from olmo_fn.models import transformer
+from olmo_fn.models.config import Model, dense
+from olmo_fn.nn import feed_forward
+
+GQA = dense(8, 2, 4, 12, n_kv_heads=2, vocab_size=20, init_std=0.3)
+
+
+def random_params(model: Model, seed: int) -> tree.Tree:
+    """Initial weights, with gains and biases that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    params = spec.init(transformer.specs(model), seed)
+    return tree.map(lambda p: p if p.ndim > 1 else p + 0.3 * torch.randn(p.shape, generator=generator), params)
+
+
+def law(model: Model, seed: int, dtype: torch.dtype) -> None:
+    """There and back: the same model, the same bits; and there: the same logits."""
+    params = tree.map(lambda p: p.to(dtype).float(), random_params(model, seed))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dir"
+        write_directory(path, model, tree.items(params), dtype, shard_bytes=4000)
+        found = open_directory(path, model)
+        assert not differences(found.model, model)
+        assert found.dtype == dtype
+        assert same_bits(tree.unflatten((name, found.parameter(name)) for name in found.names), params)
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = torch.randint(model.vocab_size, (2, 11), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    difference = (transformer.logits(model, params, {"input_ids": ids}) - expected).abs().max()
+    assert float(difference) <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+@given(models(), st.integers(0, 2**20), st.sampled_from([torch.float32, torch.bfloat16]))
+@example(GQA, 0, torch.float32)
+@examples(15)
+def test_law_11(model: Model, seed: int, dtype: torch.dtype) -> None:
+    try:
+        json_of(model)
+    except ValueError:
+        assume(False)
+    law(model, seed, dtype)
+
+
+@pytest.mark.parametrize("way", ["up and gate", "not transposed", "another window"])
+def test_the_law_bites(way: str) -> None:
+    if way == "up and gate":  # both ways alike: the bits come back, and transformers computes something else
+        swapped = {**feed_forward.GATED_NAMES}
+        swapped["w_gate"], swapped["w_up"] = swapped["w_up"], swapped["w_gate"]
+        with patch.object(feed_forward, "GATED_NAMES", swapped):
+            transformer.layers.cache_clear()
+            caught(law, GQA, 0, torch.float32)
+    elif way == "not transposed":
+        with patch("olmo_fn.convert.names.Stored.theirs", lambda self, ours: ours):
+            caught(law, dense(8, 2, 2, 8, vocab_size=20, head_dim=4, init_std=0.3), 0, torch.float32)
+    else:
+        from olmo_fn.convert import families
+
+        model = dense(8, 2, 4, 12, vocab_size=20, window_pattern=(3, -1), init_std=0.3)
+        real = families.windows_json
+        with (
+            patch.object(families, "windows_json", lambda m: real(m) | {"sliding_window": 4}),
+            patch("olmo_fn.convert.config_json.differences", lambda *_: []),
+            patch("olmo_fn.convert.huggingface.differences", lambda *_: []),
+        ):
+            caught(law, model, 0, torch.float32)
+    transformer.layers.cache_clear()
