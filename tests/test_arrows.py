@@ -56,6 +56,8 @@ EXCEPTIONS = {
     ("transforms/lora.py", "nn"): "an adapted matrix is a kind of weight of `olmo_fn.nn.linear`, which multiplies by it",
     ("convert/command.py", "train"): "the commands read and write runs; the formats, which training reads and writes, do not",
     ("convert/olmo_core.py", "train"): "a command as well",
+    ("convert/gguf.py", "train"): "a command as well",
+    ("convert/run.py", "train"): "what every command that makes a run shares",
     ("convert/olmo_core_training.py", "train"): "what OLMo-core's config says of training becomes a config of a run",
     ("testing/pool.py", "train"): "ranks load the files of parts that the caller has used, by `olmo_fn.train.choices.load`",
 }

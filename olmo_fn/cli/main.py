@@ -20,7 +20,7 @@ COMMANDS = {
     "plot": "pictures of learning rates, and of a range test",
     "checkpoint": "list the checkpoints of a run, and say which are whole",
     "tokenize": "text to token files",
-    "convert": "a run from a Hugging Face directory, and back",
+    "convert": "runs from Hugging Face, OLMo-core and GGUF, and back",
 }
 
 
