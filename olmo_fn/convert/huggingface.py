@@ -66,10 +66,14 @@ class Directory:
         tensor = self.tensors[name.name]
         offset, shape = box or Box.whole(name.shape[::-1] if name.transposed else name.shape)
         out = torch.empty(shape, dtype=torch.float32)
-        theirs, start = (out.T, offset[::-1]) if name.transposed else (out, offset)
-        columns = tuple(slice(at, at + n) for at, n in zip(start[1:], theirs.shape[1:], strict=True))
-        for first, rows in tensor.rows(start[0], theirs.shape[0]):
-            theirs[first - start[0] : first - start[0] + len(rows)] = rows[(slice(None), *columns)]
+        (top, *left), (height, *width) = (offset[::-1], shape[::-1]) if name.transposed else (offset, shape)
+        columns = tuple(slice(at, at + n) for at, n in zip(left, width, strict=True))
+        for first, rows in tensor.rows(top, height):
+            part, at = rows[(slice(None), *columns)], slice(first - top, first - top + len(rows))
+            if name.transposed:
+                out[:, at] = part.T.contiguous()  # turned as it is, and cast then: three times as fast
+            else:
+                out[at] = part
         return out.add_(name.offset) if name.offset else out
 
 

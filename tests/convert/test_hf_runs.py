@@ -250,6 +250,12 @@ def test_a_start_that_makes_no_sense_is_refused(source, tokens, capsys):
     )
     assert "--init.from-hf needs --data.paths" in refused(capsys, "train", "--init.from-hf", source)
     assert "is not there" in refused(capsys, "train", "--init.from-hf", "nowhere", "--data.paths", tokens)
+    assert f"olmo-fn train --init.from-hf {source}" in refused(capsys, "train", source)
+    export = ["train", "--init.from-hf", source, "--data.paths", tokens, "--export.hf-every", 2, "--run.folder", "tuned"]
+    assert "ema are not kept; give --recipe.ema" in refused(capsys, *export, "--export.weights", "ema")
+    export = ["train", "olmo2-tiny", "--export.hf-every", 2, "--model.clip-qkv", 3]
+    assert "--export.hf-every 2: no architecture of transformers computes this model" in refused(capsys, *export)
+    assert not Path("tuned").exists()
 
 
 # --- directories on the way -----------------------------------------------------------------------------------

@@ -356,7 +356,9 @@ def test_lora_on_random_weights_is_said(folder, capsys):
     """use-2; the run ends behind the warning, for its layout cannot be."""
     code, said = answer(["olmo2-tiny", "--lora.rank", "8", "--nproc", "2", "--mesh.tp", "2"], capsys)
     assert code == 2
-    assert said.startswith("warning: --lora.rank trains adapters of random weights here; give --run.start-from RUN or --init.from-hf DIR\n")
+    assert said.startswith(
+        "warning: --lora.rank trains adapters of random weights here; give --run.start-from RUN or --init.from-hf DIR\n"
+    )
 
 
 @pytest.mark.parametrize(
