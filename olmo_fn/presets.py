@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from olmo_fn.models.config import Model, dense
 from olmo_fn.models.families import GEMMA3, LLAMA2, LLAMA3, NGPT, OLMO2, OLMO3, OLMO3_LONG, QWEN3, SMOLLM2
 from olmo_fn.train.config import Config, Recipe, Run
-from olmo_fn.train.optimizers import AdamW
+from olmo_fn.train.optimizers import AdamW, Muon
 from olmo_fn.train.schedules import Cosine, Linear
 
 TINY = Config(
     model=dense(d_model=192, n_layers=4, n_heads=3, hidden_size=512, vocab_size=4096, init_method="llama"),
-    optim=AdamW(lr=3e-2),
+    optim=Muon(lr=0.05, adamw_lr=0.03),
     schedule=Linear(warmup=30, final=0.02),
-    recipe=Recipe(batch_size=4, sequence_length=256),
+    recipe=Recipe(batch_size=4, sequence_length=512),
     run=Run(steps=1000, checkpoint_every=250, log_every=50),
 )
 """Learns Python from the standard library's sources in a few minutes on two cores."""

@@ -68,13 +68,13 @@ def from_gguf(args: FromGGUF) -> int:
 
 def write_texts(file: File, folder: Path) -> str:
     """What a Hugging Face directory of the model has beside weights; why there is no tokenizer, if there is none."""
-    from olmo_fn.convert.config_json import write_json
+    from olmo_fn.convert.config_json import json_of, write_json
     from olmo_fn.convert.gguf_tokenizer import TEMPLATE, rebuilt, special_tokens
 
-    metadata, without = file.metadata, ""
+    metadata = file.metadata
     ids, context = special_tokens(metadata), metadata.get(f"{file.arch}.context_length")
     numbers = {f"{name}_token_id": ids.get(name) for name in ("bos", "eos", "pad")}
-    write_json(folder / "config.json", {**file.config, **numbers, "max_position_embeddings": context})
+    write_json(folder / "config.json", {**json_of(file.model), **numbers, "max_position_embeddings": context})
     try:
         text = rebuilt(metadata)
     except ValueError as error:
@@ -87,7 +87,7 @@ def write_texts(file: File, folder: Path) -> str:
     write_json(folder / "generation_config.json", {name: number for name, number in numbers.items() if number is not None})
     if template := metadata.get(TEMPLATE):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    return without
+    return ""
 
 
 def to_gguf(args: ToGGUF) -> int:
