@@ -30,7 +30,7 @@ LEARNING_RATES = {"760m": 4e-4, "1b": 4e-4, "1b-18l": 4e-4, "3b": 4e-4, "7b": 3e
 def rate(model: Model, size: str) -> float:
     """The peak rate of a model: OLMo's of this ``size``, or else one that falls with the width."""
     widths = {1536: 1e-3, 3072: 4e-4, 8192: 3e-4}
-    return LEARNING_RATES.get(size) or next((lr for width, lr in widths.items() if model.d_model < width), 1.5e-4)
+    return LEARNING_RATES.get(size) or next((lr for width, lr in widths.items() if model.d_model < width), 2e-4)
 
 
 STREAM = 1 << 24
