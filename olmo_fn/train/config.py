@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from olmo_fn.convert.config_json import json_of
 from olmo_fn.data.instances import InstancesSettings
 from olmo_fn.data.instances.fixed import FixedLength
 from olmo_fn.data.settings import Data
 from olmo_fn.fields import AT_LEAST_ONE, DECAY, INVISIBLE, PATH, SIGNED, VISIBLE, Range, check_values
+from olmo_fn.formats.config_json import json_of
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import Model
 from olmo_fn.models.settings.attention import Attention

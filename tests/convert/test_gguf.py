@@ -20,10 +20,10 @@ from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_h
 
 from olmo_fn import tree
 from olmo_fn.cli import main as cli
-from olmo_fn.convert import gguf_file
-from olmo_fn.convert.config_json import json_of, model_of
-from olmo_fn.convert.gguf_file import Place, open_gguf, write_gguf
-from olmo_fn.convert.gguf_tokenizer import CL100K, JSON, KEY, QWEN2, describe, rebuilt
+from olmo_fn.formats import gguf_file
+from olmo_fn.formats.config_json import json_of, model_of
+from olmo_fn.formats.gguf_file import Place, open_gguf, write_gguf
+from olmo_fn.formats.gguf_tokenizer import CL100K, JSON, KEY, QWEN2, describe, rebuilt
 from olmo_fn.models import transformer
 from olmo_fn.spec import init
 from olmo_fn.train.session import load_parameters

@@ -10,7 +10,7 @@ from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olmo_fn.convert.config_json import canonical, differences, json_of, model_of
+from olmo_fn.formats.config_json import canonical, differences, json_of, model_of
 from olmo_fn.models import families
 from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, PeriNorm, PreNorm, RMSNorm, SwiGLU, dense, modified
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, Stepwise, YaRN

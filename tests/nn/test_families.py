@@ -10,9 +10,9 @@ from test_models import CLOSE, ENGINES, assert_grads, under
 from torch.testing import assert_close
 
 from olmo_fn import tree
-from olmo_fn.convert.names import stored
 from olmo_fn.core.chain import IGNORE, PLAIN
 from olmo_fn.core.pipe import grad, pipe
+from olmo_fn.formats.names import stored
 from olmo_fn.generate.decode import empty_cache, extend
 from olmo_fn.models import count, transformer
 from olmo_fn.models.config import (

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from olmo_fn.checkpoint.commit import free_bytes
 from olmo_fn.checkpoint.stored import some
-from olmo_fn.convert.config_json import model_of
-from olmo_fn.convert.gguf_keys import LLAMA3, READ, architecture, read_config, shortest, write_metadata
-from olmo_fn.convert.keys import Keys
-from olmo_fn.convert.names import Stored, stored
-from olmo_fn.convert.tensors import READ_BYTES
 from olmo_fn.files import sync
+from olmo_fn.formats.config_json import model_of
+from olmo_fn.formats.gguf_keys import LLAMA3, READ, architecture, read_config, shortest, write_metadata
+from olmo_fn.formats.keys import Keys
+from olmo_fn.formats.names import Stored, stored
+from olmo_fn.formats.tensors import READ_BYTES
 from olmo_fn.models.config import Model
 from olmo_fn.models.settings.rope_scaling import Stepwise
 from olmo_fn.nn.rope import stepwise

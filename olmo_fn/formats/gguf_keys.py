@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping
 from math import log
 from typing import Any
 
-from olmo_fn.convert.config_json import differences, json_of, model_of
-from olmo_fn.convert.keys import Keys
-from olmo_fn.convert.rope import FULL, SLIDING
+from olmo_fn.formats.config_json import differences, json_of, model_of
+from olmo_fn.formats.keys import Keys
+from olmo_fn.formats.rope import FULL, SLIDING
 from olmo_fn.models.config import Model
 
 READ = {

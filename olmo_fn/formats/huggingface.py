@@ -22,10 +22,10 @@ from torch import Tensor
 
 from olmo_fn.checkpoint.commit import free_bytes
 from olmo_fn.checkpoint.stored import some
-from olmo_fn.convert.config_json import CONFIG, differences, json_of, model_of, read_json, write_json
-from olmo_fn.convert.names import ENDS, Stored, stored
-from olmo_fn.convert.tensors import SHARD_BYTES, StoredTensor, Target, open_tensors, write_tensors
 from olmo_fn.files import sync
+from olmo_fn.formats.config_json import CONFIG, differences, json_of, model_of, read_json, write_json
+from olmo_fn.formats.names import ENDS, Stored, stored
+from olmo_fn.formats.tensors import SHARD_BYTES, StoredTensor, Target, open_tensors, write_tensors
 from olmo_fn.models.config import Model
 from olmo_fn.spec import Box
 
@@ -131,7 +131,7 @@ def write_directory(
 ) -> None:
     """Write a directory that transformers loads: whole, or not at all.
 
-    ``parameters``: paths and tensors in our form, in the order of `olmo_fn.convert.names.stored`; each is let go when it is
+    ``parameters``: paths and tensors in our form, in the order of `olmo_fn.formats.names.stored`; each is let go when it is
     written. ``config``: the config.json but for its dtype, `json_of` the model when not given. ``more`` adds files.
     ValueError for a target that is there already, and for a model that no architecture computes.
     """
