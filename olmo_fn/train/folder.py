@@ -47,7 +47,8 @@ def read_config(run: Path) -> Config:
 
 def runs_near(run: Path) -> str:
     """``; there are runs/a, …``: the runs in the folder where ``run`` was looked for, or the one above; empty without any."""
-    found = [str(path.parent) for above in (run.parent, run.parent.parent) for path in sorted(above.glob("*/config.yaml"))]
+    folders = dict.fromkeys((run.parent, run.parent.parent))  # the same for a bare name
+    found = [str(path.parent) for above in folders for path in sorted(above.glob("*/config.yaml"))]
     return f"; there are {', '.join(found[:8])}" if found else ""
 
 
