@@ -115,7 +115,10 @@ def convert(words: Sequence[str]) -> int:
 
     name, *rest = words or ["--help"]
     if name in ("-h", "--help"):
-        rows = "\n".join(f"  {way:<15} {settings.__doc__.partition(':')[0]}" for way, (settings, _) in DIRECTIONS.items())
+        rows = "\n".join(
+            f"  {way:<15} {(settings.__doc__ or '').partition('. ')[0].partition(':')[0]}"
+            for way, (settings, _) in DIRECTIONS.items()
+        )
         print(f"usage: olmo-fn convert {{{','.join(DIRECTIONS)}}} …\n\n{rows}\n\nolmo-fn convert WAY --help says more")
         return 0
     if name not in DIRECTIONS:
