@@ -26,7 +26,7 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.cli import main as cli
-from olmo_fn.convert.huggingface import DTYPES, write_directory
+from olmo_fn.formats.huggingface import DTYPES, write_directory
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model, dense
 

@@ -111,7 +111,7 @@ def soup(args: Soup) -> str:
     import torch
 
     from olmo_fn.checkpoint import read_index, save
-    from olmo_fn.convert.text_files import KEPT
+    from olmo_fn.formats.text_files import KEPT
     from olmo_fn.train.folder import write_config
     from olmo_fn.train.process import ProcessContext
     from olmo_fn.train.session import find_run, open_run

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from olmo_fn.models.config import Model, dense
 from olmo_fn.models.families import GEMMA3, LLAMA2, LLAMA3, NGPT, OLMO2, OLMO3, OLMO3_LONG, QWEN3, SMOLLM2
 from olmo_fn.train.config import Config, Recipe, Run
-from olmo_fn.train.optimizers import AdamW
+from olmo_fn.train.optimizers import AdamW, Muon
 from olmo_fn.train.schedules import Cosine, Linear
 
 TINY = Config(
     model=dense(d_model=192, n_layers=4, n_heads=3, hidden_size=512, vocab_size=4096, init_method="llama"),
-    optim=AdamW(lr=3e-2),
+    optim=Muon(lr=0.05, adamw_lr=0.03),
     schedule=Linear(warmup=30, final=0.02),
-    recipe=Recipe(batch_size=4, sequence_length=256),
+    recipe=Recipe(batch_size=4, sequence_length=512),
     run=Run(steps=1000, checkpoint_every=250, log_every=50),
 )
 """Learns Python from the standard library's sources in a few minutes on two cores."""
@@ -30,7 +30,7 @@ LEARNING_RATES = {"760m": 4e-4, "1b": 4e-4, "1b-18l": 4e-4, "3b": 4e-4, "7b": 3e
 def rate(model: Model, size: str) -> float:
     """The peak rate of a model: OLMo's of this ``size``, or else one that falls with the width."""
     widths = {1536: 1e-3, 3072: 4e-4, 8192: 3e-4}
-    return LEARNING_RATES.get(size) or next((lr for width, lr in widths.items() if model.d_model < width), 1.5e-4)
+    return LEARNING_RATES.get(size) or next((lr for width, lr in widths.items() if model.d_model < width), 2e-4)
 
 
 STREAM = 1 << 24

@@ -16,7 +16,7 @@ PACKAGE = Path(olmo_fn.__file__).parent
 GROUND = {"tree", "spec"}
 CORE = GROUND | {"mesh", "kernels", "core"}
 MODEL = CORE | {"nn", "models"}
-RUN = MODEL | {"optim", "transforms", "parallel", "data", "checkpoint", "convert", "launch", "fields", "files", "train"}
+RUN = MODEL | {"optim", "transforms", "parallel", "data", "checkpoint", "formats", "launch", "fields", "files", "train"}
 KNOWS: dict[str, set[str]] = {
     "tree": set(),
     "spec": {"tree"},
@@ -37,28 +37,24 @@ KNOWS: dict[str, set[str]] = {
     "data": CORE | {"progress", "fields"},
     "checkpoint": GROUND | {"mesh", "files"},
     "launch": set(),
-    "convert": MODEL | {"data", "checkpoint", "fields", "files", "progress"},
+    "formats": MODEL | {"data", "checkpoint", "fields", "files", "progress"},
     "train": RUN - {"train"},
     "presets": RUN,
     "planner": RUN | {"picture"},
     "replay": RUN | {"research"},
     "generate": RUN,
     "average": RUN | {"checkpoints"},
+    "convert": RUN | {"progress"},
     "checkpoints": RUN,
     "evaluate": RUN | {"progress"},
     "plot": RUN | {"picture"},
-    "cli": RUN | {"presets", "planner", "replay", "generate", "average", "checkpoints", "evaluate", "plot"},
+    "cli": RUN | {"presets", "planner", "replay", "generate", "average", "checkpoints", "evaluate", "plot", "convert"},
     "__main__": {"cli"},
 }
 """A folder, or a file at the top, and what it may import besides itself and the version in ``olmo_fn``."""
 
 EXCEPTIONS = {
     ("transforms/lora.py", "nn"): "an adapted matrix is a kind of weight of `olmo_fn.nn.linear`, which multiplies by it",
-    ("convert/command.py", "train"): "the commands read and write runs; the formats, which training reads and writes, do not",
-    ("convert/olmo_core.py", "train"): "a command as well",
-    ("convert/gguf.py", "train"): "a command as well",
-    ("convert/run.py", "train"): "what every command that makes a run shares",
-    ("convert/olmo_core_training.py", "train"): "what OLMo-core's config says of training becomes a config of a run",
     ("testing/pool.py", "train"): "ranks load the files of parts that the caller has used, by `olmo_fn.train.choices.load`",
 }
 """Files that may import more, each with the reason."""

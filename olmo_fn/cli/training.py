@@ -50,6 +50,8 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
         config = finetuning(Path(first).expanduser())
     elif first in presets:
         config = presets[first]
+    elif Path(first, "config.json").is_file() and not Path(first, "config.yaml").exists():
+        raise ValueError(f"{first} is a Hugging Face directory; to train from it: {prog} --init.from-hf {shlex.quote(first)}")
     elif first.startswith("-"):
         name = next((word for word in flags if word in presets), next(iter(presets)))
         raise ValueError(f"the preset comes first: {prog} {shlex.join([name, *(word for word in rest if word != name)])}")

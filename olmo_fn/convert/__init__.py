@@ -1,1 +1,1 @@
-"""Weights of other programs, in and out: a run from a Hugging Face directory, and such a directory from a run."""
+"""``olmo-fn convert``: runs from other programs' files, and back."""

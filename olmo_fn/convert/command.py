@@ -43,8 +43,8 @@ class ToHF:
 
 def from_hf(args: FromHF) -> int:
     """Make the run, whole or not at all, and say what to type next."""
-    from olmo_fn.convert.huggingface import READ, open_directory
     from olmo_fn.convert.run import check_new, write_run
+    from olmo_fn.formats.huggingface import READ, open_directory
     from olmo_fn.models.count import num_params
 
     check_new(args.run)
@@ -63,7 +63,7 @@ def to_hf(args: ToHF) -> int:
 
     import torch
 
-    from olmo_fn.convert.verify import check_transformers, compare
+    from olmo_fn.formats.verify import check_transformers, compare
     from olmo_fn.models.count import num_params
     from olmo_fn.progress import progress
     from olmo_fn.train.export import write_checkpoint

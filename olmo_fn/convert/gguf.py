@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from olmo_fn.convert.gguf_file import File
-    from olmo_fn.convert.gguf_tokenizer import Described
+    from olmo_fn.formats.gguf_file import File
+    from olmo_fn.formats.gguf_tokenizer import Described
     from olmo_fn.train.session import Session
 
 
@@ -49,8 +49,8 @@ class ToGGUF:
 
 def from_gguf(args: FromGGUF) -> int:
     """Make the run, whole or not at all, and say what to type next."""
-    from olmo_fn.convert.gguf_file import open_gguf
     from olmo_fn.convert.run import check_new, write_run
+    from olmo_fn.formats.gguf_file import open_gguf
     from olmo_fn.models.count import num_params
 
     check_new(args.run)
@@ -68,13 +68,13 @@ def from_gguf(args: FromGGUF) -> int:
 
 def write_texts(file: File, folder: Path) -> str:
     """What a Hugging Face directory of the model has beside weights; why there is no tokenizer, if there is none."""
-    from olmo_fn.convert.config_json import write_json
-    from olmo_fn.convert.gguf_tokenizer import TEMPLATE, rebuilt, special_tokens
+    from olmo_fn.formats.config_json import json_of, write_json
+    from olmo_fn.formats.gguf_tokenizer import TEMPLATE, rebuilt, special_tokens
 
-    metadata, without = file.metadata, ""
+    metadata = file.metadata
     ids, context = special_tokens(metadata), metadata.get(f"{file.arch}.context_length")
     numbers = {f"{name}_token_id": ids.get(name) for name in ("bos", "eos", "pad")}
-    write_json(folder / "config.json", {**file.config, **numbers, "max_position_embeddings": context})
+    write_json(folder / "config.json", {**json_of(file.model), **numbers, "max_position_embeddings": context})
     try:
         text = rebuilt(metadata)
     except ValueError as error:
@@ -87,15 +87,15 @@ def write_texts(file: File, folder: Path) -> str:
     write_json(folder / "generation_config.json", {name: number for name, number in numbers.items() if number is not None})
     if template := metadata.get(TEMPLATE):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    return without
+    return ""
 
 
 def to_gguf(args: ToGGUF) -> int:
     """Make the file, whole or not at all."""
     import torch
 
-    from olmo_fn.convert.gguf_file import write_gguf
-    from olmo_fn.convert.text_files import config_of
+    from olmo_fn.formats.gguf_file import write_gguf
+    from olmo_fn.formats.text_files import config_of
     from olmo_fn.models.count import num_params
     from olmo_fn.progress import progress
     from olmo_fn.train.process import ProcessContext
@@ -125,8 +125,8 @@ def to_gguf(args: ToGGUF) -> int:
 
 def tokenizer_keys(session: Session, wanted: bool) -> Described:
     """The keys of the run's tokenizer and chat template, from the files that it came with, if they are of its tokenizer."""
-    from olmo_fn.convert.gguf_tokenizer import KEY, SPECIAL, Described, describe
-    from olmo_fn.convert.text_files import KEPT, chat_template, named_tokens, same_tokenizer
+    from olmo_fn.formats.gguf_tokenizer import KEY, SPECIAL, Described, describe
+    from olmo_fn.formats.text_files import KEPT, chat_template, named_tokens, same_tokenizer
 
     run, cfg = session.folder, session.cfg
     none: Mapping[str, Any] = {f"{KEY}model": "none"}

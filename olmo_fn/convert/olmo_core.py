@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from olmo_fn.checkpoint import Deferred
-    from olmo_fn.convert.names import Stored
-    from olmo_fn.convert.olmo_core_files import Checkpoint, TrainState
+    from olmo_fn.formats.names import Stored
+    from olmo_fn.formats.olmo_core_files import Checkpoint, TrainState
     from olmo_fn.models.config import Model
     from olmo_fn.train.config import Config
     from olmo_fn.train.optimizers import AdamW
@@ -48,8 +48,8 @@ def from_olmo_core(args: FromOlmoCore) -> int:
     """Make the run, whole or not at all, and say what to type next. ValueError, in one line, for what is not read."""
     from olmo_fn import tree
     from olmo_fn.checkpoint import Deferred, save
-    from olmo_fn.convert.olmo_core_files import open_checkpoint
     from olmo_fn.convert.run import check_new
+    from olmo_fn.formats.olmo_core_files import open_checkpoint
     from olmo_fn.progress import progress
     from olmo_fn.train.folder import write_config
     from olmo_fn.train.schedule import sizes
@@ -104,8 +104,8 @@ def read_model(found: Checkpoint) -> tuple[Model, dict[str, Stored]]:
     ValueError that names a field of the config that is not read; and a tensor which is missing, one too many, or of another
     shape, with both shapes.
     """
-    from olmo_fn.convert.names import stored
-    from olmo_fn.convert.olmo_core_model import model
+    from olmo_fn.formats.names import stored
+    from olmo_fn.formats.olmo_core_model import model
 
     made = model(found.config)
     names = stored(made, "olmo_core")

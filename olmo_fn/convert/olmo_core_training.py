@@ -7,8 +7,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from olmo_fn.convert.groups import Group, at, shown
 from olmo_fn.data.settings import Data
+from olmo_fn.formats.groups import Group, at, shown
 from olmo_fn.models.config import Model
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.loss import CrossEntropy

@@ -31,7 +31,7 @@ def write_run(source: Path, run: Path, parameter: Callable[[str], Tensor], dtype
 
     from olmo_fn import tree
     from olmo_fn.checkpoint import Deferred, save
-    from olmo_fn.convert.text_files import keep
+    from olmo_fn.formats.text_files import keep
     from olmo_fn.models import transformer
     from olmo_fn.progress import progress
     from olmo_fn.spec import Spec

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.core.primitive import VJP
-from olmo_fn.kernels.attention_cp import AttendVJP, attend_over, attend_over_vjp
+from olmo_fn.kernels.attention_cp import AttendVJP, attend_over, attend_over_vjp, check_attend
 from olmo_fn.kernels.attention_tiles import attend_vjp
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import enter
@@ -151,7 +151,8 @@ class AttentionForm:
 
 
 def attention_sublayer(form: AttentionForm) -> Sublayer:
-    """Attention as a sublayer."""
+    """Attention as a sublayer. ValueError if its ``attend`` cannot do what the form asks for."""
+    check_attend(form.attend, *(["sinks"] if form.sinks else []), *(["cap"] if form.cap is not None else []))
     place = form.place()
 
     def project(p: Tree, x: Tensor, ctx: Context) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from olmo_fn.data.instances import InstancesSettings
 from olmo_fn.data.instances.fixed import FixedLength
 from olmo_fn.data.settings import Data
 from olmo_fn.fields import AT_LEAST_ONE, DECAY, INVISIBLE, PATH, SIGNED, VISIBLE, Range, check_values
+from olmo_fn.formats.config_json import json_of
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import Model
 from olmo_fn.models.settings.attention import Attention
@@ -256,8 +257,21 @@ class Config:
                 f"--init.from-hf needs --data.paths, files that its tokenizer made: olmo-fn tokenize TEXTS --output tokens "
                 f"--tokenizer {self.init.from_hf}/tokenizer.json"
             )
+        if self.export.hf_every:
+            self.check_export()
         if r.noise_scale and r.accumulate < 2 and not r.micro_batch:
             raise ValueError("--recipe.noise-scale compares the parts of a batch; give it --recipe.accumulate 2 or more")
+
+    def check_export(self) -> None:
+        """ValueError, with the flags, for weights that are not kept, and a model that no architecture of transformers has."""
+        kept = {"ema": ("--recipe.ema", self.recipe.ema), "merge": ("--recipe.merge-last", self.recipe.merge_last)}
+        flag, value = kept.get(self.export.weights, ("", 1))
+        if not value:
+            raise ValueError(f"--export.weights {self.export.weights} are not kept; give {flag}, or leave the weights out")
+        try:
+            json_of(self.model)
+        except ValueError as error:
+            raise ValueError(f"--export.hf-every {self.export.hf_every}: {error}") from None
 
     def on(self, processes: int) -> Config:
         """With the ``recipe.accumulate`` that ``recipe.micro_batch`` asks for on so many processes; ValueError for another."""

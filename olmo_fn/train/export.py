@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from olmo_fn.convert.huggingface import DTYPES, write_directory
-from olmo_fn.convert.text_files import config_of, dtype_of, write_text_files
+from olmo_fn.formats.huggingface import DTYPES, write_directory
+from olmo_fn.formats.text_files import config_of, dtype_of, write_text_files
 from olmo_fn.train.events import Event, Observer, Saved, Started
 from olmo_fn.train.session import Session, Weights
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from olmo_fn.convert.config_json import CONFIG, differences, model_of, read_json
-from olmo_fn.convert.text_files import eos_of
 from olmo_fn.data.settings import Data
+from olmo_fn.formats.config_json import CONFIG, differences, model_of, read_json
+from olmo_fn.formats.text_files import eos_of
 from olmo_fn.train.config import Config, Init, Recipe, Run
 from olmo_fn.train.optimizers import AdamW
 from olmo_fn.train.schedules import Linear

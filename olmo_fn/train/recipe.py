@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from olmo_fn import tree
-from olmo_fn.convert.huggingface import open_directory
 from olmo_fn.core.compile import compile
 from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.core.step import Step
 from olmo_fn.data.settings import cache_dir
+from olmo_fn.formats.huggingface import open_directory
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.models import transformer

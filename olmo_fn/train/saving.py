@@ -10,11 +10,11 @@ from typing import Any
 from olmo_fn import tree
 from olmo_fn.checkpoint import BrokenCheckpoint, Retention, Saver, read_index, step_path, steps
 from olmo_fn.checkpoint.commit import free_bytes
-from olmo_fn.convert.huggingface import READ, open_directory
-from olmo_fn.convert.text_files import KEPT, keep
 from olmo_fn.core.step import State
 from olmo_fn.data.identity import identity
 from olmo_fn.files import make_folder, sync, write_whole
+from olmo_fn.formats.huggingface import READ, open_directory
+from olmo_fn.formats.text_files import KEPT, keep
 from olmo_fn.train.events import Event, Saved
 from olmo_fn.train.folder import check_same, claimed, held, numbers, write_config, write_origin
 from olmo_fn.train.schedule import sizes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 
 import pytest
@@ -22,7 +21,6 @@ def deferred(alive: list[int] | None = None):
     def of(x):
         def make():
             if alive is not None:
-                gc.collect()
                 alive.append(sum(ref() is not None for ref in made))
             fresh = x.clone()
             made.append(weakref.ref(fresh))

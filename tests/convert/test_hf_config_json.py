@@ -10,7 +10,7 @@ from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olmo_fn.convert.config_json import canonical, differences, json_of, model_of
+from olmo_fn.formats.config_json import canonical, differences, json_of, model_of
 from olmo_fn.models import families
 from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, PeriNorm, PreNorm, RMSNorm, SwiGLU, dense, modified
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, Stepwise, YaRN
@@ -150,6 +150,11 @@ def test_what_has_a_config_json_is_read_as_the_same_model(model):
     except ValueError:  # no architecture computes it
         return
     assert canonical(model_of(json.loads(json.dumps(raw)))) == canonical(model)
+
+
+def test_dropout_is_of_training_alone():
+    model = dense(8, 2, 2, 16)
+    assert json_of(replace(model, block=replace(model.block, dropout=0.1))) == json_of(model)
 
 
 def test_nearly_all_are_written_that_an_architecture_has():

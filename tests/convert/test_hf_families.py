@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from olmo_fn import tree
 from olmo_fn.cli import main as cli
-from olmo_fn.convert.huggingface import open_directory
 from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import grad, pipe
+from olmo_fn.formats.huggingface import open_directory
 from olmo_fn.models import transformer
 
 
@@ -51,7 +51,7 @@ def test_a_directory_with_the_weights_of_olmo_core_computes_its_numbers(name, tm
 
 
 def test_all_families_are_among_the_cases():
-    from olmo_fn.convert.families import FAMILIES
+    from olmo_fn.formats.families import FAMILIES
 
     assert {family.model_type for family in FAMILIES} == {kind for kind, _ in CASES.values()}
 
@@ -97,7 +97,7 @@ def test_from_and_to_keeps_the_bytes_of_every_tensor(case, dtype, tmp_path, caps
 @pytest.mark.parametrize("case", CASES)
 def test_a_new_config_json_is_loaded_as_the_same_model(case, tmp_path):
     """Without the one that the weights came with: transformers reads what we write of the model alone."""
-    from olmo_fn.convert.huggingface import write_directory
+    from olmo_fn.formats.huggingface import write_directory
 
     theirs = peer(case)
     theirs.save_pretrained(tmp_path / "in")

@@ -15,8 +15,8 @@ from test_hf_config_json import models
 from transformers import AutoModelForCausalLM
 
 from olmo_fn import spec, tree
-from olmo_fn.convert.config_json import differences, json_of
-from olmo_fn.convert.huggingface import open_directory, write_directory
+from olmo_fn.formats.config_json import differences, json_of
+from olmo_fn.formats.huggingface import open_directory, write_directory
 from olmo_fn.models import transformer
 from olmo_fn.models.config import Model, dense
 from olmo_fn.nn import feed_forward
@@ -69,17 +69,17 @@ def test_the_law_bites(way: str) -> None:
             transformer.layers.cache_clear()
             caught(law, GQA, 0, torch.float32)
     elif way == "not transposed":
-        with patch("olmo_fn.convert.names.Stored.theirs", lambda self, ours: ours):
+        with patch("olmo_fn.formats.names.Stored.theirs", lambda self, ours: ours):
             caught(law, dense(8, 2, 2, 8, vocab_size=20, head_dim=4, init_std=0.3), 0, torch.float32)
     else:
-        from olmo_fn.convert import families
+        from olmo_fn.formats import families
 
         model = dense(8, 2, 4, 12, vocab_size=20, window_pattern=(3, -1), init_std=0.3)
         real = families.windows_json
         with (
             patch.object(families, "windows_json", lambda m: real(m) | {"sliding_window": 4}),
-            patch("olmo_fn.convert.config_json.differences", lambda *_: []),
-            patch("olmo_fn.convert.huggingface.differences", lambda *_: []),
+            patch("olmo_fn.formats.config_json.differences", lambda *_: []),
+            patch("olmo_fn.formats.huggingface.differences", lambda *_: []),
         ):
             caught(law, model, 0, torch.float32)
     transformer.layers.cache_clear()

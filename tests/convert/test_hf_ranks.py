@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from olmo_fn import tree
-from olmo_fn.convert.huggingface import Directory, open_directory
+from olmo_fn.formats.huggingface import Directory, open_directory
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.settings import MeshConfig

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from olmo_fn import tree
 from olmo_fn.checkpoint import steps
 from olmo_fn.cli import main as cli
-from olmo_fn.convert import verify
-from olmo_fn.convert.huggingface import open_directory, write_directory
-from olmo_fn.convert.text_files import KEPT
+from olmo_fn.formats import verify
 from olmo_fn.data.settings import Data
+from olmo_fn.formats.huggingface import open_directory, write_directory
+from olmo_fn.formats.text_files import KEPT
 from olmo_fn.generate.config import Sampling
 from olmo_fn.generate.load import load_model
 from olmo_fn.generate.text import generate_text
@@ -250,6 +250,12 @@ def test_a_start_that_makes_no_sense_is_refused(source, tokens, capsys):
     )
     assert "--init.from-hf needs --data.paths" in refused(capsys, "train", "--init.from-hf", source)
     assert "is not there" in refused(capsys, "train", "--init.from-hf", "nowhere", "--data.paths", tokens)
+    assert f"olmo-fn train --init.from-hf {source}" in refused(capsys, "train", source)
+    export = ["train", "--init.from-hf", source, "--data.paths", tokens, "--export.hf-every", 2, "--run.folder", "tuned"]
+    assert "ema are not kept; give --recipe.ema" in refused(capsys, *export, "--export.weights", "ema")
+    export = ["train", "olmo2-tiny", "--export.hf-every", 2, "--model.clip-qkv", 3]
+    assert "--export.hf-every 2: no architecture of transformers computes this model" in refused(capsys, *export)
+    assert not Path("tuned").exists()
 
 
 # --- directories on the way -----------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ from torch.testing import assert_close
 from olmo_fn import tree
 from olmo_fn.checkpoint import load, read_index, steps
 from olmo_fn.cli import main as cli
-from olmo_fn.convert.names import stored
-from olmo_fn.convert.olmo_core_files import open_checkpoint
-from olmo_fn.convert.olmo_core_model import model
 from olmo_fn.convert.olmo_core_training import SCHEDULES, lost, training
+from olmo_fn.formats.names import stored
+from olmo_fn.formats.olmo_core_files import open_checkpoint
+from olmo_fn.formats.olmo_core_model import model
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
 from olmo_fn.train.folder import read_config

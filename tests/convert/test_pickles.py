@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.cli import main as cli
-from olmo_fn.convert.dcp import IN_METADATA, read_metadata
-from olmo_fn.convert.pickles import Refused, loads
-from olmo_fn.convert.torch_files import read_tensors
+from olmo_fn.formats.dcp import IN_METADATA, read_metadata
+from olmo_fn.formats.pickles import Refused, loads
+from olmo_fn.formats.torch_files import read_tensors
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "olmo_core" / "olmo2.tar.xz"
 

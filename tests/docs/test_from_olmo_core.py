@@ -40,7 +40,7 @@ def test_the_snippet_runs(folder, capsys):
 
 
 def test_what_the_page_names_is_there():
-    from olmo_fn.convert import dcp, torch_files
+    from olmo_fn.formats import dcp, torch_files
     from olmo_fn.convert.olmo_core_training import SCHEDULES
 
     assert dcp.IN_METADATA

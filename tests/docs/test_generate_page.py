@@ -13,10 +13,10 @@ from programs import ROOT
 
 from olmo_fn.checkpoint import save
 from olmo_fn.cli import main as cli
-from olmo_fn.convert.config_json import json_of
-from olmo_fn.convert.huggingface import write_directory
-from olmo_fn.convert.names import stored
 from olmo_fn.data.tokenizer import byte_level
+from olmo_fn.formats.config_json import json_of
+from olmo_fn.formats.huggingface import write_directory
+from olmo_fn.formats.names import stored
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
 from olmo_fn.spec import init

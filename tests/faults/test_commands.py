@@ -356,7 +356,9 @@ def test_lora_on_random_weights_is_said(folder, capsys):
     """use-2; the run ends behind the warning, for its layout cannot be."""
     code, said = answer(["olmo2-tiny", "--lora.rank", "8", "--nproc", "2", "--mesh.tp", "2"], capsys)
     assert code == 2
-    assert said.startswith("warning: --lora.rank trains adapters of random weights here; give --run.start-from RUN\n")
+    assert said.startswith(
+        "warning: --lora.rank trains adapters of random weights here; give --run.start-from RUN or --init.from-hf DIR\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -396,6 +398,7 @@ def flags_of(name):
     """The flags of a command, each with the number of values that it takes."""
     from olmo_fn.average import Soup
     from olmo_fn.checkpoints import Arguments as Checkpoints
+    from olmo_fn.convert.command import ToHF
     from olmo_fn.data.tokenize import Tokenize
     from olmo_fn.evaluate import Evaluate
     from olmo_fn.generate.chat_command import Chat
@@ -413,6 +416,7 @@ def flags_of(name):
         "chat": Chat,
         "pipeline": Show,
         "evaluate": Evaluate,
+        "convert": ToHF,
     }
     classes |= {"evaluate": Evaluate, "plan": Plan, "plot": PlotSchedule, "replay": Arguments, "train": Config}
     options = {"default": TINY} if name == "train" else {}

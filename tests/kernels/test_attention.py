@@ -131,6 +131,18 @@ def test_in_fp32(heads, kv_heads, masked):
         )
 
 
+def test_in_bf16():
+    """Within its rounding of the definition on the same numbers, in dtypes of what they are the gradients of."""
+    *inputs, documents = tensors(4, 2, dtype=torch.bfloat16)
+    options = options_of(documents, 150, 3.0, masked=True)
+    out, pullback = attend_vjp(*inputs[:3], sinks=inputs[3], **options)
+    found = (out, *pullback(out, torch.ones_like(out)))
+    exact, exact_pullback = vjp_of(lambda q, k, v, s: attend(q, k, v, sinks=s, **options), *(x.double() for x in inputs))
+    for one, other in zip(found, (exact, *exact_pullback(exact, torch.ones_like(exact))), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert_close(one.double(), other, rtol=0, atol=0.02 * other.abs().max().item())
+
+
 def test_extreme_sinks():
     """One far below all scores changes nothing; one far above takes all the weight, and nothing overflows."""
     q, k, v, sinks, _ = tensors(4, 2, length=40, dtype=torch.float32)

@@ -10,9 +10,9 @@ from test_models import CLOSE, ENGINES, assert_grads, under
 from torch.testing import assert_close
 
 from olmo_fn import tree
-from olmo_fn.convert.names import stored
 from olmo_fn.core.chain import IGNORE, PLAIN
 from olmo_fn.core.pipe import grad, pipe
+from olmo_fn.formats.names import stored
 from olmo_fn.generate.decode import empty_cache, extend
 from olmo_fn.models import count, transformer
 from olmo_fn.models.config import (
@@ -298,3 +298,24 @@ def test_wrong_settings_are_refused(change, message):
 def test_labels_that_do_not_count_are_not_in_the_loss(case):
     _, _, _, _, batch = case
     assert (batch["labels"] == IGNORE).any()
+
+
+def test_sizes_and_flops_of_every_preset():
+    """A golden table: parameters, and training FLOPs a token at 4,096, of all presets."""
+    rows = [
+        f"{name:<15} {count.num_params(cfg):>15,} {count.flops_per_sequence(cfg, 4096) // 4096:>19,}"
+        for models in FAMILIES.values()
+        for name, cfg in models.items()
+    ]
+    assert "\n".join(rows) + "\n" == (FIXTURES.parents[1] / "golden" / "models.txt").read_text()
+
+
+def test_flops_are_six_for_an_entry_of_a_matrix_and_twelve_for_a_pair_and_a_dim():
+    """Written out for a Gemma, which has windows, grouped heads, and a head that is its embedding."""
+    m = FAMILIES["gemma3"]["gemma3-1b"]
+    d, h, kv, k, f, T = 1152, 4, 1, 256, 6912, 4096
+    matrices = m.n_layers * (d * (2 * h + 2 * kv) * k + 3 * d * f) + m.vocab_size * d
+    windowed = sum(min(t + 1, 512) for t in range(T))
+    full = T * (T + 1) // 2
+    layers = [full if (i + 1) % 6 == 0 else windowed for i in range(26)]
+    assert count.flops_per_sequence(m, T) == 6 * matrices * T + 12 * h * k * sum(layers)

@@ -1,7 +1,7 @@
 """The tensors in a file of ``torch.save``, read without unpickling: each by itself, into memory that is given.
 
 Such a file is a zip file of records that are stored as they are: ``data.pkl``, which says of each tensor its dtype, shape and
-strides, and ``data/0``, ``data/1``, …, the numbers. The pickle is read by `olmo_fn.convert.pickles`, which builds no object and
+strides, and ``data/0``, ``data/1``, …, the numbers. The pickle is read by `olmo_fn.formats.pickles`, which builds no object and
 calls nothing, and the numbers straight from the file, with the checksum that the zip file has of them. ``torch.load`` with
 ``weights_only`` is as safe, but copies all of a file, or of a shard, before any of it can be used.
 """
@@ -24,7 +24,7 @@ from zlib_ng.zlib_ng import crc32
 
 from olmo_fn.checkpoint import Deferred
 from olmo_fn.checkpoint.format import host_bytes
-from olmo_fn.convert.pickles import Called, Global, loads
+from olmo_fn.formats.pickles import Called, Global, loads
 
 STORAGES = {
     f"torch.{name}Storage": dtype

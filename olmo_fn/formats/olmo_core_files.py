@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from olmo_fn.checkpoint import Deferred
-from olmo_fn.convert.dcp import read_metadata
-from olmo_fn.convert.pickles import Refused
-from olmo_fn.convert.tensors import StoredTensor, read_header
-from olmo_fn.convert.torch_files import IN_TENSORS, Place, TorchFile, read_tensors
+from olmo_fn.formats.dcp import read_metadata
+from olmo_fn.formats.pickles import Refused
+from olmo_fn.formats.tensors import StoredTensor, read_header
+from olmo_fn.formats.torch_files import IN_TENSORS, Place, TorchFile, read_tensors
 
 LARGEST_CONFIG = 16 << 20  # bytes
 IN_TRAIN_STATE = frozenset(

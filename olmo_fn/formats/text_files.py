@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_fn.convert.config_json import CONFIG, differences, json_of, model_of, read_json, write_json
+from olmo_fn.formats.config_json import CONFIG, differences, json_of, model_of, read_json, write_json
 from olmo_fn.models.config import Model
 
 if TYPE_CHECKING:

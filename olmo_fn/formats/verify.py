@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.convert.huggingface import open_directory
+from olmo_fn.formats.huggingface import open_directory
 from olmo_fn.models import transformer
 
 ROWS, LENGTH = 2, 64

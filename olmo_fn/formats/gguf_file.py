@@ -25,12 +25,12 @@ from torch import Tensor
 
 from olmo_fn.checkpoint.commit import free_bytes
 from olmo_fn.checkpoint.stored import some
-from olmo_fn.convert.config_json import model_of
-from olmo_fn.convert.gguf_keys import LLAMA3, READ, architecture, read_config, shortest, write_metadata
-from olmo_fn.convert.keys import Keys
-from olmo_fn.convert.names import Stored, stored
-from olmo_fn.convert.tensors import READ_BYTES
 from olmo_fn.files import sync
+from olmo_fn.formats.config_json import model_of
+from olmo_fn.formats.gguf_keys import LLAMA3, READ, architecture, read_config, shortest, write_metadata
+from olmo_fn.formats.keys import Keys
+from olmo_fn.formats.names import Stored, stored
+from olmo_fn.formats.tensors import READ_BYTES
 from olmo_fn.models.config import Model
 from olmo_fn.models.settings.rope_scaling import Stepwise
 from olmo_fn.nn.rope import stepwise
@@ -96,8 +96,6 @@ class File:
     arch: str
     metadata: Mapping[str, Any] = field(repr=False)
     """Its keys."""
-    config: Mapping[str, Any] = field(repr=False)
-    """The config.json of its model."""
     model: Model
     places: Mapping[str, Place] = field(repr=False)
     """Each parameter by its path, as the file has it."""
@@ -146,7 +144,7 @@ def open_gguf(path: Path) -> File:
     keys = Keys(metadata, str(path))
     config = read_config(arch, keys, shapes, tied, stretch_of(tensors, metadata, arch, path))
     model = model_of(config, str(path))
-    found = File(path, arch, lists | metadata, config, model, places(model, arch), tensors)
+    found = File(path, arch, lists | metadata, model, places(model, arch), tensors)
     ignored = {HEAD if tied else "", FREQUENCIES if arch == "llama" else ""}
     check_tensors(path, found.places, {name: shape for name, shape in shapes.items() if name not in ignored}, tensors)
     return found

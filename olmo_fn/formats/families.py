@@ -1,7 +1,7 @@
 """The architectures of transformers that are read and written: for each, from a config.json to a model and back.
 
 What `Family.write` gives need not be right for every model: it is read back, and taken only if the model is the same again
-(`olmo_fn.convert.config_json.json_of`). Defaults are those of transformers for keys that a config.json may lack.
+(`olmo_fn.formats.config_json.json_of`). Defaults are those of transformers for keys that a config.json may lack.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from olmo_fn.convert.keys import Keys
-from olmo_fn.convert.rope import Rotation, one_rope, rope_json, ropes_by_layer_type, ropes_json
+from olmo_fn.formats.keys import Keys
+from olmo_fn.formats.rope import Rotation, one_rope, rope_json, ropes_by_layer_type, ropes_json
 from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, PeriNorm, PreNorm, RMSNorm, SwiGLU
 from olmo_fn.models.settings.feed_forward import Gated
 from olmo_fn.models.settings.rope_scaling import NoScaling

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from olmo_fn.convert.groups import Group, shown
+from olmo_fn.formats.groups import Group, shown
 from olmo_fn.models.config import (
     Attention,
     Block,

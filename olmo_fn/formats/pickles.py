@@ -50,7 +50,7 @@ def loads(data: bytes, known: Collection[str], where: str) -> Any:
     {'step': 3, 'sizes': [1.5, None]}
     >>> loads(pickle.dumps(os.system), (), "state")
     Traceback (most recent call last):
-    olmo_fn.convert.pickles.Refused: state: it names posix.system, which no such file needs; it is not read
+    olmo_fn.formats.pickles.Refused: state: it names posix.system, which no such file needs; it is not read
     """
     machine = _Machine(known, where)
     try:

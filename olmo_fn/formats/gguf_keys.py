@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping
 from math import log
 from typing import Any
 
-from olmo_fn.convert.config_json import differences, json_of, model_of
-from olmo_fn.convert.keys import Keys
-from olmo_fn.convert.rope import FULL, SLIDING
+from olmo_fn.formats.config_json import differences, json_of, model_of
+from olmo_fn.formats.keys import Keys
+from olmo_fn.formats.rope import FULL, SLIDING
 from olmo_fn.models.config import Model
 
 READ = {
@@ -125,13 +125,13 @@ def read_windows(name: str, keys: Keys, layers: int, period: int) -> tuple[list[
 def read_scaling(name: str, keys: Keys) -> dict[str, Any]:
     """The scaling of rotary positions without its base; empty where there is none."""
     kind = keys.get(f"{name}.type", "linear" if keys.get(f"{name}.factor") else "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise keys.refused(f"{name}.type", "only none, linear and yarn are read")
     if kind == "none" or not keys.get(f"{name}.factor"):
         return {}
     found: dict[str, Any] = {"rope_type": kind, "factor": shortest(keys.number(f"{name}.factor"))}
     if kind == "linear":
         return found
-    if kind != "yarn":
-        raise keys.refused(f"{name}.type", "only none, linear and yarn are read")
     keys.must_be(f"{name}.yarn_ext_factor", 1.0)
     keys.must_be(f"{name}.yarn_attn_factor", 1.0)
     sharpened = keys.number(f"{name}.attn_factor", 1.0) * (0.1 * log(found["factor"]) + 1)
@@ -181,9 +181,12 @@ def write_metadata(model: Model, context: int, tensors: Collection[str]) -> dict
     metadata = {f"{arch}.{key}": value for key, value in values.items()}
     shapes = dict.fromkeys(tensors, (0,)) | {"token_embd.weight": (model.vocab_size, model.d_model)}
     stretch = float(rope["factor"]) if rope["rope_type"] == "llama3" else 0.0
-    back = model_of(read_config(arch, Keys(metadata, arch), shapes, model.tie_embeddings, stretch), arch)
+    try:
+        back = model_of(read_config(arch, Keys(metadata, arch), shapes, model.tie_embeddings, stretch), arch)
+    except ValueError as error:
+        raise ValueError(f"llama.cpp computes no such model: as {error}") from None
     if differ := differences(back, model):
-        raise ValueError(f"llama.cpp computes no such model; as {arch} it would differ in {', '.join(differ)}")
+        raise ValueError(f"llama.cpp computes no such model: as {arch} it would differ in {', '.join(differ)}")
     return metadata
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from math import log
 from typing import Any, NamedTuple
 
-from olmo_fn.convert.keys import Keys
+from olmo_fn.formats.keys import Keys
 from olmo_fn.models.config import Model
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, RopeScaling, Stepwise, YaRN
 

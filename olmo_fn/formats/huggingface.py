@@ -22,10 +22,10 @@ from torch import Tensor
 
 from olmo_fn.checkpoint.commit import free_bytes
 from olmo_fn.checkpoint.stored import some
-from olmo_fn.convert.config_json import CONFIG, differences, json_of, model_of, read_json, write_json
-from olmo_fn.convert.names import ENDS, Stored, stored
-from olmo_fn.convert.tensors import SHARD_BYTES, StoredTensor, Target, open_tensors, write_tensors
 from olmo_fn.files import sync
+from olmo_fn.formats.config_json import CONFIG, differences, json_of, model_of, read_json, write_json
+from olmo_fn.formats.names import ENDS, Stored, stored
+from olmo_fn.formats.tensors import SHARD_BYTES, StoredTensor, Target, open_tensors, write_tensors
 from olmo_fn.models.config import Model
 from olmo_fn.spec import Box
 
@@ -66,10 +66,14 @@ class Directory:
         tensor = self.tensors[name.name]
         offset, shape = box or Box.whole(name.shape[::-1] if name.transposed else name.shape)
         out = torch.empty(shape, dtype=torch.float32)
-        theirs, start = (out.T, offset[::-1]) if name.transposed else (out, offset)
-        columns = tuple(slice(at, at + n) for at, n in zip(start[1:], theirs.shape[1:], strict=True))
-        for first, rows in tensor.rows(start[0], theirs.shape[0]):
-            theirs[first - start[0] : first - start[0] + len(rows)] = rows[(slice(None), *columns)]
+        (top, *left), (height, *width) = (offset[::-1], shape[::-1]) if name.transposed else (offset, shape)
+        columns = tuple(slice(at, at + n) for at, n in zip(left, width, strict=True))
+        for first, rows in tensor.rows(top, height):
+            part, at = rows[(slice(None), *columns)], slice(first - top, first - top + len(rows))
+            if name.transposed:
+                out[:, at] = part.T.contiguous()  # turned as it is, and cast then: three times as fast
+            else:
+                out[at] = part
         return out.add_(name.offset) if name.offset else out
 
 
@@ -127,7 +131,7 @@ def write_directory(
 ) -> None:
     """Write a directory that transformers loads: whole, or not at all.
 
-    ``parameters``: paths and tensors in our form, in the order of `olmo_fn.convert.names.stored`; each is let go when it is
+    ``parameters``: paths and tensors in our form, in the order of `olmo_fn.formats.names.stored`; each is let go when it is
     written. ``config``: the config.json but for its dtype, `json_of` the model when not given. ``more`` adds files.
     ValueError for a target that is there already, and for a model that no architecture computes.
     """

@@ -1,8 +1,8 @@
 """Checkpoints of torch.distributed.checkpoint, as OLMo-core writes them: ``.metadata`` and ``*.distcp``, without unpickling.
 
 ``.metadata`` is a pickle: which boxes (shards) each tensor is cut into, and where in which file each lies. It is read by
-`olmo_fn.convert.pickles`, which builds no object and calls nothing. A shard is what ``torch.save`` writes
-(`olmo_fn.convert.torch_files`).
+`olmo_fn.formats.pickles`, which builds no object and calls nothing. A shard is what ``torch.save`` writes
+(`olmo_fn.formats.torch_files`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from olmo_fn.checkpoint import Deferred
 from olmo_fn.checkpoint.boxes import tiles
-from olmo_fn.convert.pickles import Called, Global, loads
-from olmo_fn.convert.torch_files import Place, TorchFile
+from olmo_fn.formats.pickles import Called, Global, loads
+from olmo_fn.formats.torch_files import Place, TorchFile
 from olmo_fn.spec import Box
 
 CLASSES = "torch.distributed.checkpoint.metadata"

@@ -9,9 +9,9 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from olmo_fn.convert.families import FAMILIES, Family
-from olmo_fn.convert.keys import Keys
 from olmo_fn.fields import values
+from olmo_fn.formats.families import FAMILIES, Family
+from olmo_fn.formats.keys import Keys
 from olmo_fn.models.config import Attention, Block, Model
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, NoScaling, YaRN
 

@@ -1,0 +1,1 @@
+"""Models in the files of other programs: Hugging Face, OLMo-core, llama.cpp. It knows no training."""
