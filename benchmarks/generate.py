@@ -3,7 +3,8 @@
     python benchmarks/generate.py --batch-sizes 1 8 --rounds 5
 
 The model is an OLMo 2 of 135M parameters. Every round runs each program once, so that both see the same machine; the figures
-are medians over the rounds, in new tokens of all rows a second, the reading of the prompts included.
+are medians over the rounds, in new tokens of all rows a second, the reading of the prompts included. On a busy machine look
+at ``cpu_ratio``, which is of the seconds of processors that each took, best with ``--threads 1``.
 """
 
 from __future__ import annotations
@@ -64,18 +65,22 @@ def main() -> None:
     for rows in args.batch_sizes:
         prompts = torch.randint(cfg.vocab_size, (rows, args.prompt), generator=torch.Generator().manual_seed(rows))
         times: dict[str, list[float]] = {"olmo_fn": [], "transformers": []}
+        used: dict[str, list[float]] = {"olmo_fn": [], "transformers": []}
         found: dict[str, list[list[int]]] = {}
         for _ in range(args.rounds + 1):
             for name in times:
-                start = time.perf_counter()
+                start, before = time.perf_counter(), time.process_time()
                 found[name] = ours(cfg, params, prompts, args.new) if name == "olmo_fn" else generate(theirs, prompts, args.new)
                 times[name].append(time.perf_counter() - start)
+                used[name].append(time.process_time() - before)
         speed = {name: [rows * args.new / seconds for seconds in them[1:]] for name, them in times.items()}
         ratios = [a / b for a, b in zip(speed["olmo_fn"], speed["transformers"], strict=True)]
+        cpu_ratios = [b / a for a, b in zip(used["olmo_fn"][1:], used["transformers"][1:], strict=True)]
         line = {
             "batch_size": rows,
             "ratio": round(statistics.median(ratios), 3),
             "ratio_per_round": [round(ratio, 3) for ratio in ratios],
+            "cpu_ratio": round(statistics.median(cpu_ratios), 3),
             "tokens_per_s": {name: round(statistics.median(them), 1) for name, them in speed.items()},
             "same_tokens": found["olmo_fn"] == found["transformers"],
             "prompt": args.prompt,
