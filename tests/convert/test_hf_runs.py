@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from olmo_fn import tree
 from olmo_fn.checkpoint import steps
 from olmo_fn.cli import main as cli
-from olmo_fn.formats import verify
 from olmo_fn.data.settings import Data
+from olmo_fn.formats import verify
 from olmo_fn.formats.huggingface import open_directory, write_directory
 from olmo_fn.formats.text_files import KEPT
 from olmo_fn.generate.config import Sampling

@@ -40,8 +40,8 @@ def test_the_snippet_runs(folder, capsys):
 
 
 def test_what_the_page_names_is_there():
-    from olmo_fn.formats import dcp, torch_files
     from olmo_fn.convert.olmo_core_training import SCHEDULES
+    from olmo_fn.formats import dcp, torch_files
 
     assert dcp.IN_METADATA
     assert torch_files.IN_TENSORS
