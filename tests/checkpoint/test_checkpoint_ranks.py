@@ -85,11 +85,11 @@ def test_a_full_disk_on_one_rank_ends_the_save_on_all(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
-    words = run(save_without_the_last, HSDP, tmp_path, timeout=1.0)
+    words = run(save_without_the_last, HSDP, tmp_path, timeout=4.0)
     assert words[3][0] == "ended"
     for word, seconds in words[:3]:
         assert re.match(
-            r"SaveFailed: could not save step 2 into .*: rank 3 did not answer within 1 s\. Older checkpoints", word
+            r"SaveFailed: could not save step 2 into .*: rank 3 did not answer within 4 s\. Older checkpoints", word
         )
         assert seconds < SOON
     assert steps(tmp_path) == []

@@ -130,7 +130,7 @@ def test_it_runs_from_any_folder(installed, tmp_path):
     assert script.stdout.decode() == f"olmo-fn {__version__}\n", script.stderr
     found = olmo_fn("train", "olmo2-tiny", "--dry-run", cwd=tmp_path, path=site)
     assert found.returncode == 0, found.stderr
-    assert "  name: adamw" in found.stdout
+    assert "  name: muon" in found.stdout
     assert not Path(tmp_path, "runs").exists()
     code = f"import olmo_fn; assert olmo_fn.__file__.startswith({str(site)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, check=True)

@@ -208,6 +208,7 @@ def base(tmp_path_factory):
         "olmo2-tiny",
         *(str(word) for name, value in flags.items() for word in (f"--{name}", value)),
         "--recipe.no-compile",
+        "--optim.name=adamw",
     ]
     more = "--run.steps 12 --run.checkpoint-every 4 --schedule.name wsd --schedule.warmup 0.25 --growth.batch-sizes 2"
     more += " --growth.until 6 --growth.min-length 4 --growth.length-multiple 4 --growth.length-steps 9 --growth.sqrt-lr"
