@@ -85,7 +85,7 @@ def write_texts(file: File, folder: Path) -> str:
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", settings | ({"model_max_length": context} if context else {}))
     write_json(folder / "generation_config.json", {name: number for name, number in numbers.items() if number is not None})
-    if template := metadata.get(TEMPLATE):
+    if isinstance(template := metadata.get(TEMPLATE), str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return ""
 

@@ -27,7 +27,7 @@ from olmo_fn.checkpoint.commit import free_bytes
 from olmo_fn.checkpoint.stored import some
 from olmo_fn.files import sync
 from olmo_fn.formats.config_json import model_of
-from olmo_fn.formats.gguf_keys import LLAMA3, READ, architecture, read_config, shortest, write_metadata
+from olmo_fn.formats.gguf_keys import READ, architecture, read_config, shortest, write_metadata
 from olmo_fn.formats.keys import Keys
 from olmo_fn.formats.names import Stored, stored
 from olmo_fn.formats.tensors import READ_BYTES
@@ -36,8 +36,6 @@ from olmo_fn.models.settings.rope_scaling import Stepwise
 from olmo_fn.nn.rope import stepwise
 
 EMBED, HEAD, FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
-LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "token_type", "scores"))
-"""The tokenizer's keys that are long lists, which are read when they are wanted."""
 DType = Literal["f32", "f16", "q8_0"]
 LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}
 BLOCK = 32
@@ -136,22 +134,24 @@ def open_gguf(path: Path) -> File:
     ValueError, one line, for what is no GGUF file or not whole, for an architecture that is not read, for a key that is not
     understood, for tensors that lack, that no parameter has, of other shapes, or quantised in a way that is not read.
     """
-    fields, tensors, arch = read(path)
-    metadata = {name: one.contents() for name, one in fields.items() if name not in LISTS}
-    lists = {name: one.contents() for name, one in fields.items() if name in LISTS}
+    metadata, tensors, arch = read(path)
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape.tolist())) for name, tensor in tensors.items()}
-    tied = HEAD not in tensors or (EMBED in tensors and same(tensors[HEAD], tensors[EMBED]))
+    if len(shapes.get(EMBED, ())) != 2:
+        raise ValueError(f"{path}: the tensors are not those of its metadata: missing: {EMBED}, a matrix")
+    tied = HEAD not in tensors or same(tensors[HEAD], tensors[EMBED])
     keys = Keys(metadata, str(path))
-    config = read_config(arch, keys, shapes, tied, stretch_of(tensors, metadata, arch, path))
+    scaled = tensors.get(FREQUENCIES) if arch == "llama" else None
+    stretch = stretch_of(path, scaled, keys.number("llama.rope.freq_base", 1e4)) if scaled is not None else 0.0
+    config = read_config(arch, keys, shapes, tied, stretch)
     model = model_of(config, str(path))
-    found = File(path, arch, lists | metadata, model, places(model, arch), tensors)
+    found = File(path, arch, metadata, model, places(model, arch), tensors)
     ignored = {HEAD if tied else "", FREQUENCIES if arch == "llama" else ""}
     check_tensors(path, found.places, {name: shape for name, shape in shapes.items() if name not in ignored}, tensors)
     return found
 
 
 def read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], str]:
-    """The fields and tensors of a file, and its architecture, which is one that is read."""
+    """The metadata and tensors of a file, and its architecture, which is one that is read."""
     gguf = load_gguf()
 
     try:
@@ -171,7 +171,8 @@ def read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], str]:
 
     try:
         reader = Reader(path)
-        arch = str(reader.fields["general.architecture"].contents())
+        metadata = {name: one.contents() for name, one in reader.fields.items()}
+        arch = metadata["general.architecture"]
     except EOFError:
         raise ValueError(f"{path}: cut off, {path.stat().st_size:,} bytes do not hold all of it; copy it again") from None
     except Exception as error:  # of many kinds, as the package checks little
@@ -180,7 +181,7 @@ def read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], str]:
         raise ValueError(f"{path}: it has the other byte order; convert it by the gguf package's gguf-convert-endian")
     if arch not in READ:
         raise ValueError(f"{path}: the architecture {arch} is not read here; there are {', '.join(READ)}")
-    return reader.fields, {tensor.name: tensor for tensor in reader.tensors}, arch
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}, arch
 
 
 def check_tensors(
@@ -211,14 +212,12 @@ def same(a: Any, b: Any) -> bool:
     return a.tensor_type == b.tensor_type and a.data.shape == b.data.shape and np.array_equal(a.data, b.data)
 
 
-def stretch_of(tensors: Mapping[str, Any], metadata: Mapping[str, Any], arch: str, path: Path) -> float:
-    """The factor of Llama 3's scaling, of the tensor that says by what each frequency is divided; 0 without one."""
-    if arch != "llama" or FREQUENCIES not in tensors:
-        return 0.0
-    there = torch.from_numpy(np.array(dequantized(tensors[FREQUENCIES].data, tensors[FREQUENCIES].tensor_type)))
-    factor = shortest(round(float(there.max()), 4))
-    made = divisors(2 * len(there), float(metadata.get("llama.rope.freq_base", 1e4)), Stepwise(factor=max(factor, 1.0)))
-    if there.ndim != 1 or not torch.allclose(made, there, rtol=1e-4, atol=0):
+def stretch_of(path: Path, tensor: Any, theta: float) -> float:
+    """The factor of Llama 3's scaling, of the tensor that says by what each frequency is divided."""
+    there = torch.from_numpy(np.array(dequantized(tensor.data, tensor.tensor_type)).flatten())
+    factor = shortest(max(1.0, round(float(there.max()), 4)))
+    made = divisors(2 * len(there), theta, Stepwise(factor=factor))  # its other numbers are Llama 3's
+    if not torch.allclose(made, there, rtol=1e-4, atol=0):
         raise ValueError(f"{path}: {FREQUENCIES} is not that of a Llama 3; no model here computes that")
     return factor
 
@@ -346,6 +345,3 @@ def drafting(target: Path, size: int) -> Iterator[Path]:
         sync(target.parent)
     finally:
         draft.unlink(missing_ok=True)
-
-
-assert LLAMA3["original_max_position_embeddings"] == Stepwise().old_context

@@ -64,6 +64,8 @@ def read_config(
     width, heads = keys.whole(name("embedding_length")), keys.whole(name("attention.head_count"))
     head_dim = keys.whole(name("attention.key_length"), width // heads)
     layers, vocab_size = keys.whole(name("block_count")), shapes.get("token_embd.weight", (0,))[0]
+    if layers > len(shapes):
+        raise keys.refused(name("block_count"), f"the file has {len(shapes)} tensors")
     keys.must_be(name("attention.value_length"), head_dim)
     keys.must_be(name("rope.dimension_count"), head_dim)
     keys.must_be(name("vocab_size"), vocab_size)

@@ -137,27 +137,25 @@ def tokens_of(raw: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[
 
 def rebuilt(metadata: Mapping[str, Any]) -> str:
     """The tokenizer.json of a file; ValueError, with why, where it has none that can be made."""
-    tokens: list[str] = metadata.get(f"{KEY}tokens") or []
-    types = metadata.get(f"{KEY}token_type") or [NORMAL] * len(tokens)
     kind, pre = metadata.get(f"{KEY}model", "none"), metadata.get(f"{KEY}pre", "default")
     if kind in ("none", "no_vocab"):
         raise ValueError("it holds no tokenizer")
     if kind != "gpt2":
         raise ValueError(f"its tokenizer is of the kind {kind}, and only byte-level BPE (gpt2) is read")
-    text = metadata.get(JSON) or ""
+    text = metadata.get(JSON)
     if not text and pre not in PATTERNS:
         raise ValueError(f"its pre-tokenizer is {pre}; known are {', '.join(PATTERNS)}")
-    if len(types) != len(tokens):
-        raise ValueError(f"its tokenizer is damaged: {len(tokens):,} tokens with {len(types):,} types")
     try:
+        tokens = metadata[f"{KEY}tokens"]
+        types = metadata.get(f"{KEY}token_type", [NORMAL] * len(tokens))
+        wanted = {token: number for number, (token, one) in enumerate(zip(tokens, types, strict=True)) if one != UNUSED}
         text = text or json.dumps(tokenizer_json(metadata, tokens, types, pre), ensure_ascii=False)
-        backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"its tokenizer is damaged ({error})") from None
-    wanted = {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
-    if backend.get_vocab(with_added_tokens=True) != wanted:
+        found = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+    except Exception as error:  # of many kinds, the library's bare
+        raise ValueError(f"its tokenizer is damaged ({type(error).__name__}: {error})") from None
+    if found != wanted:
         raise ValueError(f"its tokenizer is damaged: {JSON} holds other tokens than {KEY}tokens")
-    return text
+    return str(text)
 
 
 def tokenizer_json(metadata: Mapping[str, Any], tokens: list[str], types: list[int], pre: str) -> dict[str, Any]:

@@ -249,7 +249,7 @@ def in_order(tensor, heads):
     [
         (
             "olmo3",
-            {"layer_types": ["full_attention"] * 8},
+            {"layer_types": ["full_attention", "sliding_attention"] * 4},
             "as olmo2: olmo2.attention.sliding_window_pattern is ",
         ),
         ("olmo2", {"head_dim": 8}, "attention.key_length is 8"),
@@ -399,8 +399,30 @@ def test_a_file_without_a_tokenizer(run, tmp_path, capsys):
     assert not (again / "tokenizer.json").exists()
 
 
-def test_memory_is_that_of_the_largest_tensor(tmp_path, monkeypatch):
-    """A part at a time is turned, so that the result does not depend on how large a part is."""
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": "llama"}, "its tokenizer is of the kind llama, and only byte-level BPE"),
+        ({"pre": "tekken", JSON: ""}, "its pre-tokenizer is tekken"),
+        ({"token_type": [1, 1]}, "its tokenizer is damaged"),
+        ({"bos_token_id": 10**6, "add_bos_token": True, JSON: ""}, "its tokenizer is damaged"),
+        ({"tokens": ["a", "b"], "token_type": [1, 1]}, "holds other tokens"),
+    ],
+)
+def test_a_tokenizer_that_is_not_read_is_left_out(changes, said, tmp_path, capsys):
+    """The weights are read all the same, and a line says why."""
+    metadata = describe(trained(PRE["dbrx"]), 401, {}, 0).metadata
+    metadata |= {key if key == JSON else KEY + key: value for key, value in changes.items()}
+    model = model_for("llama", vocab_size=401)
+    file = written(tmp_path / "x.gguf", model, random(model), "f32", metadata)
+    assert cli.main(["convert", "from-gguf", str(file), str(tmp_path / "run")]) == 0
+    error = capsys.readouterr().err
+    assert said in error
+    assert "the run has none, --data.tokenizer names another" in error
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+
+
+def test_how_much_is_turned_at_once_changes_nothing(tmp_path, monkeypatch):
     model = model_for("llama")
     params = random(model)
     whole = written(tmp_path / "a" / "x.gguf", model, params, "q8_0").read_bytes()
@@ -469,6 +491,8 @@ def endless_list(data, path):
         ),
         (with_key("llama.attention.scale", 0.5), "llama.attention.scale is 0.5"),
         (with_key("llama.expert_count", 8), "llama.expert_count is 8"),
+        (with_key("llama.block_count", 1 << 31), "llama.block_count is 2147483648; the file has"),
+        (with_key("llama.rope.freq_base", "x"), "llama.rope.freq_base"),
         (with_key("split.count", 3), "split.count is 3"),
         (with_key("general.type", "adapter"), 'general.type is "adapter"'),
         (with_key("llama.attention.head_count", 3), "num_attention_heads"),

