@@ -175,8 +175,8 @@ def write_metadata(model: Model, context: int, tensors: Collection[str]) -> dict
         "rope.freq_base": float(rope["rope_theta"]),
         **{f"rope.scaling.{key}": value for key, value in write_scaling(rope).items()},
     }
-    if raw.get("sliding_window"):
-        kinds = [kind == SLIDING for kind in raw.get("layer_types", [FULL] * model.n_layers)]
+    kinds = [kind == SLIDING for kind in raw.get("layer_types", [FULL] * model.n_layers)]
+    if raw.get("sliding_window") and (any(kinds) or "layer_types" not in raw):
         values |= {"attention.sliding_window": raw["sliding_window"], "attention.sliding_window_pattern": kinds}
     if raw.get("final_logit_softcapping"):
         values["final_logit_softcapping"] = float(raw["final_logit_softcapping"])
