@@ -43,6 +43,7 @@ def assert_whole(path: Path, step: int) -> None:
             )
 
 
+@pytest.mark.slow
 def test_a_rank_killed_during_a_save_leaves_the_previous_one_whole(tmp_path: Path) -> None:
     rng = random.Random(0)
     save(big(1), tmp_path, step=1, meta={"step": 1})

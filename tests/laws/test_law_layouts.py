@@ -133,9 +133,8 @@ def a_case(mesh: Mesh, rules: Rules = DEFAULT, pipeline: Pipeline = ONE_BY_ONE, 
     return Case(model, mesh, rules, pipeline, 4, 8, 1, "none", "tape", documents=False, masked=0.3, seed=1)
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(Mesh(tp=2)), pytest.param(Layout(Mesh(dp_shard=2)), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("layout", [Layout(Mesh(tp=2)), Layout(Mesh(dp_shard=2))], ids=str)
+@pytest.mark.slow
 def test_compiled_layouts(pool: Pool, layout: Layout) -> None:
     """Collectives are inside compiled stages, weights are gathered around them."""
     batches, specs = batches_of(a_case(*layout), 2), transformer.specs(SMALL)
@@ -155,7 +154,7 @@ TRAJECTORIES = [
     [
         pytest.param(*TRAJECTORIES[0], id="zero2-fp64"),
         pytest.param(*TRAJECTORIES[1], id="tp-fp32", marks=pytest.mark.slow),
-        pytest.param(*TRAJECTORIES[2], id="fsdp-ring-fp32"),
+        pytest.param(*TRAJECTORIES[2], id="fsdp-ring-fp32", marks=pytest.mark.slow),
     ],
 )
 def test_trajectories_of_50_steps(pool: Pool, layout: Layout, dtype: torch.dtype, tolerance: float) -> None:
