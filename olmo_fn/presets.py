@@ -16,7 +16,7 @@ from olmo_fn.train.schedules import Cosine, Linear
 
 TINY = Config(
     model=dense(d_model=192, n_layers=4, n_heads=3, hidden_size=512, vocab_size=4096, init_method="llama"),
-    optim=Muon(lr=0.05, adamw_lr=0.03),
+    optim=Muon(lr=0.04),
     schedule=Linear(warmup=30, final=0.02),
     recipe=Recipe(batch_size=4, sequence_length=512),
     run=Run(steps=1000, checkpoint_every=250, log_every=50),
