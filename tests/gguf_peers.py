@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from olmo_fn import tree
-from olmo_fn.convert import gguf_file
-from olmo_fn.convert.config_json import model_of
-from olmo_fn.convert.gguf_file import write_gguf
-from olmo_fn.convert.gguf_tokenizer import CL100K, KEY
+from olmo_fn.formats import gguf_file
+from olmo_fn.formats.config_json import model_of
+from olmo_fn.formats.gguf_file import write_gguf
+from olmo_fn.formats.gguf_tokenizer import CL100K, KEY
 from olmo_fn.models import transformer
 from olmo_fn.spec import init
 

@@ -31,19 +31,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
 from olmo_fn.cli import main as cli
-<<<<<<< HEAD
 from olmo_fn.formats import gguf_file
-from olmo_fn.formats.config_json import json_of, model_of
-from olmo_fn.formats.gguf_file import Place, open_gguf, write_gguf
+from olmo_fn.formats.config_json import json_of
+from olmo_fn.formats.gguf_file import Place, open_gguf
 from olmo_fn.formats.gguf_tokenizer import CL100K, JSON, KEY, QWEN2, describe, rebuilt
-from olmo_fn.models import transformer
-from olmo_fn.spec import init
-=======
-from olmo_fn.convert import gguf_file
-from olmo_fn.convert.config_json import json_of
-from olmo_fn.convert.gguf_file import Place, open_gguf
-from olmo_fn.convert.gguf_tokenizer import CL100K, JSON, KEY, QWEN2, describe, rebuilt
->>>>>>> w14-gguf
 from olmo_fn.train.session import load_parameters
 
 

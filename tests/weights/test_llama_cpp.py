@@ -13,8 +13,8 @@ import torch
 from gguf_peers import CASES, logits, model_for, random, trained, written
 from wheels import CACHE
 
-from olmo_fn.convert.gguf_file import open_gguf
-from olmo_fn.convert.gguf_tokenizer import describe
+from olmo_fn.formats.gguf_file import open_gguf
+from olmo_fn.formats.gguf_tokenizer import describe
 
 pytestmark = [pytest.mark.weights, pytest.mark.timeout(1200)]
 VERSION = "3.22.1"
