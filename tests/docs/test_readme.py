@@ -78,7 +78,7 @@ def test_commands_run(command, texts, run, directories, tmp_path):
         **directories,
     }
     outputs = {
-        name: tmp_path / name.replace("/", "-") for name in ("tokens", "runs/mean", "runs/new", "lr.png", "schedule.png")
+        name: tmp_path / name.replace("/", "-") for name in ("tokens", "runs/mean", "runs/new", "tiny.gguf", "lr.png", "schedule.png")
     }
     fewer = {"184": 3, "1024": 16}  # the step that is replayed, accelerators
     words = [str({**inputs, **outputs, **fewer}.get(word, word)) for word in shlex.split(command)]
