@@ -7,7 +7,7 @@ import re
 import sys
 
 SETTINGS = {
-    "GOMP_SPINCOUNT": "5000",  # waiting threads spin for microseconds, then sleep;
+    "GOMP_SPINCOUNT": "50000",  # waiting threads spin for tens of microseconds, then sleep;
     "OMP_WAIT_POLICY": "passive",  # and not at all while there are more threads than processors (`olmo_fn.train.neighbours`)
 }
 
