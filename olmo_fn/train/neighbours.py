@@ -18,7 +18,7 @@ import torch
 
 MANY, FEW = 150.0, 50.0
 """How often in a second of its time a processor is taken away from this process: more often than the first beside a busy
-program (200 to 500 were seen), less often than the second alone (10 to 40)."""
+program (200 to 700 were seen), less often than the second alone (10 to 40)."""
 SHORT, LONG = 0.5, 10.0
 """Seconds of processors' time over which that is counted: until spinning ends, and until it begins again."""
 
