@@ -11,12 +11,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from olmo_fn.formats.keys import Keys
-from olmo_fn.formats.rope import Rotation, one_rope, rope_json, ropes_by_layer_type, ropes_json
+from olmo_fn.formats.rope import FULL, SLIDING, Rotation, one_rope, rope_json, ropes_by_layer_type, ropes_json
 from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, PeriNorm, PreNorm, RMSNorm, SwiGLU
 from olmo_fn.models.settings.feed_forward import Gated
 from olmo_fn.models.settings.rope_scaling import NoScaling
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Family(NamedTuple):

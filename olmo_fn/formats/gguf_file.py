@@ -11,10 +11,7 @@ rows of a Llama's queries and keys are in another order, and gains that are arou
 from __future__ import annotations
 
 import math
-import os
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olmo_fn.checkpoint.commit import free_bytes
 from olmo_fn.checkpoint.stored import some
-from olmo_fn.files import sync
 from olmo_fn.formats.config_json import model_of
+from olmo_fn.formats.draft import drafting
 from olmo_fn.formats.gguf_keys import READ, architecture, read_config, shortest, write_metadata
 from olmo_fn.formats.keys import Keys
 from olmo_fn.formats.names import Stored, stored
@@ -327,21 +323,3 @@ def value_type(gguf: Any, value: Any) -> tuple[Any, ...]:
     if isinstance(value, list):
         return (kind.ARRAY,)
     return ({bool: kind.BOOL, int: kind.UINT32, float: kind.FLOAT32, str: kind.STRING}[type(value)],)
-
-
-@contextmanager
-def drafting(target: Path, size: int) -> Iterator[Path]:
-    """A hidden file beside ``target`` that takes its name at the end, or is removed after an error."""
-    if target.exists():
-        raise ValueError(f"{target} is there already; choose another file, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if free_bytes(target.parent) < size:
-        raise ValueError(f"{target} needs {size:,} bytes, and fewer are free there; free some space, or choose another")
-    draft = target.with_name(f".partial-{uuid.uuid4().hex[:12]}-{target.name}")
-    try:
-        yield draft
-        sync(draft)
-        os.replace(draft, target)
-        sync(target.parent)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -8,11 +8,7 @@ directory.parameter("blocks.0.attention.w_q")       # in our form, fp32
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_fn.checkpoint.commit import free_bytes
 from olmo_fn.checkpoint.stored import some
-from olmo_fn.files import sync
 from olmo_fn.formats.config_json import CONFIG, differences, json_of, model_of, read_json, write_json
+from olmo_fn.formats.draft import drafting
 from olmo_fn.formats.names import ENDS, Stored, stored
 from olmo_fn.formats.tensors import SHARD_BYTES, StoredTensor, Target, open_tensors, write_tensors
 from olmo_fn.models.config import Model
@@ -146,31 +141,13 @@ def write_directory(
             assert path == given, (path, given)
             yield name.theirs(tensor)
 
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
     with drafting(target, sum(one.nbytes for one in targets)) as draft:
+        draft.mkdir()
         write_tensors(draft, targets, tensors(), shard_bytes, advance)
         write_json(draft / CONFIG, config)
         more(draft)
-
-
-@contextmanager
-def drafting(target: Path, nbytes: int) -> Iterator[Path]:
-    """A hidden folder beside ``target`` that takes its name at the end, or is removed after an error."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already; choose another directory, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if free_bytes(target.parent) < nbytes:
-        raise ValueError(f"{target} needs {nbytes:,} bytes, and fewer are free there; free some space, or choose another")
-    draft = target.with_name(f".partial-{target.name}-{uuid.uuid4().hex[:12]}")
-    try:
-        draft.mkdir()
-        yield draft
-        for file in draft.rglob("*"):
-            sync(file)
-        sync(draft)
-        os.replace(draft, target)
-        sync(target.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _same(a: StoredTensor, b: StoredTensor) -> bool:

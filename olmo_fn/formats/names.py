@@ -26,11 +26,12 @@ ENDS = {
     "head.bias": Names("lm_head.bias", "lm_head.w_out.bias"),
     "head.scales": Names("lm_head.sz", "lm_head.sz"),
 }
+"""What is no part of a block. Its matrices are (vocabulary, width) everywhere."""
 NORMS = {
     "embed_norm": Names("model.embed_norm.weight", "embedding_norm.weight"),
     "head.norm": Names("model.norm.weight", "lm_head.norm.weight"),
 }
-"""What is no part of a block. Its matrices are (vocabulary, width) everywhere."""
+"""Norms that are no part of a block, by their gains."""
 
 
 class Stored(NamedTuple):
