@@ -1,6 +1,7 @@
 """Every part of a dense model computes what OLMo-core does; the families have the released sizes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,29 +11,18 @@ from test_models import CLOSE, ENGINES, assert_grads, under
 from torch.testing import assert_close
 
 from olmo_fn import tree
-from olmo_fn.core.chain import IGNORE, PLAIN
+from olmo_fn.core.chain import PLAIN
 from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.formats.names import stored
+from olmo_fn.formats.olmo_core_model import model
 from olmo_fn.generate.decode import empty_cache, extend
 from olmo_fn.models import count, transformer
-from olmo_fn.models.config import (
-    Attention,
-    Block,
-    GeGLU,
-    Head,
-    LayerNorm,
-    Model,
-    Normalized,
-    PeriNorm,
-    PreNorm,
-    RMSNorm,
-    ScaledNorm,
-    ScaledSwiGLU,
-    SwiGLU,
-    modified,
-)
-from olmo_fn.models.families import FAMILIES, LLAMA3, NGPT, OLMO3
-from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, Stepwise, YaRN
+from olmo_fn.models.config import Model, modified
+from olmo_fn.models.families import FAMILIES, LLAMA3, OLMO3
+from olmo_fn.models.settings.rope_scaling import Stepwise, YaRN
+from olmo_fn.presets import CONFIGS
+from olmo_fn.train.recipe import first_parameters, recipe
+from olmo_fn.transforms.normalize import dims_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
 NAMES = (
@@ -49,98 +39,6 @@ NAMES = (
     "sinks",
     "yarn_all_layers",
 )
-BLOCKS = {
-    "default": PreNorm,
-    "default_scaled": ScaledNorm,
-    "reordered_norm": Block,
-    "peri_norm": PeriNorm,
-    "normalized": Normalized,
-}
-FEED_FORWARDS = {("default", "silu"): SwiGLU, ("default", "gelu_tanh"): GeGLU, ("normalized", "silu"): ScaledSwiGLU}
-
-
-def scaling_of(rope):
-    """Our settings of OLMo-core's, which are told apart by their fields."""
-    theirs = rope.get("scaling") or {}
-    if "new_theta" in theirs:
-        return AdjustedBase(new_theta=theirs["new_theta"])
-    if "beta_fast" in theirs:
-        return YaRN(
-            factor=theirs["factor"],
-            beta_fast=theirs["beta_fast"],
-            beta_slow=theirs["beta_slow"],
-            old_context=theirs["old_context_len"],
-        )
-    if "low_freq_proportion" in theirs:
-        return Stepwise(
-            factor=theirs["factor"],
-            low_freq_factor=1 / (1 - theirs["low_freq_proportion"]),
-            high_freq_factor=1 / theirs["high_freq_proportion"],
-            old_context=theirs["old_context_len"],
-        )
-    return Interpolation(factor=theirs["factor"]) if theirs else NoScaling()
-
-
-def block_of(theirs, d_model):
-    """A block of ours, without what differs over the depth."""
-    mixer, ff, swa = theirs["sequence_mixer"], theirs["feed_forward"], theirs["sequence_mixer"].get("sliding_window") or {}
-    rope, norm, k = mixer["rope"], mixer.get("qk_norm"), mixer.get("head_dim") or d_model // mixer["n_heads"]
-    kind = "none" if not norm else "head" if mixer.get("use_head_qk_norm") else "full"
-    unit = mixer["name"] == "normalized"
-    gate = (mixer.get("gate") or {}).get("granularity", "none")
-    return BLOCKS[theirs["name"]](
-        mixer=Attention(
-            n_heads=mixer["n_heads"],
-            n_kv_heads=mixer.get("n_kv_heads"),
-            head_dim=mixer.get("head_dim"),
-            qk_norm="unit" if unit else "per-head" if mixer.get("qk_norm_per_head_gains") else kind,
-            attention_bias=bool(mixer.get("bias")),
-            clip_qkv=mixer.get("clip_qkv"),
-            gate={"none": "none", "headwise": "head", "elementwise": "element"}[gate],
-            sinks=mixer["attention_sinks"],
-            scalable_softmax=mixer["scalable_softmax"],
-            score_scale=k**0.5 if unit else None,
-            rope_theta=rope["theta"],
-            rope_scaling=scaling_of(rope),
-            rope_scaled_layers="all",
-            rope_layers="windowed" if rope["no_global_rope"] else "all",
-            rope_fraction=rope["partial_rotary_factor"],
-            rope_interleaved=rope["name"] == "complex",
-            window_pattern=tuple(swa.get("pattern", ())),
-            first_layer_full=swa.get("force_full_attention_on_first_layer", False),
-            last_layer_full=swa.get("force_full_attention_on_last_layer", False),
-        ),
-        feed_forward=FEED_FORWARDS[ff["name"], ff.get("activation", "silu")](
-            hidden_size=ff["hidden_size"], feed_forward_bias=bool(ff.get("bias"))
-        ),
-        attention_factor=theirs.get("attention_residual_alpha") or 1.0,
-        feed_forward_factor=theirs.get("feed_forward_residual_alpha") or 1.0,
-    )
-
-
-def model_of(theirs):
-    """Our config of any dense OLMo-core model."""
-    blocks = theirs["block"] if "sequence_mixer" not in theirs["block"] else {"": theirs["block"]}
-    pattern = theirs.get("block_pattern") or [""]
-    built = {name: block_of(block, theirs["d_model"]) for name, block in blocks.items()}
-    layers = [built[pattern[i % len(pattern)]] for i in range(theirs["n_layers"])]
-    for i, block in (theirs.get("block_overrides") or {}).items():
-        layers[int(i)] = block_of(block, theirs["d_model"])
-    norm = next(iter(blocks.values())).get("layer_norm") or {"name": "rms", "eps": 1e-6}
-    unit = theirs["name"] == "normalized"
-    return Model(
-        theirs["d_model"],
-        theirs["n_layers"],
-        theirs["vocab_size"],
-        layers[0],
-        pattern=tuple(layers) if len(set(map(str, layers))) > 1 else (),
-        norm=LayerNorm(bias=norm["bias"]) if norm["name"] == "default" else RMSNorm(),
-        norm_eps=norm["eps"],
-        embed_scale=theirs.get("embed_scale"),
-        embed_norm=bool(theirs.get("embedding_norm")),
-        head=Head(norm=not unit, scales=unit, bias=bool(theirs["lm_head"].get("bias"))),
-        tie_embeddings=theirs["tie_word_embeddings"],
-    )
 
 
 def load(tensors, cfg):
@@ -155,7 +53,7 @@ def load(tensors, cfg):
 def case(request):
     facts = json.loads((FIXTURES / f"{request.param}.json").read_text())
     tensors = load_file(FIXTURES / f"{request.param}.safetensors")
-    cfg = model_of(facts["olmo_core_config"])
+    cfg = model({"model": facts["olmo_core_config"]})
     batch = {name: tensors[name] for name in ("input_ids", "labels")}
     return cfg, tensors, facts, load(under("param.", tensors), cfg), batch
 
@@ -266,21 +164,31 @@ def test_where_olmo_cores_presets_are_not_the_released_models():
 
 
 def test_yarn_is_on_the_full_layers_of_olmo3_only():
-    model = FAMILIES["olmo3"]["olmo3-7b-long"]
-    found = [model.block.mixer.rope(model, layer).scaling for layer in range(8)]
+    long = FAMILIES["olmo3"]["olmo3-7b-long"]
+    found = [long.block.mixer.rope(long, layer).scaling for layer in range(8)]
     assert [scaling is not None for scaling in found] == [False, False, False, True] * 2
     assert OLMO3["olmo3-7b"].block.mixer.rope(OLMO3["olmo3-7b"], 3).scaling is None
 
 
 def test_ngpt_starts_and_stays_on_the_sphere():
-    model = modified(NGPT["ngpt-271m"], d_model=16, n_layers=1, n_heads=2, hidden_size=24, vocab_size=32)
-    assert model.init_method == "normalized"
+    """By what its preset asks of a run: after a step too, every matrix has vectors of length 1 along the model's width."""
+    preset = CONFIGS["ngpt-271m"]
+    small = modified(preset.model, d_model=16, n_layers=1, n_heads=2, hidden_size=24, vocab_size=32)
+    small = replace(small, block=replace(small.block, mixer=replace(small.block.mixer, score_scale=8**0.5)))
+    cfg = replace(preset, model=small, recipe=replace(preset.recipe, compile=False))
+    step = recipe(cfg)
+    state = step.init(first_parameters(cfg, step, torch.device("cpu")))
+    ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        for path, dim in dims_of(transformer.specs(small)).items():
+            lengths = torch.linalg.vector_norm(tree.at(state.params, path), dim=dim)
+            assert_close(lengths, torch.ones_like(lengths), rtol=1e-5, atol=1e-5)
+        state, _ = step(state, {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_fraction": 0.3}, "the head width is 8, of which 2 are"),
         ({"rope_fraction": 0.1}, "of which 0 are rotated; rotary positions need an even number"),
         ({"score_cap": 0.0}, "--model.score-cap is 0.0; it must be positive"),
         ({"rope_scaling": YaRN(beta_slow=40.0)}, "beta-slow 40.0 must be below"),
@@ -288,16 +196,9 @@ def test_ngpt_starts_and_stays_on_the_sphere():
     ],
 )
 def test_wrong_settings_are_refused(change, message):
-    model = modified(Model(32, 1, 64), n_heads=4, **change)
-    if "of which 2" in message:
-        return model.check()  # two dims are a pair
+    wrong = modified(Model(32, 1, 64), n_heads=4, **change)
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        model.check()
-
-
-def test_labels_that_do_not_count_are_not_in_the_loss(case):
-    _, _, _, _, batch = case
-    assert (batch["labels"] == IGNORE).any()
+        wrong.check()
 
 
 def test_sizes_and_flops_of_every_preset():
