@@ -84,10 +84,11 @@ def load_template(folder: Path, file: str = "") -> ChatTemplate:
     """
     config = read_json(folder / "tokenizer_config.json")
     names = {name: value for name in NAMED if (value := config.get(name))}
-    tokens = {name: value["content"] if isinstance(value, dict) else str(value) for name, value in names.items()}
+    tokens = {name: str(value.get("content", "") if isinstance(value, dict) else value) for name, value in names.items()}
     own, inside = folder / "chat_template.jinja", config.get("chat_template")
     if isinstance(inside, list):  # several, by name
-        inside = next((entry["template"] for entry in inside if entry.get("name") == "default"), None)
+        named = (entry for entry in inside if isinstance(entry, dict))
+        inside = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
     if file or own.is_file():
         inside = Path(file or own).read_text(encoding="utf-8")
     if not isinstance(inside, str):
