@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
+from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import Index, load, load_newest, read_index, step_path, steps, stream
@@ -92,9 +93,8 @@ class Session:
         slices = sharing.rows(read.sizes.rows(step), self.cfg.recipe.accumulate)
         parts = [read(step, rows) for rows in slices]
         if self.cfg.model.drops:
-            first = (self.cfg.run.seed << 44) + (step << 20)
             for part, rows in zip(parts, slices, strict=True):
-                part["rows"] = first + rows.start + torch.arange(len(part["input_ids"]))
+                part["rows"] = row_numbers(self.cfg.run.seed, step, rows.start, len(part["input_ids"]))
         return {name: torch.cat([part[name] for part in parts]).to(self.process.device) for name in parts[0]}
 
     @cached_property
@@ -344,3 +344,14 @@ def fingerprint(source: Source) -> str:
     """What two processes with the same data agree on, as text."""
     parts = {name: f"{zlib.crc32(x.numpy().tobytes()):08x}" for name, x in source.train(0).items() if x.ndim}
     return f"held-out tokens { {name: len(found) for name, found in source.heldout.items()} }\nfirst batch {parts}"
+
+
+def row_numbers(seed: int, step: int, start: int, count: int) -> Tensor:
+    """Numbers (count,) int64 of a step's rows from ``start`` on, by which dropout tells the sequences of a run apart.
+
+    19 bits of the seed, 24 of the step and 20 of the row.
+
+    >>> row_numbers(0, 1, 2, 2).tolist(), row_numbers(2**40 + 1, 0, 0, 1).tolist()
+    ([1048578, 1048579], [17592186044416])
+    """
+    return (seed % (1 << 19) << 44) + (step % (1 << 24) << 20) + start + torch.arange(count)
