@@ -70,4 +70,4 @@ def run(args: Arguments) -> int:
 
 
 if __name__ == "__main__":  # as version 0.1 called it
-    raise SystemExit("the command is: olmo-fn checkpoints")
+    raise SystemExit("the command is: olmo-fn checkpoint")

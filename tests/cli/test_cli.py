@@ -73,8 +73,9 @@ def test_a_module_that_was_a_command_says_which_one_it_is_now(module):
     name = f"olmo_fn.{module}"
     loaded = sys.modules.pop(name, None)
     try:
-        with pytest.raises(SystemExit, match=f"olmo-fn {module.rpartition('.')[2]}$"):
+        with pytest.raises(SystemExit, match="olmo-fn") as end:
             runpy.run_module(name, run_name="__main__")
+        assert str(end.value).split()[-1] in cli.COMMANDS
     finally:
         sys.modules.update({name: loaded} if loaded else {})
 
