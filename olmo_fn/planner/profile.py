@@ -64,7 +64,8 @@ class Part:
     backward: Piece = field(default_factory=Piece)
     state: Counter[str] = field(default_factory=Counter)  # at rest, by purpose
     weights: int = 0  # to compute with, beside those at rest
-    gradients: int = 0  # at rest
+    gradients: int = 0  # at rest, fp32
+    swept: int = 0  # as a sweep leaves them: of one process in the dtype of the computation
     whole_gradients: int = 0  # whole but for tensor parallelism
     late_gradients: int = 0  # those that are summed once all are there
     gathered: Traffic = field(default_factory=Counter)  # by one gather of its weights
@@ -168,6 +169,8 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         batch = watch.layout.sharing.with_tokens({"input_ids": ids, "labels": ids})
         watch.next("begin", None)
         gradients = step.grads.fn(step.point(state), batch, step.execution)
+        for path, g in tree.items(gradients.tree):
+            parts[watch.owners[path]].swept += g.nbytes
         watch.next("update", None)
         step.update(state, gradients)
         del gradients
@@ -317,6 +320,8 @@ class WatchedWeights(ShardedWeights):
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         watch, label = self.watch, self.watch.reducing(grads)
+        if watch.mesh.size == 1:  # nothing to sum, nor to widen for it
+            return lambda: grads
         with watch.trace.purpose("gradients"), watch.adding(watch.parts[label].reduced):
             end = super().reduce(grads)
 

@@ -53,6 +53,8 @@ SINGLE = {
     "remat of feed-forward": {"remat": "feed_forward"},
     "remat of every second, deep": {"remat": "every-2", "n_layers": 8},
     "accumulate, ema": {"accumulate": 2, "ema": 0.9},
+    "accumulate bf16": {"accumulate": 2, "dtype": "bfloat16", "batch_size": 2},
+    "bf16, the update": {"dtype": "bfloat16", "batch_size": 1, "vocab_size": 5000},
     "windows": {"n_layers": 7, "window_pattern": (32, 32, -1)},
     "tied, bf16 moments": {"tie_embeddings": True, "dtype": "bfloat16", "optim": {"moments": "bfloat16"}},
     "wide": {"d_model": 192, "hidden_size": 500, "vocab_size": 2000, "n_layers": 2},
