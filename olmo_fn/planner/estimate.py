@@ -65,8 +65,8 @@ def profile_of(plan: PlanInput) -> Profile:
     return of(plan.rows) if plan.rows <= 2 * few else extrapolated(of(few), of(2 * few), plan.rows / few - 1)
 
 
-def estimate(plan: PlanInput) -> Estimate:
-    """The estimate of a run; ValueError for one that cannot run."""
-    found, gpu, ranks = profile_of(check(plan)), ACCELERATORS[plan.cfg.gpu], range(plan.mesh.pp)
+def estimate(plan: PlanInput, gpu: Accelerator | None = None) -> Estimate:
+    """The estimate of a run, on the accelerator that its config names if no other is given. ValueError if it cannot run."""
+    found, gpu, ranks = profile_of(check(plan)), gpu or ACCELERATORS[plan.cfg.gpu], range(plan.mesh.pp)
     peaks = tuple(peak_memory(plan, found, rank) for rank in ranks)
     return Estimate(plan, gpu, peaks, tuple(traffic(plan, found, rank) for rank in ranks), clock(plan, found, gpu))

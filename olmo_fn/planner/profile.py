@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -29,13 +29,15 @@ from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models.transformer import layers
 from olmo_fn.parallel.owners import row_bytes
 from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, ShardedPlacement, ShardedWeights
+from olmo_fn.planner import attention
 from olmo_fn.planner.plan_input import Label, by_label, labels, owners
 from olmo_fn.planner.trace import Seen, Trace, Traffic, nbytes
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import is_trained, parameters, recipe, rules
 from olmo_fn.tree import Tree
 
-ON_CHIP = ("_attention_vjp",)  # what a kernel like FlashAttention does: only what goes in and out is moved
+ATTENTION = "_attention_vjp"  # the primitive of which, as a kernel does it, only what goes in and out is moved
+LAUNCHES = {"forward": 1, "backward": 3}  # of a kernel of attention; backward: row sums, the products, the cast of the queries'
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
     chain = step.grads.chain
     assert chain is not None, "only a chain of stages can be planned"
     stand_ins = {label: label for label in by_label(chain.stages)} if every_block else alike(cfg, chain)
-    watch = Watch(cfg, mesh, chain, frozenset(stand_ins.values()))
+    watch = Watch(cfg, mesh, rows, chain, frozenset(stand_ins.values()))
     trace, parts = watch.trace, watch.parts
     execution = replace(step.execution, layout=watch.layout)
     execution = replace(execution, primitive=watch.primitive)
@@ -198,8 +200,8 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
 class Watch:
     """Cuts the trace of a step where a piece ends, and adds up what is gathered and reduced for each label."""
 
-    def __init__(self, cfg: Config, mesh: Mesh, chain: Chain, chosen: frozenset[Label]) -> None:
-        self.cfg, self.mesh, self.chosen, self.trace = cfg, mesh, chosen, Trace()
+    def __init__(self, cfg: Config, mesh: Mesh, rows: int, chain: Chain, chosen: frozenset[Label]) -> None:
+        self.cfg, self.mesh, self.rows, self.chosen, self.trace = cfg, mesh, rows, chosen, Trace()
         connection = Connection(mesh, 0, axes_of(mesh), None)  # type: ignore[arg-type]
         specs = parameters(cfg)
         self.owners = owners(chain, specs)
@@ -260,24 +262,33 @@ class Watch:
         return stage._replace(fn=fn)
 
     def primitive(self, vjp: Any, weights: Any, inputs: Any, weight_grads: Any = None) -> Any:
-        """A primitive, on chip if a kernel does all of it; the last one's backward begins the sweep back."""
-        name = vjp.__qualname__.split(".")[0]
-        on_chip = self.trace.on_chip if name in ON_CHIP else lambda x: nullcontext()
+        """A primitive, on chip if it is attention; the last one's backward begins the sweep back."""
+        attends = vjp.__qualname__.split(".")[0] == ATTENTION
+        on_chip = self._attention if attends else lambda way, moved: nullcontext()
 
         def watched(weights: Any, inputs: Any) -> Any:
             moved = nbytes((weights, inputs))
-            with on_chip(moved):
+            with on_chip("forward", moved):
                 out, pullback = vjp(weights, inputs)
 
             def back(*cotangents: Any) -> Any:
                 if self.now == ("forward", self.last):
                     self.next("backward", self.last)
-                with on_chip(moved + nbytes(cotangents)):
+                with on_chip("backward", moved + nbytes(cotangents)):
                     return pullback(*cotangents)
 
             return out, back
 
         return primitive(watched, weights, inputs, weight_grads)
+
+    def _attention(self, way: str, moved: int) -> AbstractContextManager[None]:
+        """Attention as a kernel does it: counted by what it sees, not by the tiles that are traced."""
+        block, seen = self.now[1], self.trace.seen
+        if isinstance(block, int):
+            flops = attention.flops(self.cfg, self.mesh, block, self.rows) * (attention.BACKWARD if way == "backward" else 1)
+            seen.attention[f"{attention.backend(self.cfg, self.mesh, block)} {way}"] += round(flops)
+        seen.launches["eager"] += LAUNCHES[way]
+        return self.trace.on_chip(moved)
 
     def reducing(self, grads: dict[str, Tensor]) -> Label:
         """A segment's backward is over but for sending its gradients, which goes on during the next one's."""
@@ -353,12 +364,12 @@ class WatchedOwners(MatrixOwners):
             shard = place.bucket_shard(path) if dealt else None
             wholes = {k: place.over(path, x.new_empty(shard.shape) if shard else x, rest) for k, x in like.items()}
             sent = sum(row_bytes(x, shard, n) for x in like.values()) if dealt else 0
-            over_tp, products = _minus(seen.traffic, before), -seen.linear - seen.batched
+            over_tp, products = _minus(seen.traffic, before), -seen.products
             slots = {name: wholes.get(name, x) for name, x in one.slots.items()}
             new_p, new_slots = one.run(wholes[""], wholes["g"], slots, one.numbers)
             back = {"": one.p, **one.slots}
             rows = sum(row_bytes(x, None if k in one.leaf.unlike else shard, n) for k, x in back.items()) if dealt else 0
-            found = WholeUpdate(dealt, sent, rows, products + seen.linear + seen.batched, over_tp)
+            found = WholeUpdate(dealt, sent, rows, products + seen.products, over_tp)
             self.watch.parts[self.watch.owners[path]].whole_updates.append(found)
             local = {k: x if k in one.leaf.unlike else place.local_shard(path, x) for k, x in new_slots.items()}
             yield path, place.local_shard(path, new_p), local

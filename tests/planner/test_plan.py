@@ -12,6 +12,7 @@ from olmo_fn.mesh.mesh import Mesh, members
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import Attention, Model, SwiGLU, dense
 from olmo_fn.models.count import flops_per_sequence
+from olmo_fn.nn.attention import causal_pairs
 from olmo_fn.nn.norm import Norm
 from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.clock import clock
@@ -146,7 +147,7 @@ def test_many_sequences_are_planned_from_few():
     assert traffic(plan, found) == traffic(plan, full)
     assert peak_memory(plan, found).total == pytest.approx(peak_memory(plan, full).total, rel=1e-3)
     ours, theirs = (clock(plan, one, ACCELERATORS["h100"]) for one in (found, full))
-    assert (ours.linear, ours.batched) == (theirs.linear, theirs.batched)
+    assert (ours.products, ours.attention) == (theirs.products, theirs.attention)
     assert ours.seconds == pytest.approx(theirs.seconds, rel=1e-3)  # bytes moved: the head's first rows cost less than others
 
 
@@ -172,16 +173,16 @@ def test_an_uneven_exchange_is_no_ring_shift():
         assert trace.seen.traffic == {("cp", kind, "calls"): 1, ("cp", kind, "bytes"): 32}
 
 
-def test_flops_are_those_of_the_model_and_what_tiles_and_remat_add():
-    plan = plan_of(sequence_length=256)
+def test_flops_are_those_of_the_model_and_what_attention_and_remat_add():
+    plan = plan_of(sequence_length=256, window_pattern=(100, -1))
     c = clock(plan, profile_of(plan), ACCELERATORS["h100"])
     m, r = plan.cfg.model, plan.cfg.recipe
-    heads = m.block.mixer.n_heads * m.block.mixer.width(m.d_model)
-    attention = 12 * heads * (256 * 257 // 2) * m.n_layers * r.batch_size
-    assert c.linear == flops_per_sequence(m, 256) * r.batch_size - attention
-    tiles = 128 * 128 + 128 * 256  # two tiles of rows see 128 and 256 keys; backward makes five products, not four
-    assert c.batched == (4 + 10) * heads * tiles * m.n_layers * r.batch_size
-    remat = plan_of(sequence_length=256, remat="full")
+    pairs = sum(causal_pairs(256, window) for window in (100, None, 100, None, None))
+    attention = 4 * m.block.mixer.n_heads * m.block.mixer.width(m.d_model) * pairs * r.batch_size
+    assert c.products == flops_per_sequence(m, 256) * r.batch_size - 3 * attention
+    assert c.attention == 3.5 * attention  # backward makes five products, not four
+    remat = plan_of(sequence_length=256, window_pattern=(100, -1), remat="full")
     again = clock(remat, profile_of(remat), ACCELERATORS["h100"])
     head = 2 * m.vocab_size * m.d_model * 256 * r.batch_size
-    assert again.linear == c.linear + (c.linear - 3 * head) / 3
+    assert again.products == c.products + (c.products - 3 * head) / 3
+    assert again.attention == 4.5 * attention
