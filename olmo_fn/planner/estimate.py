@@ -15,8 +15,9 @@ from olmo_fn.planner.profile import Profile, extrapolated, profile
 from olmo_fn.planner.trace import Traffic
 from olmo_fn.planner.traffic import traffic
 
-RESERVED = 4e9
-"""Bytes of an accelerator that are assumed not to be ours: its context, communication buffers, fragments."""
+RESERVED, PROCESS = 4e9, 0.5e9
+"""Bytes that are assumed not to be a step's tensors: on an accelerator its context, communication buffers, fragments; of a
+process on a CPU Python, torch and what they compiled."""
 
 TRACED = 8192
 """Positions of a rank that are traced, and twice as many, where there are more: far above what a loop takes at once."""
@@ -60,7 +61,7 @@ def profile_of(plan: PlanInput) -> Profile:
     few = -(-TRACED // cfg.recipe.sequence_length) * plan.mesh.cp
 
     def of(rows: int) -> Profile:
-        return profile(cfg, replace(plan.mesh, pp=1), rows, getattr(torch, plan.dtype))
+        return profile(cfg, replace(plan.mesh, pp=1), rows, getattr(torch, plan.dtype), plan.device)
 
     return of(plan.rows) if plan.rows <= 2 * few else extrapolated(of(few), of(2 * few), plan.rows / few - 1)
 

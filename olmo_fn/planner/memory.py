@@ -58,7 +58,7 @@ def _moment(live: Counter[str], piece: Piece, when: str, label: Label | None = N
 
 
 def _in_one_sweep(plan: PlanInput, profile: Profile) -> Iterator[Peak]:
-    """One sweep a part of the batch, as the tape does it. Gradients of parts are added in fp32, each part's widened as one."""
+    """One sweep a part of the batch, as the tape does it. Gradients of parts are added up in fp32."""
     labels, rest = plan.held(0), at_rest(plan, profile)
     swept, wide = (Counter(gradients=sum(getattr(profile[label], name) for label in labels)) for name in ("swept", "gradients"))
     pieces: list[tuple[str, Label | None, Piece]] = [("begin", None, profile.begin)]
@@ -71,7 +71,7 @@ def _in_one_sweep(plan: PlanInput, profile: Profile) -> Iterator[Peak]:
         for when, label, piece in (*pieces, ("end", None, profile.end)):
             yield _moment(live, piece, when, label)
             live.update(piece.grown)
-        if parts > 1 and swept != wide:
+        if part == 0 and parts > 1 and swept != wide:
             yield Peak(before + swept + wide, "widening the gradients")
     yield _moment(rest + (swept if parts == 1 else wide), profile.update, "update")
 

@@ -31,7 +31,7 @@ from olmo_fn.parallel.owners import row_bytes
 from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, ShardedPlacement, ShardedWeights
 from olmo_fn.planner import attention
 from olmo_fn.planner.plan_input import Label, by_label, labels, owners
-from olmo_fn.planner.trace import Seen, Trace, Traffic, nbytes
+from olmo_fn.planner.trace import OnGpu, Seen, Trace, Traffic, nbytes
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import is_trained, parameters, recipe, rules
 from olmo_fn.tree import Tree
@@ -142,8 +142,9 @@ def axes_of(mesh: Mesh) -> Axes:
 
 
 @lru_cache(256)
-def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block: bool = False) -> Profile:
-    """The pieces of a step of ``rows`` sequences a rank, computed at once in ``dtype``, on a mesh without pipeline.
+def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, device: str = "cuda", every_block: bool = False) -> Profile:
+    """The pieces of a step of ``rows`` sequences a rank, computed at once in ``dtype``, on a mesh without pipeline, and on a
+    ``device`` of this type.
 
     ValueError for a layout that the model's own code refuses. ``every_block`` leaves nothing to likeness, which takes longer.
     """
@@ -151,7 +152,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
     chain = step.grads.chain
     assert chain is not None, "only a chain of stages can be planned"
     stand_ins = {label: label for label in by_label(chain.stages)} if every_block else alike(cfg, chain)
-    watch = Watch(cfg, mesh, rows, chain, frozenset(stand_ins.values()))
+    watch = Watch(cfg, mesh, rows, chain, frozenset(stand_ins.values()), device)
     trace, parts = watch.trace, watch.parts
     execution = replace(step.execution, layout=watch.layout)
     execution = replace(execution, primitive=watch.primitive)
@@ -159,7 +160,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         execution = replace(execution, fuse=lambda fn, *constants: trace.stage(bind(fn, *constants)), kernel=trace.kernel)
     step = replace(step, execution=execution)
     ids = torch.empty(rows, cfg.recipe.sequence_length, dtype=torch.int64, device="meta")
-    with trace:
+    with trace, watch.on_gpu or nullcontext():
         with trace.purpose("parameters"):
             params = tree.map(lambda shape: torch.empty(shape, device="meta"), watch.shapes())
         with trace.purpose("optimizer"):
@@ -200,8 +201,9 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
 class Watch:
     """Cuts the trace of a step where a piece ends, and adds up what is gathered and reduced for each label."""
 
-    def __init__(self, cfg: Config, mesh: Mesh, rows: int, chain: Chain, chosen: frozenset[Label]) -> None:
+    def __init__(self, cfg: Config, mesh: Mesh, rows: int, chain: Chain, chosen: frozenset[Label], device: str) -> None:
         self.cfg, self.mesh, self.rows, self.chosen, self.trace = cfg, mesh, rows, chosen, Trace()
+        self.on_gpu = OnGpu() if device == "cuda" else None
         connection = Connection(mesh, 0, axes_of(mesh), None)  # type: ignore[arg-type]
         specs = parameters(cfg)
         self.owners = owners(chain, specs)
@@ -274,8 +276,9 @@ class Watch:
             def back(*cotangents: Any) -> Any:
                 if self.now == ("forward", self.last):
                     self.next("backward", self.last)
-                with on_chip("backward", moved + nbytes(cotangents)):
-                    return pullback(*cotangents)
+                with self.on_gpu or nullcontext(), on_chip("backward", moved + nbytes(cotangents)):
+                    weight_gradients, input_gradients = pullback(*cotangents)
+                return [self.on_gpu.inside(g) if self.on_gpu else g for g in weight_gradients], input_gradients
 
             return out, back
 

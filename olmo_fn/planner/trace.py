@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -278,6 +279,42 @@ class _Stage(Function):
         trace._called((cotangents, inside, kept), grads)
         trace._made(grads)
         return None, None, *grads
+
+
+class OnGpu(TorchFunctionMode):
+    """Meta tensors say that they are on a GPU, by which a step chooses what it does; what is to be made there, is meta.
+
+    Autograd leaves the mode during a backward: `inside` makes a function that is in it anyway.
+
+    >>> with OnGpu():
+    ...     torch.empty(2, device="cuda").device
+    device(type='cuda', index=0)
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == Tensor.device.__get__ and args[0].is_meta:
+            return torch.device("cuda", 0)
+        if func == Tensor.is_cuda.__get__ and args[0].is_meta:  # type: ignore[attr-defined]
+            return True
+        if func is Tensor.to:
+            args = tuple("meta" if _is_cuda(x) else x for x in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+    def inside(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``fn``, in this mode."""
+
+        def run(*args: Any) -> Any:
+            with self:
+                return fn(*args)
+
+        return run
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, torch.device) and device.type == "cuda") or (isinstance(device, str) and device[:4] == "cuda")
 
 
 def leaves(value: Any) -> tuple[Tensor, ...]:

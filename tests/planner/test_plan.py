@@ -38,7 +38,7 @@ def plan_of(mesh=Mesh(), options=None, optim=None, lora=Lora(), **recipe):  # no
     fields_of_optim = {"name": "adamw", **(optim or {})}
     optim = CHOICES[OptimizerSettings][fields_of_optim["name"]](**fields_of_optim)
     parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": optim, "lora": lora}
-    return check(PlanInput(Config(dense(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh))
+    return check(PlanInput(Config(dense(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh, "cpu"))
 
 
 def dtype_of(plan):
@@ -135,7 +135,7 @@ def test_a_block_stands_for_all_of_its_kind():
         plan = plan_of(Mesh(dp_shard=4, tp=2), batch_size=16, **fields)
         few = profile_of(plan)
         assert len(few.parts) < plan.cfg.model.n_layers + 2 == len(few.alike)
-        full = profile(plan.cfg, plan.mesh, plan.rows, dtype_of(plan), every_block=True)
+        full = profile(plan.cfg, plan.mesh, plan.rows, dtype_of(plan), plan.device, every_block=True)
         assert traffic(plan, few) == traffic(plan, full)
         assert peak_memory(plan, few).total == pytest.approx(peak_memory(plan, full).total, abs=CONTROL)
 
@@ -143,7 +143,7 @@ def test_a_block_stands_for_all_of_its_kind():
 def test_many_sequences_are_planned_from_few():
     """Beyond `TRACED` positions a profile is extrapolated; tracing all of them gives the same."""
     plan = plan_of(Mesh(dp_shard=2, tp=2), batch_size=384, sequence_length=128)
-    found, full = profile_of(plan), profile(plan.cfg, plan.mesh, plan.rows, dtype_of(plan))
+    found, full = profile_of(plan), profile(plan.cfg, plan.mesh, plan.rows, dtype_of(plan), plan.device)
     assert traffic(plan, found) == traffic(plan, full)
     assert peak_memory(plan, found).total == pytest.approx(peak_memory(plan, full).total, rel=1e-3)
     ours, theirs = (clock(plan, one, ACCELERATORS["h100"]) for one in (found, full))
