@@ -15,8 +15,9 @@ Curriculum: TypeAlias = Literal["natural", "grow-p2", "grow-linear"]
 
 
 def batches_of(available: Sequence[int], curriculum: Curriculum, cycles: int, balanced: bool) -> list[int]:
-    """How many of the ``available`` whole batches of each bucket are used: for a growing curriculum a multiple of ``cycles``, and
-    if it is ``balanced`` the same number of each.
+    """How many of the ``available`` whole batches of each bucket are used.
+
+    For a growing curriculum a multiple of ``cycles``, and if it is ``balanced`` the same number of each.
 
     >>> batches_of([9, 20], "grow-p2", cycles=4, balanced=False), batches_of([9, 20], "grow-p2", cycles=4, balanced=True)
     ([8, 20], [8, 8])
@@ -45,7 +46,7 @@ def batch_order(counts: Sequence[int], curriculum: Curriculum, cycles: int, seed
     parts = []
     for cycle in range(cycles):
         by_bucket = []
-        for bucket, count in enumerate(counts):
+        for bucket in range(len(counts)):
             share = np.array_split(np.arange(ends[bucket], ends[bucket + 1], dtype=np.uint32), cycles)[cycle]
             sizes = _shares(_odds(bucket, len(counts), curriculum), len(share))
             by_bucket.append(np.split(share, np.cumsum(sizes)[:-1]))

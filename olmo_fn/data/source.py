@@ -94,7 +94,9 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
     instances: Instances = data.instances.build(tokens)
     if isinstance(instances, Buckets):
         if data.mask_documents or data.filter.max_count:
-            raise ValueError("--data.instances.name variable has one document a row: --data.mask-documents and --data.filter are not for it")
+            raise ValueError(
+                "--data.instances.name variable has one document a row: --data.mask-documents and --data.filter are not for it"
+            )
     elif data.filter.max_count:
         instances = Filtered(instances, data.filter)
     if data.mask_documents and eos_id is not None:

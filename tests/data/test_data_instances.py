@@ -188,7 +188,9 @@ def test_documents_as_dolma_writes_them(folder, tmp_path):
         out.writelines(f"{a},{b},id,source,{i}\n" for i, (a, b) in enumerate(document_bounds(file, EOS).tolist()))
     same = open_tokens(str(beside), "uint16")
     assert np.array_equal(document_bounds(same, EOS, boundaries="metadata"), document_bounds(file, EOS))
-    assert np.array_equal(document_bounds(file, EOS, cache=tmp_path / "kept"), document_bounds(file, EOS, cache=tmp_path / "kept"))
+    assert np.array_equal(
+        document_bounds(file, EOS, cache=tmp_path / "kept"), document_bounds(file, EOS, cache=tmp_path / "kept")
+    )
     (tmp_path / "part-a.csv.gz").write_bytes(gzip.compress(b"0,5\n5,500\n"))
     with pytest.raises(ValueError, match="from token 5 to 500, and .* 90 tokens"):
         document_bounds(same, EOS, boundaries="metadata")
@@ -273,7 +275,11 @@ def test_ten_billion_instances_are_shuffled_at_once():
     assert used < 0.2 and peak < 100e6
 
 
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=5), st.sampled_from(["natural", "grow-p2", "grow-linear"]), st.integers(1, 4))
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=5),
+    st.sampled_from(["natural", "grow-p2", "grow-linear"]),
+    st.integers(1, 4),
+)
 def test_curricula_see_each_batch_once(counts, curriculum, cycles):
     counts = counts if curriculum == "natural" else [n * cycles for n in counts]
     if sum(counts):

@@ -57,7 +57,7 @@ class TokenData:
         """The documents of each file, (documents, 2): `document_bounds`. ValueError names the ``kind`` that needs them."""
         if self.eos_id is None and self.boundaries == "eos":
             raise ValueError(
-                f"--data.instances.name {kind} needs the id of the end-of-document token; give --data.eos-id or --data.tokenizer"
+                f"--data.instances.name {kind} needs the end-of-document token; give --data.eos-id or --data.tokenizer"
             )
         eos_id, bos_id = self.eos_id or 0, self.bos_id if use_bos else None
         return [document_bounds(file, eos_id, bos_id, self.boundaries, self.cache) for file in self.files]

@@ -37,14 +37,18 @@ class Interleaved(InstancesSettings):
                 f"--data.instances.docs is {self.docs} and --data.instances.chunks {self.chunks}; both must be at least 1, and no "
                 f"more documents than --recipe.sequence-length {tokens.sequence_length}"
             )
-        where = per_file([fitting(bounds, tokens.sequence_length, "truncate") for bounds in tokens.all_bounds(self.name, use_bos=False)])
+        where = per_file(
+            [fitting(bounds, tokens.sequence_length, "truncate") for bounds in tokens.all_bounds(self.name, use_bos=False)]
+        )
         exempt = {Path(path).resolve() for path in self.exempt_paths}
         if missing := exempt - {Path(file.path).resolve() for file in tokens.files}:
             raise ValueError(f"--data.instances.exempt-paths {str(min(missing))!r} is not among the --data.paths")
         alone = np.isin(where[:, 0], [i for i, file in enumerate(tokens.files) if Path(file.path).resolve() in exempt])
         mixed = np.random.Generator(np.random.PCG64(self.seed)).permutation(np.flatnonzero(~alone))
         documents = tokens.pieces(where, np.arange(len(where) + 1))
-        return InterleavedInstances(documents, np.flatnonzero(alone), mixed, self.docs, self.chunks, tokens.eos_id or 0, tokens.bos_id)
+        return InterleavedInstances(
+            documents, np.flatnonzero(alone), mixed, self.docs, self.chunks, tokens.eos_id or 0, tokens.bos_id
+        )
 
 
 @dataclass(frozen=True)

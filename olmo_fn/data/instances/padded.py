@@ -22,5 +22,7 @@ class Padded(InstancesSettings):
 
     def build(self, tokens: TokenData) -> Pieces:
         """The documents in the order of the files."""
-        where = per_file([fitting(bounds, tokens.sequence_length, "truncate") for bounds in tokens.all_bounds(self.name, use_bos=False)])
+        where = per_file(
+            [fitting(bounds, tokens.sequence_length, "truncate") for bounds in tokens.all_bounds(self.name, use_bos=False)]
+        )
         return tokens.pieces(where, np.arange(len(where) + 1))
