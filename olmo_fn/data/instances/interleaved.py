@@ -1,4 +1,4 @@
-"""Instances in which several documents alternate in chunks, so that a model learns to look further back than one: OLMo-core's."""
+"""Instances in which several documents alternate in chunks, so that a model learns to look further back: OLMo-core's."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Interleaved(InstancesSettings):
         """The instances: first those of ``exempt_paths``, then the others."""
         if min(self.docs, self.chunks) < 1 or self.docs > tokens.sequence_length:
             raise ValueError(
-                f"--data.instances.docs is {self.docs} and --data.instances.chunks {self.chunks}; both must be at least 1, and no "
-                f"more documents than --recipe.sequence-length {tokens.sequence_length}"
+                f"--data.instances.docs is {self.docs} and --data.instances.chunks {self.chunks}; both must be at least 1, "
+                f"and no more documents than --recipe.sequence-length {tokens.sequence_length}"
             )
         where = per_file(
             [fitting(bounds, tokens.sequence_length, "truncate") for bounds in tokens.all_bounds(self.name, use_bos=False)]

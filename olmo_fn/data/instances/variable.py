@@ -28,7 +28,8 @@ class VariableLength(InstancesSettings):
     name: tyro.conf.Suppress[Literal["variable"]] = "variable"
     """This kind of dataset."""
     shortest: int = 256
-    """The shortest length, a power of two; what is left of a document below it is not used. The longest is that of the recipe."""
+    """The shortest length, a power of two; what is left of a document below it is not used. The longest is the
+    recipe's."""
     curriculum: Curriculum = "natural"
     """natural: lengths in any order. grow-p2, grow-linear: longer ones become more frequent, again in each cycle."""
     cycles: int = 8
@@ -41,8 +42,8 @@ class VariableLength(InstancesSettings):
         longest = tokens.sequence_length
         if any(n < 1 or n & (n - 1) for n in (self.shortest, longest)) or not 2 <= self.shortest < longest or self.cycles < 1:
             raise ValueError(
-                f"--data.instances.shortest {self.shortest} and --recipe.sequence-length {longest} must be powers of 2, the first "
-                f"from 2 to below the second, and --data.instances.cycles {self.cycles} at least 1"
+                f"--data.instances.shortest {self.shortest} and --recipe.sequence-length {longest} must be powers of 2, the "
+                f"first from 2 to below the second, and --data.instances.cycles {self.cycles} at least 1"
             )
         where = per_file([powers_of_two(bounds, self.shortest, longest) for bounds in tokens.all_bounds(self.name)])
         return Buckets(tokens.pieces(where, np.arange(len(where) + 1)), self)
@@ -117,8 +118,8 @@ class BucketLoader:
             s = self.buckets.settings
             cycles = "" if s.curriculum == "natural" else f" for each of {s.cycles} cycles"
             raise ValueError(
-                f"no length has a whole batch of {self.batch_tokens:,} tokens{cycles}; use a smaller --recipe.batch-size, fewer "
-                "--data.instances.cycles, another --data.instances.shortest, or more data"
+                f"no length has a whole batch of {self.batch_tokens:,} tokens{cycles}; use a smaller --recipe.batch-size, "
+                "fewer --data.instances.cycles, another --data.instances.shortest, or more data"
             )
 
     @property
