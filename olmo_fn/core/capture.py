@@ -20,6 +20,7 @@ from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metrics
 from olmo_fn.core.pipe import Transform
 from olmo_fn.core.step import State, Step, check_state, spend
+from olmo_fn.core.update import same_memory
 
 WARM = 2
 """Steps of every shape of a batch that are done as ever before one is recorded: they compile, and make what libraries keep."""
@@ -204,13 +205,3 @@ def leaves(state: State) -> list[Tensor]:
     """All tensors of a state, ``step`` first."""
     parts: Iterable[Any] = (state.step, state.params, state.slots)
     return [leaf for part in parts for _, leaf in tree.items(part)]
-
-
-def same_memory(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are the same numbers in the same places."""
-    return torch._C._is_alias_of(x, y) and (x.shape, x.stride(), x.dtype, x.storage_offset()) == (
-        y.shape,
-        y.stride(),
-        y.dtype,
-        y.storage_offset(),
-    )

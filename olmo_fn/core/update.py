@@ -135,3 +135,9 @@ def guarded(update: Function, donate: bool, names: tuple[str, ...]) -> Function:
         return p.copy_(new_p), {k: slots[k].copy_(v) for k, v in new_slots.items()}
 
     return guarded
+
+
+def same_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same places."""
+    form = (x.shape, x.stride(), x.dtype, x.storage_offset()), (y.shape, y.stride(), y.dtype, y.storage_offset())
+    return torch._C._is_alias_of(x, y) and form[0] == form[1]  # type: ignore[attr-defined, no-any-return]

@@ -21,6 +21,7 @@ from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metric, Metrics, wide
 from olmo_fn.core.check import check_shapes, check_tensors
 from olmo_fn.core.layout import Layout, Owners, Placement, Sharing, Weights, WeightsInUse, norms, one_launch
+from olmo_fn.core.update import same_memory
 from olmo_fn.mesh.axis import Axes, Axis, chunk
 from olmo_fn.mesh.collectives import pmax, psum
 from olmo_fn.mesh.connect import Connection
@@ -123,7 +124,7 @@ class ShardedPlacement(Placement):
         def wrap(leaf: Tensor, old: Any) -> Tensor:
             if not isinstance(old, DTensor):
                 return leaf
-            if torch._C._is_alias_of(leaf, old._local_tensor):  # to make one anew takes tens of µs
+            if same_memory(leaf, old._local_tensor):  # to make one anew takes tens of µs
                 return old
             shape, stride = old.shape, old.stride()
             return DTensor.from_local(leaf, old.device_mesh, old.placements, run_check=False, shape=shape, stride=stride)
