@@ -140,4 +140,4 @@ def guarded(update: Function, donate: bool, names: tuple[str, ...]) -> Function:
 def same_memory(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are the same numbers in the same places."""
     form = (x.shape, x.stride(), x.dtype, x.storage_offset()), (y.shape, y.stride(), y.dtype, y.storage_offset())
-    return torch._C._is_alias_of(x, y) and form[0] == form[1]  # type: ignore[attr-defined, no-any-return]
+    return torch._C._is_alias_of(x, y) and form[0] == form[1]  # type: ignore[attr-defined]
