@@ -126,7 +126,8 @@ def pipe(loss: LossFunction, *transforms: Transform[Any, Any]) -> Any:
         if not isinstance(transform, Transform):
             name = getattr(transform, "__name__", None)
             raise ValueError(f"{name or transform!r} is no transform" + (f"; call it: {name}(...)" if name else ""))
-        check_order(transform, type(value).__name__, transforms[:i])
+        kind = next(kind.__name__ for kind in (Loss, Grads, Step) if isinstance(value, kind))
+        check_order(transform, kind, transforms[:i])
         value = transform(value)
     return value
 

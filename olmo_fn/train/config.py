@@ -107,7 +107,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a step computes: these fields change the numbers, except the five that are marked invisible."""
+    """How a step computes: these fields change the numbers, except the six that are marked invisible."""
 
     batch_size: Annotated[int, Range(1, 1 << 24)] = 512
     """Sequences a step."""
@@ -146,6 +146,8 @@ class Recipe:
     """Gradient engine: a sweep over stages, or torch.func (invisible)."""
     compile: Annotated[bool, INVISIBLE] = True
     """Compile every stage; the first start takes longer (invisible)."""
+    capture: Annotated[bool, INVISIBLE] = False
+    """Launch each step as one CUDA graph: for models so small that a GPU waits for its host, below 400M or so (invisible)."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from olmo_fn import tree
+from olmo_fn.core.capture import capture
 from olmo_fn.core.compile import compile
 from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
 from olmo_fn.core.step import Step
@@ -60,6 +61,7 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connecti
         *given(connection, lambda mesh: shard(mesh, specs, rules(cfg), pipeline(cfg), rows="own")),
         donate(),
         *given(r.compile, lambda _: compile(cache_dir(cfg.data) / "compiled")),
+        *given(r.capture, lambda _: capture()),
     )
 
 
