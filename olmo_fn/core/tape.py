@@ -20,6 +20,7 @@ from olmo_fn import tree
 from olmo_fn.core.chain import Aux, Batch, Chain, Metrics, Stage, Sums, loss_tokens, per_token, wide
 from olmo_fn.core.gradients import Execution, GradFunction, Gradients, in_order
 from olmo_fn.core.layout import Sweep, Weights
+from olmo_fn.core.primitive import Once
 from olmo_fn.tree import Tree
 
 LateGrads: TypeAlias = Callable[[], dict[str, Tensor]]
@@ -27,10 +28,13 @@ SegmentPullback: TypeAlias = Callable[[Any], tuple[LateGrads, Any]]
 
 
 class Segment(NamedTuple):
-    """Neighbouring stages that share one fate; ``again``: keep only the input and run forward twice."""
+    """Neighbouring stages that share one fate; ``again``: keep only the input and run forward twice, with ``once`` but for the
+    costly primitives, whose results are kept too.
+    """
 
     stages: tuple[Stage, ...]
     again: bool = False
+    once: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -41,29 +45,30 @@ class Segment(NamedTuple):
 def remat_policy(remat: str) -> Callable[[Stage], bool]:
     """Which stages keep only their input and run forward again in the backward sweep.
 
-    ``none``; ``full``: every block; ``every-n``: every n-th block, such as ``every-2``; ``feed_forward``: the
-    feed-forward half of every block. Stages outside the blocks (embedding, head) are never rerun.
+    ``none``; ``full``: every block; ``selective``: every block, but what attention gave is kept, and it runs once; ``every-n``:
+    every n-th block, such as ``every-2``; ``feed_forward``: the feed-forward half of every block. Stages outside the blocks
+    (embedding, head) are never rerun.
 
     >>> remat_policy("every-2")(Stage("attention", (), print, block=2))
     True
     """
     if remat == "none":
         return lambda stage: False
-    if remat == "full":
+    if remat in ("full", "selective"):
         return lambda stage: stage.block is not None
     if remat == "feed_forward":
         return lambda stage: stage.name == "feed_forward"
     kind, _, n = remat.partition("-")
     if kind == "every" and n.isdecimal() and int(n) > 0:
         return lambda stage: stage.block is not None and stage.block % int(n) == 0
-    raise ValueError(f"remat {remat!r} is unknown; use none, full, feed_forward, or every-2, every-3, …")
+    raise ValueError(f"remat {remat!r} is unknown; use none, selective, feed_forward, full, or every-2, every-3, …")
 
 
 def segments(stages: tuple[Stage, ...], remat: str = "none") -> tuple[Segment, ...]:
     """Cut a chain where the block, or whether to rematerialise, changes."""
     again = remat_policy(remat)
     alike = groupby(stages, key=lambda stage: (stage.block, again(stage)))
-    return tuple(Segment(tuple(group), key[1]) for key, group in alike)
+    return tuple(Segment(tuple(group), key[1], remat == "selective") for key, group in alike)
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
@@ -182,8 +187,9 @@ def vjp_segment(
     gives the gradients of the weights by path, in the compute dtype; with ``late`` their products are left to that function.
     ``cotangent`` is that of every loss that a stage reports.
     """
-    leaves = Leaves(weights, execution.wants, late)
-    watched = replace(ctx, backend=replace(ctx.backend, weight_grads=leaves.take))
+    leaves, costly = Leaves(weights, execution.wants, late), Once(ctx.backend.primitive)
+    primitive = costly.first if segment.again and segment.once else ctx.backend.primitive
+    watched = replace(ctx, backend=replace(ctx.backend, weight_grads=leaves.take, primitive=primitive))
     start = None if x is None else x.detach().requires_grad_()
     out, losses = start, []
     with torch.enable_grad():
@@ -193,8 +199,10 @@ def vjp_segment(
             sums.add(stage, Aux(None if aux.loss is None else aux.loss.detach(), aux.metrics))
     result = None if out is None else out.detach()
     if segment.again:  # nothing of this run is kept, and what the second one reports is not counted
-        once, uncounted = segment._replace(again=False), Sums(sums.declared)
-        return result, lambda d_out: vjp_segment(once, weights, x, ctx, execution, cotangent, uncounted, late)[1](d_out)
+        rest, uncounted = segment._replace(again=False), Sums(sums.declared)
+        if segment.once:
+            ctx = replace(ctx, backend=replace(ctx.backend, primitive=costly.second))
+        return result, lambda d_out: vjp_segment(rest, weights, x, ctx, execution, cotangent, uncounted, late)[1](d_out)
     roots = [root for root in (out, *losses) if root is not None and root.requires_grad]
     first = out is not None and out.requires_grad
 

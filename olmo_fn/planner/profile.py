@@ -256,15 +256,17 @@ class Watch:
 
         return stage._replace(fn=fn)
 
-    def primitive(self, vjp: Any, weights: Any, inputs: Any, weight_grads: Any = None) -> Any:
+    def primitive(self, vjp: Any, weights: Any, inputs: Any, weight_grads: Any = None, *, costly: bool = False) -> Any:
         """A primitive, on chip if a kernel does all of it; the last one's backward begins the sweep back."""
         name = vjp.__qualname__.split(".")[0]
         on_chip = self.trace.on_chip if name in ON_CHIP else lambda x: nullcontext()
 
         def watched(weights: Any, inputs: Any) -> Any:
-            moved = nbytes((weights, inputs))
-            with on_chip(moved):
+            moved, products = nbytes((weights, inputs)), self.trace.seen.batched
+            with on_chip(0):
                 out, pullback = vjp(weights, inputs)
+            if name in ON_CHIP and self.trace.seen.batched > products:  # or else it is one that runs once of twice
+                self.trace.seen.moved += moved
 
             def back(*cotangents: Any) -> Any:
                 if self.now == ("forward", self.last):
@@ -274,7 +276,7 @@ class Watch:
 
             return out, back
 
-        return primitive(watched, weights, inputs, weight_grads)
+        return primitive(watched, weights, inputs, weight_grads, costly=costly)
 
     def reducing(self, grads: dict[str, Tensor]) -> Label:
         """A segment's backward is over but for sending its gradients, which goes on during the next one's."""
