@@ -20,6 +20,7 @@ from olmo_fn import tree
 from olmo_fn.core.chain import Aux, Batch, Chain, Metrics, Stage, Sums, loss_tokens, per_token, wide
 from olmo_fn.core.gradients import Execution, GradFunction, Gradients, in_order
 from olmo_fn.core.layout import Sweep, Weights
+from olmo_fn.core.offload import Stash, stay
 from olmo_fn.core.primitive import Once
 from olmo_fn.tree import Tree
 
@@ -104,7 +105,7 @@ def forward_backward(
 ) -> tuple[dict[str, Tensor], Metrics]:
     """`Sweep.gradients`. While a segment computes, the next one's weights are on their way, and the last one's gradients."""
     weights_in_use, parts, tokens = execution.layout.weights, segments(chain.stages, remat), loss_tokens(batch)
-    backend, sums = execution.backend(tokens), Sums(chain.metrics)
+    backend, sums, stash = execution.backend(tokens), Sums(chain.metrics), execution.stash()
     ctx, cotangent = chain.context(execution.layout.sharing.local_batch(batch), backend), backend.loss_weight
     assert cotangent is not None
     kept: list[tuple[Weights, SegmentPullback]] = []
@@ -115,7 +116,7 @@ def forward_backward(
         weights.ready()
         if i + 1 < len(parts):
             ahead = fetch(params, parts[i + 1], chain, execution)
-        x, pullback = vjp_segment(segment, weights, x, ctx, execution, cotangent, sums)
+        x, pullback = vjp_segment(segment, weights, x, ctx, execution, cotangent, sums, stash=stash)
         if i + 1 < len(parts):  # the last one's are needed again at once
             weights.free()
         kept.append((weights, pullback))
@@ -180,12 +181,13 @@ def vjp_segment(
     cotangent: Tensor,
     sums: Sums,
     late: bool = False,
+    stash: Stash = stay,
 ) -> tuple[Any, SegmentPullback]:
     """Run a segment under autograd, on leaves of its own; return its x and its pullback.
 
     The pullback takes the cotangent of that x (None after the last segment) to that of the incoming x, and to a function that
     gives the gradients of the weights by path, in the compute dtype; with ``late`` their products are left to that function.
-    ``cotangent`` is that of every loss that a stage reports.
+    ``cotangent`` is that of every loss that a stage reports. What a segment that runs twice keeps is in ``stash`` meanwhile.
     """
     leaves, costly = Leaves(weights, execution.wants, late), Once(ctx.backend.primitive)
     primitive = costly.first if segment.again and segment.once else ctx.backend.primitive
@@ -198,11 +200,17 @@ def vjp_segment(
             losses += [aux.loss] if aux.loss is not None else []
             sums.add(stage, Aux(None if aux.loss is None else aux.loss.detach(), aux.metrics))
     result = None if out is None else out.detach()
-    if segment.again:  # nothing of this run is kept, and what the second one reports is not counted
-        rest, uncounted = segment._replace(again=False), Sums(sums.declared)
+    if segment.again:  # what the second run reports is not counted
+        held, rest, uncounted = stash([x, *costly.take()]), segment._replace(again=False), Sums(sums.declared)
         if segment.once:
             ctx = replace(ctx, backend=replace(ctx.backend, primitive=costly.second))
-        return result, lambda d_out: vjp_segment(rest, weights, x, ctx, execution, cotangent, uncounted, late)[1](d_out)
+
+        def again(d_out: Any) -> tuple[LateGrads, Any]:
+            start, *results = held()
+            costly.given(results)
+            return vjp_segment(rest, weights, start, ctx, execution, cotangent, uncounted, late)[1](d_out)
+
+        return result, again
     roots = [root for root in (out, *losses) if root is not None and root.requires_grad]
     first = out is not None and out.requires_grad
 
