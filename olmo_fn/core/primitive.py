@@ -90,7 +90,7 @@ class Once:
             out.data = result
 
     def second(self, vjp: VJP, *args: Any, costly: bool = False) -> Any:
-        """`primitive`, which, if it is ``costly``, gives what it gave in the first run."""
+        """`primitive`, which, if it is ``costly``, gives what it gave in the first run, and is costly no more."""
 
         @wraps(vjp)
         def run(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Pullback]:
@@ -99,7 +99,7 @@ class Once:
                 x.data = again
             return out, pullback
 
-        return self.primitive(run if costly else vjp, *args, costly=costly)
+        return self.primitive(run if costly else vjp, *args)
 
 
 def empty(x: Tensor) -> None:

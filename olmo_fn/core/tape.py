@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Aux, Batch, Chain, Metrics, Stage, Sums, loss_tokens, per_token, wide
@@ -211,12 +212,12 @@ def vjp_segment(
             return vjp_segment(rest, weights, start, ctx, execution, cotangent, uncounted, late)[1](d_out)
 
         return result, again
-    roots = [root for root in (out, *losses) if root is not None and root.requires_grad]
-    first = out is not None and out.requires_grad
+    roots = [get_gradient_edge(root) for root in (out, *losses) if root is not None and root.requires_grad]
+    dtype = out.dtype if out is not None and out.requires_grad else None
 
     def pullback(d_out: Any) -> tuple[LateGrads, Any]:
-        cotangents = [d_out.to(roots[0].dtype)] if first else []
-        d_x = leaves.backward(roots, [*cotangents, *[cotangent] * (len(roots) - first)], start)
+        cotangents = [d_out.to(dtype)] if dtype else []
+        d_x = leaves.backward(roots, [*cotangents, *[cotangent] * (len(roots) - len(cotangents))], start)
         roots.clear()
         return leaves.result, d_x
 
@@ -252,7 +253,7 @@ class Leaves:
             self.late_grads.append((path, gradient if self.late else partial(_value, gradient())))
         return path is not None
 
-    def backward(self, roots: list[Tensor], cotangents: list[Tensor], start: Tensor | None) -> Tensor | None:
+    def backward(self, roots: list[GradientEdge], cotangents: list[Tensor], start: Tensor | None) -> Tensor | None:
         """Run autograd from the roots; returns the cotangent of ``start``, the incoming x."""
         inputs = [*self.leaves.values(), *([] if start is None else [start])]
         found = torch.autograd.grad(roots, inputs, cotangents, allow_unused=True) if inputs and roots else [None] * len(inputs)

@@ -21,6 +21,7 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.core.chain import Chain, Stage, bind
 from olmo_fn.core.layout import Layout, Sweep, compute_copy
+from olmo_fn.core.offload import HostStash
 from olmo_fn.core.primitive import primitive
 from olmo_fn.core.tape import LOCAL_SWEEP, remat_policy
 from olmo_fn.mesh.axis import NAMES, Axes, Axis
@@ -152,6 +153,8 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
     trace, parts = watch.trace, watch.parts
     execution = replace(step.execution, layout=watch.layout)
     execution = replace(execution, primitive=watch.primitive)
+    if cfg.recipe.offload:
+        execution = replace(execution, stash=lambda: HostStash(trace.link))
     if cfg.recipe.compile:
         execution = replace(execution, fuse=lambda fn, *constants: trace.stage(bind(fn, *constants)), kernel=trace.kernel)
     step = replace(step, execution=execution)
@@ -262,11 +265,9 @@ class Watch:
         on_chip = self.trace.on_chip if name in ON_CHIP else lambda x: nullcontext()
 
         def watched(weights: Any, inputs: Any) -> Any:
-            moved, products = nbytes((weights, inputs)), self.trace.seen.batched
-            with on_chip(0):
+            moved = nbytes((weights, inputs))
+            with on_chip(moved) if costly else nullcontext():  # of a segment's second run its result is there already
                 out, pullback = vjp(weights, inputs)
-            if name in ON_CHIP and self.trace.seen.batched > products:  # or else it is one that runs once of twice
-                self.trace.seen.moved += moved
 
             def back(*cotangents: Any) -> Any:
                 if self.now == ("forward", self.last):

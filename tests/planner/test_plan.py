@@ -53,6 +53,8 @@ SINGLE = {
     "remat of all but attention": {"remat": "selective"},
     "remat of feed-forward": {"remat": "feed_forward"},
     "remat of every second, deep": {"remat": "every-2", "n_layers": 8},
+    "remat, offloaded": {"remat": "full", "offload": True, "n_layers": 7},
+    "remat of all but attention, offloaded": {"remat": "selective", "offload": True, "n_layers": 7},
     "accumulate, ema": {"accumulate": 2, "ema": 0.9},
     "windows": {"n_layers": 7, "window_pattern": (32, 32, -1)},
     "tied, bf16 moments": {"tie_embeddings": True, "dtype": "bfloat16", "optim": {"moments": "bfloat16"}},
