@@ -47,6 +47,7 @@ from olmo_fn.planner.traffic import share, whole_updates
 HOP = {"link": 1e-6, "network": 5e-6}  # seconds from one rank to the next
 LAUNCH = 10e-6  # seconds a collective takes before anything moves
 OVERLAPPED = ("fsdp", "dp_replicate")
+HOST = 50e9  # bytes/s between a device and its host's memory, one way: PCIe 5, 16 lanes
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def clock(plan: PlanInput, profile: Profile, gpu: Accelerator) -> Clock:
         for label in labels:
             for busy, piece in ((forward, profile[label].forward.seen), (backward, profile[label].backward.seen)):
                 one = _computing(piece, gpu)
-                busy[stage] += _with_traffic(mesh, one, piece.traffic, gpu)
+                busy[stage] += max(_with_traffic(mesh, one, piece.traffic, gpu), piece.host / HOST)
                 computing, seen.products, seen.moved = computing + one, seen.products + piece.products, seen.moved + piece.moved
                 seen.attention.update(piece.attention)
                 seen.launches.update(piece.launches)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from olmo_fn.core.offload import Link
 from olmo_fn.planner.accelerators import tiled
 
 aten = torch.ops.aten
@@ -54,6 +55,7 @@ class Seen:
     moved: int = 0  # bytes that elementwise operations read and write
     launches: Counter[str] = field(default_factory=Counter)  # "eager" kernels, and calls of "compiled" functions
     traffic: Traffic = field(default_factory=Counter)
+    host: int = 0  # bytes copied to host memory or back
 
 
 class Trace(TorchDispatchMode):
@@ -123,6 +125,20 @@ class Trace(TorchDispatchMode):
         self.live[purpose] += size
         if self.live.total() > self.seen.peak.total():
             self.seen.peak = Counter(self.live)
+
+    @property
+    def link(self) -> Link:
+        """The way to a host whose memory is nobody's, and back: what is copied is counted."""
+
+        def host(x: Tensor) -> Tensor:
+            with _disable_current_modes():
+                return torch.empty_like(x)
+
+        def copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> Callable[[], None]:
+            self.seen.host += nbytes(source)
+            return lambda: None
+
+        return Link(host, copy)
 
     # --- operations ---------------------------------------------------------------------------------------------------
 

@@ -51,8 +51,11 @@ SINGLE = {
     "plain": {},
     "bf16": {"dtype": "bfloat16"},
     "remat": {"remat": "full"},
+    "remat of all but attention": {"remat": "selective"},
     "remat of feed-forward": {"remat": "feed_forward"},
     "remat of every second, deep": {"remat": "every-2", "n_layers": 8},
+    "remat, offloaded": {"remat": "full", "offload": True, "n_layers": 7},
+    "remat of all but attention, offloaded": {"remat": "selective", "offload": True, "n_layers": 7},
     "accumulate, ema": {"accumulate": 2, "ema": 0.9},
     "accumulate bf16": {"accumulate": 2, "dtype": "bfloat16", "batch_size": 2},
     "bf16, the update": {"dtype": "bfloat16", "batch_size": 1, "vocab_size": 5000},
@@ -91,6 +94,7 @@ def test_memory_of_one_process(fields):
 LAYOUTS = {
     "fsdp": (Mesh(dp_shard=2), {}, {}),
     "fsdp bf16, remat, accumulate": (Mesh(dp_shard=2), {}, {"dtype": "bfloat16", "remat": "full", "accumulate": 2}),
+    "fsdp, remat of all but attention": (Mesh(dp_shard=2), {}, {"remat": "selective"}),
     "zero-2": (Mesh(dp_shard=2), {"keep_gathered": True}, {}),
     "ddp": (Mesh(dp_replicate=2), {}, {}),
     "hsdp": (Mesh(dp_replicate=2, dp_shard=2), {}, {"remat": "feed_forward"}),
@@ -186,3 +190,6 @@ def test_flops_are_those_of_the_model_and_what_attention_and_remat_add():
     head = 2 * m.vocab_size * m.d_model * 256 * r.batch_size
     assert again.products == c.products + (c.products - 3 * head) / 3
     assert again.attention == 4.5 * attention
+    selective = plan_of(sequence_length=256, window_pattern=(100, -1), remat="selective")
+    kept = clock(selective, profile_of(selective), ACCELERATORS["h100"])
+    assert (kept.products, kept.attention) == (again.products, c.attention)  # attention is not computed again
