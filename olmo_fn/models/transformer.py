@@ -16,8 +16,8 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.core.chain import NOTHING, PLAIN, Aux, Backend, Batch, Chain, Metric, Stage, add_metrics, agreed
+from olmo_fn.kernels.attention import document_starts
 from olmo_fn.kernels.attention_cp import positions_of
-from olmo_fn.kernels.attention_tiles import document_starts
 from olmo_fn.mesh.axis import Axes, CPMethod
 from olmo_fn.mesh.collectives import all_gather
 from olmo_fn.models import multi_token

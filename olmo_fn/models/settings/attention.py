@@ -91,7 +91,7 @@ class Attention(MixerSettings):
 
     def attend(self) -> Any:
         """What computes softmax attention: override it to bring another (`olmo_fn.kernels.attention_cp.AttendVJP`)."""
-        from olmo_fn.kernels.attention_tiles import attend_vjp
+        from olmo_fn.kernels.attention_table import attend_vjp
 
         return attend_vjp
 
