@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -166,7 +166,7 @@ def _pieces(sight: Sight, R: int, T: int) -> tuple[Lengths, int, Window]:
     The last row of each document has to be at its last key, or else to see all of them.
     """
     assert sight.documents is not None
-    packing = sight.packing or Packing.of(sight.documents)
+    packing = sight.packing or _packing_of(sight.documents, sight.documents._version)
     shift = sight.offset - sight.key_offset
     stop = min(T, R + shift)
     window = Window(-1 if sight.window is None else sight.window - 1, 0)
@@ -177,6 +177,12 @@ def _pieces(sight: Sight, R: int, T: int) -> tuple[Lengths, int, Window]:
     queries = packing.cumulative(sight.offset, R)
     keys = queries if (shift, stop) == (0, R) else packing.cumulative(sight.key_offset, stop)
     return Lengths(queries, keys, min(packing.longest, R), min(packing.longest, stop)), stop, window
+
+
+@lru_cache(4)
+def _packing_of(documents: Tensor, version: int) -> Packing:
+    """Where nobody has told: once for all layers, since it waits for the device, as long as the numbers are not overwritten."""
+    return Packing.of(documents)
 
 
 # --- ATen's kernels ---------------------------------------------------------------------------------------------------

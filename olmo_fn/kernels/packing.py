@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+NAMES = ("doc_starts", "doc_longest")  # in a batch
 
 
 class Packing(NamedTuple):
@@ -36,6 +39,20 @@ class Packing(NamedTuple):
         place = torch.where(first, first.cumsum(1) - 1, n)  # those that begin no document go behind the others
         starts.scatter_(1, place, documents.to(torch.int32))
         return cls(starts[:, :n].contiguous(), min(_power_of_two(longest), T))
+
+    @classmethod
+    def in_batch(cls, batch: Mapping[str, Tensor]) -> Packing | None:
+        """That which `to_batch` put into a batch, or part of its rows."""
+        return cls(batch["doc_starts"], batch["doc_longest"].shape[1]) if "doc_starts" in batch else None
+
+    def to_batch(self) -> dict[str, Tensor]:
+        """As tensors that are split by rows and moved as all of a batch are: ``longest`` is the size of one without entries.
+
+        >>> packing = Packing(torch.zeros(4, 1, dtype=torch.int32), 512)
+        >>> Packing.in_batch({name: x[:2] for name, x in packing.to_batch().items()}).longest
+        512
+        """
+        return dict(zip(NAMES, (self.starts, self.starts.new_empty(len(self.starts), self.longest, 0)), strict=True))
 
     def cumulative(self, start: int, length: int) -> Tensor:
         """Cumulative lengths (B n + 1,) int32 of the documents' parts among ``length`` positions from ``start`` on, which of

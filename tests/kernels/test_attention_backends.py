@@ -49,8 +49,9 @@ def flex_on_cpu(monkeypatch):
     run_flex_on_cpu(monkeypatch.setattr)
 
 
-def run_flex_on_cpu(put=setattr):
+def run_flex_on_cpu(put):
     put(flex, "_validate_device", lambda *tensors: None)
+    put(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     put(attention_flex, "compiled_flex", lambda: flex.flex_attention)
 
 
@@ -134,13 +135,9 @@ def law_cp(pool, backend, method, case, sunk=True):
 
 
 def with_kernels(connection, backend, method, case, sunk):
-    before = flex._validate_device, attention_flex.compiled_flex
-    run_flex_on_cpu()
-    try:
-        with promised():
-            return on_a_rank(connection, method, case, sunk, attend=MUTANTS.get(backend) or BY_NAME[backend])
-    finally:
-        flex._validate_device, attention_flex.compiled_flex = before
+    with pytest.MonkeyPatch.context() as patch, promised():
+        run_flex_on_cpu(patch.setattr)
+        return on_a_rank(connection, method, case, sunk, attend=MUTANTS.get(backend) or BY_NAME[backend])
 
 
 BY_NAME = {"flash": FLASH, "cudnn": CUDNN, "package": PACKAGE, "flex": FLEX}
