@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from olmo_fn.kernels.attention_table import attend_vjp, choose
 from olmo_fn.models.config import Attention
 from olmo_fn.train.config import Config
 
 
 def attention_of(cfg: Config, device: torch.device) -> Config:
-    """The config as a device reads it: a backend that was chosen for a GPU says nothing of a CPU, where its weights are read."""
+    """The config as a device reads it: a backend that was chosen for a GPU says nothing of a CPU that reads its run."""
     if device.type == "cuda" or cfg.recipe.attention == "tiles":
         return cfg
     return replace(cfg, recipe=replace(cfg.recipe, attention="auto"))
@@ -35,8 +34,5 @@ def check_attention(cfg: Config, device: torch.device, dtype: torch.dtype) -> No
         raise ValueError(f"--recipe.engine func attends by plain operations, and not by {name}; leave out one of both")
     for i, block in enumerate(cfg.model.layers):
         if isinstance(block.mixer, Attention):
-            form = block.mixer.form(cfg.model, i)
-            if form.attend is not attend_vjp:
-                raise ValueError(f"--model.mixer.name {block.mixer.name} attends its own way; leave out --recipe.attention")
-            documents = cfg.data.mask_documents
-            choose(name, form.need(device, dtype, r.sequence_length, documents, mesh.cp, mesh.cp_method))
+            need = device, dtype, r.sequence_length, cfg.data.mask_documents, mesh.cp, mesh.cp_method
+            block.mixer.check_backend(name, cfg.model, i, *need)

@@ -172,6 +172,15 @@ class Attention(MixerSettings):
             if size != -1 and size < 1:
                 raise ValueError(f"--model.window-pattern has {size}; use sizes of at least 1, or -1 for full attention")
 
+    def check_backend(self, name: str, model: Model, layer: int, *need: Any) -> None:
+        """ValueError if the backend of that name cannot do what block ``layer`` needs (`AttentionForm.need`)."""
+        from olmo_fn.kernels.attention_table import attend_vjp, choose
+
+        form = self.form(model, layer)
+        if form.attend is not attend_vjp:
+            raise ValueError(f"--model.mixer.name {self.name} attends in a way of its own; leave out --recipe.attention")
+        choose(name, form.need(*need))
+
     def check_mesh(self, model: Model, tp: int, cp: int, cp_method: str) -> None:
         """ValueError, with the flags and a way out, if ranks of these degrees cannot share the heads."""
         heads = {"--model.n-heads": self.n_heads, "--model.n-kv-heads": self.kv_heads}
