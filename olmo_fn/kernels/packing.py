@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 NAMES = ("doc_starts", "doc_longest")  # in a batch
 
 
-class Packing(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Packing:
     """Documents packed into sequences of T tokens: ``starts`` (B, n) int32, in each row where its documents begin and then,
     as often as needed, T; and a length that none of them exceeds.
 
@@ -21,6 +22,7 @@ class Packing(NamedTuple):
 
     starts: Tensor
     longest: int
+    _known: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, documents: Tensor) -> Packing:
@@ -58,9 +60,16 @@ class Packing(NamedTuple):
         """Cumulative lengths (B n + 1,) int32 of the documents' parts among ``length`` positions from ``start`` on, which of
         all sequences lie one after the other. Every document is counted, also those that have no part there.
 
+        All layers ask for the same: it is computed once.
+
         >>> Packing(torch.tensor([[0, 2, 5]], dtype=torch.int32), 3).cumulative(1, 4)
         tensor([0, 1, 4, 4], dtype=torch.int32)
         """
+        if (start, length) not in self._known:
+            self._known[start, length] = self._cumulative(start, length)
+        return self._known[start, length]
+
+    def _cumulative(self, start: int, length: int) -> Tensor:
         B = len(self.starts)
         rows = torch.arange(0, B * length, length, dtype=torch.int32, device=self.starts.device)
         local = (self.starts - start).clamp_(0, length).add_(rows[:, None]).flatten()

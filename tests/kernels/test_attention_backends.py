@@ -197,7 +197,7 @@ def local(backend):
 
 
 def short(longest):
-    return of(lambda sight: sight._replace(packing=Packing.of(sight.documents)._replace(longest=longest)))
+    return of(lambda sight: sight._replace(packing=Packing(Packing.of(sight.documents).starts, longest)))
 
 
 MUTANTS = {
