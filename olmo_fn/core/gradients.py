@@ -34,9 +34,10 @@ class Execution:
     ``primitive``, ``fuse`` and ``kernel`` go to the chain's `Backend`; ``donate`` lets an update write into the memory of the
     state it replaces; ``layout`` says where things are; ``dtype`` is that of matrices and activations. ``wants`` says of a
     path whether its gradient is asked for; the tree of gradients has no others. ``differentiable`` keeps what a derivative of
-    the whole step needs. ``together``: the most elementwise updates in one call, see `updates_a_call`. ``stash`` makes, for each
-    sweep, what keeps the inputs of segments that run twice. ``step`` () is the number of steps before this one, None where
-    gradients are taken outside of a step: what a transform needs to do something else at each, such as noise (`olmo_fn.core.random.normal`).
+    the whole step needs. ``together``: the most elementwise updates in one call, see `updates_a_call`. ``stash`` makes, for
+    each sweep, what keeps the inputs of segments that run twice. ``step`` () is the number of steps before this one, None where
+    gradients are taken outside of a step: what a transform needs to do something else at each, such as noise
+    (`olmo_fn.core.random.normal`).
     """
 
     primitive: Callable[..., Any] = primitive
