@@ -25,12 +25,13 @@ INSTEAD |= {"token_type_ids": "the model has no types of tokens", "max_seqlen": 
 INSTEAD |= dict.fromkeys(("loss_mask", "label_mask"), "labels are -100 where there is no loss")
 
 
-def with_packing(batch: Batch) -> Batch:
-    """The batch with its documents once more, as kernels for sequences of different lengths want them (`Packing`).
-
-    To be called before it goes to a GPU: there it would have to be waited for.
+def with_packing(batch: Batch, device: torch.device) -> Batch:
+    """A batch in host memory as it goes to a device. A GPU's has its documents once more, as kernels for sequences of different
+    lengths want them (`Packing`): there one would have to wait for them.
     """
-    return batch if "documents" not in batch else {**batch, **Packing.of(document_starts(batch["documents"])).to_batch()}
+    if device.type != "cuda" or "documents" not in batch:
+        return batch
+    return {**batch, **Packing.of(document_starts(batch["documents"])).to_batch()}
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,7 @@ def attention(
         return _side_by_side(attend_over(q, k, v, sinks=sinks, **options))
     over = partial(attend_over_vjp, kernel=how.kernel, attend=attend, packing=ctx.packing, **options)
     vjp = _attention_vjp(over, memory_order(attend).cotangent)
-    return how.primitive(vjp, [] if sinks is None else [sinks], [q, k, v], how.weight_grads)
+    return how.primitive(vjp, [] if sinks is None else [sinks], [q, k, v], how.weight_grads, costly=True)
 
 
 def _attention_vjp(attend: Callable[..., Any], placed: Callable[[Tensor], Tensor]) -> VJP:
