@@ -1,5 +1,6 @@
 // A CUDA device that has no memory and runs nothing, for a build of torch without CUDA: what autograd asks a backend for.
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace c10::impl {
@@ -29,6 +30,7 @@ struct CUDAHooks final : CUDAHooksInterface {
   DeviceIndex current_device() const override { return 0; }
   DeviceIndex deviceCount() const override { return 1; }
   int getNumGPUs() const override { return 1; }
+  Allocator* getPinnedMemoryAllocator() const override { return c10::GetDefaultCPUAllocator(); }
 };
 REGISTER_CUDA_HOOKS(CUDAHooks);
 

@@ -41,7 +41,7 @@ class FakeCuda:
 
     Functions and arguments travel by pickle, as those of `olmo_fn.testing.Pool` do. RuntimeError without a C++ compiler.
 
-    >>> with FakeCuda() as process:
+    >>> with FakeCuda() as process:  # doctest: +SKIP
     ...     process.run(where)
     'cuda:0'
     """
@@ -129,13 +129,31 @@ def serve(descriptor: int) -> None:
             pipe.send_bytes(answer)
 
 
+class Nothing:
+    """A stream or an event of a device that does nothing: it is always done."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def elapsed_time(self, end: object) -> float:
+        """1: milliseconds that nothing took."""
+        return 1.0
+
+    def query(self) -> bool:
+        """True: all is done."""
+        return True
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
 def pretend_cuda() -> None:
     """Let ``torch.cuda`` answer for one H100 with 80 GB."""
     properties = SimpleNamespace(
         name="NVIDIA H100 80GB HBM3", total_memory=80 << 30, major=9, minor=0, multi_processor_count=132
-    )
-    stream = SimpleNamespace(
-        **{name: lambda *args: None for name in ("synchronize", "wait_event", "wait_stream", "record_event")}
     )
     answers: dict[str, Any] = {
         "is_available": True,
@@ -149,8 +167,11 @@ def pretend_cuda() -> None:
         "mem_get_info": (80 << 30, 80 << 30),
         "memory_allocated": 0,
         "max_memory_allocated": 0,
-        "current_stream": stream,
-        "default_stream": stream,
+        "current_stream": Nothing(),
+        "default_stream": Nothing(),
+        "Stream": Nothing(),
+        "Event": Nothing(),
+        "stream": Nothing(),
     }
     silent = ("_lazy_init", "init", "set_device", "synchronize", "empty_cache", "reset_peak_memory_stats")
     for name, answer in {**answers, **dict.fromkeys(silent)}.items():  # a function each: Dynamo looks them up by identity

@@ -29,7 +29,7 @@ from olmo_fn.core.step import Step
 
 aten = torch.ops.aten
 PACKAGE, TORCH = Path(olmo_fn.__file__).parent, Path(torch.__file__).parent
-HELPERS = {Path(__file__), PACKAGE / "mesh" / "collectives.py"}
+HELPERS = {Path(__file__), PACKAGE / "testing" / "emulated_cuda.py", PACKAGE / "mesh" / "collectives.py"}
 """Files whose lines are no places: what called them is."""
 ALLOCATES = {
     aten.empty.memory_format,

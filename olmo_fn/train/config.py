@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from olmo_fn.data.instances import InstancesSettings
-from olmo_fn.data.instances.fixed import FixedLength
+from olmo_fn.data.instances.kinds import KINDS
 from olmo_fn.data.settings import Data
 from olmo_fn.fields import AT_LEAST_ONE, DECAY, INVISIBLE, PATH, SIGNED, VISIBLE, Range, check_values
 from olmo_fn.formats.config_json import json_of
@@ -39,7 +39,7 @@ CHOICES: Choices = {
     MixerSettings: named(Attention),
     FeedForwardSettings: named(*FEED_FORWARDS),
     Block: named(*BLOCKS),
-    InstancesSettings: named(FixedLength),
+    InstancesSettings: named(*KINDS),
     ObserverSettings: named(NoObserver),
 }
 """What the fields of a `Config` may hold; the first of each is its default."""

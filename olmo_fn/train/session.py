@@ -98,7 +98,7 @@ class Session:
         those of each part that gradients are accumulated over.
         """
         read, sharing = self.source.train, self.step.execution.layout.sharing
-        slices = sharing.rows(read.sizes.rows(step), self.cfg.recipe.accumulate)
+        slices = sharing.rows(read.rows(step), self.cfg.recipe.accumulate)
         parts = [read(step, rows) for rows in slices]
         if self.cfg.model.drops:
             for part, rows in zip(parts, slices, strict=True):
