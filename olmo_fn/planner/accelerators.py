@@ -29,7 +29,7 @@ PRODUCTS, PRODUCTS_FP8 = 0.65, 0.61
 TILE, PROCESSORS = 128, 132
 """Rows and columns of a product that a multiprocessor computes at a time, and how many of these an H100 has."""
 
-ATTENTION = {"cudnn": (0.61, 0.48), "flash2": (0.37, 0.30), "flash3": (0.65, 0.55), "flex": (0.33, 0.25)}
+ATTENTION = {"cudnn": (0.61, 0.48), "flash": (0.37, 0.30), "flash3": (0.65, 0.55), "flex": (0.33, 0.25)}
 """Shares of the bf16 peak of attention, forward and backward: causal, heads of 128, sequences of 8,192, on an H100 (Shah et al.
 2024, arXiv 2407.08608, figures 5 and 6). FlexAttention has 0.9 and 0.85 of FlashAttention-2's, by its authors' blog of August
 2024."""

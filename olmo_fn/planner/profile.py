@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from olmo_fn.core.layout import Layout, Sweep, compute_copy
 from olmo_fn.core.offload import HostStash
 from olmo_fn.core.primitive import primitive
 from olmo_fn.core.tape import LOCAL_SWEEP, remat_policy
+from olmo_fn.kernels.attention_backend import AttentionBackend, Need
+from olmo_fn.kernels.attention_table import Choose
 from olmo_fn.mesh.axis import NAMES, Axes, Axis
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
@@ -31,6 +33,7 @@ from olmo_fn.models.transformer import layers
 from olmo_fn.parallel.owners import row_bytes
 from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, ShardedPlacement, ShardedWeights
 from olmo_fn.planner import attention
+from olmo_fn.planner.accelerators import ATTENTION as RATES
 from olmo_fn.planner.plan_input import Label, by_label, labels, owners
 from olmo_fn.planner.trace import OnGpu, Seen, Trace, Traffic, nbytes
 from olmo_fn.train.config import Config
@@ -149,14 +152,17 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, device: str 
 
     ValueError for a layout that the model's own code refuses. ``every_block`` leaves nothing to likeness, which takes longer.
     """
-    step = recipe(replace(cfg, recipe=replace(cfg.recipe, accumulate=1, noise_scale=0.0, compile=False)), dtype)
+    planned = replace(cfg.recipe, accumulate=1, noise_scale=0.0, compile=False)
+    if device != "cuda":
+        planned = replace(planned, attention="auto")  # on meta: by tiles
+    step = recipe(replace(cfg, recipe=planned), dtype)
     chain = step.grads.chain
     assert chain is not None, "only a chain of stages can be planned"
     stand_ins = {label: label for label in by_label(chain.stages)} if every_block else alike(cfg, chain)
     watch = Watch(cfg, mesh, rows, chain, frozenset(stand_ins.values()), device)
     trace, parts = watch.trace, watch.parts
     execution = replace(step.execution, layout=watch.layout)
-    execution = replace(execution, primitive=watch.primitive)
+    execution = replace(execution, primitive=watch.primitive, attention=watch.choosing(step.execution.attention))
     if cfg.recipe.offload:
         execution = replace(execution, stash=lambda: HostStash(trace.link))
     if cfg.recipe.compile:
@@ -207,6 +213,7 @@ class Watch:
     def __init__(self, cfg: Config, mesh: Mesh, rows: int, chain: Chain, chosen: frozenset[Label], device: str) -> None:
         self.cfg, self.mesh, self.rows, self.chosen, self.trace = cfg, mesh, rows, chosen, Trace()
         self.on_gpu = OnGpu() if device == "cuda" else None
+        self.attends = "tiles"  # the backend that was last chosen
         connection = Connection(mesh, 0, axes_of(mesh), None)  # type: ignore[arg-type]
         specs = parameters(cfg)
         self.owners = owners(chain, specs)
@@ -269,13 +276,12 @@ class Watch:
     def primitive(self, vjp: Any, weights: Any, inputs: Any, weight_grads: Any = None, *, costly: bool = False) -> Any:
         """A primitive, on chip if it is attention; the last one's backward begins the sweep back."""
         attends = vjp.__qualname__.split(".")[0] == ATTENTION
-        on_chip = self._attention if attends else lambda way, moved: nullcontext()
+        on_chip = partial(self._attention, self.attends if attends else "")
 
         def watched(weights: Any, inputs: Any) -> Any:
             moved = nbytes((weights, inputs))
-            with (
-                on_chip("forward", moved) if costly else nullcontext()
-            ):  # of a segment's second run its result is there already
+            # in the second run of a segment that keeps what is costly, its result is there already
+            with on_chip("forward", moved) if costly else nullcontext():
                 out, pullback = vjp(weights, inputs)
 
             def back(*cotangents: Any) -> Any:
@@ -289,12 +295,23 @@ class Watch:
 
         return primitive(watched, weights, inputs, weight_grads, costly=costly)
 
-    def _attention(self, way: str, moved: int) -> AbstractContextManager[None]:
-        """Attention as a kernel does it: counted by what it sees, not by the tiles that are traced."""
+    def choosing(self, choose: Choose) -> Choose:
+        """The run's own choice of attention's backend, noted, and what stands for it here."""
+
+        def chosen(need: Need) -> AttentionBackend:
+            backend = choose(need._replace(documents=need.documents or self.cfg.data.mask_documents))
+            self.attends = attention.rate_of(backend)
+            return attention.on_meta(backend)
+
+        return chosen if self.on_gpu else choose
+
+    def _attention(self, backend: str, way: str, moved: int) -> AbstractContextManager[None]:
+        """Attention as a kernel does it: counted by what it sees. Tiles, and all else, are counted as they are."""
         block, seen = self.now[1], self.trace.seen
-        if isinstance(block, int):
-            flops = attention.flops(self.cfg, self.mesh, block, self.rows) * (attention.BACKWARD if way == "backward" else 1)
-            seen.attention[f"{attention.backend(self.cfg, self.mesh, block)} {way}"] += round(flops)
+        if not isinstance(block, int) or backend not in RATES:
+            return nullcontext()
+        flops = attention.flops(self.cfg, self.mesh, block, self.rows) * (attention.BACKWARD if way == "backward" else 1)
+        seen.attention[f"{backend} {way}"] += round(flops)
         seen.launches["eager"] += LAUNCHES[way]
         return self.trace.on_chip(moved)
 

@@ -156,7 +156,7 @@ def predicted(run: Published) -> Seconds:
             + T * run.beside
         )
     products += _both_ways(T, model.d_model, model.vocab_size) / PRODUCTS
-    forward, backward = ATTENTION["flash2"]
+    forward, backward = ATTENTION["flash"]
     moved += T * model.vocab_size * (2 + 4 + 2 * 4 + 4 + 2)  # widened, two passes for the loss, one for its gradient
     moved += entries * (2 * (2 + 2) + 2 + 4)  # copies out of two gathers, and into a reduction
     moved += entries / n * run.update
