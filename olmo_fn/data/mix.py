@@ -39,7 +39,7 @@ class Mix:
 
     sources: tuple[MixSource, ...]
     schedule: tuple[tuple[float, tuple[float, ...]], ...] = ()
-    """From which part of the run on (0 to 1) which ratios hold."""
+    """From which step on which ratios hold; below 1, from which part of the run on."""
 
     @property
     def ratios(self) -> tuple[float, ...] | None:
@@ -52,14 +52,16 @@ def read_mix(name: str, base: str = BASE, tokenizer: str = TOKENIZER) -> Mix:
     """The mixture of a file, or of that published under a ``name``; ValueError, one line, for what is none.
 
     A YAML file has ``sources``, each with ``name``, ``paths``, ``ratio``, ``max_repetition`` and ``max_fraction`` (or as
-    OLMo-core calls them: source_name, target_ratio, max_repetition_ratio, max_source_fraction), and perhaps ``schedule``, a list
-    of ``from`` and ``ratios``. A text file has a line ``label,path`` for each token file, below ``base``; ``{TOKENIZER}`` in it
-    is ``tokenizer``.
+    OLMo-core calls them: source_name, target_ratio, max_repetition_ratio, max_source_fraction), and perhaps ``schedule``,
+    a list of ``from`` and ``ratios``. A text file has a line ``label,path`` for each token file, below ``base``;
+    ``{TOKENIZER}`` in it is ``tokenizer``.
     """
     path = find_mix(name)
     try:
         if path.stat().st_size > LARGEST:
-            raise ValueError(f"the mix file {str(path)!r} has {path.stat().st_size:,} bytes, more than a list of paths can have")
+            raise ValueError(
+                f"the mix file {str(path)!r} has {path.stat().st_size:,} bytes, more than a list of paths can have"
+            )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the mix file {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
@@ -149,7 +151,9 @@ def _source(entry: Any, where: str, folder: Path) -> MixSource:
     full = (p if "://" in p else str(folder / os.path.expanduser(p)) for p in paths)
     source = MixSource(**{**named, "paths": tuple(full)})
     if source.max_repetition < 1 or not 0 < source.max_fraction <= 1:
-        raise ValueError(f"{where}: of {source.name!r} max_repetition must be at least 1, and max_fraction above 0 and at most 1")
+        raise ValueError(
+            f"{where}: of {source.name!r} max_repetition must be at least 1, and max_fraction above 0 and at most 1"
+        )
     return source
 
 
@@ -159,8 +163,8 @@ def _phases(entries: Any, names: Sequence[str], where: str) -> list[tuple[float,
         if not isinstance(entry, Mapping) or entry.keys() != {"from", "ratios"} or not isinstance(entry["ratios"], Mapping):
             raise ValueError(f"{where}: schedule has {entry!r}; it is a list of {{from: 0.9, ratios: {{web: 0.5, code: 0.5}}}}")
         start, ratios = entry["from"], entry["ratios"]
-        if not isinstance(start, (int, float)) or not 0 < start < 1 or (phases and start <= phases[-1][0]):
-            raise ValueError(f"{where}: schedule has from: {start!r}; parts of the run are from 0 to 1, and grow")
+        if not isinstance(start, (int, float)) or start <= 0 or (phases and start <= phases[-1][0]):
+            raise ValueError(f"{where}: schedule has from: {start!r}; it is a step, or below 1 a part of the run, and grows")
         if unknown := ratios.keys() - {*names}:
             raise ValueError(f"{where}: schedule has a ratio of {min(unknown)!r}, which is no source")
         values = tuple(float(ratios.get(name, 0.0)) for name in names)

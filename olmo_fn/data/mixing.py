@@ -1,8 +1,8 @@
 """How many tokens each source of a mixture gives, and which instances of a run are of which source: pure functions.
 
-A run's instances are numbered; which source number i is from is written in no table: it is where ``i · A mod 2^32`` falls, for an
-odd A near the golden ratio, so that any stretch of a run is close to the ratios (Weyl 1916; the error grows with the logarithm
-of the length). How many of the first n a source has is a sum of floors, which takes as many operations as A has bits.
+A run's instances are numbered; which source number i is from is written in no table: it is where ``i · A mod 2^32`` falls, for
+an odd A near the golden ratio, so that any stretch of a run is close to the ratios (Weyl 1916; the error grows with the
+logarithm of the length). How many of the first n a source has is a sum of floors, which takes as many operations as A has bits.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ def check_ratios(names: Sequence[str], ratios: Sequence[float]) -> None:
         if not ratio >= 0:
             raise ValueError(f"the ratio of {name!r} is {ratio}; it must not be negative")
     if abs(total - 1) > ROUNDING:
-        shares = ", ".join(f"{name} {ratio / total:.4g}" for name, ratio in zip(names, ratios, strict=True)) if total > 0 else ""
-        raise ValueError(f"the ratios sum to {total:.6g} and not to 1{'; divided by that they are ' + shares if shares else ''}")
+        shares = (
+            ", ".join(f"{name} {ratio / total:.4g}" for name, ratio in zip(names, ratios, strict=True)) if total > 0 else ""
+        )
+        raise ValueError(
+            f"the ratios sum to {total:.6g} and not to 1{'; divided by that they are ' + shares if shares else ''}"
+        )
 
 
 def sample_sizes(
@@ -51,7 +55,7 @@ def sample_sizes(
         short = int(np.argmax(np.maximum(ideal / have, 1.0) - np.array(repetitions)))
         raise ValueError(
             f"a mixture of {target:,} needs {int(ideal[short]):,} of source {short}, which has {sizes[short]:,}, used at most "
-            f"{repetitions[short]:g} times: {int(ideal[short] - usable[short]):,} are missing; {int(found.sum()):,} are possible"
+            f"{repetitions[short]:g} times: {int(ideal[short] - usable[short]):,} are missing; {int(found.sum()):,} can be"
         )
     return found.astype(np.int64)
 
@@ -75,8 +79,10 @@ def sample_tokens(sources: Sequence[np.ndarray], max_tokens: int, seed: int | No
 
 
 def sample_documents(documents: np.ndarray, max_tokens: int, seed: int | None) -> np.ndarray:
-    """Whole documents out of ``documents`` (n, 3), at most ``max_tokens`` tokens: all of them as often as they fit, and then the
-    first ones, in a random order if there is a seed. OLMo-core's document sampling. ValueError if none fits.
+    """Whole documents out of ``documents`` (n, 3), at most ``max_tokens`` tokens.
+
+    All of them as often as they fit, and then the first ones, in a random order if there is a seed. OLMo-core's document
+    sampling. ValueError if none fits.
     """
     shuffled = documents.copy()
     if seed is not None:
@@ -104,26 +110,23 @@ def span_slice(spans: np.ndarray, start: int, stop: int) -> np.ndarray:
     return found
 
 
-def apportion(
-    wanted: Sequence[int], most: Sequence[int], sequence_length: int, instances: int
-) -> list[int]:
-    """Whole instances of each file, about ``wanted`` tokens of it and at most ``most``, so that all are ``instances``, in tokens.
+def apportion(wanted: Sequence[int], most: Sequence[int], sequence_length: int, instances: int) -> list[int]:
+    """Tokens of whole instances of each file: about those ``wanted`` and at most ``most``, and ``instances`` in all.
 
     OLMo-core's source mixtures: rounded down, and what is missing is given to those that have more: evenly, and then by the
     largest remainder (Hamilton's method). Fewer in all if there are no more.
     """
     caps = [tokens // sequence_length for tokens in most]
     counts = [min(tokens // sequence_length, cap) for tokens, cap in zip(wanted, caps, strict=True)]
-    rests = [
-        tokens % sequence_length if count < cap else 0 for tokens, count, cap in zip(wanted, counts, caps, strict=True)
-    ]
+    rests = [tokens % sequence_length if count < cap else 0 for tokens, count, cap in zip(wanted, counts, caps, strict=True)]
     missing = instances - sum(counts)
     open_files = [i for i, count in enumerate(counts) if count < caps[i]]
     if missing > 0 and open_files:
-        base, left = divmod(missing, len(open_files))
+        base = missing // len(open_files)
         for i in open_files:
             counts[i] = min(counts[i] + base, caps[i])
-        for i in sorted((i for i in open_files if counts[i] < caps[i]), key=lambda i: rests[i], reverse=True)[:left]:
+        left = instances - sum(counts)
+        for _, i in sorted(((rests[i], i) for i in open_files if counts[i] < caps[i]), reverse=True)[:left]:
             counts[i] += 1
     return [count * sequence_length for count in counts]
 

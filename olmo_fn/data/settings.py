@@ -24,6 +24,12 @@ class Data:
 
     paths: Annotated[tuple[str, ...], PATH] = ()
     """Token files or globs, in this order. Empty: the sources of this Python's standard library, tokenized on first use."""
+    mix: Annotated[str, PATH] = ""
+    """A file that says of which sources the data is mixed, in which ratios; or one of OLMo's published mixes, by its name."""
+    mix_base: str = "http://olmo-data.org"
+    """Where the paths of a published mix begin."""
+    mix_tokenizer: str = "allenai/dolma2-tokenizer"
+    """Whose tokens its files are to be."""
     heldout_paths: Annotated[tuple[str, ...], PATH] = ()
     """Token files or globs that are only evaluated on. NAME=FILE evaluates it by itself, as the set NAME."""
     heldout_mask_paths: Annotated[tuple[str, ...], PATH] = ()

@@ -1,9 +1,9 @@
 """Instances made of instances: one behind the other, a part, a sample, a mixture. Values, and nothing is copied.
 
-    web, code = FixedLength().build(...), Packed().build(...)
-    train, held_out = split(web, 0.99)
-    everything = concatenate(train, resize(code, 2.5, seed=0))
-    mixed = mix([train, code], [0.7, 0.3], [1, 4], seed=0)
+web, code = FixedLength().build(...), Packed().build(...)
+train, held_out = split(web, 0.99)
+everything = concatenate(train, resize(code, 2.5, seed=0))
+mixed = mix([train, code], [0.7, 0.3], [1, 4], seed=0)
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Concatenated:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Of ``instances`` those with these ``numbers``, in this order: a slice, a sample, any selection."""
+    """Of ``instances`` those with these ``numbers``, in this order: a sample, any selection."""
 
     instances: Instances
     numbers: np.ndarray
@@ -76,17 +76,38 @@ class Chosen:
         return self.instances.read(self.numbers[numbers])
 
 
+@dataclass(frozen=True)
+class Slice:
+    """Of ``instances`` the ``length`` from ``start`` on."""
+
+    instances: Instances
+    start: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def origin(self, number: int) -> Origin:
+        """Where instance ``number`` comes from."""
+        return self.instances.origin(self.start + number)
+
+    def read(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of the instances ``numbers``."""
+        return self.instances.read(self.start + numbers)
+
+
 def concatenate(*parts: Instances) -> Concatenated:
     """One behind the other."""
     return Concatenated(parts)
 
 
-def sliced(instances: Instances, start: int, stop: int) -> Chosen:
+def sliced(instances: Instances, start: int, stop: int) -> Slice:
     """Those from ``start`` to before ``stop``."""
-    return Chosen(instances, np.arange(*slice(start, stop).indices(len(instances))))
+    first, last, _ = slice(start, stop).indices(len(instances))
+    return Slice(instances, first, max(0, last - first))
 
 
-def split(instances: Instances, fraction: float) -> tuple[Chosen, Chosen]:
+def split(instances: Instances, fraction: float) -> tuple[Slice, Slice]:
     """The first ``fraction`` of them, rounded down, and the others."""
     at = int(len(instances) * fraction)
     return sliced(instances, 0, at), sliced(instances, at, len(instances))
