@@ -24,12 +24,6 @@ class Data:
 
     paths: Annotated[tuple[str, ...], PATH] = ()
     """Token files or globs, in this order. Empty: the sources of this Python's standard library, tokenized on first use."""
-    mix: Annotated[str, PATH] = ""
-    """A file that says of which sources the data is mixed, in which ratios; or one of OLMo's published mixes, by its name."""
-    mix_base: str = "http://olmo-data.org"
-    """Where the paths of a published mix begin."""
-    mix_tokenizer: str = "allenai/dolma2-tokenizer"
-    """Whose tokens its files are to be."""
     heldout_paths: Annotated[tuple[str, ...], PATH] = ()
     """Token files or globs that are only evaluated on. NAME=FILE evaluates it by itself, as the set NAME."""
     heldout_mask_paths: Annotated[tuple[str, ...], PATH] = ()
@@ -67,6 +61,12 @@ class Data:
     sequential: not at all."""
     order_seed: int = 34521
     """Seed of the order of the training instances, OLMo-core's data loader seed."""
+    mix: Annotated[str, PATH] = ""
+    """A file that says of which sources the data is mixed, in which ratios; or one of OLMo's published mixes, by its name."""
+    mix_base: str = "http://olmo-data.org"
+    """Where the paths of a published mix begin."""
+    mix_tokenizer: str = "allenai/dolma2-tokenizer"
+    """Whose tokens its files are to be."""
     cache_dir: Annotated[str, PATH] = ""
     """Where the default corpus and compiled code are kept. Empty: $OLMO_FN_CACHE, or olmo_fn in $XDG_CACHE_HOME or ~/.cache."""
 

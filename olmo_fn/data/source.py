@@ -46,6 +46,8 @@ class Source:
     """The end-of-document token, if it is known."""
     heldout_compressed: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the held-out text after gzip and xz, for the default corpus."""
+    sources: tuple[str, ...] = ()
+    """Names of the sources of a mixture."""
     files: tuple[tuple[str, str], ...] = ()
     """Path and type of every file that all this comes from: tokens, held-out tokens, label masks, tokenizer."""
 
@@ -107,7 +109,8 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
     read += [(path, "bool") for path in expand(data.heldout_mask_paths)]
     read += [(str(located(data.tokenizer)), "json")] if tokenizer else []
     read += [(str(find_mix(data.mix)), "mix")] if mix else []
-    return Source(train, sets, tokenizer, eos_id, compressed, tuple(read))
+    names = tuple(source.name for source in mix.sources) if mix else ()
+    return Source(train, sets, tokenizer, eos_id, compressed, names, tuple(read))
 
 
 def _check(data: Data) -> None:
