@@ -105,7 +105,7 @@ def _finished(instances: Instances, data: Data, tokens: TokenData) -> Instances:
 def _held_out(have: int, data: Data, sizes: Sizes) -> int:
     """How many instances: a part of those that there are, at least one, and no more than 4 Mi tokens."""
     most = max(1, HELDOUT_TOKENS // sizes.window)
-    return min(max(1, int(have * data.heldout_fraction)), most)
+    return min(have, max(1, int(have * data.heldout_fraction)), most)
 
 
 def _shared(files: Sequence, counts: Sequence[int]) -> Iterator[tuple]:
