@@ -8,6 +8,8 @@ R rows, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -110,11 +112,11 @@ def _logits_gradient(
         w = tl.load(weight)
         x = tl.load(logits + 2 * row * half + label).to(tl.float32)
         top, total = float("-inf"), 0.0
-        kept = ()
+        kept: Any = ()
         for k in tl.static_range(PIECES):
             pair = tl.load(pairs + k * PIECE + i)
             top, total = _more(top, total, pair, cap, CAPPED)
-            kept = kept + (pair ^ zero,)  # zero is no constant: or else the compiler would keep both halves in fp32
+            kept = (*kept, pair ^ zero)  # zero is no constant: or else the compiler would keep both halves in fp32
         for start in tl.range(PIECES * PIECE, half, PIECE):
             pair = tl.load(pairs + start + i, start + i < half, -8323200)  # twice -inf
             top, total = _more(top, total, pair, cap, CAPPED)

@@ -76,7 +76,7 @@ def _always(value: Any) -> Callable[..., Any]:
 class _H100:
     name, major, minor, multi_processor_count, total_memory = "NVIDIA H100 80GB HBM3", 9, 0, 132, 85 * 10**9
     warp_size, regs_per_multiprocessor, max_threads_per_multi_processor, max_threads_per_block = 32, 65536, 2048, 1024
-    gcnArchName, L2_cache_size, clock_rate, memory_clock_rate, memory_bus_width = "", 50 << 20, 1980000, 2619000, 5120  # noqa: N815
+    gcnArchName, L2_cache_size, clock_rate, memory_clock_rate, memory_bus_width = "", 50 << 20, 1980000, 2619000, 5120
     shared_memory_per_block, shared_memory_per_block_optin, shared_memory_per_multiprocessor = 49152, 232448, 233472
     uuid, pci_bus_id = "", 0
 
@@ -162,11 +162,9 @@ def _read(code: str, size: Callable[[str], int]) -> Iterator[Kernel]:
     sources = dict(re.findall(r"async_compile\.triton\('(\w+)', '''\n(.*?)'''", code, re.S))
     own = re.findall(r"(workspace_\d+) = empty_strided_cuda\(\((\d+), \), \(1, \), torch\.(\w+)\)", code)
     work = {name: int(count) * getattr(torch, dtype).itemsize for name, count, dtype in own}
-    for name, arguments, summed, library in re.findall(
-        r"^ +(?:(\w+)\.run\((.*), stream|\w+ = (workspace_\d+)\[.*\]\.view\(.*\.sum|(?:\w+ = )?(extern_kernels\.\w+|torch\.ops\.aten\.[\w.]+)\()",
-        code,
-        re.M,
-    ):
+    run, parts = r"(\w+)\.run\((.*), stream", r"\w+ = (workspace_\d+)\[.*\]\.view\(.*\.sum"
+    calls = rf"^ +(?:{run}|{parts}|(?:\w+ = )?(extern_kernels\.\w+|torch\.ops\.aten\.[\w.]+)\()"
+    for name, arguments, summed, library in re.findall(calls, code, re.M):
         if summed:  # of the parts of a sum over rows, one by each block of threads
             yield Kernel("sum of parts", 0, work[summed], work[summed], "")
         elif library:
@@ -191,13 +189,16 @@ def compile_generated(kernel: Kernel) -> MachineCode:
         file = Path(folder) / "kernel.py"
         file.write_text(kernel.source)
         spec = importlib.util.spec_from_file_location(kernel.name, file)
-        assert spec and spec.loader
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         with mock.patch.object(triton_helpers, "set_driver_to_gpu", _always(None)):
             spec.loader.exec_module(module)
         tuned = getattr(module, kernel.name)
         for config in tuned.configs:
-            code = compile_triton(tuned.fn, tuned.triton_meta["signature"], config.kwargs, 90, config.num_warps, config.num_stages)
+            code = compile_triton(
+                tuned.fn, tuned.triton_meta["signature"], config.kwargs, 90, config.num_warps, config.num_stages
+            )
             if not code.spills:
                 break
         return code
