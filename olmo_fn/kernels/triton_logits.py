@@ -69,9 +69,8 @@ def _capped(x, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _more(top, total, pair, cap, CAPPED: tl.constexpr):
-    """The largest entry and the sum of exponentials relative to it, of what was seen and of ``pair``."""
-    low, high = _capped(_low(pair), cap, CAPPED), _capped(_high(pair), cap, CAPPED)
+def _more(top, total, low, high):
+    """The largest entry and the sum of exponentials relative to it, of what was seen and of ``low`` and ``high``."""
     new = tl.maximum(top, tl.max(tl.maximum(low, high), 0))
     return new, total * tl.exp(top - new) + tl.sum(tl.exp(low - new) + tl.exp(high - new), 0)
 
@@ -115,11 +114,13 @@ def _logits_gradient(
         kept: Any = ()
         for k in tl.static_range(PIECES):
             pair = tl.load(pairs + k * PIECE + i)
-            top, total = _more(top, total, pair, cap, CAPPED)
+            top, total = _more(top, total, _capped(_low(pair), cap, CAPPED), _capped(_high(pair), cap, CAPPED))
             kept = (*kept, pair ^ zero)  # zero is no constant: or else the compiler would keep both halves in fp32
         for start in tl.range(PIECES * PIECE, half, PIECE):
-            pair = tl.load(pairs + start + i, start + i < half, -8323200)  # twice -inf
-            top, total = _more(top, total, pair, cap, CAPPED)
+            pair = tl.load(pairs + start + i, start + i < half, 0)
+            low, high = _capped(_low(pair), cap, CAPPED), _capped(_high(pair), cap, CAPPED)
+            inside = start + i < half
+            top, total = _more(top, total, tl.where(inside, low, float("-inf")), tl.where(inside, high, float("-inf")))
         lse = top + tl.log(total)
         times = 1 + 2 * z_loss * lse
         for k in tl.static_range(PIECES):
