@@ -50,10 +50,29 @@ def compile(folder: Path | None = None) -> Transform:
         # isolated: closures of the same code would otherwise share Dynamo's limit of eight compilations
         own = partial(torch.compile, fullgraph=True, isolate_recompiles=True, backend=_inductor_or_eager(folder))
         fuse = cache(lambda fn, *constants: own(bind(fn, *constants), dynamic=False))
-        kernel = cache(lambda fn: _of_plain_tensors(own(fn, dynamic=True)))
+        if torch.cuda.is_available():
+            kernel = cache(lambda fn: _of_plain_tensors(_by_device(own(fn, dynamic=True), own(fn))))
+        else:
+            kernel = cache(lambda fn: _of_plain_tensors(own(fn, dynamic=True)))
         return with_execution(step, fuse=fuse, kernel=kernel)
 
     return Transform("compile()", Step, Step, apply)
+
+
+def _by_device(any_size: Function, usual_size: Function) -> Function:
+    """The second for rows on a GPU, whose loads are of 2 bytes and not 16 where the length of a row is not known."""
+
+    def call(*args: Any) -> Any:
+        rows = isinstance(args[0], Tensor) and args[0].is_cuda and args[0].ndim > 1
+        return (usual_size if rows else any_size)(*args)
+
+    return call
+
+
+CUDA_OPTIONS = {"triton.mix_order_reduction_non_strict_mode": True}
+"""A norm's backward is one pass, whose sums over rows and over columns are of what is read once; left to itself, Inductor does
+that only where there are twice as many rows as columns.
+"""
 
 
 def _inductor_or_eager(folder: Path | None) -> Callable[..., Any]:
@@ -105,7 +124,8 @@ def _deafen_compilers() -> None:
 
 def _options() -> dict[str, Any]:
     """Where torch's own kernels use wide vectors Inductor's can: its trials, four seconds of a first start, are left out."""
-    return {"cpp.vec_isa_ok": True} if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else {}
+    cpu = {"cpp.vec_isa_ok": True} if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else {}
+    return {**cpu, **CUDA_OPTIONS} if torch.cuda.is_available() else cpu
 
 
 def _of_plain_tensors(fn: Function) -> Function:
@@ -114,8 +134,12 @@ def _of_plain_tensors(fn: Function) -> Function:
 
 
 def _plain(x: Any) -> Any:
-    """Tensors, and those in dicts, which is all that kernels take: a tenth of what ``torch.utils._pytree`` costs a call."""
-    return x.data if isinstance(x, Tensor) else {name: _plain(y) for name, y in x.items()} if isinstance(x, dict) else x
+    """Tensors, and those in dicts and lists, which is all that kernels take: a tenth of what ``torch.utils._pytree`` costs."""
+    if isinstance(x, Tensor):
+        return x.data
+    if isinstance(x, dict):
+        return {name: _plain(y) for name, y in x.items()}
+    return [_plain(y) for y in x] if isinstance(x, list) else x
 
 
 def has_compiler() -> bool:

@@ -1,5 +1,5 @@
-"""Triton kernels in Triton's interpreter beside the plain operations that define them: run by test_triton.py, in a process whose
-Triton interprets. The interpreter cuts fp32 off where a GPU rounds to bf16, so bf16 may differ by one in its last place.
+"""Triton kernels in Triton's interpreter beside the plain operations that define them: run by test_triton.py, in a process
+whose Triton interprets. The interpreter cuts fp32 off where a GPU rounds to bf16: bf16 may differ by one in its last place.
 """
 
 from __future__ import annotations
