@@ -3,7 +3,7 @@
 The assumptions, none of which has been measured by this project (it has had no GPU):
 
 - A product of matrices runs at `GEMM` of the peak, attention's at `ATTENTION`; elementwise kernels at `STREAM` of the memory's
-  bandwidth. Attention's tiles stay on chip, as in FlashAttention: what the tiles of `olmo_fn.kernels.attention_tiles` would
+  bandwidth. Attention's tiles stay on chip, as in FlashAttention: what the tiles of `olmo_fn.kernels.tiles` would
   move is not counted.
 - A collective moves (n - 1) / n of its tensor over the slowest link of its group, an all_reduce twice that. It takes `LAUNCH`,
   and `HOP` for each of the n - 1 steps of a ring, an all_reduce for the 2 log n of a tree. A group with g ranks in a machine

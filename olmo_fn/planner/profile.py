@@ -145,7 +145,8 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
 
     ValueError for a layout that the model's own code refuses. ``every_block`` leaves nothing to likeness, which takes longer.
     """
-    step = recipe(replace(cfg, recipe=replace(cfg.recipe, accumulate=1, noise_scale=0.0, compile=False)), dtype)
+    planned = replace(cfg.recipe, accumulate=1, noise_scale=0.0, compile=False, attention="auto")  # on meta: by tiles
+    step = recipe(replace(cfg, recipe=planned), dtype)
     chain = step.grads.chain
     assert chain is not None, "only a chain of stages can be planned"
     stand_ins = {label: label for label in by_label(chain.stages)} if every_block else alike(cfg, chain)

@@ -106,6 +106,7 @@ def test_a_step_uses_them(monkeypatch, dtype):
     plain = gradients(lambda fn: fn)
     monkeypatch.setattr(attention, "on_triton", seen)
     monkeypatch.setattr(cross_entropy, "on_triton", seen)
+    monkeypatch.setattr(attention, "memory_order", lambda attend: attention.BY_POSITION)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=1))
     got = gradients(lambda fn: fn)
     assert len(used) == 3  # two layers and a head
