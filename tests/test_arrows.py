@@ -34,7 +34,7 @@ KNOWS: dict[str, set[str]] = {
     "parallel": CORE,
     "research": CORE,
     "testing": CORE | {"parallel"},
-    "data": CORE | {"progress", "fields"},
+    "data": CORE | {"progress", "fields", "picture"},
     "checkpoint": GROUND | {"mesh", "files"},
     "launch": set(),
     "formats": MODEL | {"data", "checkpoint", "fields", "files", "progress"},
@@ -47,8 +47,9 @@ KNOWS: dict[str, set[str]] = {
     "convert": RUN | {"progress"},
     "checkpoints": RUN,
     "evaluate": RUN | {"progress"},
+    "show": RUN,
     "plot": RUN | {"picture"},
-    "cli": RUN | {"presets", "planner", "replay", "generate", "average", "checkpoints", "evaluate", "plot", "convert"},
+    "cli": RUN | {"presets", "planner", "replay", "generate", "average", "checkpoints", "evaluate", "plot", "convert", "show"},
     "__main__": {"cli"},
 }
 """A folder, or a file at the top, and what it may import besides itself and the version in ``olmo_fn``."""

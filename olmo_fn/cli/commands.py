@@ -112,13 +112,13 @@ def tokenize(words: Sequence[str]) -> int:
 
 def data(words: Sequence[str]) -> int:
     """What token files, mixtures and steps hold; and text to token files."""
-    from olmo_fn import data_show
+    from olmo_fn import show
     from olmo_fn.data import inspect, mix_command
     from olmo_fn.data import tokenize as tokenizing
 
     ways = {
         "inspect": (inspect.Inspect, inspect.run),
-        "show": (data_show.Show, data_show.run),
+        "show": (show.Show, show.run),
         "mix": (mix_command.ShowMix, mix_command.run),
         "tokenize": (tokenizing.Tokenize, tokenizing.run),
     }

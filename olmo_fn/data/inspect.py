@@ -119,7 +119,7 @@ def fitting_tokenizers(ids: np.ndarray) -> tuple[Known, ...]:
     The likeliest first: the smallest vocabulary.
     """
     largest, count = int(ids.max()), len(ids)
-    possible = [known for known in KNOWN if largest < known.vocab_size]
+    possible = [known for known in KNOWN if largest < known.vocab_size <= 64 * largest]
     ended = [known for known in possible if 0 < (ids == known.eos_id).sum() <= count / 4]
     return tuple(sorted(ended, key=lambda known: known.vocab_size))
 

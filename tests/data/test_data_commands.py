@@ -62,13 +62,14 @@ def tokenized(tmp_path_factory):
     return place / "out"
 
 
-def test_inspect_prints_what_a_file_is(tokenized, capsys):
+def test_inspect_prints_what_a_file_is(tokenized, tmp_path, capsys):
     assert cli.main(["data", "inspect", f"{tokenized}/part-*.npy", "--documents", "1"]) == 0
     out = capsys.readouterr().out
-    for part in ("uint16, as meta.json says", "ids up to 256", "that end with 256", "median 26", "| document 0 of the corpus"):
+    for part in ("uint16, as meta.json says", "ids up to 256", "that end with 256", "median 27", "| document 0 of the corpus"):
         assert part in out
     assert cli.main(["data", "inspect", f"{tokenized}/part-*.npy", "--dtype", "uint8"]) == 0
-    assert cli.main(["data", "inspect", f"{tokenized}/part-*.npy", "--dtype", "uint32"]) == 2
+    tokens_like("uint16").tofile(tmp_path / "other.npy")
+    assert cli.main(["data", "inspect", f"{tmp_path}/other.npy", "--tokenizer", f"{tokenized}/tokenizer.json"]) == 2
     assert "has the id" in capsys.readouterr().err
 
 

@@ -10,7 +10,20 @@ from programs import ROOT
 PACKAGE = ROOT / "olmo_fn"
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROWS = re.findall(r"^\| `(\w+)` \| .* \| ([\w ]*) ?\|$", (ROOT / "docs" / "design.md").read_text(), re.M)
-ABOVE = {"presets", "planner", "generate", "replay", "average", "evaluate", "plot", "convert", "cli", "research", "testing"}
+ABOVE = {
+    "presets",
+    "planner",
+    "generate",
+    "replay",
+    "average",
+    "evaluate",
+    "plot",
+    "convert",
+    "show",
+    "cli",
+    "research",
+    "testing",
+}
 
 
 def imported(folder: str) -> Iterator[str]:
