@@ -40,7 +40,7 @@ KNOWS: dict[str, set[str]] = {
     "formats": MODEL | {"data", "checkpoint", "fields", "files", "progress"},
     "train": RUN - {"train"},
     "presets": RUN,
-    "planner": RUN | {"picture"},
+    "planner": RUN | {"picture", "presets"},
     "replay": RUN | {"research"},
     "generate": RUN,
     "average": RUN | {"checkpoints"},
