@@ -230,7 +230,7 @@ def pack_scalars(leaf: Leaf, scalars: Scalars, dtype: torch.dtype) -> tuple[tupl
     One vector and not in fp64, so that calling a compiled update costs little, and converts nothing for every few entries.
     """
     wide, device = torch.promote_types(dtype, torch.float32), scalars["skip"].device
-    own = {k: torch.tensor(v, dtype=wide, device=device) for k, v in leaf.scalars.items()}
+    own = {k: torch.full((), v, dtype=wide, device=device) for k, v in leaf.scalars.items()}  # a copy would wait
     found = {**of_group(scalars, leaf.group), **own}
     return tuple(found), torch.stack([value.to(wide) for value in found.values()])
 

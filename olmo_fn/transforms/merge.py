@@ -37,6 +37,7 @@ def merge(last: int, at: Sequence[int]) -> Transform[Step, Step]:
                 f"merge: the last {last} steps before {b} overlap with those before {a}; merge fewer or less often"
             )
     name, counter = "merge", "merge_window"
+    ends_on = cache(lambda device: torch.tensor(ends, device=device))  # copied once: a copy waits for the GPU
 
     def apply(inner: Step) -> Step:
         def init_control() -> Tree:
@@ -44,7 +45,7 @@ def merge(last: int, at: Sequence[int]) -> Transform[Step, Step]:
 
         def control(state: State, signals: Signals, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
             own, scalars, metrics = inner.control(state, signals, metrics)
-            now = torch.tensor(ends, device=state.step.device) - (state.step + 1)  # steps still to go
+            now = ends_on(state.step.device) - (state.step + 1)  # steps still to go
             inside = ((now >= 0) & (now < last)).any()
             count = torch.where((now == last - 1).any(), 0, state.slots[counter]["count"])
             entered = inside & ~scalars["skip"]
