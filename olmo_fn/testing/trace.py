@@ -159,7 +159,7 @@ class Trace(TorchDispatchMode):
     def holds(self, tensors: Any) -> None:
         """Count the storages of these tensors as live until they are gone; those that are made in here are anyway."""
         for tensor in leaves(tensors):
-            storage = tensor.untyped_storage()
+            storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # a DTensor has no memory but its part's
             key = storage._cdata
             if key not in self._refs:
                 self._refs[key] = weakref.ref(storage, partial(self._gone, key))
