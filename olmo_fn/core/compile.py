@@ -107,7 +107,7 @@ def _options(inputs: list[Any]) -> dict[str, Any]:
     """Where torch's own kernels use wide vectors Inductor's can: its trials, four seconds of a first start, are left out.
 
     On a GPU what shares a few numbers and nothing else stays apart: the updates of eight parameters, which share their scalars,
-    would become one kernel that keeps all eight in registers, 255 of them, and 584 bytes a thread of memory besides (for sm_90).
+    would become one kernel that keeps all eight in registers, 255 of them, and 584 bytes a thread in memory (sm_90).
     """
     if any(isinstance(x, Tensor) and x.device.type == "cuda" for x in inputs):
         return {"score_fusion_memory_threshold": 256}  # bytes
