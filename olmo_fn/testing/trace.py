@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -183,10 +184,12 @@ class Trace(TorchDispatchMode):
             return out
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        self._eager = torch.compiler.set_stance("force_eager")  # what compiles itself is seen as it is
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._eager.__exit__(None, None, None)
         super().__exit__(*exception)
 
     # --- compiled calls -----------------------------------------------------------------------------------------------
@@ -237,6 +240,19 @@ class Trace(TorchDispatchMode):
         if not self._inside:
             self._moved(inputs, results)
             self.holds(results)
+
+
+def _flex(op: Any, trace: Trace, *args: Any, **kwargs: Any) -> Any:
+    """FlexAttention is no operation that a mode is asked about, but one of higher order: it is a launch, too."""
+    out = op(*args, **kwargs)
+    if not trace._inside:
+        trace.seen.launches[op.name()] += 1
+    trace._made(args, out)
+    return out
+
+
+for op in (flex_attention, flex_attention_backward):
+    op.py_impl(Trace)(partial(_flex, op))
 
 
 class _Stage(Function):
