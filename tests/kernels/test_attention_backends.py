@@ -413,17 +413,11 @@ def test_a_mixer_with_a_way_of_its_own_is_asked_for_none():
 
 @pytest.mark.slow
 def test_flex_attention_compiled_for_a_cpu_agrees_with_tiles():
-    """Its forward pass, by Inductor: a window, documents, grouped heads and a cap at once."""
+    """Its forward pass, by Inductor, which has no log-sum-exp there: a window, documents, grouped heads and a cap at once."""
     q, k, v, _, documents = tensors(4, 2, length=300, dtype=torch.float32)
-    q, k = q[..., :4].repeat(1, 1, 1, 4) / 2, k[..., :4].repeat(1, 1, 1, 4) / 2
-    v = v[..., :4].repeat(1, 1, 1, 4)
+    q, k, v = (x[..., :4].repeat(1, 1, 1, 4) / 2 for x in (q, k, v))
     scores = Scores(Sight(40, documents), 3.0)
+    mask, capped = attention_flex._block_mask(scores.sight, q, k), attention_flex._soft_cap(3.0)
     with torch.no_grad():
-        mask = attention_flex._block_mask(scores.sight, q, k)
-        capped = attention_flex._soft_cap(3.0)
-        out, aux = attention_flex.compiled_flex()(
-            q, k, v, score_mod=capped, block_mask=mask, enable_gqa=True, return_aux=flex.AuxRequest(lse=True)
-        )
-    expected, lse, _ = TILES.forward(scores, q, k, v)
-    assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    assert_close(aux.lse, lse, rtol=1e-5, atol=1e-5)
+        out = attention_flex.compiled_flex()(q, k, v, score_mod=capped, block_mask=mask, enable_gqa=True)
+    assert_close(out, TILES.forward(scores, q, k, v)[0], rtol=1e-5, atol=1e-5)
