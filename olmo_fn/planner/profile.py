@@ -7,7 +7,7 @@ buckets, optimizer and collectives are the ones that train.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
@@ -310,10 +310,10 @@ class WatchedWeights(ShardedWeights):
 
     watch: Watch
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, uncast: Collection[str] = ()) -> Any:
+    def fetch(self, params: Tree, paths: Iterable[str], *how: Any) -> Any:
         paths, watch = tuple(paths), self.watch
         with watch.trace.purpose("weights"), watch.adding(watch.parts[watch.owners[paths[0]]].gathered):
-            return _Weights(watch.trace, super().fetch(params, paths, dtype, uncast))
+            return _Weights(watch.trace, super().fetch(params, paths, *how))
 
     def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         watch, label = self.watch, self.watch.reducing(grads)
