@@ -94,8 +94,14 @@ class Quantise(NamedTuple):
         """The quantised weight, None for a parameter that is not to be."""
         return self.forms[path].quantised(p, self.kernel) if path in self.forms else None
 
+    def parts(self, path: str, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a parameter that is to be quantised its entries, as bytes, and its scales."""
+        data, scale, _ = self.forms[path].quantised(p, self.kernel)
+        assert scale is not None
+        return data.view(torch.uint8), scale
+
     def whole(self, path: str, entries: Tensor, scale: Tensor) -> Float8:
-        """The weight of which these, as bytes, are the entries."""
+        """The weight that these are the parts of."""
         return Float8(entries.view(E4M3), scale, self.forms[path])
 
 
@@ -118,7 +124,7 @@ def power_of_two(largest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_rows(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-    """Rows of ``x`` (M, K) in e4m3, and their scales (M, 1); with ``factors`` (K,), as much for the product with each of them."""
+    """Rows of ``x`` (M, K) in e4m3, and their scales (M, 1); with ``factors`` (K,), that of the product with each of them."""
     found: list[Tensor] = []
     for factor in factors or (None,):
         y = x.float() if factor is None else x.float() * factor
@@ -291,11 +297,6 @@ def check_shape(path: str, shape: Sequence[int], form: Form, parts: Mapping[int,
             f"{path} is {' x '.join(map(str, local))} on a rank, and float8 by {form.recipe!r} takes multiples of "
             f"{form.multiple}; leave it out: --recipe.float8-skip '*.{path.rsplit('.', 1)[-1]}'"
         )
-
-
-def capable(recipe: Recipe, capability: tuple[int, int]) -> bool:
-    """Whether a GPU of this compute capability has such products: Ada and Hopper on ``rowwise``, Blackwell on ``mx``."""
-    return capability >= ((10, 0) if recipe == "mx" else (8, 9))
 
 
 def tensors_of(weights: Collection[Any]) -> list[Tensor]:

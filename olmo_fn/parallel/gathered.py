@@ -88,8 +88,9 @@ class Gathered:
         """This rank's parts of what travels, for the parameters among ``paths``."""
         found: dict[str, Tensor] = {}
         for path in paths:
-            if quantised := self.quantise(path, self.local[path]) if path in self.local else None:
-                found |= {path: quantised.data.view(torch.uint8), path + SCALES: quantised.scale}
+            if path + SCALES in paths:
+                entries, scales = self.quantise.parts(path, self.local[path])
+                found |= {path: entries, path + SCALES: scales}
             elif path in self.local:
                 found[path] = compute_copy(self.local[path], self.dtype)
         return found
@@ -98,10 +99,8 @@ class Gathered:
         for _, paths, shards in self.groups:
             for path, shard in zip(paths, shards, strict=True):
                 dtype = torch.uint8 if path + SCALES in paths else torch.float32 if path.endswith(SCALES) else None
-                like = self.local[path.removesuffix(SCALES)][:0]
-                self.outs[path] = (compute_copy(like, self.dtype) if dtype is None else like).new_empty(
-                    shard.shape, dtype=dtype
-                )
+                like = compute_copy(self.local[path.removesuffix(SCALES)][:0], self.dtype)
+                self.outs[path] = like.new_empty(shard.shape, dtype=dtype)
 
         def leaf(path: str, p: Tensor) -> Any:
             if path + SCALES in self.outs:

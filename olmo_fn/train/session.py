@@ -51,6 +51,7 @@ def open_run(run: Session | Config | str | Path, process: ProcessContext | None 
     folder = Path(cfg.run.folder if isinstance(run, Config) else run).expanduser()
     process = process or ProcessContext(machine.pick_device(cfg.run.device))
     dtype = machine.compute_dtype(cfg.recipe.dtype, process.device)
+    machine.check_float8(cfg.recipe.float8, process.device, dtype)
     return Session(cfg, folder, process, dtype, parameters(cfg))
 
 

@@ -26,8 +26,8 @@ DIVIDED = ("heads", "kv_heads", "mlp")  # logical axes that are sharded over tp 
 
 
 def float8(recipe: Recipe = "rowwise", skip: Sequence[str] = (), patterns: Sequence[str] = LINEAR) -> Transform[Loss, Loss]:
-    """Quantise the matrices whose path matches ``patterns`` and none of ``skip``, and what they are multiplied with; goes before
-    ``grad``, and after `olmo_fn.transforms.lora.lora`, whose adapters stay as they are.
+    """Quantise the matrices whose path matches ``patterns`` and none of ``skip``, and what they are multiplied with. Goes
+    before ``grad``, and after `olmo_fn.transforms.lora.lora`, whose adapters stay as they are.
 
     ValueError for a loss that is no chain, a pattern of ``skip`` that matches nothing, and for matrices whose dims are no
     multiples of 16 (``rowwise``) or 32 (``mx``).
