@@ -47,6 +47,9 @@ def float8(recipe: Recipe = "rowwise", skip: Sequence[str] = (), patterns: Seque
             for path, form in forms.items():
                 divided = {dim: axes.tp.size for dim, name in enumerate(specs[path].axes) if name in DIVIDED}
                 check_shape(path, specs[path].shape, form, divided)
+                if axes.fsdp.size > 1 and "embed" in specs[path].axes:
+                    dim = specs[path].axes.index("embed")
+                    form.check_part(path, dim, -(-specs[path].shape[dim] // axes.fsdp.size))
 
         marked = chain.changed(lambda stage: _with_forms(stage, forms))
         return replace(loss, fn=replace(marked, float8=forms, check=check))
