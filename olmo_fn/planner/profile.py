@@ -223,7 +223,9 @@ class Watch:
             axis = self.placement.gather_axis(path)
             part, whole = self.parts[self.owners[path]], self.placement.box(path, [axis.name])[1]
             copy = compute_copy(torch.empty(whole, device="meta"), dtype)
-            if n > 1 or not (copy.dtype == torch.float32 or path in self.chain.uncast):
+            if form := self.chain.float8.get(path):
+                part.weights += prod(whole) + 4 * prod(form.scale_shape(whole))
+            elif n > 1 or not (copy.dtype == torch.float32 or path in self.chain.uncast):
                 part.weights += copy.nbytes
             if is_trained(self.cfg, path):
                 part.gradients += 4 * prod(self.placement.box(path)[1])

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-LINEAR = (aten.mm, aten.addmm, aten.addmm_)
-PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}
+SCALED = (aten._scaled_mm, aten._scaled_mm_v2)  # in float8
+LINEAR = (aten.mm, aten.addmm, aten.addmm_, *SCALED)
+PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm], aten._scaled_mm_v2: flop_registry[aten.mm]}
 """How many FLOPs an operation has, of those that are counted: products of matrices, attention, convolutions."""
 EMPTY = {aten.new_empty.default, aten.empty_like.default, aten.empty.memory_format}
 """What allocates, and moves nothing."""
