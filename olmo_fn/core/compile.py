@@ -72,7 +72,7 @@ def _inductor_or_eager(folder: Path | None) -> Callable[..., Any]:
 
         _deafen_compilers()
         try:
-            return compile_fx(graph, inputs, config_patches=_options())
+            return compile_fx(graph, inputs, config_patches=_options(inputs))
         except InductorError as error:
             failed = True
             warnings.warn(f"cannot compile ({_reason(error)}): running eager, which is slower", stacklevel=2)
@@ -103,8 +103,14 @@ def _deafen_compilers() -> None:
     cpp_builder._run_compile_cmd = deaf  # torch 2.13: all compilers start there
 
 
-def _options() -> dict[str, Any]:
-    """Where torch's own kernels use wide vectors Inductor's can: its trials, four seconds of a first start, are left out."""
+def _options(inputs: list[Any]) -> dict[str, Any]:
+    """Where torch's own kernels use wide vectors Inductor's can: its trials, four seconds of a first start, are left out.
+
+    On a GPU what shares a few numbers and nothing else stays apart: the updates of eight parameters, which share their scalars,
+    would become one kernel that keeps all eight in registers, 255 of them, and 584 bytes a thread of memory besides (for sm_90).
+    """
+    if any(isinstance(x, Tensor) and x.device.type == "cuda" for x in inputs):
+        return {"score_fusion_memory_threshold": 256}  # bytes
     return {"cpp.vec_isa_ok": True} if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else {}
 
 
@@ -114,8 +120,12 @@ def _of_plain_tensors(fn: Function) -> Function:
 
 
 def _plain(x: Any) -> Any:
-    """Tensors, and those in dicts, which is all that kernels take: a tenth of what ``torch.utils._pytree`` costs a call."""
-    return x.data if isinstance(x, Tensor) else {name: _plain(y) for name, y in x.items()} if isinstance(x, dict) else x
+    """Tensors, and those in dicts and lists, which is all that kernels take: a tenth of what ``torch.utils._pytree`` costs."""
+    if isinstance(x, Tensor):
+        return x.data
+    if isinstance(x, dict):
+        return {name: _plain(y) for name, y in x.items()}
+    return [_plain(y) for y in x] if isinstance(x, list) else x
 
 
 def has_compiler() -> bool:

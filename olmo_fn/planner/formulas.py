@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from olmo_fn import tree
-from olmo_fn.kernels.attention_tiles import TILE
+from olmo_fn.kernels.attention_sight import TILE
 from olmo_fn.models.count import flops_per_sequence
 from olmo_fn.nn.cross_entropy import LOGITS_ROWS
 from olmo_fn.planner.accelerators import Accelerator

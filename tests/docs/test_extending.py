@@ -22,9 +22,10 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import load, step_path
 from olmo_fn.cli import main as cli
 from olmo_fn.cli import training
+from olmo_fn.data.instances import TokenData
 from olmo_fn.data.tokens import open_tokens
 from olmo_fn.generate.decode import empty_cache, extend
-from olmo_fn.kernels.attention_tiles import attend
+from olmo_fn.kernels.attention import attend
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.mesh.settings import MeshConfig
@@ -365,7 +366,8 @@ def test_a_dataset_trains(folder):
 
 def test_a_dataset_reads_documents(part, tmp_path):
     np.array([7, 8, 5, 5, 9, 9, 9, 9, 5, 6], dtype=np.uint8).tofile(tmp_path / "t.npy")
-    made = part("first_tokens").FirstTokens(shortest=2).build((open_tokens(str(tmp_path / "t.npy"), "uint8"),), (), 4, 10, 5)
+    tokens = TokenData((open_tokens(str(tmp_path / "t.npy"), "uint8"),), 4, 10, eos_id=5)
+    made = part("first_tokens").FirstTokens(shortest=2).build(tokens)
     assert len(made) == 2
     arrays = made.read(np.array([1, 0]))
     assert arrays["input_ids"].tolist() == [[9, 9, 9, 9], [7, 8, 5, 5]]
@@ -448,7 +450,7 @@ def test_gradients_of_attention_agree_with_the_plain_form(part, pool):
     )
     plain = replace(config, recipe=replace(config.recipe, engine="func"))
     equivalent(config, [Layout(Mesh()), Layout(Mesh(cp=2)), Layout(Mesh(tp=2))], pool, reference=partial(recipe, plain, DOUBLE))
-    with pytest.raises(RankFailed, match="ring merges tiles of its own; with another attention use gather or ulysses"):
+    with pytest.raises(RankFailed, match="ring merges parts of its own; with another attention use gather or ulysses"):
         equivalent(config, [Layout(Mesh(cp=2), Rules(cp_method="ring"))], pool)
 
 
