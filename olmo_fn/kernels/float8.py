@@ -167,7 +167,7 @@ def dequantise(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def products(kernel: Kernel, x: Tensor, weights: Sequence[Float8]) -> list[Tensor]:
     """``x`` (M, K), its rows quantised, times each of ``weights`` (K, N): (M, N) each, in the dtype of x."""
     return [
-        scaled_product(data, scale, column_major(kernel, w.data), w.scale, w.form, 0, x.dtype)
+        scaled_product(kernel, data, scale, column_major(kernel, w.data), w.scale, w.form, 0, x.dtype)
         for (data, scale), w in zip(_quantised_for(kernel, x, weights, 0), weights, strict=True)
     ]
 
@@ -177,7 +177,7 @@ def transposed_products(kernel: Kernel, d_out: Sequence[Tensor], weights: Sequen
     total: Tensor | None = None
     for d, w in zip(d_out, weights, strict=True):
         ((data, scale),) = _quantised_for(kernel, d, [w], 1)
-        part = scaled_product(data, scale, w.data.T, w.scale, w.form, 1, d.dtype)
+        part = scaled_product(kernel, data, scale, w.data.T, w.scale, w.form, 1, d.dtype)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
@@ -198,7 +198,7 @@ def _quantised_for(kernel: Kernel, x: Tensor, weights: Sequence[Float8], summed:
 
 
 def scaled_product(
-    a: Tensor, a_scale: Tensor, b: Tensor, w_scale: Tensor | None, form: Form, summed: int, dtype: torch.dtype
+    kernel: Kernel, a: Tensor, a_scale: Tensor, b: Tensor, w_scale: Tensor | None, form: Form, summed: int, dtype: torch.dtype
 ) -> Tensor:
     """``a`` (M, K) times ``b`` (K, N) with their scales, in ``dtype``. ``b`` is a weight, transposed if ``summed`` is 1, and
     ``w_scale`` its scales as the weight has them; those that ``a`` has been multiplied by already are left out.
@@ -215,8 +215,8 @@ def scaled_product(
     if form.recipe == "rowwise":  # only fast accumulation has kernels that are worth it, as torchao says
         return torch._scaled_mm(a, b, a_scale, b_scale, out_dtype=dtype, use_fast_accum=True)
     block, swizzle = F.ScalingType.BlockWise1x32, F.SwizzleType.SWIZZLE_32_4_4
-    scales = tiled(a_scale), tiled(b_scale.T.repeat_interleave(BLOCK, 0))
-    return F.scaled_mm(a, b, scales[0], block, scales[1], block, swizzle, swizzle, output_dtype=dtype)
+    scales = (x.view(torch.float8_e8m0fnu) for x in (kernel(tiled)(a_scale), kernel(tiled_blocks)(b_scale)))
+    return F.scaled_mm(a, b, next(scales), block, next(scales), block, swizzle, swizzle, output_dtype=dtype)
 
 
 def column_major(kernel: Kernel, w: Tensor) -> Tensor:
@@ -229,13 +229,18 @@ def _transposed(w: Tensor) -> Tensor:
 
 
 def tiled(scale: Tensor) -> Tensor:
-    """Scales (M, K / 32) as bytes (e8m0) in the order that Blackwell's tensor cores read them in: tiles of 128 x 4, in which
-    rows r, r + 32, r + 64 and r + 96 lie side by side (cuBLAS, "1D block scaling factors layout").
+    """Scales (M, K / 32) as bytes, the exponents (e8m0), in the order that Blackwell's tensor cores read them in: tiles of
+    128 x 4, in which rows r, r + 32, r + 64 and r + 96 lie side by side (cuBLAS, "1D block scaling factors layout").
     """
     rows, columns = -(-scale.shape[0] // 128), -(-scale.shape[1] // 4)
-    padded = F.pad(scale, (0, 4 * columns - scale.shape[1], 0, 128 * rows - scale.shape[0]), value=1.0)
-    tiles = padded.to(torch.float8_e8m0fnu).view(torch.uint8).view(rows, 4, 32, columns, 4).permute(0, 3, 2, 1, 4)
-    return tiles.flatten().view(torch.float8_e8m0fnu)
+    exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
+    padded = F.pad(exponents, (0, 4 * columns - scale.shape[1], 0, 128 * rows - scale.shape[0]))
+    return padded.view(rows, 4, 32, columns, 4).permute(0, 3, 2, 1, 4).flatten()
+
+
+def tiled_blocks(scale: Tensor) -> Tensor:
+    """The same of a weight's scales (K / 32, N / 32), one for each of its columns."""
+    return tiled(scale.T.repeat_interleave(BLOCK, 0))
 
 
 # --- the definition, of which derivatives can be taken ----------------------------------------------------------------
