@@ -133,6 +133,16 @@ def quantise_rows(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def quantise_each_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`quantise_rows` of each."""
+    return tuple(part for x in tensors for part in quantise_rows(x))
+
+
+def quantise_each_groups(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`quantise_groups` of each."""
+    return tuple(part for x in tensors for part in quantise_groups(x))
+
+
 def quantise_columns(w: Tensor) -> tuple[Tensor, Tensor]:
     """Columns of ``w`` (K, N) in e4m3, and their scales (1, N)."""
     scale, inverse = power_of_two(w.float().abs().amax(0, keepdim=True))
@@ -166,50 +176,61 @@ def dequantise(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def products(kernel: Kernel, x: Tensor, weights: Sequence[Float8]) -> list[Tensor]:
     """``x`` (M, K), its rows quantised, times each of ``weights`` (K, N): (M, N) each, in the dtype of x."""
+    factors, scales = _placed(weights, 0)
+    if weights[0].form.recipe == "mx":
+        rows = [kernel(quantise_groups)(x)] * len(weights)
+    elif None in factors:  # one form for all
+        rows = [kernel(quantise_rows)(x)] * len(weights)
+    else:
+        rows = _pairs(kernel(quantise_rows)(x, *factors))  # x is read once
+    columns = [w.data for w in weights]
+    if x.device.type != "cpu":
+        columns = [w.T for w in kernel(transposed)(*columns)]
     return [
-        scaled_product(kernel, data, scale, column_major(kernel, w.data), w.scale, w.form, 0, x.dtype)
-        for (data, scale), w in zip(_quantised_for(kernel, x, weights, 0), weights, strict=True)
+        scaled_product(kernel, a, a_scale, b, b_scale, weights[0].form, x.dtype)
+        for (a, a_scale), b, b_scale in zip(rows, columns, scales, strict=True)
     ]
 
 
 def transposed_products(kernel: Kernel, d_out: Sequence[Tensor], weights: Sequence[Float8]) -> Tensor:
     """The sum over ``weights`` (K, N) of the cotangents ``d_out`` (M, N), their rows quantised, times the transposed weight."""
-    total: Tensor | None = None
-    for d, w in zip(d_out, weights, strict=True):
-        ((data, scale),) = _quantised_for(kernel, d, [w], 1)
-        part = scaled_product(kernel, data, scale, w.data.T, w.scale, w.form, 1, d.dtype)
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
-
-
-def _quantised_for(kernel: Kernel, x: Tensor, weights: Sequence[Float8], summed: int) -> list[tuple[Tensor, Tensor]]:
-    """The rows of ``x``, and their scales, for the product with each weight: times the scales of the weight where these lie
-    along the dim that is ``summed``. In one kernel, which reads x once.
-    """
+    factors, scales = _placed(weights, 1)
     if weights[0].form.recipe == "mx":
-        return [kernel(quantise_groups)(x)] * len(weights)
-    along = [w.form.dim == summed for w in weights]
-    factors = [w.scale.flatten() for w, yes in zip(weights, along, strict=True) if yes and w.scale is not None]
-    found = kernel(quantise_rows)(x, *factors) if factors else ()
-    pairs = iter(zip(found[::2], found[1::2], strict=True))
-    alone = None if all(along) else kernel(quantise_rows)(x)
-    return [next(pairs) if yes else alone for yes in along]  # type: ignore[misc]
+        rows = _pairs(kernel(quantise_each_groups)(*d_out))
+    elif None in factors:
+        rows = _pairs(kernel(quantise_each_rows)(*d_out))
+    else:
+        rows = [kernel(quantise_rows)(d, factor) for d, factor in zip(d_out, factors, strict=True)]
+    parts = [
+        scaled_product(kernel, a, a_scale, w.data.T, b_scale, w.form, d_out[0].dtype)
+        for (a, a_scale), b_scale, w in zip(rows, scales, weights, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else kernel(add_all)(*parts)
+
+
+def _pairs(found: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [*zip(found[::2], found[1::2], strict=True)]
+
+
+def _placed(weights: Sequence[Float8], summed: int) -> tuple[list[Tensor | None], list[Tensor]]:
+    """For a product that sums over a dim of ``weights``, all of the same form: what goes into the other factor (K,), or None,
+    and the scales that are left, (1, N) or of blocks.
+    """
+    scales = [w.scale for w in weights if w.scale is not None]
+    form = weights[0].form
+    if form.recipe == "mx":
+        return [None] * len(scales), [scale.T if summed else scale for scale in scales]
+    if form.dim != summed:
+        return [None] * len(scales), [scale.view(1, -1) for scale in scales]
+    widths = [w.data.shape[1 - summed] for w in weights]
+    ones = scales[0].new_ones(1, max(widths))
+    return [scale.flatten() for scale in scales], [ones[:, :width] for width in widths]
 
 
 def scaled_product(
-    kernel: Kernel, a: Tensor, a_scale: Tensor, b: Tensor, w_scale: Tensor | None, form: Form, summed: int, dtype: torch.dtype
+    kernel: Kernel, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, form: Form, dtype: torch.dtype
 ) -> Tensor:
-    """``a`` (M, K) times ``b`` (K, N) with their scales, in ``dtype``. ``b`` is a weight, transposed if ``summed`` is 1, and
-    ``w_scale`` its scales as the weight has them; those that ``a`` has been multiplied by already are left out.
-    """
-    assert w_scale is not None
-    if form.recipe == "mx":
-        b_scale = w_scale.T if summed else w_scale
-    elif form.dim == summed:
-        b_scale = w_scale.new_ones(1, b.shape[1])
-    else:
-        b_scale = w_scale.view(1, -1)
+    """``a`` (M, K) times ``b`` (K, N) with their scales, in ``dtype``; on a GPU the columns of b lie one behind the other."""
     if a.device.type == "cpu":
         return dequantise(a, a_scale, dtype) @ dequantise(b, b_scale, dtype)
     if form.recipe == "rowwise":  # only fast accumulation has kernels that are worth it, as torchao says
@@ -219,13 +240,17 @@ def scaled_product(
     return F.scaled_mm(a, b, next(scales), block, next(scales), block, swizzle, swizzle, output_dtype=dtype)
 
 
-def column_major(kernel: Kernel, w: Tensor) -> Tensor:
-    """``w`` (K, N) with its columns one behind the other, as `torch._scaled_mm` wants its second factor; on a CPU as it is."""
-    return w if w.device.type == "cpu" else kernel(_transposed)(w).T
+def transposed(*weights: Tensor) -> tuple[Tensor, ...]:
+    """Each with its columns as rows: so a GPU's tensor cores want the second factor of a product."""
+    return tuple(w.T.contiguous() for w in weights)
 
 
-def _transposed(w: Tensor) -> Tensor:
-    return w.T.contiguous()
+def add_all(first: Tensor, *more: Tensor) -> Tensor:
+    """The sum of all, in at least fp32 on the way."""
+    total = first.to(torch.promote_types(first.dtype, torch.float32))
+    for x in more:
+        total = total + x
+    return total.to(first.dtype)
 
 
 def tiled(scale: Tensor) -> Tensor:

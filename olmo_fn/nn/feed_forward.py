@@ -133,7 +133,7 @@ def gated(ctx: Context, x: Tensor, w_gate: Weight, w_up: Weight, w_down: Weight,
     """
     backend, tp, fns = ctx.backend, ctx.backend.axes.tp, ACTIVATIONS[activation]
     weights = w_gate, w_up, w_down
-    if any(isinstance(w, Adapted) for w in weights) or not alike(weights):
+    if any(isinstance(w, Adapted) for w in weights) or not alike(weights[:2]):
         gate, up = linear(backend, x, [w_gate, w_up], gather=tp)
         return linear(backend, backend.fuse(fns.gated)(gate, up), [w_down], scatter=tp)[0]
     if backend.primitive:

@@ -70,8 +70,8 @@ def matmul(x: Tensor, weight: Weight) -> Tensor:
 
 
 def alike(weights: Sequence[Weight]) -> bool:
-    """Whether all are quantised, or none."""
-    return len({isinstance(w, Float8) for w in weights}) == 1
+    """Whether all are quantised by one form, or none."""
+    return len({w.form if isinstance(w, Float8) else None for w in weights}) == 1
 
 
 def linear(
