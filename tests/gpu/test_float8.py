@@ -1,4 +1,4 @@
-"""Steps in float8 on a GPU that is not there: what torch demands of the layouts of its scaled products, and what is launched."""
+"""Steps in float8 on a GPU that is not there: the layouts that torch demands of scaled products, and what is launched."""
 
 from __future__ import annotations
 
