@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from olmo_fn.kernels.launch import launch
+
 PIECE = 4096  # pairs of entries that a block of threads works on at a time
 MOST = 11  # pieces that it keeps (12 spill on sm_100, or with a cap); what is behind them is read twice
 WARPS = 16  # all registers of a multiprocessor, 128 for each of 512 threads
@@ -26,7 +28,9 @@ def logits_gradient(logits: Tensor, labels: Tensor, weight: Tensor, z_loss: floa
     """
     R, V = logits.shape
     losses = torch.empty(R, 2, device=logits.device)
-    _logits_gradient[(R,)](
+    launch(
+        _logits_gradient,
+        (R,),
         *(logits, logits.view(torch.int32), labels, weight.float(), losses, V // 2, z_loss, cap or 1.0, 0),
         CAPPED=cap is not None,
         PIECES=min(MOST, V // 2 // PIECE),

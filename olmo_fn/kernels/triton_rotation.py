@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from olmo_fn.kernels.launch import launch, processors_of
+
 ROWS = 32  # that a block of threads has in a backward pass at least, to add up gradients of gains before it stores them
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
@@ -38,17 +40,15 @@ def rotated_norms_vjp(
     table = cos.numel() // half
     sizes = block_sizes(heads, half, full, q_gain.numel() == q.shape[-1])
     tensors, numbers = (q, k, q_gain, k_gain, cos, sin), (T, *heads, table, eps)
-    _forward[(B * T, 2)](*tensors, *outs, *outs[0].stride()[:3], *outs[1].stride()[:3], *numbers, **sizes)
-    if processors is None:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    blocks = backward_blocks(B * T, processors)
+    launch(_forward, (B * T, 2), *tensors, *outs, *outs[0].stride()[:3], *outs[1].stride()[:3], *numbers, **sizes)
+    blocks = backward_blocks(B * T, processors or processors_of(q))
 
     def pullback(d_outs: Pair) -> tuple[list[Callable[[], Tensor]], Pair]:
         d_q_out, d_k_out = (d if d.stride(-1) == 1 else d.contiguous() for d in d_outs)
         d_q, d_k = torch.empty_like(q), torch.empty_like(k)
         sums = [torch.empty(blocks, gain.numel(), device=q.device) for gain in (q_gain, k_gain)]
         strides = (*d_q_out.stride()[:3], *d_k_out.stride()[:3])
-        _backward[(blocks, 2)](*tensors, d_q_out, d_k_out, *strides, d_q, d_k, *sums, B * T, *numbers, **sizes)
+        launch(_backward, (blocks, 2), *tensors, d_q_out, d_k_out, *strides, d_q, d_k, *sums, B * T, *numbers, **sizes)
         return [lambda s=s, g=g: s.sum(0).to(g.dtype) for s, g in zip(sums, gains, strict=True)], (d_q, d_k)
 
     return outs, pullback
