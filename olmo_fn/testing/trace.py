@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,6 +103,8 @@ class Trace(TorchDispatchMode):
     (0, 128)
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.seen = Seen()
@@ -126,6 +129,11 @@ class Trace(TorchDispatchMode):
             if func in WAITS or "DataDependent" in type(error).__name__:
                 raise RuntimeError(f"{place()}: {func} asks a fake tensor for its values") from error
             raise
+        if isinstance(func, HigherOrderOperator):  # flex_attention, and its like: a kernel that is compiled
+            self.seen.launches[func.name()] += 1
+            self._moved(args, out)
+            self.holds(out)
+            return out
         name = func._schema.name
         if func.namespace in ("_c10d_functional", "c10d"):
             self._collective(name.split("::")[1], args, out)
