@@ -68,17 +68,16 @@ from olmo_fn.checkpoint import Saver, load  # noqa: E402
 from olmo_fn.core.step import State, Step  # noqa: E402
 from olmo_fn.kernels.attention_backend import AttentionBackend, need_of  # noqa: E402
 from olmo_fn.kernels.attention_table import BACKENDS  # noqa: E402
-from olmo_fn.kernels.packing import Packing  # noqa: E402
 from olmo_fn.mesh.axis import Axis  # noqa: E402
 from olmo_fn.models import transformer  # noqa: E402
 from olmo_fn.models.config import Model, dense, modified  # noqa: E402
 from olmo_fn.models.count import flops_per_token  # noqa: E402
 from olmo_fn.models.families import OLMO2  # noqa: E402
 from olmo_fn.parallel import buckets  # noqa: E402
-from olmo_fn.spec import abstract, init  # noqa: E402
+from olmo_fn.spec import init  # noqa: E402
 from olmo_fn.train import machine  # noqa: E402
 from olmo_fn.train.config import Config, Recipe, Run  # noqa: E402
-from olmo_fn.train.optimizers import OPTIMIZERS, SGD, SOAP, AdamW  # noqa: E402
+from olmo_fn.train.optimizers import OPTIMIZERS, SGD, AdamW  # noqa: E402
 from olmo_fn.train.recipe import recipe  # noqa: E402
 from olmo_fn.train.schedules import Constant  # noqa: E402
 
@@ -145,13 +144,17 @@ def batch_of(cfg: Config, device: torch.device, seed: int = 0) -> dict[str, Tens
     generator = torch.Generator().manual_seed(seed)
     shape = cfg.recipe.batch_size, cfg.recipe.sequence_length
     ids, labels = (torch.randint(cfg.model.vocab_size, shape, generator=generator) for _ in range(2))
-    labels[:, :: 8] = -100
+    labels[:, ::8] = -100
     return {"input_ids": ids.to(device), "labels": labels.to(device)}
 
 
 def random_state(step: Step, model: Model, device: torch.device) -> State:
     """A state whose weights are drawn on the device, of the usual size."""
-    draw = lambda spec: torch.empty(spec.shape, device=device).normal_(0, 0.02) if len(spec.shape) > 1 else torch.ones(spec.shape, device=device)  # noqa: E731, E501
+    draw = lambda spec: (
+        torch.empty(spec.shape, device=device).normal_(0, 0.02)
+        if len(spec.shape) > 1
+        else torch.ones(spec.shape, device=device)
+    )  # noqa: E731, E501
     return step.init(tree.map(draw, transformer.specs(model)))
 
 
@@ -177,7 +180,9 @@ def card(b: Bench) -> None:
     cuda = b.device.type == "cuda"
     b.say("device", torch.cuda.get_device_name() if cuda else "cpu")
     b.say("torch", torch.__version__)
-    b.say("cuda, cudnn, nccl", [torch.version.cuda, torch.backends.cudnn.version(), torch.cuda.nccl.version() if cuda else None])
+    b.say(
+        "cuda, cudnn, nccl", [torch.version.cuda, torch.backends.cudnn.version(), torch.cuda.nccl.version() if cuda else None]
+    )
     x = torch.empty(b.pick(1 << 30, 1 << 20), dtype=torch.uint8, device=b.device)
     y = torch.empty_like(x)
     b.speed("copy", 2 * x.nbytes / b.seconds(lambda: y.copy_(x)) / 1e12, 2.5, "TB/s")
@@ -202,7 +207,9 @@ def parity(b: Bench) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             limit = 2 * distance(moved(cfg, dtype, cpu), exact)
             for how in ("eager", "compiled")[: b.pick(2, 1)]:
-                found = distance(moved(replace(cfg, recipe=replace(cfg.recipe, compile=how == "compiled")), dtype, b.device), exact)
+                found = distance(
+                    moved(replace(cfg, recipe=replace(cfg.recipe, compile=how == "compiled")), dtype, b.device), exact
+                )
                 gate = f"<= {limit:.2g}, twice the CPU's"
                 b.say(f"gradients {name} {str(dtype)[6:]} {how}", float(f"{found:.3g}"), None, gate, found <= limit)
     for kind in OPTIMIZERS:
@@ -409,7 +416,9 @@ def trainer(b: Bench) -> None:
             losses = []
             for name, stops in (("whole", (8,)), ("halves", (4, 8))):
                 for steps in stops:
-                    run = Run(folder=f"{folder}/{name}", steps=8, sample="", threads=1, checkpoint_every=4, device=b.device.type)
+                    run = Run(
+                        folder=f"{folder}/{name}", steps=8, sample="", threads=1, checkpoint_every=4, device=b.device.type
+                    )
                     stop = lambda event, steps=steps: "far enough" if getattr(event, "step", 0) == steps < 8 else None  # noqa: E731
                     with redirect_stdout(StringIO()):
                         train(replace(cfg, data=data, run=run), [stop])
@@ -459,7 +468,9 @@ def table(rows: list[dict[str, Any]], before: dict[tuple[str, str], Any]) -> str
         ratio = f"  x{numbers[0] / numbers[1]:.3f}" if len(numbers) == 2 and numbers[1] else ""
         verdict = {True: "ok", False: "FAILED", None: ""}[row["passed"]]
         expected = "" if row["expected"] is None else row["expected"]
-        lines.append(f"{row['section']:<12}{row['figure']:<44}{row['value']!s:>14} {expected!s:>14}  {row['gate']} {verdict}{ratio}")
+        lines.append(
+            f"{row['section']:<12}{row['figure']:<44}{row['value']!s:>14} {expected!s:>14}  {row['gate']} {verdict}{ratio}"
+        )
     return "\n".join(lines)
 
 
@@ -514,7 +525,9 @@ def main() -> int:
                 section(b)
             except Exception as error:
                 traceback.print_exc()
-                b.say("error", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", None, "none", False)
+                b.say(
+                    "error", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", None, "none", False
+                )
             collect(b)
             b.say("seconds", round(time.monotonic() - start, 1))
     passed = sum(row["passed"] is True for row in b.rows)

@@ -212,7 +212,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
         session = open_run(cfg.on(size), context)
         dtype = str(session.dtype).removeprefix("torch.")
         memory = machine.total_memory(context.device, place.local_size if place else 1)
-        check_memory(session.cfg, cfg.mesh.on(size), dtype, memory)
+        check_memory(session.cfg, cfg.mesh.on(size), dtype, memory, context.device.type)
         result = train(session)
     if context.is_main:
         if result.stopped_by:

@@ -139,8 +139,8 @@ LAWFUL_ORDER = "a loss, then grad(), then accumulate and clip, then an optimizer
 KINDS = ("Loss", "Grads", "Step")
 MISSING = {"Grads": "grad()", "Step": "an optimizer such as adamw(1e-3)"}
 """What gives each kind."""
-CLIPS, NOISES, FREEZES, AVERAGES = "clips", "noises", "freezes", "averages"
-"""Tags: scales gradients down; adds noise to them; leaves parameters as they are; keeps a mean of the weights."""
+CLIPS, NOISES, FREEZES, AVERAGES, QUANTISES = "clips", "noises", "freezes", "averages", "quantises"
+"""Tags: scales gradients down; adds noise to them; leaves parameters as they are; keeps a mean of weights; quantises them."""
 
 
 def check_order(transform: Transform[Any, Any], kind: str, before: Sequence[Transform[Any, Any]]) -> None:
@@ -218,7 +218,8 @@ def accumulate(n: int) -> Transform[Grads, Grads]:
             first, *others = split_batch(batch, n)
             total, metrics, signals = inner.fn(params, first, execution).finished(execution)
             for part in others:
-                grads, more, told = inner.fn(params, part, execution).finished(execution)
+                found = inner.fn(params, part, execution)  # added as they are: a widened copy would double their memory
+                grads, more, told = found if found.signals.scale is None else found.finished(execution)
                 signals = signals if told.skip is None else signals.skipping(told.skip)
                 total = tree.map(torch.add if execution.differentiable else Tensor.add_, total, grads)
                 metrics = add_metrics(metrics, more, inner.declared)

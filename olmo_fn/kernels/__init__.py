@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 Function: TypeAlias = Callable[..., Any]
 Kernel: TypeAlias = Callable[[Function], Function]
@@ -13,3 +18,16 @@ Kernel: TypeAlias = Callable[[Function], Function]
 def identity(fn: Function) -> Function:
     """The function itself."""
     return fn
+
+
+def on_triton(kernel: Kernel, x: Tensor) -> bool:
+    """Whether a kernel of our own is to compute what ``x`` goes into: where functions are compiled, on an NVIDIA GPU.
+
+    Traces and plans, whose tensors have no memory that a kernel could be given, see the compiled functions in its place.
+    """
+    return x.is_cuda and kernel is not identity and not (x.is_meta or is_fake(x)) and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.core.primitive import VJP
-from olmo_fn.kernels import identity
+from olmo_fn.kernels import identity, on_triton
 from olmo_fn.kernels.attention_backend import AttentionBackend, Need, capability
 from olmo_fn.kernels.attention_cp import AttendVJP, attend_over, attend_over_vjp, check_attend
 from olmo_fn.kernels.attention_table import attend_vjp
@@ -181,7 +181,9 @@ def attention_sublayer(form: AttentionForm) -> Sublayer:
         known = dict(zip(("cos", "sin"), ctx.tables[form.rope], strict=True)) if form.rope else {}
         if form.scalable_softmax:
             known["log_visible"] = ctx.tables["log_visible", form.window]
-        tensors = (known[name] if name in known else p[name] for name in place.tensors)
+        tensors = [known[name] if name in known else p[name] for name in place.tensors]
+        if order is BY_POSITION and rotates_norms(ctx, place, q, *tensors):
+            return *rotated_norms(ctx, place, q, k, v, *tensors), *gate
         return *ctx.fuse(order.place, place, ctx.backend.axes.tp)(q, k, v, *tensors), *gate
 
     def output(p: Tree, rows: Tensor, gate: Sequence[Tensor], ctx: Context) -> Tensor:
@@ -320,6 +322,40 @@ def memory_order(attend: AttendVJP) -> MemoryOrder:
     return BY_POSITION if isinstance(attend, AttentionBackend) and not attend.by_head else BY_HEAD
 
 
+def rotates_norms(ctx: Context, how: Place, q: Tensor, *tensors: Tensor) -> bool:
+    """Whether `rotated_norms` does what ``how`` says: on a GPU, where steps are compiled."""
+    usual = Place(how.head_dim, how.eps, how.norm, how.zero_centred, tensors=("q_norm", "k_norm", "cos", "sin"))
+    half = how.head_dim // 2
+    return (
+        on_triton(ctx.backend.kernel, q)
+        and ctx.backend.primitive is not None
+        and ctx.backend.axes.tp.size == 1
+        and how == usual
+        and how.norm in ("full", "head", "per-head")
+        and tensors[-1].shape[-1] == half
+        and half & (half - 1) == 0
+    )
+
+
+def rotated_norms(ctx: Context, how: Place, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`norm_and_rotate` by `olmo_fn.kernels.triton_rotation`, a launch each way; results are views of (B, T, H, K)."""
+    q_gain, k_gain, cos, sin = tensors
+    gains = [1 + gain if how.zero_centred else gain for gain in (q_gain, k_gain)]
+    q, k = ctx.backend.primitive(_rotated_norms_vjp(how, cos, sin), gains, [q, k], ctx.backend.weight_grads)  # type: ignore[misc]
+    return q, k, v.unflatten(-1, (-1, how.head_dim)).transpose(1, 2)
+
+
+def _rotated_norms_vjp(how: Place, cos: Tensor, sin: Tensor) -> VJP:
+    from olmo_fn.kernels.triton_rotation import rotated_norms_vjp
+
+    def vjp(gains: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
+        (q, k), (q_gain, k_gain) = inputs, gains
+        outs, back = rotated_norms_vjp((q, k), (q_gain, k_gain), cos, sin, how.eps, how.norm == "full")
+        return outs, lambda d_q, d_k: back((d_q, d_k))
+
+    return vjp
+
+
 def gated_heads(rows: Tensor, gate: Tensor) -> Tensor:
     """``rows`` (B, T, H·K) times the sigmoid, in fp32, of a gate (B, T, H·K), or (B, T, H), one for each head."""
     g = torch.sigmoid(gate if gate.dtype == torch.float64 else gate.float())
@@ -355,7 +391,8 @@ def _attention_vjp(attend: Callable[..., Any], placed: Callable[[Tensor], Tensor
     def vjp(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Callable[..., Any]]:
         q, k, v = inputs
         out, back = attend(q, k, v, sinks=weights[0] if weights else None)
-        rows = _side_by_side(out)  # what the next product keeps as well; so the other order of the heads is not kept
+        # What the next product keeps as well; so the other order of the heads is not kept, nor does a view keep what it is of.
+        rows = _side_by_side(out).detach()
 
         def pullback(cotangent: Tensor) -> tuple[Sequence[Any], Sequence[Tensor]]:
             by_head = rows.view(*rows.shape[:2], -1, q.shape[-1]).transpose(1, 2)

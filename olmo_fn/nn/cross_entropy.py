@@ -13,7 +13,7 @@ from torch import Tensor
 
 from olmo_fn.core.chain import IGNORE, Backend, Metrics
 from olmo_fn.core.primitive import VJP
-from olmo_fn.kernels import Kernel
+from olmo_fn.kernels import Kernel, on_triton
 from olmo_fn.kernels.exponential import exp
 from olmo_fn.kernels.huge_pages import new_large, to_large
 from olmo_fn.mesh.axis import Axis
@@ -142,19 +142,20 @@ def _cross_entropy_vjp(
         seen = label_rows.flatten(), None if inside is None else inside.flatten()
         h = h.flatten(0, -2)  # (N, D)
         N, V = h.shape[0], w_out.shape[0]
-        many = rows_at_once(N, V * h.element_size(), h.device.type)
+        many = rows_at_once(N, V * h.element_size(), h.is_cuda)
         w, d_w = to_large(w_out, h.dtype), None
         d_h = torch.empty_like(h)
         buffer = new_large(h, many, V)
+        written = _one_pass(backend.kernel, buffer, tp)
         sums = torch.zeros(2, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)  # ce, z
         for start in range(0, N, many):
             part = slice(start, min(start + many, N))
             logits = torch.mm(h[part], w.T, out=buffer[: part.stop - start])
             some = (target[part], seen[0][part], None if seen[1] is None else seen[1][part])
-            slope = None if cap is None else _cap(logits, cap)
-            sums += _to_gradient(logits, *some, z_loss, weight, backend.kernel, tp)
-            if slope is not None:
-                logits.mul_(slope)
+            if written:
+                sums += written(logits, target[part], weight, z_loss, cap)
+            else:
+                sums += _through_cap(logits, cap, *some, z_loss, weight, backend.kernel, tp)
             torch.mm(logits, w, out=d_h[part])
             if part.stop == N:
                 del w  # a copy, or not, in whose place its gradient may lie
@@ -176,17 +177,33 @@ def _cross_entropy_vjp(
     return vjp
 
 
-def rows_at_once(N: int, row_bytes: int, device: str) -> int:
-    """How many of ``N`` positions, with logits of ``row_bytes`` each, are a chunk on a ``device`` of this type.
+def _one_pass(kernel: Kernel, logits: Tensor, tp: Axis) -> Callable[..., Tensor] | None:
+    """A kernel that does to ``logits`` in one pass what `_through_cap` does in two or more, where there is one."""
+    if not on_triton(kernel, logits) or tp.size > 1 or logits.dtype != torch.bfloat16 or logits.shape[1] % 2:
+        return None
+    from olmo_fn.kernels.triton_logits import logits_gradient
 
-    >>> rows_at_once(8192, 2 * 100352, "cpu"), rows_at_once(8192, 2 * 100352, "cuda"), rows_at_once(9000, 2 * 50304, "cuda")
-    (1024, 4096, 4500)
+    return logits_gradient
+
+
+def _through_cap(logits: Tensor, cap: float | None, *rest: Any) -> Tensor:
+    """`_to_gradient` of logits before they are capped."""
+    slope = None if cap is None else _cap(logits, cap)
+    sums = _to_gradient(logits, *rest)
+    if slope is not None:
+        logits.mul_(slope)
+    return sums
+
+
+def rows_at_once(N: int, row_bytes: int, cuda: bool) -> int:
+    """How many of ``N`` positions, with logits of ``row_bytes`` each, are a chunk.
+
+    >>> rows_at_once(8192, 2 * 100352, cuda=False), rows_at_once(8192, 2 * 100352, cuda=True)
+    (1024, 4096)
     """
-    fewest, most = CUDA_LOGITS_ROWS if device == "cuda" else LOGITS_ROWS
-    at_most = max(fewest, min(most, (CUDA_LOGITS_BYTES if device == "cuda" else LOGITS_BYTES) // row_bytes))
-    if device == "cuda":  # chunks of one size, so that none is a small product, and one kernel serves all
-        return -(-N // -(-N // at_most))
-    return min(N, at_most)
+    (fewest, most), size = (CUDA_LOGITS_ROWS, CUDA_LOGITS_BYTES) if cuda else (LOGITS_ROWS, LOGITS_BYTES)
+    at_most = max(fewest, min(most, size // row_bytes))
+    return -(-N // -(-N // at_most)) if cuda else min(N, at_most)  # of one size, so that none is a small product
 
 
 def _cap(logits: Tensor, cap: float) -> Tensor:

@@ -92,6 +92,18 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def check_float8(recipe: str, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError for products in float8 on a GPU that has none, or with another dtype than they give."""
+    if recipe == "none" or device.type != "cuda":
+        return
+    have, need = torch.cuda.get_device_capability(device), (10, 0) if recipe == "mx" else (8, 9)
+    if have < need:
+        name, since = torch.cuda.get_device_name(device), "Blackwell" if recipe == "mx" else "Ada and Hopper"
+        raise ValueError(f"--recipe.float8 {recipe} needs a GPU of {since} or later, and {name} is older; leave it out")
+    if dtype != torch.bfloat16:
+        raise ValueError(f"--recipe.float8 {recipe} needs --recipe.dtype bfloat16 on a GPU, not {str(dtype)[6:]}")
+
+
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
     """FLOP/s of a square matrix product, the median over ``seconds``: what MFU is measured against."""
     size = size if device.type == "cpu" else 8 * size
