@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -104,6 +104,8 @@ class Trace(TorchDispatchMode):
     (0, 128)
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.seen = Seen()
@@ -128,6 +130,11 @@ class Trace(TorchDispatchMode):
             if func in WAITS or "DataDependent" in type(error).__name__:
                 raise RuntimeError(f"{place()}: {func} asks a fake tensor for its values") from error
             raise
+        if isinstance(func, HigherOrderOperator):  # flex_attention, and its like: a kernel that is compiled
+            if not self._inside:
+                self.seen.launches[func.name()] += 1
+                self._made(args, out)
+            return out
         name = func._schema.name
         if func.namespace in ("_c10d_functional", "c10d"):
             self._collective(name.split("::")[1], args, out)
@@ -250,19 +257,6 @@ class Trace(TorchDispatchMode):
         if not self._inside:
             self._moved(inputs, results)
             self.holds(results)
-
-
-def _flex(op: Any, trace: Trace, *args: Any, **kwargs: Any) -> Any:
-    """FlexAttention is no operation that a mode is asked about, but one of higher order: it is a launch, too."""
-    out = op(*args, **kwargs)
-    if not trace._inside:
-        trace.seen.launches[op.name()] += 1
-    trace._made(args, out)
-    return out
-
-
-for op in (flex_attention, flex_attention_backward):
-    op.py_impl(Trace)(partial(_flex, op))
 
 
 class _Stage(Function):

@@ -15,21 +15,62 @@ from pathlib import Path
 
 import torch
 
+from olmo_fn.launch.place import Place
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is cuda when there is one.
+DEVICES = Path("/dev")
+"""Where the driver shows its GPUs."""
+
+
+def pick_device(name: str, place: Place | None = None) -> torch.device:
+    """The device of that name; ``auto`` is cuda when there is one. ValueError for one that cannot be used.
+
+    Of a process among others, which has a ``place``, its own GPU, before anything is made on another: the ``local_rank``-th of
+    those that it sees, or its only one, as Slurm shows it.
 
     >>> pick_device("cpu")
     device(type='cpu')
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and (reason := unusable_gpu()):
+            raise ValueError(reason)
     try:
         device = torch.device(name)
+        if device.type == "cuda" and place and place.size > 1:
+            device = torch.device("cuda", own_gpu(place, torch.cuda.device_count()))
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--run.device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def own_gpu(place: Place, gpus: int) -> int:
+    """Which of the ``gpus`` that a process sees is its own; ValueError where several would share one.
+
+    >>> own_gpu(Place(rank=9, size=16, local_rank=1, local_size=8), gpus=8), own_gpu(Place(9, 16, 1, 8), gpus=1)
+    (1, 0)
+    """
+    if 1 < gpus < place.local_size:
+        raise ValueError(f"{place.local_size} processes on this machine for {gpus} GPUs: start one for each, --nproc {gpus}")
+    return place.local_rank % max(1, gpus)
+
+
+def unusable_gpu() -> str:
+    """Why torch, made for CUDA, cannot use a GPU that is there and not hidden, in one line; empty otherwise."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not torch.version.cuda or hidden or not any(DEVICES.glob("nvidia[0-9]*")):
+        return ""
+    try:
+        torch.cuda.init()
+        why = "it finds none"
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].split(". ")[0]
+    return (
+        f"there is a GPU that torch {torch.__version__} for CUDA {torch.version.cuda} cannot use ({why}): update its driver, "
+        "for CUDA 13 to 580 or newer, or install torch for an older CUDA (--index-url https://download.pytorch.org/whl/cu126); "
+        "--run.device cpu goes on without it"
+    )
 
 
 def prepare(device: torch.device) -> None:
