@@ -23,6 +23,7 @@ from olmo_fn.core.gradients import Execution, GradFunction, Gradients, in_order
 from olmo_fn.core.layout import Sweep, Weights
 from olmo_fn.core.offload import Stash, stay
 from olmo_fn.core.primitive import Once
+from olmo_fn.kernels.float8 import Float8, Quantise
 from olmo_fn.tree import Tree
 
 LateGrads: TypeAlias = Callable[[], dict[str, Tensor]]
@@ -156,7 +157,8 @@ LOCAL_SWEEP = Sweep(forward_backward, forward_only)
 
 def fetch(params: Tree, segment: Segment, chain: Chain, execution: Execution) -> Weights:
     """Begin to bring the weights of a segment into use."""
-    return execution.layout.weights.fetch(params, segment.paths, execution.dtype, chain.uncast)
+    quantise = Quantise(chain.float8, execution.kernel)
+    return execution.layout.weights.fetch(params, segment.paths, execution.dtype, chain.uncast, quantise)
 
 
 def _add(grads: dict[str, Tensor], more: dict[str, Tensor]) -> None:
@@ -238,7 +240,9 @@ class Leaves:
         self.late_grads: list[tuple[str, Callable[[], Tensor]]] = []
         self.grads: dict[str, Tensor] = {}
 
-        def leaf(path: str, p: Tensor) -> Tensor:
+        def leaf(path: str, p: Any) -> Any:
+            if isinstance(p, Float8):  # its entries stand for it; their gradient never comes out of autograd, in e4m3
+                return p._replace(data=leaf(path, p.data))
             made = p.detach()
             if wants(path):  # or else the products for frozen weights are never computed
                 self.paths[id(made.requires_grad_())], self.leaves[path] = path, made

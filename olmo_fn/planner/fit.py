@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.planner import formulas
@@ -68,7 +69,9 @@ def remedy(plan: PlanInput, fits: Callable[[PlanInput], bool]) -> tuple[PlanInpu
 def _keeping_less(plan: PlanInput) -> Iterator[PlanInput]:
     """The plan with less and less to keep; but for the last, of the same numbers."""
     yield plan
-    for change in ({"keep_gathered": False}, {"remat": "full"}, {"moments": "bfloat16"}):
+    remats = () if plan.cfg.recipe.remat == "full" else ("selective", "full")
+    changes: list[dict[str, Any]] = [{"keep_gathered": False}, *({"remat": how} for how in remats), {"moments": "bfloat16"}]
+    for change in changes:
         less = plan.changed(**change)
         if less != plan and can_run(less):
             yield (plan := less)

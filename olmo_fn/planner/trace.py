@@ -26,8 +26,10 @@ from olmo_fn.core.offload import Link
 from olmo_fn.planner.accelerators import tiled
 
 aten = torch.ops.aten
-PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}
+SCALED = (aten._scaled_mm, aten._scaled_mm_v2)  # in float8
+PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm], aten._scaled_mm_v2: flop_registry[aten.mm]}
 """How many FLOPs an operation has, of those that are counted: products of matrices, attention, convolutions."""
+PLAIN = (aten.mm, aten.addmm, aten.addmm_)
 EMPTY = {aten.new_empty.default, aten.empty_like.default, aten.empty.memory_format}
 """What allocates, and moves nothing."""
 KINDS = {
@@ -154,7 +156,8 @@ class Trace(TorchDispatchMode):
             return out
         count = PRODUCTS.get(func._overloadpacket)
         if count is not None and not self._on_chip:
-            self._product(func._overloadpacket, count(*args, **(kwargs or {}), out_val=out), out)
+            given = leaves(args) if func._overloadpacket in PLAIN else args  # some forms of these are given a dtype, too
+            self._product(func._overloadpacket, count(*given, **(kwargs or {}), out_val=out), out)
         if self._fused is None:
             self.seen.launches["eager"] += not self._on_chip and func not in EMPTY
             if count is None and func not in EMPTY:
@@ -169,7 +172,7 @@ class Trace(TorchDispatchMode):
         rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
         full = tiled(flops, rows, columns)
         self.seen.products, self.seen.tiled = self.seen.products + flops, self.seen.tiled + full
-        self.seen.fp8 += full if kind is aten._scaled_mm else 0
+        self.seen.fp8 += full if kind in SCALED else 0
 
     def _collective(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, x = func._schema.name.split("::")[1], args[0]
@@ -247,6 +250,11 @@ class Trace(TorchDispatchMode):
             return out
 
         return run
+
+    def launched(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """A kernel of our own, which reads or writes each of these once."""
+        self.seen.launches["eager"] += not self._on_chip
+        self._moved(tensors, ())
 
     def _called(self, inputs: Any, outputs: Any) -> None:
         self.seen.launches["compiled"] += not self._on_chip

@@ -54,6 +54,7 @@ def open_run(run: Session | Config | str | Path, process: ProcessContext | None 
     process = process or ProcessContext(machine.pick_device(cfg.run.device))
     machine.prepare(process.device)
     dtype = machine.compute_dtype(cfg.recipe.dtype, process.device)
+    machine.check_float8(cfg.recipe.float8, process.device, dtype)
     return Session(cfg, folder, process, dtype, parameters(cfg))
 
 
@@ -87,7 +88,9 @@ class Session:
     def source(self) -> Source:
         """The data, opened when first asked for, by all processes together; ValueError for what cannot be trained on."""
         cfg, show = self.cfg, self.process.is_main
-        source = self.process.local_main_first(lambda: open_data(cfg.data, cfg.model.vocab_size, sizes(cfg), show))
+        source = self.process.local_main_first(
+            lambda: open_data(cfg.data, cfg.model.vocab_size, sizes(cfg), show, cfg.run.steps)
+        )
         agree(fingerprint(source), "data", self.process.process)
         return source
 
