@@ -223,8 +223,19 @@ def compute_copy(p: Tensor, dtype: torch.dtype | None) -> Tensor:
 def compute_copies(subtree: Tree, dtype: torch.dtype | None, quantise: Quantise = EXACT, prefix: str = "") -> Tree:
     """`compute_copy` of every leaf, or a quantised one."""
     if not quantise.forms:
-        return tree.map(lambda p: compute_copy(p, dtype), subtree)
+        wide = [p for _, p in tree.items(subtree) if dtype and p.ndim >= 2 and p.dtype != dtype]
+        if len(wide) < 2 or not all(is_cuda_constant(p) for p in wide):
+            return tree.map(lambda p: compute_copy(p, dtype), subtree)
+        copies = [torch.empty_like(p, dtype=dtype) for p in wide]
+        torch._foreach_copy_(copies, wide)  # one launch for all
+        narrow = dict(zip(map(id, wide), copies, strict=True))
+        return tree.map(lambda p: narrow.get(id(p), p), subtree)
     return tree.map_with_path(lambda path, p: quantise(path, p) or compute_copy(p, dtype), subtree, prefix=prefix)
+
+
+def is_cuda_constant(p: Tensor) -> bool:
+    """Whether a tensor is on a GPU, and nothing derives by it."""
+    return p.device.type == "cuda" and not p.requires_grad and not torch._C._are_functorch_transforms_active()
 
 
 def narrow_parts(g: Tensor) -> tuple[Tensor, ...]:
