@@ -154,7 +154,7 @@ def random_state(step: Step, model: Model, device: torch.device) -> State:
         torch.empty(spec.shape, device=device).normal_(0, 0.02)
         if len(spec.shape) > 1
         else torch.ones(spec.shape, device=device)
-    )  # noqa: E731, E501
+    )
     return step.init(tree.map(draw, transformer.specs(model)))
 
 
