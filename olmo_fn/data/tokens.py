@@ -262,7 +262,7 @@ def read_rows(file: TokenFile, starts: Sequence[int], length: int) -> np.ndarray
         try:
             opened, data, size = _opened(file).fileno(), rows.view(np.uint8), length * rows.itemsize
             for row, start in zip(data, starts, strict=True):
-                if os.preadv(opened, [row], file.header + start * rows.itemsize) != size:
+                if os.preadv(opened, [row.data], file.header + start * rows.itemsize) != size:
                     row[:] = read_tokens(file, start, start + length).view(np.uint8)  # or says what is wrong
         except OSError as e:
             raise ValueError(f"cannot read the token file {file.path!r}: {e.strerror}") from None
