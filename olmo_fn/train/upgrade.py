@@ -26,10 +26,15 @@ def upgrade(value: Any) -> Any:
     ({'name': 'lion', 'lr': 0.0001}, {'name': 'cosine', 'final': 0.1}, {'z_loss': 0.0})
     >>> upgrade({"model": {"d_model": 8, "n_heads": 2}})
     {'model': {'d_model': 8, 'block': {'mixer': {'n_heads': 2}}}}
+    >>> upgrade({"data": {"order_seed": 0, "cache_dir": ""}})
+    {'data': {'order_seed': 0, 'cache_dir': '', 'order': 'olmo-core'}}
     """
     if not isinstance(value, dict):
         return value
     value = {**value, "model": _nested(value["model"], OLMO2["olmo2-1m"])} if "model" in value else value
+    data = value.get("data")
+    if isinstance(data, dict) and data.keys() >= {"order_seed", "cache_dir"} and "order" not in data:  # a run wrote it
+        value = {**value, "data": {**data, "order": "olmo-core"}}
     try:
         if not value["optim"].keys() >= OF_ALL_OPTIMIZERS:
             return value
