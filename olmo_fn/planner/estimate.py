@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from olmo_fn.mesh.settings import MeshConfig
-from olmo_fn.planner.accelerators import ACCELERATORS, Accelerator
 from olmo_fn.planner.clock import Clock, clock
 from olmo_fn.planner.memory import Peak, host_memory, peak_memory
 from olmo_fn.planner.plan_input import PlanInput, check, without_layout
 from olmo_fn.planner.profile import Profile, extrapolated, profile
 from olmo_fn.planner.trace import Traffic
 from olmo_fn.planner.traffic import traffic
+from olmo_fn.train.accelerators import ACCELERATORS, Accelerator
 
 RESERVED, PROCESS = 4e9, 0.5e9
 """Bytes that are assumed not to be a step's tensors: on an accelerator its context, communication buffers, fragments; of a

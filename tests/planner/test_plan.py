@@ -16,7 +16,6 @@ from olmo_fn.models.config import Attention, Model, SwiGLU, dense
 from olmo_fn.models.count import flops_per_sequence
 from olmo_fn.nn.attention import causal_pairs
 from olmo_fn.nn.norm import Norm
-from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.clock import clock
 from olmo_fn.planner.estimate import profile_of
 from olmo_fn.planner.memory import peak_memory
@@ -24,6 +23,7 @@ from olmo_fn.planner.plan_input import PlanInput, check
 from olmo_fn.planner.profile import profile
 from olmo_fn.planner.trace import Trace, Traffic
 from olmo_fn.planner.traffic import traffic
+from olmo_fn.train.accelerators import ACCELERATORS
 from olmo_fn.train.config import CHOICES, Config, Lora, Recipe, Run
 from olmo_fn.train.optimizers import OptimizerSettings
 

@@ -18,11 +18,11 @@ from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import dense
 from olmo_fn.models.count import num_params
 from olmo_fn.planner import tables
-from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.estimate import estimate
 from olmo_fn.planner.fit import remedy
 from olmo_fn.planner.plan_input import PlanInput, flags, plan_input
 from olmo_fn.planner.search import layouts, search
+from olmo_fn.train.accelerators import ACCELERATORS
 from olmo_fn.train.config import Config, Recipe, Run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plan-olmo2-32b.txt"
