@@ -7,6 +7,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
@@ -31,3 +32,12 @@ def on_triton(kernel: Kernel, x: Tensor) -> bool:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def new_op(name: str, schema: str, fn: Function, fake: Function) -> None:
+    """Make ``fn`` the operation ``torch.ops.olmo_fn.<name>``, so that what traces a step sees it as one; ``fake`` allocates
+    what it returns, and computes nothing.
+    """
+    torch.library.define(f"olmo_fn::{name}", schema)
+    torch.library.impl(f"olmo_fn::{name}", "default", fn)
+    torch.library.register_fake(f"olmo_fn::{name}", fake)
