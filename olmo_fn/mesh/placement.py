@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from olmo_fn import tree
 from olmo_fn.mesh.axis import CPMethod, chunk
@@ -17,6 +17,7 @@ from olmo_fn.spec import Box, Spec
 from olmo_fn.tree import Tree
 
 TENSOR = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
+ReduceDtype: TypeAlias = Literal["float32", "bfloat16"]
 TOKENS = ("dp_replicate", "dp_shard", "cp")
 """The axes whose ranks have different tokens."""
 
@@ -37,6 +38,15 @@ class Rules:
     use: Mapping[str, str] = field(default_factory=lambda: dict(TENSOR))
     keep_gathered: bool = False
     cp_method: CPMethod = "gather"
+    prefetch: int = 1
+    """Segments whose weights are on their way while one computes."""
+    exchanged: tuple[str, ...] = ()
+    """Paths of tables that stay where they lie while they are used, though they are stored over ``fsdp``: the rows that are
+    looked up go from rank to rank (`olmo_fn.nn.embedding`), and the table does not."""
+    reduce_dtype: ReduceDtype = "float32"
+    """In what gradients are summed over ranks: at least fp32, or bf16, which is half as many bytes and another number."""
+    async_tp: bool = False
+    """Over ``tp``, products take in and give away their parts while they compute (`olmo_fn.mesh.products`); on NVLink only."""
 
 
 DEFAULT = Rules()
@@ -115,7 +125,11 @@ def placements(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:
                 f"--mesh.tp is {mesh.tp}, but the rules do not use {logical!r} over 'tp', so that each of its ranks would add "
                 f"the same; store and use {logical!r} over 'tp', or leave --mesh.tp at 1"
             )
-    return {path: _placed(path, spec, rules) for path, spec in tree.items(specs)}
+    found = {path: _placed(path, spec, rules) for path, spec in tree.items(specs)}
+    for path in rules.exchanged:
+        if path not in found or found[path].dim("fsdp") != 1:
+            raise ValueError(f"a rule exchanges the rows of {path!r}, which is no table with columns stored over 'fsdp'")
+    return found
 
 
 def _placed(path: str, spec: Spec, rules: Rules) -> Placed:

@@ -147,7 +147,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
 
 def embedded(cfg: Model, p: Tree, ctx: Context) -> Tensor:
     """The stream (B, T, D) before the first block, of the parameters ``embed`` and ``embed_norm``."""
-    x = embedding(ctx, p["embed"], cfg.vocab_size)
+    x = embedding(ctx, p["embed"], cfg.vocab_size, cfg.d_model)
     x = x if cfg.embed_scale is None else x * cfg.embed_scale
     return cfg.norm.build(cfg.norm_eps).once(ctx, p["embed_norm"], x) if cfg.embed_norm else x
 

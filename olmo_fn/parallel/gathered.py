@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.core.layout import compute_copy
 from olmo_fn.mesh.axis import Axis
+from olmo_fn.mesh.collectives import gather_each
 from olmo_fn.parallel import buckets
 from olmo_fn.parallel.buckets import Shard
 from olmo_fn.tree import Tree
@@ -21,6 +23,8 @@ class Gathered:
     Freeing gives back the storage and keeps the tensors: what autograd saved for backward are these, or views of them, so that
     they hold the values again once `refetch` has refilled the storage. The tape thus never owns a gathered weight.
 
+    Even rows of matrices arrive straight in their place, everything else in a bucket, out of which it is copied.
+
     ``subtrees`` are local shards by path; ``gathers`` says over which axis which of their leaves are gathered; what arrives is
     in ``dtype``. ``keep``: `free` frees nothing.
     """
@@ -30,30 +34,46 @@ class Gathered:
     ) -> None:
         self.keep, self.dtype, self.subtrees = keep, dtype, subtrees
         self.local = {path: leaf for top, subtree in subtrees.items() for path, leaf in tree.items(subtree, top)}
-        self.groups = [(axis, [*shards], [*shards.values()]) for axis, shards in gathers.items()]
+        self.gathers = gathers
         self.outs: dict[str, Tensor] = {}
         self.tensors: dict[str, Tree] = {}
-        self.pending: list[Tensor] = []
+        self.pending: list[Callable[[], None]] = []
         self.refetch()
 
     def refetch(self) -> None:
         """Begin to gather, unless the weights are there."""
         if not self.pending and not self._arrived():
-            for axis, paths, shards in self.groups:
-                parts = [compute_copy(self.local[path], self.dtype) for path in paths]
-                self.pending.append(buckets.all_gather(parts, shards, axis))
+            self.pending = [self._gather(axis, shards) for axis, shards in self.gathers.items()]
+
+    def _gather(self, axis: Axis, shards: Mapping[str, Shard]) -> Callable[[], None]:
+        """Begin to gather over one axis; the result waits until all is in its place."""
+        placed = [path for path, shard in shards.items() if shard.in_place(axis.size)]
+        rest = {path: shard for path, shard in shards.items() if path not in placed}
+        outs = [self._whole(path, shards[path]) for path in placed]
+        xs = [compute_copy(self.local[path], self.dtype) for path in placed]
+        if rest:
+            parts = [self.local[path] for path in rest]
+            xs.append(buckets.pack(parts, [*rest.values()], axis.size, [self._dtype(part) for part in parts]))
+            outs.append(xs[-1].new_empty(axis.size * len(xs[-1])))
+        with self._unseen(placed):
+            wait = gather_each(outs, xs, axis)
+        bucket = outs.pop() if rest else None
+
+        def arrive() -> None:
+            wait()
+            if bucket is not None:
+                wholes = [self._whole(path, shard) for path, shard in rest.items()]
+                with self._unseen(rest):
+                    buckets.unpack(bucket, wholes, [*rest.values()], axis)
+
+        return arrive
 
     def ready(self) -> dict[str, Tree]:
         """Wait for the gathers; the tensors are the same ones each time."""
-        if self.pending:
-            if not self.tensors:
-                self._allocate()
-            for out in self.outs.values():
-                out.untyped_storage().resize_(out.numel() * out.element_size())
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.outs.values())):
-                for gathered, (axis, paths, shards) in zip(self.pending, self.groups, strict=True):
-                    buckets.unpack(gathered, [self.outs[path] for path in paths], shards, axis)
-            self.pending = []
+        while self.pending:
+            self.pending.pop(0)()
+        if not self.tensors:
+            self.tensors = {top: tree.map_with_path(self._leaf, subtree, prefix=top) for top, subtree in self.subtrees.items()}
         return self.tensors
 
     def free(self) -> None:
@@ -65,12 +85,22 @@ class Gathered:
     def _arrived(self) -> bool:
         return bool(self.tensors) and all(out.untyped_storage().size() for out in self.outs.values() if out.numel())
 
-    def _allocate(self) -> None:
-        for _, paths, shards in self.groups:
-            for path, shard in zip(paths, shards, strict=True):
-                self.outs[path] = compute_copy(self.local[path][:0], self.dtype).new_empty(shard.shape)
+    def _whole(self, path: str, shard: Shard) -> Tensor:
+        """The whole weight, with memory and without values."""
+        if path not in self.outs:
+            self.outs[path] = self.local[path].new_empty(shard.shape, dtype=self._dtype(self.local[path]))
+        out = self.outs[path]
+        out.untyped_storage().resize_(out.numel() * out.element_size())
+        return out
 
-        def leaf(path: str, p: Tensor) -> Tensor:
-            return self.outs[path] if path in self.outs else compute_copy(p, self.dtype)
+    def _leaf(self, path: str, p: Tensor) -> Tensor:
+        return self.outs[path] if path in self.outs else compute_copy(p, self.dtype)
 
-        self.tensors = {top: tree.map_with_path(leaf, subtree, prefix=top) for top, subtree in self.subtrees.items()}
+    def _dtype(self, p: Tensor) -> torch.dtype:
+        return compute_copy(p[:0], self.dtype).dtype
+
+    @contextmanager
+    def _unseen(self, paths: Iterable[str]) -> Iterator[None]:
+        """Autograd does not notice that these weights are written: they hold the same values again."""
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.outs[path] for path in paths)):
+            yield

@@ -27,7 +27,7 @@ from olmo_fn.mesh.axis import NAMES, Axes, Axis
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models.transformer import layers
-from olmo_fn.parallel.owners import row_bytes
+from olmo_fn.parallel.buckets import row_bytes
 from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, ShardedPlacement, ShardedWeights
 from olmo_fn.planner.plan_input import Label, by_label, labels, owners
 from olmo_fn.planner.trace import Seen, Trace, Traffic, nbytes

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.layout import Layout, Sweep
+from olmo_fn.core.layout import Layout, Sweep, arrive
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.parallel.pipeline.stages import Cut
@@ -43,5 +43,5 @@ class TiedWeights(ShardedWeights):
             path: grads[path] if path in grads else like.new_zeros(self.placement.box(path)[1])
             for path in self.placement.sharers
         }
-        total = summing(shares, [self.placement.axes.pp])()
+        total = arrive(summing(shares, [self.placement.axes.pp]))
         return {path: total.get(path, g) for path, g in grads.items()}
