@@ -161,6 +161,8 @@ class Chain:
     """From the context, an empty tensor like x between two stages; None: it cannot be a pipeline."""
     uncast: frozenset[str] = frozenset()
     """Paths of matrices that the stages take as they are stored, and cast themselves."""
+    looked_up: frozenset[str] = frozenset()
+    """Paths of tables of which the stages only look up rows, and take a rank's columns for the table (`Rules.exchanged`)."""
     check: Callable[[Axes, CPMethod], None] = refuse_axes
     """ValueError if the stages cannot be divided over these axes."""
     takes: Callable[[Any], None] = check_batch

@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from olmo_fn import tree
-from olmo_fn.mesh.axis import CPMethod, chunk
+from olmo_fn.mesh.axis import CPMethod, ReduceDtype, chunk
 from olmo_fn.mesh.mesh import AXES, Mesh, members
 from olmo_fn.spec import Box, Spec
 from olmo_fn.tree import Tree
 
 TENSOR = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
-ReduceDtype: TypeAlias = Literal["float32", "bfloat16"]
 TOKENS = ("dp_replicate", "dp_shard", "cp")
 """The axes whose ranks have different tokens."""
 
@@ -44,9 +43,8 @@ class Rules:
     """Paths of tables that stay where they lie while they are used, though they are stored over ``fsdp``: the rows that are
     looked up go from rank to rank (`olmo_fn.nn.embedding`), and the table does not."""
     reduce_dtype: ReduceDtype = "float32"
-    """In what gradients are summed over ranks: at least fp32, or bf16, which is half as many bytes and another number."""
     async_tp: bool = False
-    """Over ``tp``, products take in and give away their parts while they compute (`olmo_fn.mesh.products`); on NVLink only."""
+    """Over ``tp``, products take in and give away their parts while they compute (`olmo_fn.nn.async_tp`); on NVLink only."""
 
 
 DEFAULT = Rules()

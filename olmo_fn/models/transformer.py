@@ -139,6 +139,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
         ),
         empty=partial(_empty, cfg.d_model),
         uncast=frozenset({"embed", w_out}),
+        looked_up=frozenset({"embed"} - {w_out}),
         check=partial(_check_axes, built),
         takes=TokenBatch(cfg.vocab_size),
         specs=declared,

@@ -52,8 +52,8 @@ def embedding(ctx: Context, table: Weight, vocab_size: int, d_model: int) -> Ten
 def rows_are_less(vocab_size: int, d_model: int, tokens: int, ranks: int, gathers: int = 2, item: int = 2) -> bool:
     """Whether to exchange rows takes fewer bytes than to gather a table of ``ranks`` parts, of numbers of ``item`` bytes.
 
-    The table is gathered ``gathers`` times, and its gradient scattered in fp32: V D (gathers item + 4). Of the ``tokens`` that a
-    rank has between two gathers a row goes each way, and an id of 4 bytes to all ranks: tokens (2 D item + 4 ranks).
+    The table is gathered ``gathers`` times, and its gradient scattered in fp32: V D (gathers item + 4). Of each of the
+    ``tokens`` that a rank has meanwhile a row goes each way, and an id of 4 bytes to all: tokens (2 D item + 4 ranks).
 
     >>> rows_are_less(100352, 4096, tokens=8192, ranks=8), rows_are_less(512, 64, tokens=8192, ranks=8)
     (True, False)

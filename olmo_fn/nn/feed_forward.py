@@ -18,6 +18,7 @@ from olmo_fn.core.primitive import VJP
 from olmo_fn.kernels import Function, Kernel
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import all_gather, reduce_scatter
+from olmo_fn.nn import async_tp
 from olmo_fn.nn.context import Context
 from olmo_fn.nn.linear import Adapted, Weight, add_bias, linear
 from olmo_fn.nn.sublayer import Names, Result, Sublayer
@@ -136,7 +137,10 @@ def gated(ctx: Context, x: Tensor, w_gate: Weight, w_up: Weight, w_down: Weight,
         gate, up = linear(backend, x, [w_gate, w_up], gather=tp)
         return linear(backend, backend.fuse(fns.gated)(gate, up), [w_down], scatter=tp)[0]
     if backend.primitive:
-        return backend.primitive(_gated_vjp(tp, backend.kernel, fns), weights, [x], backend.weight_grads)
+        vjp = _gated_vjp(tp, backend.kernel, fns)
+        if tp.overlapped:
+            vjp = async_tp.gated_vjp(tp, backend.kernel, fns.gated, fns.gradient)
+        return backend.primitive(vjp, weights, [x], backend.weight_grads)
     h = all_gather(x, 1, tp)
     return reduce_scatter(fns.gated(h @ w_gate, h @ w_up) @ w_down, 1, tp)  # type: ignore[operator]
 

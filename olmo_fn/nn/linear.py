@@ -15,6 +15,7 @@ from olmo_fn.core.chain import Backend
 from olmo_fn.core.primitive import VJP
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import all_gather, enter, reduce_scatter
+from olmo_fn.nn import async_tp
 
 SINGLE = Axis()
 
@@ -59,7 +60,8 @@ def linear(
     if any(isinstance(w, Adapted) for w in weights):
         return tuple(_adapted(backend, x, w, gather, scatter) for w in weights)
     if backend.primitive:
-        return backend.primitive(_linear_vjp(gather, scatter), weights, [x], backend.weight_grads)
+        make = async_tp.linear_vjp if gather.overlapped or scatter.overlapped else _linear_vjp
+        return backend.primitive(make(gather, scatter), weights, [x], backend.weight_grads)
     h = all_gather(x, 1, gather)
     return tuple(reduce_scatter(h @ w, 1, scatter) for w in weights)  # type: ignore[operator]
 

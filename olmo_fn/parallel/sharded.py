@@ -8,7 +8,7 @@ fp32. What is sharded in use, over ``tp`` or an axis of experts, stays so: the s
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,10 +21,10 @@ from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metric, Metrics, wide
 from olmo_fn.core.check import check_shapes, check_tensors
 from olmo_fn.core.layout import Layout, Owners, Placement, Reduction, Sharing, Weights, WeightsInUse, arrive
-from olmo_fn.mesh.axis import Axes, Axis, chunk
+from olmo_fn.mesh.axis import Axes, Axis, ReduceDtype, chunk
 from olmo_fn.mesh.collectives import pmax, psum
 from olmo_fn.mesh.connect import Connection
-from olmo_fn.mesh.placement import DEFAULT, Placed, ReduceDtype, Rules, placements
+from olmo_fn.mesh.placement import DEFAULT, Placed, Rules, placements
 from olmo_fn.parallel import buckets
 from olmo_fn.parallel.gathered import Gathered
 from olmo_fn.parallel.owners import gather_from_owners, scatter_to_owners
@@ -39,8 +39,14 @@ Rows = Literal["all", "own"]
 def sharded(connection: Connection, specs: Tree, rules: Rules = DEFAULT, rows: Rows = "all") -> Layout:
     """The layout of ``specs`` over the ranks of ``connection``; ValueError, with the parameter's name, for senseless rules."""
     placement = ShardedPlacement(connection, specs, rules)
-    sharing = RankSharing(connection.axes, rules.cp_method, placement, rows)
+    sharing = RankSharing(axes_in_use(connection.axes, rules), rules.cp_method, placement, rows)
     return Layout(placement, ShardedWeights(placement), MatrixOwners(placement), sharing)
+
+
+def axes_in_use(axes: Axes, rules: Rules) -> Axes:
+    """The axes as the stages see them: with ``async_tp``, products overlap the collectives of ``tp``."""
+    overlapped = rules.async_tp and axes.tp.size > 1
+    return replace(axes, tp=replace(axes.tp, overlapped=True)) if overlapped else axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +222,7 @@ class ShardedWeights(WeightsInUse):
             sums = () if late else tuple(place.sum_axes(path))
             groups.setdefault((late, Axis() if exchanged else axis, sums), []).append(path)
         reductions = []
-        for (late, axis, sums), paths in groups.items():
+        for (_, axis, sums), paths in groups.items():
             part = {path: grads[path] for path in paths}
             if axis.size > 1:
                 reductions.append(self._scatter(part, axis, sums))

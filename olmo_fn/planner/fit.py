@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.planner import formulas
@@ -46,6 +48,16 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
     raise ValueError(f"{words}. Even {flags(least.cfg, plan.cfg)} needs {need(least) / GIB:,.1f}: {MORE}")
 
 
+def with_weights(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> Config:
+    """The config with ``mesh.weights`` said where it is auto: zero-2 if a step then fits into ``memory``, or else zero-3."""
+    if cfg.mesh.weights != "auto":
+        return cfg
+    kept = PlanInput(cfg, mesh).changed(dtype=dtype, weights="zero-2")
+    planned = cfg.recipe.engine == "tape" and mesh.pp == 1 and mesh.degree("fsdp") > 1
+    fits = planned and cfg.recipe.sequence_length // mesh.cp <= LONGEST and need(kept) <= memory
+    return replace(cfg, mesh=replace(cfg.mesh, weights="zero-2" if fits else "zero-3"))
+
+
 def need(plan: PlanInput) -> float:
     """Bytes of a process at the largest moment of a step."""
     found = profile_of(plan)
@@ -64,7 +76,8 @@ def remedy(plan: PlanInput, fits: Callable[[PlanInput], bool]) -> tuple[PlanInpu
 def _keeping_less(plan: PlanInput) -> Iterator[PlanInput]:
     """The plan with less and less to keep; but for the last, of the same numbers."""
     yield plan
-    for change in ({"keep_gathered": False}, {"remat": "full"}, {"moments": "bfloat16"}):
+    changes: tuple[dict[str, Any], ...] = ({"weights": "zero-3"}, {"remat": "full"}, {"moments": "bfloat16"})
+    for change in changes:
         less = plan.changed(**change)
         if less != plan and can_run(less):
             yield (plan := less)
