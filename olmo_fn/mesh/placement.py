@@ -161,6 +161,18 @@ def _placed(path: str, spec: Spec, rules: Rules) -> Placed:
     return placed
 
 
+def rows_are_less(vocab_size: int, d_model: int, tokens: int, ranks: int, gathers: int = 2, item: int = 2) -> bool:
+    """Whether to exchange rows takes fewer bytes than to gather a table of ``ranks`` parts, of numbers of ``item`` bytes.
+
+    The table is gathered ``gathers`` times, and its gradient scattered in fp32: V D (gathers item + 4). Of each of the
+    ``tokens`` that a rank has meanwhile a row goes each way, and an id of 4 bytes to all: tokens (2 D item + 4 ranks).
+
+    >>> rows_are_less(100352, 4096, tokens=8192, ranks=8), rows_are_less(512, 64, tokens=8192, ranks=8)
+    (True, False)
+    """
+    return tokens * (2 * d_model * item + 4 * ranks) < vocab_size * d_model * (gathers * item + 4)
+
+
 def table(placed: Mapping[str, Placed], mesh: Mesh) -> str:
     """The placements in words: a line for each kind of parameter, alike blocks together."""
     lines: dict[tuple[str, Placed], int] = {}

@@ -49,18 +49,6 @@ def embedding(ctx: Context, table: Weight, vocab_size: int, d_model: int) -> Ten
     return ctx.backend.primitive(vjp, [weight], [], ctx.backend.weight_grads)
 
 
-def rows_are_less(vocab_size: int, d_model: int, tokens: int, ranks: int, gathers: int = 2, item: int = 2) -> bool:
-    """Whether to exchange rows takes fewer bytes than to gather a table of ``ranks`` parts, of numbers of ``item`` bytes.
-
-    The table is gathered ``gathers`` times, and its gradient scattered in fp32: V D (gathers item + 4). Of each of the
-    ``tokens`` that a rank has meanwhile a row goes each way, and an id of 4 bytes to all: tokens (2 D item + 4 ranks).
-
-    >>> rows_are_less(100352, 4096, tokens=8192, ranks=8), rows_are_less(512, 64, tokens=8192, ranks=8)
-    (True, False)
-    """
-    return tokens * (2 * d_model * item + 4 * ranks) < vocab_size * d_model * (gathers * item + 4)
-
-
 def local_rows(ids: Tensor, vocab_size: int, tp: Axis) -> tuple[Tensor, Tensor | None]:
     """Row numbers of ``ids`` in this rank's part of the vocabulary, 0 outside it; and a mask that says which are inside.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -55,15 +55,17 @@ class Gathered:
             parts = [self.local[path] for path in rest]
             xs.append(buckets.pack(parts, [*rest.values()], axis.size, [self._dtype(part) for part in parts]))
             outs.append(xs[-1].new_empty(axis.size * len(xs[-1])))
-        with self._unseen(placed):
+        unseen = self._unseen(placed)  # from here on: gloo's threads count the writes when they like
+        with torch.no_grad():
             wait = gather_each(outs, xs, axis)
         bucket = outs.pop() if rest else None
 
         def arrive() -> None:
-            wait()
+            with torch.no_grad(), unseen:
+                wait()
             if bucket is not None:
                 wholes = [self._whole(path, shard) for path, shard in rest.items()]
-                with self._unseen(rest):
+                with torch.no_grad(), self._unseen(rest):
                     buckets.unpack(bucket, wholes, [*rest.values()], axis)
 
         return arrive
@@ -99,8 +101,6 @@ class Gathered:
     def _dtype(self, p: Tensor) -> torch.dtype:
         return compute_copy(p[:0], self.dtype).dtype
 
-    @contextmanager
-    def _unseen(self, paths: Iterable[str]) -> Iterator[None]:
-        """Autograd does not notice that these weights are written: they hold the same values again."""
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.outs[path] for path in paths)):
-            yield
+    def _unseen(self, paths: Iterable[str]) -> AbstractContextManager[None]:
+        """Once it is left, autograd has not noticed that these weights were written: they hold the same values again."""
+        return torch.autograd._unsafe_preserve_version_counter(tuple(self.outs[path] for path in paths))

@@ -15,9 +15,8 @@ from olmo_fn.data.settings import cache_dir
 from olmo_fn.formats.huggingface import open_directory
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.mesh.placement import Rules
+from olmo_fn.mesh.placement import Rules, rows_are_less
 from olmo_fn.models import transformer
-from olmo_fn.nn.embedding import rows_are_less
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.shard import shard
 from olmo_fn.parallel.sharded import ShardedPlacement
