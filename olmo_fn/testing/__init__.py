@@ -2,6 +2,6 @@
 
 from olmo_fn.testing.equivalence import Layout, assert_equivalent
 from olmo_fn.testing.pool import Pool, RankFailed
-from olmo_fn.testing.traffic import Live, Moved, Traffic
+from olmo_fn.testing.traffic import Live, Moved, Traffic, Wait, Waits
 
-__all__ = ["Layout", "Live", "Moved", "Pool", "RankFailed", "Traffic", "assert_equivalent"]
+__all__ = ["Layout", "Live", "Moved", "Pool", "RankFailed", "Traffic", "Wait", "Waits", "assert_equivalent"]
