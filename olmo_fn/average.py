@@ -173,3 +173,7 @@ def same_kind(runs: Sequence[Session]) -> Path | None:
                 f"{run.folder} has another tokenizer.json than {known[0].folder}: an id means another text, so there is no mean"
             )
     return known[0].folder / "tokenizer.json" if known else None
+
+
+if __name__ == "__main__":  # as version 0.1 called it
+    raise SystemExit("the command is: olmo-fn average")

@@ -67,3 +67,7 @@ def run(args: Arguments) -> int:
     for problem in (line for lines in problems.values() for line in lines):
         print(problem)
     return 1 if any(problems.values()) else 0
+
+
+if __name__ == "__main__":  # as version 0.1 called it
+    raise SystemExit("the command is: olmo-fn checkpoint")

@@ -148,3 +148,7 @@ def run(args: Evaluate) -> str:
         lines = (to_json({"set": name, **of, **x._asdict(), "perplexity": x.perplexity}) for name, x in found.items())
         return "".join(lines).removesuffix("\n")
     return f"{path}{'' if args.weights == 'params' else f', {args.weights}'}\n{table(found)}"
+
+
+if __name__ == "__main__":  # as version 0.1 called it
+    raise SystemExit("the command is: olmo-fn evaluate")

@@ -306,3 +306,7 @@ def draw_range_test(args: PlotRangeTest) -> str:
     mend = "finish it" if done < steps else "raise --optim.lr"
     short = f"the test has done {done:,} of its {steps:,} steps" if done < steps else "the test is done"
     return f"{fastest}, but is still falling at the end, {found.lowest:.2e}, and {short}; {mend}: {output}"
+
+
+if __name__ == "__main__":  # as version 0.1 called it
+    raise SystemExit("the command is: olmo-fn plot")

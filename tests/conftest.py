@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from olmo_fn.testing import Pool
+from olmo_fn.testing import FakeCuda, Pool
 
 torch.set_num_threads(1)
 
@@ -20,10 +20,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One of xdist's workers has all tests on real ranks, so that there are eight of these and not eight a worker."""
+    """One of xdist's workers has all tests on real ranks, so that there are eight of these and not eight a worker; one has all
+    that are traced in a process with a fake GPU.
+    """
     for item in items:
-        if "pool" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+        for fixture, group in (("pool", "ranks"), ("fake_cuda", "fake_cuda")):
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,10 @@ def pool():
     """Real processes connected by gloo, started when first asked for and kept: see `olmo_fn.testing.Pool`."""
     with Pool() as processes:
         yield processes
+
+
+@pytest.fixture(scope="session")
+def fake_cuda():
+    """A process with a GPU that is not there, started when first asked for and kept: see `olmo_fn.testing.FakeCuda`."""
+    with FakeCuda() as process:
+        yield process

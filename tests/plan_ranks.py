@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from olmo_fn import tree
 from olmo_fn.core.layout import SINGLE
+from olmo_fn.core.offload import HostStash, Link, copy_beside, pinned
+from olmo_fn.core.pipe import with_execution
 from olmo_fn.spec import init
 from olmo_fn.testing.traffic import Traffic
 from olmo_fn.train.recipe import parameters, recipe
@@ -46,8 +48,20 @@ def measure(step, cfg, state, layout):
     return peak.bytes + sum(x.nbytes for x in leaves)
 
 
+def unseen(run):
+    """What happens on the host, no mode sees."""
+
+    def apart(*args):
+        with _disable_current_modes():
+            return run(*args)
+
+    return apart
+
+
 def single_peak(cfg, dtype):
     step = recipe(cfg, dtype)
+    if cfg.recipe.offload:
+        step = with_execution(step, stash=lambda: HostStash(Link(unseen(pinned), unseen(copy_beside))))
     return measure(step, cfg, step.init(init(parameters(cfg), 0)), SINGLE)
 
 

@@ -135,7 +135,7 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
         rows=mesh.dp_replicate * mesh.dp_shard * accumulate * parts * draw(st.sampled_from([1, 2] if ranks < 8 else [1])),
         length=2 * mesh.cp * mesh.tp * draw(st.sampled_from([1, 2, 3])),
         accumulate=accumulate,
-        remat=draw(st.sampled_from(["none", "full", "feed_forward", "every-2"])) if engine == "tape" else "none",
+        remat=draw(st.sampled_from(["none", "full", "selective", "feed_forward", "every-2"])) if engine == "tape" else "none",
         engine=engine,
         documents=draw(st.booleans()),
         masked=draw(st.sampled_from([0.0, 0.3, 0.9])),

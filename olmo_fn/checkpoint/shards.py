@@ -16,6 +16,9 @@ from olmo_fn.checkpoint.ranks import Ranks
 from olmo_fn.mesh.axis import chunk
 from olmo_fn.spec import Box
 
+PLAIN: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter)
+"""Kinds of tensors whose bytes are their values."""
+
 
 @dataclass(frozen=True)
 class Deferred:
@@ -183,7 +186,7 @@ def _local_shard(leaf: Any, ranks: Ranks) -> LocalShard:
                 f"rank {ranks.rank} of {ranks.size}; pass ranks=Ranks(rank, world size, store)"
             )
         data = cast(DTensor, leaf.detach()).to_local()
-    plain = type(data) in (torch.Tensor, torch.nn.Parameter)
+    plain = type(data) in PLAIN
     if not isinstance(data, Deferred) and (not plain or data.layout != torch.strided or data.is_meta):
         kind = f"Tensor ({data.layout}, {data.device})" if plain else type(data).__name__
         raise ValueError(f"is a {kind}; a checkpoint holds dense tensors, other values go into meta")

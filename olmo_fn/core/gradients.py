@@ -13,6 +13,7 @@ from olmo_fn import tree
 from olmo_fn.core.chain import Backend, Batch, Chain, LossFunction, Metric, Metrics, bind, loss_tokens, per_token, wide
 from olmo_fn.core.check import check_batch, check_loss, check_tensors
 from olmo_fn.core.layout import SINGLE, Layout, arrive
+from olmo_fn.core.offload import Stash, no_stash
 from olmo_fn.core.primitive import primitive
 from olmo_fn.kernels import Function, Kernel, identity
 from olmo_fn.tree import Tree
@@ -33,8 +34,10 @@ class Execution:
     ``primitive``, ``fuse`` and ``kernel`` go to the chain's `Backend`; ``donate`` lets an update write into the memory of the
     state it replaces; ``layout`` says where things are; ``dtype`` is that of matrices and activations. ``wants`` says of a
     path whether its gradient is asked for; the tree of gradients has no others. ``differentiable`` keeps what a derivative of
-    the whole step needs. ``step`` () is the number of steps before this one, None where gradients are taken outside of a step:
-    what a transform needs to do something else at each, such as noise (`olmo_fn.core.random.normal`).
+    the whole step needs. ``together``: the most elementwise updates in one call, see `updates_a_call`. ``stash`` makes, for
+    each sweep, what keeps the inputs of segments that run twice. ``step`` () is the number of steps before this one, None where
+    gradients are taken outside of a step: what a transform needs to do something else at each, such as noise
+    (`olmo_fn.core.random.normal`).
     """
 
     primitive: Callable[..., Any] = primitive
@@ -45,7 +48,13 @@ class Execution:
     dtype: torch.dtype = torch.float32
     wants: Callable[[str], bool] = everything
     differentiable: bool = False
+    together: int | None = None
+    stash: Callable[[], Stash] = no_stash
     step: Tensor | None = None
+
+    def updates_a_call(self, device: torch.device) -> int:
+        """``together``, or what suits the device: on a GPU to call a compiled update takes longer than its kernel does."""
+        return self.together or (16 if device.type == "cuda" else 1)
 
     def backend(self, tokens: Tensor | None = None) -> Backend:
         """What the tape hands to a chain; ``tokens``: the loss tokens of the batch, if there will be a backward."""

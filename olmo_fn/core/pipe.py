@@ -20,6 +20,7 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Chain, LossFunction, Metrics, add_metrics, loss_tokens
 from olmo_fn.core.gradients import ENGINES, Engine, Execution, Gradients, Grads, Signals, func_gradients
+from olmo_fn.core.offload import HostStash
 from olmo_fn.core.step import Leaf, Scalars, Slots, State, Step
 from olmo_fn.core.tape import tape_gradients
 from olmo_fn.kernels import Function
@@ -126,7 +127,8 @@ def pipe(loss: LossFunction, *transforms: Transform[Any, Any]) -> Any:
         if not isinstance(transform, Transform):
             name = getattr(transform, "__name__", None)
             raise ValueError(f"{name or transform!r} is no transform" + (f"; call it: {name}(...)" if name else ""))
-        check_order(transform, type(value).__name__, transforms[:i])
+        kind = next(kind.__name__ for kind in (Loss, Grads, Step) if isinstance(value, kind))
+        check_order(transform, kind, transforms[:i])
         value = transform(value)
     return value
 
@@ -179,9 +181,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torch.float32) -> Transform[Loss, Grads]:
     """Differentiate the loss; the gradient is of the mean over all loss tokens of the batch.
 
-    ``tape`` sweeps a `Chain` stage by stage (`olmo_fn.core.tape`), with ``remat`` none, full, feed_forward or every-n; ``func``
-    is ``torch.func.grad_and_value`` of any loss. ``dtype``: that of matrices and activations in the computation;
-    parameters keep their own, and gradients are in at least fp32 (see `Grads`).
+    ``tape`` sweeps a `Chain` stage by stage (`olmo_fn.core.tape`), with ``remat`` none, selective, feed_forward, full or
+    every-n (`olmo_fn.core.tape.remat_policy`); ``func`` is ``torch.func.grad_and_value`` of any loss. ``dtype``: that of
+    matrices and activations in the computation; parameters keep their own, and gradients are in at least fp32 (see `Grads`).
     """
 
     if engine not in ENGINES:
@@ -199,7 +201,7 @@ def grad(engine: Engine = "tape", remat: str = "none", dtype: torch.dtype = torc
             raise ValueError("engine tape sweeps a Chain of stages, and this loss is a plain function; use grad(engine='func')")
         return Grads(tape_gradients(loss.fn, remat, dtype), loss.fn)
 
-    return Transform(f"grad({engine!r})", Loss, Grads, apply)
+    return Transform(f"grad({engine!r})", Loss, Grads, apply, frozenset({RERUNS} if remat != "none" else ()))
 
 
 # --- Grads -> Grads ---------------------------------------------------------------------------------------------------
@@ -341,6 +343,18 @@ def averaging(name: str) -> dict[str, Any]:
 
 
 # --- Step -> Step: these are invisible in the numbers -----------------------------------------------------------------
+
+
+RERUNS = "a grad() with remat"
+"""Tag: keeps of some segments only what they begin with."""
+
+
+def offload() -> Transform[Step, Step]:
+    """Keep in host memory what rematerialised blocks keep for the backward sweep: their inputs, and results of attention.
+
+    Copied beside the computation; a block's come back while the one after it is differentiated. Invisible.
+    """
+    return Transform("offload()", Step, Step, partial(with_execution, stash=HostStash), needs=RERUNS)
 
 
 def donate() -> Transform[Step, Step]:

@@ -16,6 +16,7 @@ later (zero bubble), and a frozen weight not at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -27,10 +28,18 @@ VJP: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Any, Pullb
 WeightGrads: TypeAlias = Callable[[Tensor, Callable[[], Tensor]], bool]
 
 
-def primitive(vjp: VJP, weights: Sequence[Tensor], inputs: Sequence[Tensor], weight_grads: WeightGrads | None = None) -> Any:
+def primitive(
+    vjp: VJP,
+    weights: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weight_grads: WeightGrads | None = None,
+    *,
+    costly: bool = False,
+) -> Any:
     """The result of ``vjp`` (a tensor or a tuple of them), with its pullback as its backward; differentiable once.
 
-    Gradients of weights go to ``weight_grads`` if that takes them, past autograd, or else through autograd.
+    Gradients of weights go to ``weight_grads`` if that takes them, past autograd, or else through autograd. ``costly`` says of
+    one with a single result that it takes long for that one's memory; a segment that runs twice may then run it `Once`.
 
     >>> import torch
     >>> x, w = torch.tensor(3.0, requires_grad=True), torch.tensor(2.0, requires_grad=True)
@@ -41,6 +50,61 @@ def primitive(vjp: VJP, weights: Sequence[Tensor], inputs: Sequence[Tensor], wei
     (tensor(3.), tensor(2.))
     """
     return _Primitive.apply(vjp, weight_grads, len(weights), *weights, *inputs)
+
+
+class Once:
+    """The costly primitives of a segment that runs twice: they run in the `first` run, and the `second` is given their results.
+
+    Kept are what they gave and what their pullbacks close over, but for their inputs, which the second run computes again and
+    fills in. (What a pullback made of an input by itself, such as a view, is kept.)
+    """
+
+    def __init__(self, primitive: Callable[..., Any]) -> None:
+        self.primitive = primitive
+        self.kept: list[tuple[list[Tensor], Tensor, Pullback]] = []
+
+    def first(self, vjp: VJP, *args: Any, costly: bool = False) -> Any:
+        """`primitive`, whose result, a tensor, is kept if it is ``costly``."""
+
+        @wraps(vjp)
+        def run(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Pullback]:
+            own = [x.detach() for x in inputs]
+            out, pullback = vjp(weights, own)
+            for x in own:
+                empty(x)
+            self.kept.append((own, out, pullback))
+            return out, pullback
+
+        return self.primitive(run if costly else vjp, *args, costly=costly)
+
+    def take(self) -> list[Tensor]:
+        """The results, to be kept by somebody else until they are `given`: what the pullbacks close over is left empty."""
+        taken = [out.detach() for _, out, _ in self.kept]
+        for _, out, _ in self.kept:
+            empty(out)
+        return taken
+
+    def given(self, results: Sequence[Tensor]) -> None:
+        """The inverse of `take`."""
+        for (_, out, _), result in zip(self.kept, results, strict=True):
+            out.data = result
+
+    def second(self, vjp: VJP, *args: Any, costly: bool = False) -> Any:
+        """`primitive`, which, if it is ``costly``, gives what it gave in the first run, and is costly no more."""
+
+        @wraps(vjp)
+        def run(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Pullback]:
+            own, out, pullback = self.kept.pop(0)
+            for x, again in zip(own, inputs, strict=True):
+                x.data = again
+            return out, pullback
+
+        return self.primitive(run if costly else vjp, *args)
+
+
+def empty(x: Tensor) -> None:
+    """Let a tensor go from its memory, which others may have too."""
+    x.data = x.new_empty(0)
 
 
 class _Primitive(Function):

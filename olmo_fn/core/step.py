@@ -5,9 +5,8 @@ What is remembered from one step to the next is in the `State`, and nowhere else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,11 +17,10 @@ from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metrics
 from olmo_fn.core.gradients import EAGER, Execution, Gradients, Grads, Signals, pipe_of, reported
 from olmo_fn.core.layout import SINGLE
-from olmo_fn.kernels import Function
+from olmo_fn.core.update import Leaf, Scalars, Slots, Task, flattened, guarded, pack_scalars, together
 from olmo_fn.tree import Tree
 
-Scalars: TypeAlias = dict[str, Tensor]
-Slots: TypeAlias = dict[str, Tensor]
+__all__ = ["Control", "Leaf", "Scalars", "Slots", "State", "Step"]
 
 
 class State(NamedTuple):
@@ -57,25 +55,6 @@ def check_state(state: Any) -> None:
 def spend(state: State) -> None:
     """Mark a state that is about to be overwritten, with all others that share its ``step``, for `check_state`."""
     state.step.spent = True  # type: ignore[attr-defined]
-
-
-class Leaf(NamedTuple):
-    """An optimizer of one parameter: a pair of pure functions.
-
-    ``init(param) -> slots``; ``update(param, grad, slots, scalars) -> (param, slots)``. ``elementwise`` updates may
-    see the parameter flattened; all others see it whole. Slots are shaped like the parameter and lie where it lies, but for
-    those named in ``unlike``, which are of any shape and on every rank. ``scalars`` are this leaf's own, on top of the step's;
-    of those it sees the ones without a group, and its ``group``'s. ``point(param, slots)`` is where the gradient is taken, if
-    not at the parameter.
-    """
-
-    init: Callable[[Tensor], Slots]
-    update: Callable[[Tensor, Tensor, Slots, Scalars], tuple[Tensor, Slots]]
-    elementwise: bool = True
-    scalars: Mapping[str, float] = {}
-    group: str = ""
-    point: Callable[[Tensor, Slots], Tensor] | None = None
-    unlike: tuple[str, ...] = ()
 
 
 Control: TypeAlias = Callable[[State, Signals, Metrics], tuple[Tree, Scalars, Metrics]]
@@ -181,89 +160,37 @@ class Step:
         after: dict[str, dict[str, Tensor]] = {name: dict(values) for name, values in before.items()}
         leaves = {path: self.leaf(path) for path in params if path in flat}  # the others are frozen
 
+        def scalars_of(path: str) -> tuple[Any, ...]:
+            leaf = leaves[path]
+            return leaf.group, *leaf.scalars.items(), params[path].dtype
+
+        def slots_of(path: str) -> Slots:
+            return {name: values[path] for name, values in before.items() if path in values}
+
+        def kind(path: str) -> Any:  # what paths share whose updates are alike
+            dtypes = params[path].dtype, flat[path].dtype, *((name, value.dtype) for name, value in slots_of(path).items())
+            return leaves[path].update, scalars_of(path), params[path].numel(), dtypes
+
         def task(path: str) -> Task:
-            leaf, p = leaves[path], params[path]
-            key = leaf.group, *leaf.scalars.items(), p.dtype
+            leaf, p, key = leaves[path], params[path], scalars_of(path)
             if key not in packed:
                 packed[key] = pack_scalars(leaf, {**scalars, **lacking}, p.dtype)
             names, numbers = packed[key]
-            run = self.execution.kernel(_guarded(leaf.update, self.execution.donate, names))
-            slots = {name: values[path] for name, values in before.items() if path in values}
-            return Task(leaf, run, p, flat.pop(path), slots, numbers)
+            update = guarded(leaf.update, self.execution.donate, names)
+            return Task(leaf, update, self.execution.kernel, p, flat.pop(path), slots_of(path), numbers)
 
         def keep(path: str, new_p: Tensor, new_slots: Slots) -> None:
             params[path] = new_p
             for name, value in new_slots.items():
                 after[name][path] = value
 
-        for path, leaf in leaves.items():
-            if leaf.elementwise:
-                keep(path, *_flattened(task(path)))
+        elementwise = [path for path, leaf in leaves.items() if leaf.elementwise]
+        most = self.execution.updates_a_call(scalars["skip"].device)
+        for paths in together(elementwise, kind, most) if most > 1 else ([path] for path in elementwise):
+            for path, found in zip(paths, flattened([task(path) for path in paths]), strict=True):
+                keep(path, *found)
         whole = [path for path, leaf in leaves.items() if not leaf.elementwise]
         for path, new_p, new_slots in self.execution.layout.owners.update(whole, task):
             keep(path, new_p, new_slots)
         shaped = {name: tree.unflatten(values) for name, values in after.items()}
         return State(state.step + 1, tree.unflatten(params), {**control, **shaped}), metrics
-
-
-class Task(NamedTuple):
-    """The update of one parameter, ready to run."""
-
-    leaf: Leaf
-    run: Function
-    p: Tensor
-    g: Tensor
-    slots: Slots
-    numbers: Tensor  # its scalars
-
-
-def _flattened(task: Task) -> tuple[Tensor, Slots]:
-    """An elementwise update, of flat tensors, so that one compiled function serves all shapes, and parts of them."""
-    p = task.p
-    new_p, new = task.run(p.view(-1), task.g.reshape(-1), {k: v.view(-1) for k, v in task.slots.items()}, task.numbers)
-    return new_p.view(p.shape), {k: v.view(p.shape) for k, v in new.items()}
-
-
-def pack_scalars(leaf: Leaf, scalars: Scalars, dtype: torch.dtype) -> tuple[tuple[str, ...], Tensor]:
-    """Names and values of what the update of ``leaf`` sees, in the dtype that a parameter of ``dtype`` is computed in.
-
-    One vector and not in fp64, so that calling a compiled update costs little, and converts nothing for every few entries.
-    """
-    wide, device = torch.promote_types(dtype, torch.float32), scalars["skip"].device
-    own = {k: torch.tensor(v, dtype=wide, device=device) for k, v in leaf.scalars.items()}
-    found = {**of_group(scalars, leaf.group), **own}
-    return tuple(found), torch.stack([value.to(wide) for value in found.values()])
-
-
-def of_group(scalars: Scalars, group: str) -> Scalars:
-    """The scalars without a group, and those of ``group``, without its name.
-
-    >>> of_group({"skip": 0, "matrix/lr": 1, "default/lr": 2}, "matrix")
-    {'skip': 0, 'lr': 1}
-    """
-    shared = {name: value for name, value in scalars.items() if "/" not in name}
-    own = {name.removeprefix(f"{group}/"): value for name, value in scalars.items() if name.startswith(f"{group}/")}
-    return {**shared, **{name: value for name, value in own.items() if "/" not in name}}
-
-
-@cache
-def _guarded(update: Function, donate: bool, names: tuple[str, ...]) -> Function:
-    """The update of a leaf with what holds for every one; its scalars are given as one vector.
-
-    A factor that the gradient lacks is applied, a skipped step changes nothing, dtypes stay what they are, donation writes
-    in place.
-    """
-
-    def guarded(p: Tensor, g: Tensor, slots: Slots, numbers: Tensor) -> tuple[Tensor, Slots]:
-        scalars = dict(zip(names, numbers.unbind(), strict=True))
-        scalars["skip"] = scalars["skip"] > 0
-        if "grad_scale" in scalars:
-            g = g.to(numbers.dtype) * scalars.pop("grad_scale")
-        new_p, new_slots = update(p, g, slots, scalars)
-        new_p = torch.where(scalars["skip"], p, new_p.to(p.dtype))
-        new_slots = {k: torch.where(scalars["skip"], slots[k], v.to(slots[k].dtype)) for k, v in new_slots.items()}
-        if not donate:
-            return new_p, new_slots
-        return p.copy_(new_p), {k: slots[k].copy_(v) for k, v in new_slots.items()}
-
-    return guarded

@@ -8,7 +8,7 @@ backward of a custom function).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -16,11 +16,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Aux, Batch, Chain, Metrics, Stage, Sums, loss_tokens, per_token, wide
 from olmo_fn.core.gradients import Execution, GradFunction, Gradients, in_order
 from olmo_fn.core.layout import Reduction, Sweep, Weights
+from olmo_fn.core.offload import Stash, stay
+from olmo_fn.core.primitive import Once
 from olmo_fn.tree import Tree
 
 LateGrads: TypeAlias = Callable[[], dict[str, Tensor]]
@@ -28,10 +31,13 @@ SegmentPullback: TypeAlias = Callable[[Any], tuple[LateGrads, Any]]
 
 
 class Segment(NamedTuple):
-    """Neighbouring stages that share one fate; ``again``: keep only the input and run forward twice."""
+    """Neighbouring stages that share one fate; ``again``: keep only the input and run forward twice, with ``once`` but for the
+    costly primitives, whose results are kept too.
+    """
 
     stages: tuple[Stage, ...]
     again: bool = False
+    once: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -42,29 +48,30 @@ class Segment(NamedTuple):
 def remat_policy(remat: str) -> Callable[[Stage], bool]:
     """Which stages keep only their input and run forward again in the backward sweep.
 
-    ``none``; ``full``: every block; ``every-n``: every n-th block, such as ``every-2``; ``feed_forward``: the
-    feed-forward half of every block. Stages outside the blocks (embedding, head) are never rerun.
+    ``none``; ``full``: every block; ``selective``: every block, but what attention gave is kept, and it runs once; ``every-n``:
+    every n-th block, such as ``every-2``; ``feed_forward``: the feed-forward half of every block. Stages outside the blocks
+    (embedding, head) are never rerun.
 
     >>> remat_policy("every-2")(Stage("attention", (), print, block=2))
     True
     """
     if remat == "none":
         return lambda stage: False
-    if remat == "full":
+    if remat in ("full", "selective"):
         return lambda stage: stage.block is not None
     if remat == "feed_forward":
         return lambda stage: stage.name == "feed_forward"
     kind, _, n = remat.partition("-")
     if kind == "every" and n.isdecimal() and int(n) > 0:
         return lambda stage: stage.block is not None and stage.block % int(n) == 0
-    raise ValueError(f"remat {remat!r} is unknown; use none, full, feed_forward, or every-2, every-3, …")
+    raise ValueError(f"remat {remat!r} is unknown; use none, selective, feed_forward, full, or every-2, every-3, …")
 
 
 def segments(stages: tuple[Stage, ...], remat: str = "none") -> tuple[Segment, ...]:
     """Cut a chain where the block, or whether to rematerialise, changes."""
     again = remat_policy(remat)
     alike = groupby(stages, key=lambda stage: (stage.block, again(stage)))
-    return tuple(Segment(tuple(group), key[1]) for key, group in alike)
+    return tuple(Segment(tuple(group), key[1], remat == "selective") for key, group in alike)
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
@@ -100,18 +107,15 @@ def forward_backward(
 ) -> tuple[dict[str, Tensor], Metrics]:
     """`Sweep.gradients`. While a segment computes, the next ones' weights are on their way, and the last ones' gradients."""
     weights_in_use, parts, tokens = execution.layout.weights, segments(chain.stages, remat), loss_tokens(batch)
-    backend, sums, depth = execution.backend(tokens), Sums(chain.metrics), weights_in_use.ahead
+    backend, sums, stash = execution.backend(tokens), Sums(chain.metrics), execution.stash()
     ctx, cotangent = chain.context(execution.layout.sharing.local_batch(batch), backend), backend.loss_weight
     assert cotangent is not None
     kept: list[tuple[Weights, SegmentPullback]] = []
     x: Any = None
-    coming = deque([fetch(params, parts[0], chain, execution)])
+    coming: deque[Weights] = deque()
     for i, segment in enumerate(parts):
-        weights = coming.popleft()
-        weights.ready()
-        for later in parts[i + 1 + len(coming) : i + 1 + depth]:
-            coming.append(fetch(params, later, chain, execution))
-        x, pullback = vjp_segment(segment, weights, x, ctx, execution, cotangent, sums)
+        weights = bring(i, parts, coming, params, chain, execution)
+        x, pullback = vjp_segment(segment, weights, x, ctx, execution, cotangent, sums, stash=stash)
         if i + 1 < len(parts):  # the last one's are needed again at once
             weights.free()
         kept.append((weights, pullback))
@@ -121,7 +125,7 @@ def forward_backward(
     while kept:
         weights, pullback = kept.pop()
         weights.ready()
-        for earlier, _ in reversed(kept[-depth:]):
+        for earlier, _ in reversed(kept[-weights_in_use.ahead :]):
             earlier.refetch()
         late, d_x = pullback(d_x)
         del pullback
@@ -138,12 +142,26 @@ def forward_only(chain: Chain, params: Tree, batch: Batch, execution: Execution)
     batch = execution.layout.sharing.local_batch(batch)
     ctx, sums, x = chain.context(batch, execution.backend()), Sums(chain.metrics), None
     chain.check(ctx.backend.axes, ctx.backend.cp_method)
-    for segment in segments(chain.stages):
-        x = forward_segment(segment, fetch(params, segment, chain, execution), x, ctx, execution, sums)
+    parts, coming = segments(chain.stages), deque[Weights]()
+    for i, segment in enumerate(parts):
+        weights = bring(i, parts, coming, params, chain, execution)
+        x = forward_segment(segment, weights, x, ctx, execution, sums)
+        del weights  # before the next ones arrive
     return sums.complete(sums.loss())
 
 
 LOCAL_SWEEP = Sweep(forward_backward, forward_only)
+
+
+def bring(
+    i: int, parts: Sequence[Segment], coming: deque[Weights], params: Tree, chain: Chain, execution: Execution
+) -> Weights:
+    """The weights of segment ``i``, there; those of the next ones are then ``coming``."""
+    weights = coming.popleft() if coming else fetch(params, parts[i], chain, execution)
+    weights.ready()
+    for later in parts[i + 1 + len(coming) : i + 1 + execution.layout.weights.ahead]:
+        coming.append(fetch(params, later, chain, execution))
+    return weights
 
 
 def fetch(params: Tree, segment: Segment, chain: Chain, execution: Execution) -> Weights:
@@ -193,15 +211,17 @@ def vjp_segment(
     cotangent: Tensor,
     sums: Sums,
     late: bool = False,
+    stash: Stash = stay,
 ) -> tuple[Any, SegmentPullback]:
     """Run a segment under autograd, on leaves of its own; return its x and its pullback.
 
     The pullback takes the cotangent of that x (None after the last segment) to that of the incoming x, and to a function that
     gives the gradients of the weights by path, in the compute dtype; with ``late`` their products are left to that function.
-    ``cotangent`` is that of every loss that a stage reports.
+    ``cotangent`` is that of every loss that a stage reports. What a segment that runs twice keeps is in ``stash`` meanwhile.
     """
-    leaves = Leaves(weights, execution.wants, late)
-    watched = replace(ctx, backend=replace(ctx.backend, weight_grads=leaves.take))
+    leaves, costly = Leaves(weights, execution.wants, late), Once(ctx.backend.primitive)
+    primitive = costly.first if segment.again and segment.once else ctx.backend.primitive
+    watched = replace(ctx, backend=replace(ctx.backend, weight_grads=leaves.take, primitive=primitive))
     start = None if x is None else x.detach().requires_grad_()
     out, losses = start, []
     with torch.enable_grad():
@@ -210,15 +230,23 @@ def vjp_segment(
             losses += [aux.loss] if aux.loss is not None else []
             sums.add(stage, Aux(None if aux.loss is None else aux.loss.detach(), aux.metrics))
     result = None if out is None else out.detach()
-    if segment.again:  # nothing of this run is kept, and what the second one reports is not counted
-        once, uncounted = segment._replace(again=False), Sums(sums.declared)
-        return result, lambda d_out: vjp_segment(once, weights, x, ctx, execution, cotangent, uncounted, late)[1](d_out)
-    roots = [root for root in (out, *losses) if root is not None and root.requires_grad]
-    first = out is not None and out.requires_grad
+    if segment.again:  # what the second run reports is not counted
+        held, rest, uncounted = stash([x, *costly.take()]), segment._replace(again=False), Sums(sums.declared)
+        if segment.once:
+            ctx = replace(ctx, backend=replace(ctx.backend, primitive=costly.second))
+
+        def again(d_out: Any) -> tuple[LateGrads, Any]:
+            start, *results = held()
+            costly.given(results)
+            return vjp_segment(rest, weights, start, ctx, execution, cotangent, uncounted, late)[1](d_out)
+
+        return result, again
+    roots = [get_gradient_edge(root) for root in (out, *losses) if root is not None and root.requires_grad]
+    dtype = out.dtype if out is not None and out.requires_grad else None
 
     def pullback(d_out: Any) -> tuple[LateGrads, Any]:
-        cotangents = [d_out.to(roots[0].dtype)] if first else []
-        d_x = leaves.backward(roots, [*cotangents, *[cotangent] * (len(roots) - first)], start)
+        cotangents = [d_out.to(dtype)] if dtype else []
+        d_x = leaves.backward(roots, [*cotangents, *[cotangent] * (len(roots) - len(cotangents))], start)
         roots.clear()
         return leaves.result, d_x
 
@@ -254,7 +282,7 @@ class Leaves:
             self.late_grads.append((path, gradient if self.late else partial(_value, gradient())))
         return path is not None
 
-    def backward(self, roots: list[Tensor], cotangents: list[Tensor], start: Tensor | None) -> Tensor | None:
+    def backward(self, roots: list[GradientEdge], cotangents: list[Tensor], start: Tensor | None) -> Tensor | None:
         """Run autograd from the roots; returns the cotangent of ``start``, the incoming x."""
         inputs = [*self.leaves.values(), *([] if start is None else [start])]
         found = torch.autograd.grad(roots, inputs, cotangents, allow_unused=True) if inputs and roots else [None] * len(inputs)

@@ -9,7 +9,7 @@ import torch
 
 from olmo_fn.core.chain import IGNORE, Batch
 from olmo_fn.data.instances import Instances, Origin
-from olmo_fn.data.shuffle import shuffled
+from olmo_fn.data.shuffle import Order, shuffled
 from olmo_fn.data.sizes import Sizes
 
 
@@ -37,6 +37,7 @@ class Loader:
     sizes: Sizes
     seed: int
     num_instances: int
+    order: Order = "olmo-core"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -44,9 +45,13 @@ class Loader:
         return self.num_instances // self.sizes.largest
 
     def numbers(self, step: int) -> np.ndarray:
-        """The instances of the whole batch of ``step`` (from 0): (instances of the step,) uint32."""
-        sizes = self.sizes
-        return shuffled(sizes.first_window(step), sizes.at(step).batch_size, self.num_instances, sizes.largest, self.seed)
+        """The instances of the whole batch of ``step`` (from 0): (instances of the step,) int64."""
+        sizes, many = self.sizes, self.sizes.at(step).batch_size
+        return shuffled(sizes.first_window(step), many, self.num_instances, sizes.largest, self.seed, self.order)
+
+    def rows(self, step: int) -> int:
+        """Rows of the batch of ``step``, over all ranks."""
+        return self.sizes.rows(step)
 
     def origin(self, step: int, row: int) -> Origin:
         """Where ``row`` of the batch of ``step`` comes from."""

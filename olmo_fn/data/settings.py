@@ -10,7 +10,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from olmo_fn.data.bounds import Boundaries
+from olmo_fn.data.instances.filtered import RepetitionFilter
 from olmo_fn.data.instances.fixed import FixedLength
+from olmo_fn.data.shuffle import Order
 from olmo_fn.data.tokens import Dtype
 from olmo_fn.fields import PATH
 
@@ -40,11 +43,22 @@ class Data:
     predicts the first token of the next. Needs the id of the end-of-document token."""
     eos_id: int | None = None
     """Id of the end-of-document token. None: the tokenizer's, or as the tokenizing command wrote beside the files."""
+    bos_id: int | None = None
+    """Id of the token that begins documents; an end is then one only where it follows. None: there is no such token."""
+    pad_id: int | None = None
+    """Id that instances are filled up with, outside of the loss. None: the end-of-document token."""
+    boundaries: Boundaries = "eos"
+    """Documents end with their last token, or as the .csv.gz beside a token file says, which dolma writes (metadata)."""
+    filter: RepetitionFilter = field(default_factory=RepetitionFilter)
+    """Which instances are kept out of the loss."""
     tokenizer: Annotated[str, PATH] = ""
     """Path of a tokenizer.json, that of the token files, or dolma2; for samples, and for bits per byte where no meta.json of
     the tokenizing command beside held-out files says how many bytes their text has."""
     eos: str = ""
     """Name of the end-of-document token in it. Empty: the usual names are tried."""
+    order: Order = "olmo-core"
+    """How training instances are shuffled. keyed: any number of them, at once. olmo-core: as OLMo-core does, bit for bit.
+    sequential: not at all."""
     order_seed: int = 34521
     """Seed of the order of the training instances, OLMo-core's data loader seed."""
     cache_dir: Annotated[str, PATH] = ""

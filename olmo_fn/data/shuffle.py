@@ -1,19 +1,27 @@
-"""Which training instances make up a batch: a pure function of how many came before it, in OLMo-core's order.
+"""Which training instances make up a batch: a pure function of how many came before it.
 
-Epoch e = 1, 2, ... visits the instances in the order of ``PCG64(seed + e)``, cut to whole batches. There is
-nothing to save and nothing to restore: a resumed run asks for its next step.
+There is nothing to save and nothing to restore: a resumed run asks for its next step. Three orders:
+
+    keyed       a permutation that is computed entry by entry, from a key: any size, no memory, no time to start
+    olmo-core   epoch e = 1, 2, … visits the instances in the order of ``PCG64(seed + e)``, four bytes of memory an instance
+    sequential  as they lie
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal, TypeAlias
 
 import numpy as np
+
+Order: TypeAlias = Literal["keyed", "olmo-core", "sequential"]
+ROUNDS = 7
+U64 = np.uint64
 
 
 @lru_cache(maxsize=2)
 def permutation(num_instances: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of ``epoch`` (from 1): (num_instances,) uint32, read-only. Four bytes of memory an instance.
+    """OLMo-core's order of ``epoch`` (from 1): (num_instances,) uint32, read-only.
 
     >>> permutation(1000, seed=0, epoch=1)[:4].tolist()
     [705, 649, 543, 927]
@@ -24,8 +32,42 @@ def permutation(num_instances: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def shuffled(first: int, count: int, num_instances: int, batch_size: int, seed: int) -> np.ndarray:
-    """The ``count`` instances that come after ``first`` others, over all epochs: (count,) uint32.
+def keyed(places: np.ndarray, num_instances: int, seed: int, epoch: int) -> np.ndarray:
+    """The instances at ``places`` of the keyed order of ``epoch``: a bijection of 0, …, num_instances - 1, int64.
+
+    A Feistel network on the fewest bits, an even number, that hold ``num_instances`` (Luby and Rackoff 1988), repeated for what
+    comes out beyond it until it does not (cycle walking, Black and Rogaway 2002).
+
+    >>> sorted(keyed(np.arange(5), 5, seed=0, epoch=1).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    half = U64(max(1, -(-(num_instances - 1).bit_length() // 2)))
+    keys = np.random.Philox(key=[seed, epoch]).random_raw(ROUNDS)
+    values = np.asarray(places).astype(U64)
+    walking = np.ones(values.shape, np.bool_)
+    while walking.any():
+        values[walking] = _feistel(values[walking], half, keys)
+        walking = values >= num_instances
+    return values.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
+    mask = (U64(1) << half) - U64(1)
+    left, right = values >> half, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return left << half | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A hash of 64 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
+    x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
+    return x ^ (x >> U64(31))
+
+
+def shuffled(first: int, count: int, num_instances: int, batch_size: int, seed: int, order: Order = "olmo-core") -> np.ndarray:
+    """The ``count`` instances that come after ``first`` others, over all epochs: (count,) int64.
 
     An epoch is cut to whole batches of ``batch_size``.
 
@@ -33,10 +75,14 @@ def shuffled(first: int, count: int, num_instances: int, batch_size: int, seed: 
     ([63, 60, 34, 14], [82, 77, 14, 25])
     """
     epoch_size = num_instances // batch_size * batch_size
-    parts, last = [np.zeros(0, np.uint32)], first + count
+    parts, last = [np.zeros(0, np.int64)], first + count
     while first < last:
         epoch, start = divmod(first, epoch_size)
         stop = min(epoch_size, start + last - first)
-        parts.append(permutation(num_instances, seed, epoch + 1)[start:stop])
+        if order == "olmo-core":
+            parts.append(permutation(num_instances, seed, epoch + 1)[start:stop].astype(np.int64))
+        else:
+            places = np.arange(start, stop)
+            parts.append(keyed(places, num_instances, seed, epoch + 1) if order == "keyed" else places)
         first += stop - start
     return np.concatenate(parts)

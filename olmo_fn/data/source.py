@@ -11,8 +11,10 @@ import numpy as np
 
 from olmo_fn.data.corpus import stdlib_corpus
 from olmo_fn.data.heldout import TokenSet, by_name, joined, named
-from olmo_fn.data.instances import Instances
+from olmo_fn.data.instances import Instances, TokenData
 from olmo_fn.data.instances.documents import MaskedDocuments
+from olmo_fn.data.instances.filtered import Filtered
+from olmo_fn.data.instances.variable import BucketLoader, Buckets
 from olmo_fn.data.loader import Loader
 from olmo_fn.data.meta import Meta, check_vocabulary, read_meta
 from olmo_fn.data.settings import Data, cache_dir
@@ -39,7 +41,7 @@ HELDOUT_TOKENS = 1 << 22  # the most that a fraction of the data holds out
 class Source:
     """The data of a run."""
 
-    train: Loader
+    train: Loader | BucketLoader
     heldout: Mapping[str, TokenSet]
     """Tokens to evaluate on, by name: ``heldout``, and those that the settings name."""
     tokenizer: Tokenizer | None
@@ -83,14 +85,31 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
     eos_id = eos_id_of(data, tokenizer, next(iter(metas.items()), None), vocab_size)
     masks = open_masks(expand(data.label_mask_paths), files)
     check_vocab(files + heldout_files, vocab_size)
-    instances = data.instances.build(files, masks, sizes.window, vocab_size, eos_id)
+    pad_id = data.pad_id if data.pad_id is not None else eos_id or 0
+    for flag, token in (("bos", data.bos_id), ("pad", pad_id)):
+        if token is not None and token >= vocab_size:
+            raise ValueError(f"--data.{flag}-id is {token}; it must be below {vocab_size:,}, the vocabulary")
+    bounds = cache_dir(data) / "documents"
+    tokens = TokenData(files, sizes.window, vocab_size, masks, eos_id, data.bos_id, pad_id, data.boundaries, bounds)
+    instances: Instances = data.instances.build(tokens)
+    if isinstance(instances, Buckets):
+        if data.mask_documents or data.filter.max_count:
+            raise ValueError(
+                "--data.instances.name variable has one document a row: --data.mask-documents and --data.filter are not for it"
+            )
+    elif data.filter.max_count:
+        instances = Filtered(instances, data.filter)
     if data.mask_documents and eos_id is not None:
-        instances = MaskedDocuments(instances, eos_id)
+        instances = MaskedDocuments(instances, eos_id, data.bos_id)
     count = 0
     if data.heldout_fraction and not heldout_files:  # at least one
         most = max(1, HELDOUT_TOKENS // sizes.window)
         count = min(max(1, int(len(instances) * data.heldout_fraction)), most)
-    train = Loader(instances, sizes, data.order_seed, len(instances) - count)
+    train: Loader | BucketLoader
+    if isinstance(instances, Buckets):
+        train = instances.loader(sizes, data.order_seed, len(instances) - count)
+    else:
+        train = Loader(instances, sizes, data.order_seed, len(instances) - count, data.order)
     _check_size(train, files)
     sets = by_name(zip((name for name, _ in heldout), masked(heldout_files, data.heldout_mask_paths, metas), strict=True))
     if count:
@@ -166,7 +185,7 @@ def eos_id_of(data: Data, tokenizer: Tokenizer | None, beside: tuple[Path, Meta]
     return data.eos_id
 
 
-def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:
+def _check_size(train: Loader | BucketLoader, files: tuple[TokenFile, ...]) -> None:
     length = train.sizes.window
     if len(train.instances) == 0:
         longest = max(files, key=lambda f: f.num_tokens)
@@ -174,8 +193,10 @@ def _check_size(train: Loader, files: tuple[TokenFile, ...]) -> None:
             f"the sequence length {length:,} is longer than every token file (the longest, {longest.path!r}, "
             f"has {longest.num_tokens:,} tokens); use at most {longest.num_tokens} (--recipe.sequence-length), or more data"
         )
-    if train.num_instances >= 2**32:
-        raise ValueError(f"{train.num_instances:,} windows are more than the 2^32 that the order can hold")
+    if train.num_instances >= 2**32 and isinstance(train, Loader) and train.order == "olmo-core":
+        raise ValueError(
+            f"{train.num_instances:,} windows are more than the 2^32 that OLMo-core's order can hold; use --data.order keyed"
+        )
     if train.steps_per_epoch == 0:
         raise ValueError(
             f"a batch of {train.sizes.largest:,} windows is more than the {train.num_instances:,} of {length:,} "

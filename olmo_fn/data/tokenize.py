@@ -234,3 +234,7 @@ def run(config: Tokenize) -> int:
     print(summary(config, meta))
     print(train_command(config, meta))
     return 0
+
+
+if __name__ == "__main__":  # as version 0.1 called it
+    raise SystemExit("the command is: olmo-fn tokenize")

@@ -294,7 +294,7 @@ def attention(
     if not backend.primitive:
         return _side_by_side(attend_over(q, k, v, sinks=sinks, **options))
     vjp = _attention_vjp(partial(attend_over_vjp, kernel=backend.kernel, attend=attend, **options))
-    return backend.primitive(vjp, [] if sinks is None else [sinks], [q, k, v], backend.weight_grads)
+    return backend.primitive(vjp, [] if sinks is None else [sinks], [q, k, v], backend.weight_grads, costly=True)
 
 
 def _attention_vjp(attend: Callable[..., Any]) -> VJP:

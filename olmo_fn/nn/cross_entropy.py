@@ -24,6 +24,8 @@ from olmo_fn.nn.linear import Weight, merged
 
 LOGITS_BYTES = 1 << 25  # logits that live at once, within these numbers of rows:
 LOGITS_ROWS = (1024, 2048)  # fast matrix products need the first, more than the second gain nothing
+CUDA_LOGITS_BYTES = 1 << 30  # a chunk's products fill a GPU many times over, and its sum passes the weight's gradient but once
+CUDA_LOGITS_ROWS = (4096, 8192)
 
 
 def cross_entropy(
@@ -140,8 +142,7 @@ def _cross_entropy_vjp(
         seen = label_rows.flatten(), None if inside is None else inside.flatten()
         h = h.flatten(0, -2)  # (N, D)
         N, V = h.shape[0], w_out.shape[0]
-        fewest, most = LOGITS_ROWS
-        many = min(N, max(fewest, min(most, LOGITS_BYTES // (V * h.element_size()))))
+        many = rows_at_once(N, V * h.element_size(), h.device.type)
         w, d_w = to_large(w_out, h.dtype), None
         d_h = torch.empty_like(h)
         buffer = new_large(h, many, V)
@@ -157,7 +158,7 @@ def _cross_entropy_vjp(
             torch.mm(logits, w, out=d_h[part])
             if part.stop == N:
                 del w  # a copy, or not, in whose place its gradient may lie
-            d_w = _add_product(d_w, logits, h[part])
+            d_w = _add_product(d_w, logits, h[part], many < N)
         del buffer, logits
         ce, z = sums.unbind()
 
@@ -173,6 +174,19 @@ def _cross_entropy_vjp(
         return (ce + z, ce.clone(), z.clone()), pullback
 
     return vjp
+
+
+def rows_at_once(N: int, row_bytes: int, device: str) -> int:
+    """How many of ``N`` positions, with logits of ``row_bytes`` each, are a chunk on a ``device`` of this type.
+
+    >>> rows_at_once(8192, 2 * 100352, "cpu"), rows_at_once(8192, 2 * 100352, "cuda"), rows_at_once(9000, 2 * 50304, "cuda")
+    (1024, 4096, 4500)
+    """
+    fewest, most = CUDA_LOGITS_ROWS if device == "cuda" else LOGITS_ROWS
+    at_most = max(fewest, min(most, (CUDA_LOGITS_BYTES if device == "cuda" else LOGITS_BYTES) // row_bytes))
+    if device == "cuda":  # chunks of one size, so that none is a small product, and one kernel serves all
+        return -(-N // -(-N // at_most))
+    return min(N, at_most)
 
 
 def _cap(logits: Tensor, cap: float) -> Tensor:
@@ -234,11 +248,18 @@ def _softmax_given(logits: Tensor, lse: Tensor, weights: Tensor, z_loss: float) 
     logits.copy_(exp(logits.to(weights.dtype) - lse) * (weights * (1 + 2 * z_loss * lse)))
 
 
-def _add_product(total: Tensor | None, d_logits: Tensor, h: Tensor) -> Tensor:
-    """``total + d_logitsᵀ h``; a single product keeps the dtype of its factors, a sum of them has at least fp32."""
+def _add_product(total: Tensor | None, d_logits: Tensor, h: Tensor, summed: bool) -> Tensor:
+    """``total + d_logitsᵀ h``; a single product keeps the dtype of its factors, a sum of them has at least fp32.
+
+    On CUDA the product itself adds to the fp32 sum, before anything is rounded; on a CPU it cannot.
+    """
+    wide = torch.promote_types(h.dtype, torch.float32)
+    if h.is_cuda and summed and h.dtype != wide:
+        if total is None:
+            return torch.mm(d_logits.T, h, out_dtype=wide)
+        return torch.addmm(total, d_logits.T, h, out_dtype=wide, out=total)
     if total is None:
         return torch.mm(d_logits.T, h, out=new_large(h, d_logits.shape[1], h.shape[1]))
-    wide = torch.promote_types(h.dtype, torch.float32)
     if h.dtype == wide:
         return total.addmm_(d_logits.T, h)
     return total.to(wide).add_(d_logits.T @ h)

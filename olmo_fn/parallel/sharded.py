@@ -20,7 +20,8 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metric, Metrics, wide
 from olmo_fn.core.check import check_shapes, check_tensors
-from olmo_fn.core.layout import Layout, Owners, Placement, Reduction, Sharing, Weights, WeightsInUse, arrive
+from olmo_fn.core.layout import Layout, Owners, Placement, Reduction, Sharing, Weights, WeightsInUse, arrive, norms, one_launch
+from olmo_fn.core.update import same_memory
 from olmo_fn.mesh.axis import Axes, Axis, ReduceDtype, chunk
 from olmo_fn.mesh.collectives import pmax, psum
 from olmo_fn.mesh.connect import Connection
@@ -114,15 +115,23 @@ class ShardedPlacement(Placement):
         return DTensor.from_local(local, mesh, sharding, run_check=False, shape=torch.Size(place.shape), stride=stride)
 
     def to_local(self, stored: Tree) -> Tree:
-        """This rank's shards, plain tensors."""
-        return tree.map(lambda leaf: leaf.to_local() if isinstance(leaf, DTensor) else leaf, stored)
+        """This rank's shards, plain tensors: what ``DTensor.to_local`` gives without autograd, in a fraction of its time."""
+
+        def local(leaf: Any) -> Any:
+            if not isinstance(leaf, DTensor):
+                return leaf
+            return leaf.to_local() if leaf.requires_grad else leaf._local_tensor
+
+        return tree.map(local, stored)
 
     def to_stored(self, local: Tree, like: Tree) -> Tree:
-        """DTensors where ``like`` has them, placed alike."""
+        """DTensors where ``like`` has them, placed alike; those of ``like`` themselves where a step wrote into their memory."""
 
         def wrap(leaf: Tensor, old: Any) -> Tensor:
             if not isinstance(old, DTensor):
                 return leaf
+            if same_memory(leaf, old._local_tensor):  # to make one anew takes tens of µs
+                return old
             shape, stride = old.shape, old.stride()
             return DTensor.from_local(leaf, old.device_mesh, old.placements, run_check=False, shape=shape, stride=stride)
 
@@ -370,7 +379,13 @@ class RankSharing(Sharing):
     def norm(self, grads: Tree) -> Tensor:
         """√ of the sum of squares of all entries: local sums, each divided by how many ranks have it, one collective."""
         leaves = list(tree.items(grads))
-        squares = [torch.linalg.vector_norm(g).double().square() / self.placement.copies(path) for path, g in leaves]
+        if one_launch([g for _, g in leaves]):
+            shared: dict[int, list[Tensor]] = {}
+            for path, g in leaves:
+                shared.setdefault(self.placement.copies(path), []).append(g)
+            squares = [norms(some).double().square().sum() / copies for copies, some in shared.items()]
+        else:
+            squares = [torch.linalg.vector_norm(g).double().square() / self.placement.copies(path) for path, g in leaves]
         total = psum(torch.stack(squares).sum(), self.axes.world).sqrt()
         return total.to(torch.promote_types(leaves[0][1].dtype, torch.float32))
 

@@ -33,6 +33,7 @@ GEMM, ATTENTION, STREAM = 0.65, 0.4, 0.75
 HOP = {"link": 1e-6, "network": 5e-6}  # seconds from one rank to the next
 LAUNCH = 10e-6  # seconds a collective takes before anything moves
 OVERLAPPED = ("fsdp", "dp_replicate")
+HOST = 50e9  # bytes/s between a device and its host's memory, one way: PCIe 5, 16 lanes
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def clock(plan: PlanInput, profile: Profile, gpu: Accelerator) -> Clock:
         for label in labels:
             for busy, piece in ((forward, profile[label].forward.seen), (backward, profile[label].backward.seen)):
                 one = _computing(piece, gpu)
-                busy[stage] += _with_traffic(mesh, one, piece.traffic, gpu)
+                busy[stage] += max(_with_traffic(mesh, one, piece.traffic, gpu), piece.host / HOST)
                 computing, seen.linear, seen.batched = computing + one, seen.linear + piece.linear, seen.batched + piece.batched
     times = plan.microbatches * r.accumulate / mesh.pp  # how often an average rank does it all
     both, bubble, apart = [f + b for f, b in zip(forward, backward, strict=True)], 0.0, 0.0

@@ -9,7 +9,7 @@ import torch
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.planner.accelerators import ACCELERATORS, Accelerator
 from olmo_fn.planner.clock import Clock, clock
-from olmo_fn.planner.memory import Peak, peak_memory
+from olmo_fn.planner.memory import Peak, host_memory, peak_memory
 from olmo_fn.planner.plan_input import PlanInput, check, without_layout
 from olmo_fn.planner.profile import Profile, extrapolated, profile
 from olmo_fn.planner.trace import Traffic
@@ -36,6 +36,8 @@ class Estimate:
     peaks: tuple[Peak, ...]
     traffic: tuple[Traffic, ...]
     clock: Clock
+    host: tuple[int, ...] = ()
+    """Bytes that are offloaded to host memory at most, by pipeline rank."""
 
     @property
     def largest(self) -> Peak:
@@ -79,4 +81,5 @@ def estimate(plan: PlanInput) -> Estimate:
         return kept if kept.fits and plan.mesh.pp == 1 else estimate(plan.changed(weights="zero-3"))
     found, gpu, ranks = profile_of(check(plan)), ACCELERATORS[plan.cfg.gpu], range(plan.mesh.pp)
     peaks = tuple(peak_memory(plan, found, rank) for rank in ranks)
-    return Estimate(plan, gpu, peaks, tuple(traffic(plan, found, rank) for rank in ranks), clock(plan, found, gpu))
+    host = tuple(host_memory(plan, found, rank) for rank in ranks)
+    return Estimate(plan, gpu, peaks, tuple(traffic(plan, found, rank) for rank in ranks), clock(plan, found, gpu), host)

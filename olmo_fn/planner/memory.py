@@ -47,6 +47,16 @@ def at_rest(plan: PlanInput, profile: Profile, rank: int = 0) -> Counter[str]:
     return sum((profile[label].state for label in plan.stored(rank)), Counter(optimizer=profile.control))
 
 
+def host_memory(plan: PlanInput, profile: Profile, rank: int = 0) -> int:
+    """The most bytes that a pipeline rank keeps in host memory: what all its segments that run twice keep, offloaded."""
+    kept = most = 0
+    for action in plan.programs[rank] if plan.mesh.pp > 1 else ():
+        moved = sum(profile[label].forward.seen.host for label in plan.labels[action.chunk * plan.mesh.pp + rank])
+        kept += moved * ({"F": 1, "W": 0}.get(action.op, -1))
+        most = max(most, kept)
+    return most if plan.mesh.pp > 1 else sum(profile[label].forward.seen.host for label in plan.held(0))
+
+
 def _moment(live: Counter[str], piece: Piece, when: str, label: Label | None = None, apart: tuple[str, ...] = ()) -> Peak:
     memory = Counter(live)
     for purpose in {*piece.seen.peak, *piece.seen.start}.difference(apart):

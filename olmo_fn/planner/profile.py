@@ -21,6 +21,7 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.core.chain import Chain, Stage, bind
 from olmo_fn.core.layout import Layout, Reduction, Sweep, compute_copy
+from olmo_fn.core.offload import HostStash
 from olmo_fn.core.primitive import primitive
 from olmo_fn.core.tape import LOCAL_SWEEP, remat_policy
 from olmo_fn.mesh.axis import NAMES, Axes, Axis
@@ -153,6 +154,8 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
     trace, parts = watch.trace, watch.parts
     execution = replace(step.execution, layout=watch.layout)
     execution = replace(execution, primitive=watch.primitive)
+    if cfg.recipe.offload:
+        execution = replace(execution, stash=lambda: HostStash(trace.link))
     if cfg.recipe.compile:
         execution = replace(execution, fuse=lambda fn, *constants: trace.stage(bind(fn, *constants)), kernel=trace.kernel)
     step = replace(step, execution=execution)
@@ -262,14 +265,14 @@ class Watch:
 
         return stage._replace(fn=fn)
 
-    def primitive(self, vjp: Any, weights: Any, inputs: Any, weight_grads: Any = None) -> Any:
+    def primitive(self, vjp: Any, weights: Any, inputs: Any, weight_grads: Any = None, *, costly: bool = False) -> Any:
         """A primitive, on chip if a kernel does all of it; the last one's backward begins the sweep back."""
         name = vjp.__qualname__.split(".")[0]
         on_chip = self.trace.on_chip if name in ON_CHIP else lambda x: nullcontext()
 
         def watched(weights: Any, inputs: Any) -> Any:
             moved = nbytes((weights, inputs))
-            with on_chip(moved):
+            with on_chip(moved) if costly else nullcontext():  # of a segment's second run its result is there already
                 out, pullback = vjp(weights, inputs)
 
             def back(*cotangents: Any) -> Any:
@@ -280,7 +283,7 @@ class Watch:
 
             return out, back
 
-        return primitive(watched, weights, inputs, weight_grads)
+        return primitive(watched, weights, inputs, weight_grads, costly=costly)
 
     def reducing(self, grads: dict[str, Tensor]) -> Label:
         """A segment's backward is over but for sending its gradients, which goes on during the next one's."""

@@ -59,7 +59,9 @@ def memory(found: Estimate) -> str:
         cells = [f"{peak.memory[name] / GIB:.2f}" for name in used]
         name = f"stage {rank}" if len(found.peaks) > 1 else "at its peak"
         rows.append((name, *cells, f"{peak.total / GIB:.2f}", peak.when))
-    return columns(rows)
+    if not any(found.host):
+        return columns(rows)
+    return f"{columns(rows)}\nand in host memory {max(found.host) / GIB:.2f}, copied there and back in each sweep"
 
 
 def traffic(found: Estimate) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -16,9 +16,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from olmo_fn.core.offload import Link
 
 aten = torch.ops.aten
 LINEAR = (aten.mm, aten.addmm, aten.addmm_)
@@ -48,6 +50,7 @@ class Seen:
     batched: int = 0  # FLOPs of batched products: attention
     moved: int = 0  # bytes that elementwise operations read and write
     traffic: Traffic = field(default_factory=Counter)
+    host: int = 0  # bytes copied to host memory or back
 
 
 class Trace(TorchDispatchMode):
@@ -115,6 +118,20 @@ class Trace(TorchDispatchMode):
         self.live[purpose] += size
         if self.live.total() > self.seen.peak.total():
             self.seen.peak = Counter(self.live)
+
+    @property
+    def link(self) -> Link:
+        """The way to a host whose memory is nobody's, and back: what is copied is counted."""
+
+        def host(x: Tensor) -> Tensor:
+            with _disable_current_modes():
+                return torch.empty_like(x)
+
+        def copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> Callable[[], None]:
+            self.seen.host += nbytes(source)
+            return lambda: None
+
+        return Link(host, copy)
 
     # --- operations ---------------------------------------------------------------------------------------------------
 

@@ -206,7 +206,7 @@ def _own_folder() -> tuple[Path, int]:
     raise AssertionError
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
     """Runs the user's files (``--use``) that what it reads is from."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
@@ -239,7 +239,7 @@ def _serve(pipe: Pipe, rank: int, size: int, port: int, folder: Path) -> None:
             os._exit(0)  # without the clean-up of groups, which may wait for others
         try:
             sys.path[:], call = pickle.loads(message)
-            mesh, fn, args = _Unpickler(io.BytesIO(call)).load()
+            mesh, fn, args = Unpickler(io.BytesIO(call)).load()
             if mesh not in connections:
                 connections[mesh] = connect(mesh)
             kind, answer = "result", pickle.dumps(fn(connections[mesh], *args))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from olmo_fn.data.instances import InstancesSettings
-from olmo_fn.data.instances.fixed import FixedLength
+from olmo_fn.data.instances.kinds import KINDS
 from olmo_fn.data.settings import Data
 from olmo_fn.fields import AT_LEAST_ONE, DECAY, INVISIBLE, PATH, SIGNED, VISIBLE, Range, check_values
 from olmo_fn.formats.config_json import json_of
@@ -39,7 +39,7 @@ CHOICES: Choices = {
     MixerSettings: named(Attention),
     FeedForwardSettings: named(*FEED_FORWARDS),
     Block: named(*BLOCKS),
-    InstancesSettings: named(FixedLength),
+    InstancesSettings: named(*KINDS),
     ObserverSettings: named(NoObserver),
 }
 """What the fields of a `Config` may hold; the first of each is its default."""
@@ -107,7 +107,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a step computes: these fields change the numbers, except the five that are marked invisible."""
+    """How a step computes: these fields change the numbers, except those that are marked invisible."""
 
     batch_size: Annotated[int, Range(1, 1 << 24)] = 512
     """Sequences a step."""
@@ -141,11 +141,16 @@ class Recipe:
     """Most sequences that a process computes at once: accumulate is then as small as that allows. 0: accumulate says it, as
     --mesh.pp-microbatches does in a pipeline (invisible)."""
     remat: Annotated[str, INVISIBLE] = "none"
-    """Activations to compute again instead of keeping: none, full, feed_forward, every-2, … (invisible)."""
+    """Activations to compute again instead of keeping: none; selective, all of a block but its attention; feed_forward;
+    full; every-2, … (invisible)."""
+    offload: Annotated[bool, INVISIBLE] = False
+    """Keep in host memory what remat keeps of each block (invisible)."""
     engine: Annotated[Literal["tape", "func"], INVISIBLE] = "tape"
     """Gradient engine: a sweep over stages, or torch.func (invisible)."""
     compile: Annotated[bool, INVISIBLE] = True
     """Compile every stage; the first start takes longer (invisible)."""
+    capture: Annotated[bool, INVISIBLE] = False
+    """Launch each step as one CUDA graph: for models so small that a GPU waits for its host, below 400M or so (invisible)."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,20 @@ import sys
 SETTINGS = {
     "GOMP_SPINCOUNT": "50000",  # waiting threads spin for tens of microseconds, then sleep;
     "OMP_WAIT_POLICY": "passive",  # and not at all while there are more threads than processors (`olmo_fn.train.neighbours`)
+    # A GPU's memory grows in place, where a step's many sizes would leave holes; host memory for copies of more than 4 MB is
+    # not rounded up to a power of two, which could double what a checkpoint on its way takes.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True,pinned_max_round_threshold_mb:4",
 }
+OLDER = {"PYTORCH_ALLOC_CONF": "PYTORCH_CUDA_ALLOC_CONF"}
+"""Older names of variables, by which they may have been set; torch refuses both at once."""
 
 
 def prepare_environment() -> None:
     """Set what is not set yet; call it before torch is imported, or it does nothing."""
     if "torch" not in sys.modules:
         for name, value in SETTINGS.items():
-            os.environ.setdefault(name, value)
+            if OLDER.get(name) not in os.environ:
+                os.environ.setdefault(name, value)
 
 
 def check_device(flag: str, name: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from olmo_fn.checkpoint import SaveFailed
 from olmo_fn.core.step import State
-from olmo_fn.data.prefetch import prefetch
+from olmo_fn.data.prefetch import arriving
 from olmo_fn.data.source import HELDOUT
 from olmo_fn.mesh.mesh import describe
 from olmo_fn.train import machine
@@ -138,6 +138,10 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
     What fails before it writes into the state, such as data that is gone, costs no step that is done: it is saved first.
     """
     run, context = session.cfg.run, session.process
+    if session.cfg.recipe.capture and context.device.type != "cuda":
+        raise ValueError(
+            f"--recipe.capture makes a CUDA graph of a step, and this trains on the {context.device.type}; leave it out"
+        )
     _ = session.step, session.source  # what cannot be is refused before anything is written
     stopped, queue = 0, deque[InFlight]()  # the code that all processes have agreed on; steps whose metrics are not out
     lost = unlabeled = 0  # steps in a row without a finite loss; steps without a label
@@ -172,14 +176,15 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
         notes = processes(session)
         keeper.begin(n, checkpoint)
         stack.enter_context(stop.listening())
-        batches = stack.enter_context(closing(prefetch(session.batch, start, run.steps)))
+        batches = stack.enter_context(closing(arriving(session.rows, start, run.steps, context.device)))
         yield Started(start, run.steps, checkpoint)
         if checkpoint:
             lacks = f", which has no {', '.join(new_slots)}: begun anew" if new_slots else ""
             yield Said(f"going on from {checkpoint}{lacks}")
         yield from map(Said, (*notes, *keeper.notes))
         rate = machine.gemm_rate(context.device, session.dtype) * context.process.size
-        warm = stack.enter_context(machine.warm_up())
+        scheduled = machine.on_schedule(context.device, context.process.size)
+        warm = stack.enter_context(machine.warm_up(scheduled))
         neighbours = Neighbours()
         stack.callback(neighbours.close)
         meter = Meter(session.cfg.model, sizes(session.cfg), context.device, rate, Moment(context.device))
@@ -191,6 +196,8 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
                 queue.append(InFlight(n, metrics, stop.code, context))
                 if n == start + 1:
                     warm()
+                elif scheduled:
+                    machine.collect(n)
                 save = due(n, run.steps, run.checkpoint_every, session.cfg.export.hf_every)
                 evaluate = due(n, run.steps, run.eval_every)
                 yield from told(keep=1)

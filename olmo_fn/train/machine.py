@@ -32,6 +32,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def prepare(device: torch.device) -> None:
+    """Set what torch keeps for all of a process: on a GPU sums inside of bf16 products are in fp32, as on a CPU."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """``float32``, ``bfloat16``, or for ``auto`` bfloat16 where the processor has bf16 matrix instructions.
 
@@ -85,11 +91,12 @@ def total_memory(device: torch.device, processes: int = 1) -> float:
 
 
 @contextmanager
-def warm_up() -> Iterator[Callable[[], None]]:
+def warm_up(scheduled: bool = False) -> Iterator[Callable[[], None]]:
     """Around the steps; call what it gives after the first one, which has compiled.
 
     Memory that making the state left goes back to the system. Until the call Python looks for no cycles: compiling makes
     hundreds of thousands of objects that stay, and looking through them again and again takes a sixth of a warm start.
+    ``scheduled``: nor does it afterwards, but when `collect` says so, and then not at what exists by now.
 
     >>> with warm_up() as warm:
     ...     for step in range(3):
@@ -101,15 +108,38 @@ def warm_up() -> Iterator[Callable[[], None]]:
     gc.disable()
 
     def warm() -> None:
-        if enabled:
+        if scheduled:
+            gc.collect()
+            gc.freeze()
+        elif enabled:
             gc.enable()
         keep_freed_memory()
 
     try:
         yield warm
     finally:
+        if scheduled:
+            gc.unfreeze()
         if enabled:
             gc.enable()
+
+
+COLLECT_EVERY = 100
+"""Steps between collections on schedule."""
+
+
+def on_schedule(device: torch.device, processes: int) -> bool:
+    """Whether garbage is collected by the step's number: a pause of one process is a pause of all, so they pause together.
+
+    On GPUs, which wait for a host that pauses, and in large jobs; elsewhere Python collects when it likes.
+    """
+    return device.type == "cuda" or processes >= 8
+
+
+def collect(step: int) -> None:
+    """Collect garbage if it is the step for it: in every process of a job after the same one."""
+    if step % COLLECT_EVERY == 0:
+        gc.collect()
 
 
 def keep_freed_memory() -> None:

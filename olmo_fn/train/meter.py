@@ -39,22 +39,28 @@ class Moment:
         return self.time - before.time
 
 
+AGREE_EVERY = 4
+"""Steps on a GPU between those with which the processes of a job compare their ``stop``."""
+
+
 class InFlight:
     """The metrics of step ``step`` and the largest ``stop`` of all processes, on their way: making it waits for nothing.
 
-    On a GPU they are copied to pinned memory behind the step; on a CPU the processes' ``stop`` are compared in the background.
+    On a GPU they are copied to pinned memory behind the step. The processes' ``stop`` are compared by the hosts, in the
+    background: by gloo, whatever the device is, so that no stream of a GPU waits for a process. 0 of steps where they are not.
     """
 
     def __init__(self, step: int, metrics: Metrics, stop: int, context: ProcessContext) -> None:
         self.step, self._names, device = step, tuple(metrics), context.device
-        code = torch.full((), stop, dtype=torch.int32, device=device)
-        self._reduced = dist.all_reduce(code, dist.ReduceOp.MAX, async_op=True) if context.connection else None
-        if self._reduced and device.type == "cuda":
-            self._reduced.wait()  # the stream waits, this process does not
+        self._code, self._reduced = torch.tensor(stop, dtype=torch.int32), None
+        if context.connection and step % (AGREE_EVERY if device.type == "cuda" else 1):
+            self._code.zero_()
+        elif context.connection:
+            self._reduced = dist.all_reduce(self._code, dist.ReduceOp.MAX, async_op=True)
         values = [value.detach().to(device, torch.float64) for value in metrics.values()]
         self._counts = [value.numel() if value.ndim else 0 for value in values]
         packed = torch.cat([value.reshape(-1) for value in values])
-        self._packed, self._code = (x.to("cpu", non_blocking=True) for x in (packed, code))
+        self._packed = packed.to("cpu", non_blocking=True)
         self.done = Moment(device)
 
     def arrive(self) -> tuple[dict[str, Any], int]:
@@ -74,8 +80,10 @@ class InFlight:
 class Meter:
     """Adds to a step's metrics the tokens so far, the speed since the step before, and the memory.
 
-    ``flops_per_second``: of a matrix product on all devices together, which MFU is measured against; the first step's metrics
-    have it as ``gemm_flops_per_s``. An MFU above 1 says that it was measured on a busy machine, and is left out.
+    ``flops_per_second``: of a matrix product on all devices together; the first step's metrics have it as
+    ``gemm_flops_per_s``. ``mfu`` is measured against ``peak``, their makers' figure for them, and ``of_gemm`` against that
+    product; where the makers' figure is not known (0), ``mfu`` is against the product. An MFU above 1 says that it was measured
+    on a busy machine, and is left out.
     """
 
     model: Model
@@ -84,13 +92,15 @@ class Meter:
     flops_per_second: float
     before: Moment
     first: bool = True
+    peak: float = 0.0
 
     def metrics(self, step: int, values: dict[str, Any], done: Moment) -> dict[str, Any]:
         """All metrics of step ``step``, which was ``done`` then."""
         seconds, self.before = done.seconds_since(self.before), done
         tokens = self.sizes.tokens_before(step)
         speed = (tokens - self.sizes.tokens_before(step - 1)) / seconds
-        mfu = speed * flops_per_token(self.model, self.sizes.at(step - 1).sequence_length) / self.flops_per_second
+        flops = speed * flops_per_token(self.model, self.sizes.at(step - 1).sequence_length)
+        mfu = flops / (self.peak or self.flops_per_second)
         rate, self.first = {"gemm_flops_per_s": self.flops_per_second} if self.first else {}, False
         return {
             "step": step,
@@ -99,6 +109,7 @@ class Meter:
             "seconds": round(seconds, 4),
             "tokens_per_s": round(speed, 1),
             **({"mfu": round(mfu, 4)} if mfu <= 1 else {}),
+            **({"of_gemm": round(flops / self.flops_per_second, 4)} if self.peak else {}),
             "peak_mb": round(machine.peak_memory(self.device) / 1e6, 1),
             **rate,
         }

@@ -53,10 +53,10 @@ class ProcessContext:
             dist.barrier()
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of the processes' values, on all of them. Waits for them."""
+        """The largest of the processes' values, on all of them. Waits for them, and for no GPU."""
         if self.connection is None:
             return value
-        tensor = torch.tensor(value, device=self.device)
+        tensor = torch.tensor(value)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 

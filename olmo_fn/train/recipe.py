@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from olmo_fn import tree
+from olmo_fn.core.capture import capture
 from olmo_fn.core.compile import compile
-from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, pipe, skip_spikes
+from olmo_fn.core.pipe import Transform, accumulate, clip, donate, ema, grad, offload, pipe, skip_spikes
 from olmo_fn.core.step import Step
 from olmo_fn.data.settings import cache_dir
 from olmo_fn.formats.huggingface import open_directory
@@ -42,6 +43,8 @@ from olmo_fn.tree import Tree
 def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connection | None = None) -> Step:
     """The training step of a config: a loss, its gradient, an optimizer, and how they are carried out."""
     r, specs = cfg.recipe, parameters(cfg)
+    if r.offload and r.remat == "none":
+        raise ValueError("--recipe.offload moves what --recipe.remat keeps of a block, which is none; add --recipe.remat full")
     return pipe(
         cfg.loss.build(cfg.model),
         *given(cfg.lora.rank, lambda _: lora({"lora": specs["lora"]}, cfg.lora.alpha)),
@@ -60,7 +63,9 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connecti
         *given(cfg.lora.rank, lambda _: train_only("lora.*", parameters=specs)),
         *given(connection, lambda mesh: shard(mesh, specs, rules(cfg, mesh.mesh), pipeline(cfg), rows="own")),
         donate(),
+        *given(r.offload, lambda _: offload()),
         *given(r.compile, lambda _: compile(cache_dir(cfg.data) / "compiled")),
+        *given(r.capture, lambda _: capture()),
     )
 
 

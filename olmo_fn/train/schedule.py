@@ -20,7 +20,9 @@ def sizes(cfg: Config) -> Sizes:
         raise ValueError(
             f"--growth.batch-sizes has {len(g.batch_sizes)} sizes and --growth.until {len(g.until)} ends; give one end for each"
         )
-    window = r.sequence_length
+    window, parts = r.sequence_length, _parts(cfg)
+    if parts > 1:
+        return together(window * parts, [(0, r.batch_size // parts)], [(0, window)])
     if g.min_length and window // g.length_multiple > LENGTHS:
         raise ValueError(
             f"--growth.length-multiple {g.length_multiple} makes {window // g.length_multiple:,} lengths of "
@@ -35,6 +37,20 @@ def sizes(cfg: Config) -> Sizes:
     except ValueError as error:
         given = f"--recipe.batch-size {r.batch_size}, --recipe.sequence-length {window} and --growth"
         raise ValueError(f"{given} do not fit together: {error}") from None
+
+
+def _parts(cfg: Config) -> int:
+    """Sequences that a window is cut into, for datasets that are cut as for a longer sequence length."""
+    r, longest = cfg.recipe, getattr(cfg.data.instances, "longest", 0)
+    if not longest or longest == r.sequence_length:
+        return 1
+    parts = longest // r.sequence_length
+    if longest % r.sequence_length or r.batch_size % parts or cfg.growth.batch_sizes or cfg.growth.min_length:
+        raise ValueError(
+            f"--data.instances.longest {longest} must be a multiple of --recipe.sequence-length {r.sequence_length}, "
+            f"--recipe.batch-size {r.batch_size} a multiple of how often, and there can be no --growth"
+        )
+    return parts
 
 
 def schedule(cfg: Config) -> Schedule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -50,6 +50,7 @@ def open_run(run: Session | Config | str | Path, process: ProcessContext | None 
     cfg = expanded(run) if isinstance(run, Config) else read_config(Path(run))
     folder = Path(cfg.run.folder if isinstance(run, Config) else run).expanduser()
     process = process or ProcessContext(machine.pick_device(cfg.run.device))
+    machine.prepare(process.device)
     dtype = machine.compute_dtype(cfg.recipe.dtype, process.device)
     return Session(cfg, folder, process, dtype, parameters(cfg))
 
@@ -75,7 +76,10 @@ class Session:
     @cached_property
     def step(self) -> Step:
         """The training step, which a reader of weights does not need; ValueError for a recipe that cannot be."""
-        return recipe(self.cfg, self.dtype, self.process.connection)
+        cfg = self.cfg
+        if self.process.device.type != "cuda":  # what reads a run may be elsewhere than what trains it
+            cfg = replace(cfg, recipe=replace(cfg.recipe, capture=False))
+        return recipe(cfg, self.dtype, self.process.connection)
 
     @cached_property
     def source(self) -> Source:
@@ -86,16 +90,20 @@ class Session:
         return source
 
     def batch(self, step: int) -> Batch:
-        """The batch of the step that follows ``step`` others on this process's device: the rows that the process computes,
-        and of them those of each part that gradients are accumulated over.
+        """`rows` on this process's device."""
+        return {name: x.to(self.process.device) for name, x in self.rows(step).items()}
+
+    def rows(self, step: int) -> Batch:
+        """The batch of the step that follows ``step`` others, in host memory: the rows that the process computes, and of them
+        those of each part that gradients are accumulated over.
         """
         read, sharing = self.source.train, self.step.execution.layout.sharing
-        slices = sharing.rows(read.sizes.rows(step), self.cfg.recipe.accumulate)
+        slices = sharing.rows(read.rows(step), self.cfg.recipe.accumulate)
         parts = [read(step, rows) for rows in slices]
         if self.cfg.model.drops:
             for part, rows in zip(parts, slices, strict=True):
                 part["rows"] = row_numbers(self.cfg.run.seed, step, rows.start, len(part["input_ids"]))
-        return {name: torch.cat([part[name] for part in parts]).to(self.process.device) for name in parts[0]}
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

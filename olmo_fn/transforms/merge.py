@@ -36,7 +36,7 @@ def merge(last: int, at: Sequence[int]) -> Transform[Step, Step]:
             raise ValueError(
                 f"merge: the last {last} steps before {b} overlap with those before {a}; merge fewer or less often"
             )
-    name, counter = "merge", "merge_window"
+    name, counter, spans = "merge", "merge_window", ranges(ends)
 
     def apply(inner: Step) -> Step:
         def init_control() -> Tree:
@@ -44,7 +44,8 @@ def merge(last: int, at: Sequence[int]) -> Transform[Step, Step]:
 
         def control(state: State, signals: Signals, metrics: Metrics) -> tuple[Tree, Scalars, Metrics]:
             own, scalars, metrics = inner.control(state, signals, metrics)
-            now = torch.tensor(ends, device=state.step.device) - (state.step + 1)  # steps still to go
+            device = state.step.device  # where they are made, since to bring them there would wait for it
+            now = torch.cat([torch.arange(r.start, r.stop, r.step, device=device) for r in spans]) - (state.step + 1)  # to go
             inside = ((now >= 0) & (now < last)).any()
             count = torch.where((now == last - 1).any(), 0, state.slots[counter]["count"])
             entered = inside & ~scalars["skip"]
@@ -60,6 +61,22 @@ def merge(last: int, at: Sequence[int]) -> Transform[Step, Step]:
         return replace(inner, init_control=init_control, control=control, leaf=leaf)
 
     return Transform(f"merge({last}, {len(ends)} times)", Step, Step, apply, **averaging(name))
+
+
+def ranges(numbers: Sequence[int]) -> list[range]:
+    """Rising numbers as few ranges.
+
+    >>> ranges([2, 4, 6, 7])
+    [range(2, 7, 2), range(7, 8)]
+    """
+    found: list[range] = []
+    for n in numbers:
+        last = found[-1] if found else range(0)
+        if len(last) == 1 or (last and n - last[-1] == last.step):
+            found[-1] = range(last[0], n + 1, n - last[-1])
+        else:
+            found.append(range(n, n + 1))
+    return found
 
 
 @cache

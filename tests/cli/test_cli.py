@@ -2,6 +2,7 @@
 
 import os
 import resource
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -65,6 +66,18 @@ def test_errors_of_all_commands_are_one_line_and_exit_code_2(words, message, cap
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["average", "checkpoints", "data.tokenize", "evaluate", "plot"])
+def test_a_module_that_was_a_command_says_which_one_it_is_now(module):
+    name = f"olmo_fn.{module}"
+    loaded = sys.modules.pop(name, None)
+    try:
+        with pytest.raises(SystemExit, match="olmo-fn") as end:
+            runpy.run_module(name, run_name="__main__")
+        assert str(end.value).split()[-1] in cli.COMMANDS
+    finally:
+        sys.modules.update({name: loaded} if loaded else {})
 
 
 def test_a_reader_that_has_enough_and_ctrl_c(capfd):

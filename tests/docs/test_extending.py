@@ -22,6 +22,7 @@ from olmo_fn import tree
 from olmo_fn.checkpoint import load, step_path
 from olmo_fn.cli import main as cli
 from olmo_fn.cli import training
+from olmo_fn.data.instances import TokenData
 from olmo_fn.data.tokens import open_tokens
 from olmo_fn.generate.decode import empty_cache, extend
 from olmo_fn.kernels.attention_tiles import attend
@@ -365,7 +366,8 @@ def test_a_dataset_trains(folder):
 
 def test_a_dataset_reads_documents(part, tmp_path):
     np.array([7, 8, 5, 5, 9, 9, 9, 9, 5, 6], dtype=np.uint8).tofile(tmp_path / "t.npy")
-    made = part("first_tokens").FirstTokens(shortest=2).build((open_tokens(str(tmp_path / "t.npy"), "uint8"),), (), 4, 10, 5)
+    tokens = TokenData((open_tokens(str(tmp_path / "t.npy"), "uint8"),), 4, 10, eos_id=5)
+    made = part("first_tokens").FirstTokens(shortest=2).build(tokens)
     assert len(made) == 2
     arrays = made.read(np.array([1, 0]))
     assert arrays["input_ids"].tolist() == [[9, 9, 9, 9], [7, 8, 5, 5]]

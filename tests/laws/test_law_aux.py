@@ -247,7 +247,7 @@ def maxima_from_0(self, like):
     return {**zeros, "loss": self.total.detach(), **self.metrics}
 
 
-def reports_twice(segment, weights, x, ctx, execution, cotangent, sums, late=False):
+def reports_twice(segment, weights, x, ctx, execution, cotangent, sums, late=False, stash=None):
     run = partial(vjp_segment, segment._replace(again=False), weights, x, ctx, execution, cotangent, sums, late)
     out, pullback = run()
     return out, (lambda d_out: run()[1](d_out)) if segment.again else pullback

@@ -136,7 +136,7 @@ def law_invisible(loss, cfg, batch, **options):
 
 
 @examples(15)
-@given(st.data(), models(), st.sampled_from(["full", "every-2"]))
+@given(st.data(), models(), st.sampled_from(["full", "selective", "every-2"]))
 def test_law_5_remat(data, cfg, remat):
     law_invisible(transformer.loss(cfg, z_loss=1e-2), cfg, data.draw(batches(cfg.vocab_size)), remat=remat)
 

@@ -50,8 +50,11 @@ SINGLE = {
     "plain": {},
     "bf16": {"dtype": "bfloat16"},
     "remat": {"remat": "full"},
+    "remat of all but attention": {"remat": "selective"},
     "remat of feed-forward": {"remat": "feed_forward"},
     "remat of every second, deep": {"remat": "every-2", "n_layers": 8},
+    "remat, offloaded": {"remat": "full", "offload": True, "n_layers": 7},
+    "remat of all but attention, offloaded": {"remat": "selective", "offload": True, "n_layers": 7},
     "accumulate, ema": {"accumulate": 2, "ema": 0.9},
     "windows": {"n_layers": 7, "window_pattern": (32, 32, -1)},
     "tied, bf16 moments": {"tie_embeddings": True, "dtype": "bfloat16", "optim": {"moments": "bfloat16"}},
@@ -88,6 +91,7 @@ def test_memory_of_one_process(fields):
 LAYOUTS = {
     "fsdp": (Mesh(dp_shard=2), {}, {}),
     "fsdp bf16, remat, accumulate": (Mesh(dp_shard=2), {}, {"dtype": "bfloat16", "remat": "full", "accumulate": 2}),
+    "fsdp, remat of all but attention": (Mesh(dp_shard=2), {}, {"remat": "selective"}),
     "zero-2": (Mesh(dp_shard=2), {"weights": "zero-2"}, {}),
     "fsdp, whole table": (Mesh(dp_shard=2), {"embedding": "table"}, {}),
     "fsdp, two ahead": (Mesh(dp_shard=2), {"prefetch": 2}, {"n_layers": 8}),
@@ -187,3 +191,7 @@ def test_flops_are_those_of_the_model_and_what_tiles_and_remat_add():
     again = clock(remat, profile_of(remat), ACCELERATORS["h100"])
     head = 2 * m.vocab_size * m.d_model * 256 * r.batch_size
     assert again.linear == c.linear + (c.linear - 3 * head) / 3
+    assert again.batched == c.batched * 18 / 14
+    selective = plan_of(sequence_length=256, remat="selective")
+    kept = clock(selective, profile_of(selective), ACCELERATORS["h100"])
+    assert (kept.linear, kept.batched) == (again.linear, c.batched)  # attention is not computed again

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from olmo_fn.data.instances import Instances, InstancesSettings, Origin
+from olmo_fn.data.instances import Instances, InstancesSettings, Origin, TokenData
 from olmo_fn.data.tokens import TokenFile, read_tokens, vocab_error
 
 
@@ -22,17 +22,13 @@ class FixedLength(InstancesSettings):
 
     name: tyro.conf.Suppress[Literal["fixed"]] = "fixed"
     """This kind of dataset."""
+    longest: int = 0
+    """Cut files, and shuffle, as for this longer sequence length, and each window then into several sequences: the order of
+    tokens is the same for every sequence length that divides it. 0: the sequence length."""
 
-    def build(
-        self,
-        files: tuple[TokenFile, ...],
-        masks: tuple[TokenFile, ...],
-        sequence_length: int,
-        vocab_size: int,
-        eos_id: int | None,
-    ) -> Instances:
-        """The windows of ``files``; ``masks``: none, or a label mask for each file. Needs no end-of-document token."""
-        return Windows(files, sequence_length, vocab_size, masks)
+    def build(self, tokens: TokenData) -> Instances:
+        """The windows of the files. Needs no end-of-document token."""
+        return Windows(tokens.files, tokens.sequence_length, tokens.vocab_size, tokens.masks)
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,10 @@ def pipeline_sweep(
 
     def forward(chunk: int, part: int, x: Tensor | None) -> Tensor | None:
         kept = pullbacks[chunk, part] = []
+        stash = execution.stash()
         for segment, weights in stages.chunks[chunk]:
             ctx = stages.contexts[part]
-            x, pullback = vjp_segment(segment, weights, x, ctx, execution, stages.cotangent, stages.sums, late)
+            x, pullback = vjp_segment(segment, weights, x, ctx, execution, stages.cotangent, stages.sums, late, stash)
             kept.append(pullback)
         return x
 

@@ -1,9 +1,8 @@
 """Python's garbage collector: its pauses become short, and are counted and timed.
 
-A pause of one rank is a pause of all, which wait for it in their next collective. Ranks that collect at the same step would
-pause together, but that takes every rank, and only the first one has observers: so this leaves alone *when* Python collects.
-It freezes, after the first step, all objects that exist by then (modules, compiled graphs, weights): later collections do
-not look at them, and are too short to matter.
+*When* it collects this leaves alone: on GPUs and in large jobs that is after the same steps in every process, by
+`olmo_fn.train.machine.collect`. It freezes, after the first step, all objects that exist by then (modules, compiled graphs,
+weights): later collections do not look at them, and are too short to matter.
 """
 
 from __future__ import annotations

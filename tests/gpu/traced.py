@@ -1,0 +1,59 @@
+"""Programs traced on fake CUDA tensors: functions that `olmo_fn.testing.FakeCuda` runs in its process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from olmo_fn import tree
+from olmo_fn.mesh.connect import Connection, connect
+from olmo_fn.mesh.mesh import Mesh
+from olmo_fn.parallel.sharded import ShardedPlacement
+from olmo_fn.testing import Seen, Trace
+from olmo_fn.train.config import Config
+from olmo_fn.train.recipe import parameters, recipe
+
+
+def seen(program: Callable[..., Any], *args: Any) -> Seen:
+    """What a program does on fake tensors."""
+    with FakeTensorMode(), Trace() as trace:
+        program(*args)
+    return trace.seen
+
+
+def connected(mesh: Mesh) -> Connection:
+    """This process as rank 0 of a mesh whose other ranks are not there: collectives send nothing."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.size)
+    return connect(mesh, "cuda")
+
+
+def traced_step(cfg: Config, mesh: Mesh | None = None, compiled: bool = True, dtype: torch.dtype = torch.bfloat16) -> Seen:
+    """One training step of a config, by rank 0 of a mesh; its state, made before, counts at the peak alone.
+
+    ``compiled``: as on a GPU, where each stage and kernel is one call; or all of it eager.
+    """
+    connection = connected(mesh) if mesh else None
+    made = recipe(replace(cfg, recipe=replace(cfg.recipe, compile=False)), dtype, connection)
+    placement = made.execution.layout.placement
+    with FakeTensorMode(allow_non_fake_inputs=True), Trace() as trace:
+        watched = trace.compiled(made) if compiled else made
+        if isinstance(placement, ShardedPlacement):
+            params = placement.make(lambda path, spec, box: torch.empty(box.shape))
+        else:
+            params = tree.map(lambda spec: torch.empty(spec.shape, device="cuda"), parameters(cfg))
+        state = watched.init(params)
+        del params
+        rows = made.execution.layout.sharing.rows(cfg.recipe.batch_size, cfg.recipe.accumulate)
+        shape = sum(part.stop - part.start for part in rows), cfg.recipe.sequence_length
+        batch = {name: torch.zeros(shape, dtype=torch.int64, device="cuda") for name in ("input_ids", "labels")}
+        trace.seen = Seen(peak=trace.live)
+        watched(state, batch)
+    return trace.seen
