@@ -41,7 +41,7 @@ def main() -> None:
     import torch
 
     from olmo_fn.core.compile import prepare_cache
-    from olmo_fn.kernels.attention_tiles import document_starts
+    from olmo_fn.kernels.attention import document_starts
     from olmo_fn.models import transformer
     from olmo_fn.models.config import dense
     from olmo_fn.spec import init

@@ -214,8 +214,8 @@ def run(cfg: Config, command: Sequence[str]) -> int:
         memory = machine.total_memory(context.device, place.local_size if place else 1)
         if cfg.mesh.weights == "auto":  # as the rank with the least memory says
             least = -context.all_reduce_max(-int(memory))
-            session = replace(session, cfg=with_weights(session.cfg, cfg.mesh.on(size), dtype, least))
-        check_memory(session.cfg, cfg.mesh.on(size), dtype, memory)
+            session = replace(session, cfg=with_weights(session.cfg, cfg.mesh.on(size), dtype, least, context.device.type))
+        check_memory(session.cfg, cfg.mesh.on(size), dtype, memory, context.device.type)
         result = train(session)
     if context.is_main:
         if result.stopped_by:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metrics
+from olmo_fn.core.offload import no_stash
 from olmo_fn.core.pipe import Transform
 from olmo_fn.core.step import State, Step, check_state, spend
 from olmo_fn.core.update import same_memory
@@ -75,6 +76,8 @@ def capture(graphs: Callable[[], Callable[[], Graph]] = cuda_graphs, device: str
     def apply(step: Step) -> Step:
         if not step.execution.donate:
             raise ValueError("capture() repeats a step on the same memory, which needs donate() before it in the pipe")
+        if step.execution.stash is not no_stash:
+            raise ValueError("capture() cannot record copies to host memory; leave out offload() (--recipe.no-offload)")
         if step.execution.layout.sweep is not None:
             raise ValueError("capture() cannot record a pipeline, whose ranks wait for each other: leave it out (--mesh.pp)")
         return Captured(**{f.name: getattr(step, f.name) for f in fields(step)}, graphs=graphs(), device=device)

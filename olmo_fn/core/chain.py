@@ -21,6 +21,7 @@ from olmo_fn import tree
 from olmo_fn.core.check import check_batch, check_shapes, check_tensors
 from olmo_fn.core.primitive import WeightGrads
 from olmo_fn.kernels import Function, Kernel, identity
+from olmo_fn.kernels.attention_table import Choose, choose_auto
 from olmo_fn.mesh.axis import SINGLE_DEVICE, Axes, CPMethod
 from olmo_fn.spec import Spec
 from olmo_fn.tree import Tree
@@ -86,6 +87,7 @@ class Backend:
     ``primitive`` makes operations with a backward of their own, as `olmo_fn.core.primitive.primitive` does (the tape); None:
     stages use plain operations that can be differentiated any number of times (``torch.func``). ``fuse(fn, *constants)``
     compiles an elementwise function of tensors that autograd goes through, ``kernel(fn)`` one that it does not.
+    ``attention(need)`` chooses the backend of attention.
     ``weight_grads(weight, gradient)``, if given, takes from a primitive the gradient of a weight, as a function that computes
     it; False: it is not wanted there. ``loss_weight`` (0-d) is what the engine will multiply the loss by in its backward, a
     hint for primitives that form gradients on their way forward; None where there will be no backward.
@@ -97,6 +99,7 @@ class Backend:
     dtype: torch.dtype | None = None
     fuse: Callable[..., Function] = bind
     kernel: Kernel = identity
+    attention: Choose = choose_auto
     weight_grads: WeightGrads | None = None
     loss_weight: Tensor | None = None
 

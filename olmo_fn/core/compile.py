@@ -50,10 +50,31 @@ def compile(folder: Path | None = None) -> Transform:
         # isolated: closures of the same code would otherwise share Dynamo's limit of eight compilations
         own = partial(torch.compile, fullgraph=True, isolate_recompiles=True, backend=_inductor_or_eager(folder))
         fuse = cache(lambda fn, *constants: own(bind(fn, *constants), dynamic=False))
-        kernel = cache(lambda fn: _of_plain_tensors(own(fn, dynamic=True)))
+        if torch.cuda.is_available():
+            kernel = cache(lambda fn: _of_plain_tensors(_by_device(own(fn, dynamic=True), own(fn))))
+        else:
+            kernel = cache(lambda fn: _of_plain_tensors(own(fn, dynamic=True)))
         return with_execution(step, fuse=fuse, kernel=kernel)
 
     return Transform("compile()", Step, Step, apply)
+
+
+def _by_device(any_size: Function, usual_size: Function) -> Function:
+    """The second for rows on a GPU, whose loads are of 2 bytes and not 16 where the length of a row is not known."""
+
+    def call(*args: Any) -> Any:
+        rows = isinstance(args[0], Tensor) and args[0].is_cuda and args[0].ndim > 1
+        return (usual_size if rows else any_size)(*args)
+
+    return call
+
+
+CUDA_OPTIONS = {"score_fusion_memory_threshold": 256, "triton.mix_order_reduction_non_strict_mode": True}
+"""For a GPU. What shares a few numbers (256 bytes) and nothing else stays apart: the updates of eight parameters, which share
+their scalars, would become one kernel that keeps all eight in registers, 255 of them, and 584 bytes a thread of memory besides
+(for sm_90). A norm's backward is one pass, whose sums over rows and over columns are of what is read once; left to itself,
+Inductor does that only where there are twice as many rows as columns.
+"""
 
 
 def _inductor_or_eager(folder: Path | None) -> Callable[..., Any]:
@@ -72,7 +93,7 @@ def _inductor_or_eager(folder: Path | None) -> Callable[..., Any]:
 
         _deafen_compilers()
         try:
-            return compile_fx(graph, inputs, config_patches=_options())
+            return compile_fx(graph, inputs, config_patches=_options(inputs))
         except InductorError as error:
             failed = True
             warnings.warn(f"cannot compile ({_reason(error)}): running eager, which is slower", stacklevel=2)
@@ -103,8 +124,10 @@ def _deafen_compilers() -> None:
     cpp_builder._run_compile_cmd = deaf  # torch 2.13: all compilers start there
 
 
-def _options() -> dict[str, Any]:
+def _options(inputs: list[Any]) -> dict[str, Any]:
     """Where torch's own kernels use wide vectors Inductor's can: its trials, four seconds of a first start, are left out."""
+    if any(isinstance(x, Tensor) and x.device.type == "cuda" for x in inputs):
+        return CUDA_OPTIONS
     return {"cpp.vec_isa_ok": True} if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else {}
 
 

@@ -16,6 +16,7 @@ from olmo_fn.core.layout import SINGLE, Layout, arrive
 from olmo_fn.core.offload import Stash, no_stash
 from olmo_fn.core.primitive import primitive
 from olmo_fn.kernels import Function, Kernel, identity
+from olmo_fn.kernels.attention_table import Choose, choose_auto
 from olmo_fn.tree import Tree
 
 Engine: TypeAlias = Literal["tape", "func"]
@@ -31,18 +32,19 @@ def everything(path: str) -> bool:
 class Execution:
     """How a step is carried out, never what it computes.
 
-    ``primitive``, ``fuse`` and ``kernel`` go to the chain's `Backend`; ``donate`` lets an update write into the memory of the
-    state it replaces; ``layout`` says where things are; ``dtype`` is that of matrices and activations. ``wants`` says of a
-    path whether its gradient is asked for; the tree of gradients has no others. ``differentiable`` keeps what a derivative of
-    the whole step needs. ``together``: the most elementwise updates in one call, see `updates_a_call`. ``stash`` makes, for
-    each sweep, what keeps the inputs of segments that run twice. ``step`` () is the number of steps before this one, None where
-    gradients are taken outside of a step: what a transform needs to do something else at each, such as noise
+    ``primitive``, ``fuse``, ``kernel`` and ``attention`` go to the chain's `Backend`; ``donate`` lets an update write into the
+    memory of the state it replaces; ``layout`` says where things are; ``dtype`` is that of matrices and activations. ``wants``
+    says of a path whether its gradient is asked for; the tree of gradients has no others. ``differentiable`` keeps what a
+    derivative of the whole step needs. ``together``: the most elementwise updates in one call, see `updates_a_call`. ``stash``
+    makes, for each sweep, what keeps the inputs of segments that run twice. ``step`` () is the number of steps before this one,
+    None where gradients are taken outside of a step: what a transform needs to do something else at each, such as noise
     (`olmo_fn.core.random.normal`).
     """
 
     primitive: Callable[..., Any] = primitive
     fuse: Callable[..., Function] = bind
     kernel: Kernel = identity
+    attention: Choose = choose_auto
     donate: bool = False
     layout: Layout = SINGLE
     dtype: torch.dtype = torch.float32
@@ -60,7 +62,8 @@ class Execution:
         """What the tape hands to a chain; ``tokens``: the loss tokens of the batch, if there will be a backward."""
         sharing = self.layout.sharing
         weight = None if tokens is None else of_mean(tokens, self.dtype)
-        return Backend(self.primitive, sharing.axes, sharing.cp_method, self.dtype, self.fuse, self.kernel, loss_weight=weight)
+        how = self.primitive, sharing.axes, sharing.cp_method, self.dtype, self.fuse, self.kernel, self.attention
+        return Backend(*how, loss_weight=weight)
 
 
 EAGER = Execution()

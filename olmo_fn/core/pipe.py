@@ -218,7 +218,8 @@ def accumulate(n: int) -> Transform[Grads, Grads]:
             first, *others = split_batch(batch, n)
             total, metrics, signals = inner.fn(params, first, execution).finished(execution)
             for part in others:
-                grads, more, told = inner.fn(params, part, execution).finished(execution)
+                found = inner.fn(params, part, execution)  # added as they are: a widened copy would double their memory
+                grads, more, told = found if found.signals.scale is None else found.finished(execution)
                 signals = signals if told.skip is None else signals.skipping(told.skip)
                 total = tree.map(torch.add if execution.differentiable else Tensor.add_, total, grads)
                 metrics = add_metrics(metrics, more, inner.declared)

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from olmo_fn.kernels import Kernel, identity
+from olmo_fn.kernels.attention import attend
+from olmo_fn.kernels.attention_backend import AttentionBackend, Pullback, Scores, need_of, row_products
 from olmo_fn.kernels.attention_sight import Sight
-from olmo_fn.kernels.attention_tiles import Pullback, attend, attend_vjp, row_products
+from olmo_fn.kernels.attention_table import attend_vjp, choose_auto
+from olmo_fn.kernels.packing import Packing
 from olmo_fn.kernels.sinks import add_sinks, sinks_cotangent
-from olmo_fn.kernels.tiles import Tiles
 from olmo_fn.mesh.axis import Axis, CPMethod
 from olmo_fn.mesh.collectives import all_gather, all_to_all, reduce_scatter, ring_shift
 
 
 class AttendVJP(Protocol):
-    """A way to compute attention: `olmo_fn.kernels.attention_tiles.attend_vjp`, or another with the same arguments.
+    """A way to compute attention: `olmo_fn.kernels.attention_table.attend_vjp`, or another with the same arguments.
 
     Two more, ``sinks: Tensor | None = None`` and ``cap: float | None = None``, are for models that have these, and are not
     given otherwise: `check_attend` refuses a way that does not take them.
@@ -89,7 +91,7 @@ def attend_over(
     sinks: Tensor | None = None,
     cap: float | None = None,
 ) -> Tensor:
-    """`olmo_fn.kernels.attention_tiles.attend` for this rank's positions, in plain differentiable operations.
+    """`olmo_fn.kernels.attention.attend` for this rank's positions, in plain differentiable operations.
 
     ``q`` (B, H, R, K), ``k``, ``v`` (B, N, R, K) of this rank's R = T / n positions; ``documents`` (B, T) of all; ``sinks``
     (H,), the same on all ranks, whose gradient is that of this rank's positions, or with ulysses of its heads.
@@ -119,19 +121,26 @@ def attend_over_vjp(
     attend: AttendVJP = attend_vjp,
     sinks: Tensor | None = None,
     cap: float | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Pullback]:
-    """`attend_over` with its pullback; a rank attends by ``attend``, in a ring by `Tiles`, which merges partial results.
+    """`attend_over` with its pullback; a rank attends by ``attend``, in a ring by a backend, whose partial results are merged.
 
-    ValueError, before anything is computed, if ``attend`` does not take ``sinks`` or ``cap`` and they are given.
+    ``packing``: the documents once more, as `AttentionBackend` may want them. ValueError, before anything is computed, if
+    ``attend`` does not take ``sinks`` or ``cap`` and they are given.
     """
     more: dict[str, Any] = {name: value for name, value in (("sinks", sinks), ("cap", cap)) if value is not None}
     check_attend(attend, *more)
+    if packing is not None and isinstance(attend, AttentionBackend):
+        more["packing"] = packing
     if cp.size == 1:
         return attend(q, k, v, window=window, documents=documents, kernel=kernel, **more)
     if method == "ring":
-        if attend is not attend_vjp:
-            raise ValueError("--mesh.cp-method ring merges tiles of its own; with another attention use gather or ulysses")
-        return _ring_vjp(q, k, v, cp, window, documents, kernel, sinks, cap)
+        if attend is attend_vjp:
+            attend = choose_auto(need_of(q, k, window=window, documents=documents, cap=cap)._replace(part="ring"))
+        if not isinstance(attend, AttentionBackend):
+            raise ValueError("--mesh.cp-method ring merges parts of its own; with another attention use gather or ulysses")
+        scores = Scores(Sight(window, documents, packing=packing), cap, kernel)
+        return _ring_vjp(q, k, v, cp, attend, scores, sinks)
     run = {"gather": _gather_vjp, "ulysses": _ulysses_vjp}[method]
     return run(q, k, v, cp, partial(attend, window=window, documents=documents, kernel=kernel), **more)
 
@@ -188,36 +197,30 @@ def _of_all_heads(d_sinks: Tensor, cp: Axis) -> Tensor:
 
 
 def _ring_vjp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cp: Axis,
-    window: int | None,
-    documents: Tensor | None,
-    kernel: Kernel,
-    sinks: Tensor | None,
-    cap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, cp: Axis, backend: AttentionBackend, scores: Scores, sinks: Tensor | None
 ) -> tuple[Tensor, Pullback]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    half = q.shape[2] // 2
+    half, window = q.shape[2] // 2, scores.sight.window
+    own = Tensor.contiguous if backend.by_head else Tensor.detach  # what a slice is handed over as
 
-    def pairs(source: int) -> Iterator[tuple[slice, slice, Tiles]]:
+    def pairs(source: int) -> Iterator[tuple[slice, slice, Scores]]:
         """The pieces of this rank's queries and of ``source``'s keys that see each other."""
         for i, a in enumerate(_offsets(q.shape[2], cp.index, cp.size)):
             for j, b in enumerate(_offsets(q.shape[2], source, cp.size)):
                 if b <= a and (window is None or b + half > a - window + 1):
-                    tiles = Tiles(Sight(window, documents, a, b), kernel, cap)
-                    yield slice(i * half, (i + 1) * half), slice(j * half, (j + 1) * half), tiles
+                    part = scores._replace(sight=scores.sight._replace(offset=a, key_offset=b))
+                    yield slice(i * half, (i + 1) * half), slice(j * half, (j + 1) * half), part
 
+    kept: list[Any] = []
     out, lse = torch.zeros_like(q, dtype=wide), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     keys, values = k, v
     for hop in range(cp.size):
         if hop:
             keys, values = ring_shift(torch.stack((keys, values)), cp).unbind()
-        for rows, columns, tiles in pairs((cp.index - hop) % cp.size):
-            more, more_lse = tiles.forward(
-                *(x.contiguous() for x in (q[:, :, rows], keys[:, :, columns], values[:, :, columns]))
-            )
+        for rows, columns, part in pairs((cp.index - hop) % cp.size):
+            parts = (q[:, :, rows], keys[:, :, columns], values[:, :, columns])
+            more, more_lse, rest = backend.forward(part, *map(own, parts))
+            kept.append(rest)
             total = torch.logaddexp(lse[:, :, rows], more_lse)
             old, new = (x.sub(total).exp()[..., None] for x in (lse[:, :, rows], more_lse))
             out[:, :, rows] = out[:, :, rows] * old + more * new
@@ -228,7 +231,7 @@ def _ring_vjp(
     del out, keys, values
 
     def pullback(out: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
-        delta = row_products(cotangent, out)
+        delta, rest = row_products(cotangent, out), iter(kept)
         d_q = torch.zeros_like(q, dtype=wide)
         d_keys, d_values = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         keys, values = k, v
@@ -236,11 +239,12 @@ def _ring_vjp(
             if hop:  # the gradients travel with what they are of
                 keys, values = ring_shift(torch.stack((keys, values)), cp).unbind()
                 d_keys, d_values = ring_shift(torch.stack((d_keys, d_values)), cp).unbind()
-            for rows, columns, tiles in pairs((cp.index - hop) % cp.size):
-                parts = (q[:, :, rows], keys[:, :, columns], values[:, :, columns], cotangent[:, :, rows], lse[:, :, rows])
-                found = tiles.backward(*(x.contiguous() for x in (*parts, delta[:, :, rows])))
-                for total, part, more in zip((d_q, d_keys, d_values), (rows, columns, columns), found, strict=True):
-                    total[:, :, part].add_(more)
+            for rows, columns, part in pairs((cp.index - hop) % cp.size):
+                of_rows = (cotangent[:, :, rows], out[:, :, rows], lse[:, :, rows])
+                parts = map(own, (q[:, :, rows], keys[:, :, columns], values[:, :, columns], *of_rows))
+                found = backend.backward(part, *parts, next(rest), own(delta[:, :, rows]))
+                for total, some, more in zip((d_q, d_keys, d_values), (rows, columns, columns), found, strict=True):
+                    total[:, :, some].add_(more)
         d_keys, d_values = ring_shift(torch.stack((d_keys, d_values)), cp).unbind()
         found = d_q.to(q.dtype), d_keys.to(k.dtype), d_values.to(v.dtype)
         return found if sinks is None else (*found, sinks_cotangent(sinks, lse, delta))

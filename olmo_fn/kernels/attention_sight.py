@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from olmo_fn.kernels.packing import Packing
+
+FAR = 1e30  # taken from a score for each position out of sight: finite, so that a row that sees nothing has no NaN
 TILE = 128  # rows or columns of a tile: its scores stay in the processor's cache between two products
 
 
@@ -23,7 +26,7 @@ class Sight(NamedTuple):
     """Who sees whom, of queries for the positions from ``offset`` on and keys for those from ``key_offset`` on.
 
     A position sees itself and those before it: at most ``window`` in all, and with ``documents`` (B, T), from
-    `olmo_fn.kernels.attention_tiles.document_starts` and of all positions, those of its own document.
+    `olmo_fn.kernels.attention.document_starts` and of all positions, those of its own document.
 
     Tiles are what is computed. In them are the keys that some query of the tile sees, so the work follows the window and the
     documents' lengths; as each sequence has other documents, there are tiles for each. That is on a CPU, where reading the
@@ -34,6 +37,8 @@ class Sight(NamedTuple):
     documents: Tensor | None = None
     offset: int = 0
     key_offset: int = 0
+    packing: Packing | None = None
+    """The same documents, for kernels that take lengths; None: made from ``documents`` where it is needed."""
 
     def row_tiles(self, B: int, R: int, T: int) -> Iterator[Tile]:
         """Every `TILE` of R rows that sees some of T columns, with those; the last rows first.

@@ -1,4 +1,4 @@
-"""The products of softmax attention, tile by tile, forward and backward.
+"""Softmax attention tile by tile: the backend of a CPU, and of everything that no other one can.
 
 B batch, T positions, H query heads, N key/value heads, G = H / N, K head dim; R rows and C columns of a tile.
 """
@@ -7,84 +7,77 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from olmo_fn.kernels import Kernel
-from olmo_fn.kernels.attention_sight import Sight, Tile
+from olmo_fn.kernels.attention_backend import AttentionBackend, Scores, row_products
+from olmo_fn.kernels.attention_sight import FAR, Tile
 from olmo_fn.kernels.exponential import exp
 
-FAR = 1e30  # taken from a score for each position out of sight: finite, so that a row that sees nothing has no NaN
+
+def _forward(scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+    """By tiles of rows: the result (B, H, R, K), and the log-sum-exp of each row (B, H, R)."""
+    queries, keys, values, heads = *_by_kv_head(q, k, v), _Heads(q, k)
+    weigh, total = scores.kernel(_weigh), scores.kernel(_total)
+    out, lse = torch.zeros_like(queries), queries.new_full(queries.shape[:2], -FAR, dtype=heads.wide)
+    positions, ends = _positions(scores, k.shape[2], heads), _ends(scores, heads)
+    tiles = list(scores.sight.row_tiles(heads.B, heads.R, k.shape[2]))
+    scratch = q.new_empty(heads.largest(tiles))
+    for tile in tiles:
+        some, rows, columns = heads.of(tile.batch), heads.rows(tile.rows), tile.columns
+        some_queries, some_keys, some_values = _contiguous(queries[some, rows], keys[some, columns], values[some, columns])
+        weights = _product(scratch, some_queries, some_keys.mT)
+        at, *seen = _own(positions[columns], *(_of(x, tile.batch)[:, :, rows, None] for x in ends))
+        top = weigh(heads.by_row(weights), at, heads.scale, scores.cap, *seen)
+        sums, lse[some, rows] = total(weights, top.flatten(0, 1))
+        torch.div(torch.bmm(weights, some_values), sums, out=out[some, rows])
+    return heads.apart(out), heads.apart(lse[..., None])[..., 0], None
 
 
-class Tiles(NamedTuple):
-    """Attention of queries to keys as ``sight`` says, which may be a part of the keys that a softmax is over.
-
-    Forward goes by tiles of rows and backward by tiles of columns, whose scores are transposed, so that the large operand
-    of four products in five is contiguous and only the queries' gradient is added up.
+def _backward(
+    scores: Scores, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, out: Tensor, lse: Tensor, kept: None, delta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By tiles of columns, whose scores are transposed, so that the large operand of four products in five is contiguous and
+    only the queries' gradient is added up.
     """
+    delta = row_products(d_out, out) if delta is None else delta
+    queries, keys, values, heads = *_by_kv_head(q, k, v), _Heads(q, k)
+    d_out, lse, delta = heads.together(d_out), *(heads.together(x[..., None])[..., 0] for x in (lse, delta))
+    gradient = scores.kernel(_gradient)
+    d_q = torch.zeros_like(queries, dtype=heads.wide)
+    d_k, d_v = torch.zeros_like(keys), torch.zeros_like(values)
+    positions, ends = _positions(scores, k.shape[2], heads), _ends(scores, heads)
+    tiles = list(scores.sight.column_tiles(heads.B, heads.R, k.shape[2]))
+    one, two = (q.new_empty(heads.largest(tiles)) for _ in range(2))
+    for tile in tiles:
+        some, rows, columns = heads.of(tile.batch), heads.rows(tile.rows), tile.columns
+        some_queries, some_d_out, *statistics = _contiguous(*(x[some, rows] for x in (queries, d_out, lse, delta)))
+        some_keys, some_values = _contiguous(keys[some, columns], values[some, columns])
+        weights = _product(one, some_keys, some_queries.mT)
+        d_scores = _product(two, some_values, some_d_out.mT)
+        parts = (heads.by_row(x) for x in (weights, d_scores, *(x[:, None] for x in statistics)))
+        at, *seen = _own(positions[columns, None], *(_of(x, tile.batch)[:, :, None, rows] for x in ends))
+        gradient(*parts, at, heads.scale, scores.cap, *seen)
+        torch.bmm(weights, some_d_out, out=d_v[some, columns])
+        torch.bmm(d_scores, some_queries, out=d_k[some, columns])
+        d_q[some, rows].add_(torch.bmm(d_scores.mT, some_keys))
+    return heads.apart(d_q.to(q.dtype)), d_k.view_as(k), d_v.view_as(v)
 
-    sight: Sight
-    kernel: Kernel
-    cap: float | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The result (B, H, R, K), and the log-sum-exp of each row (B, H, R); 0, and very negative, where it sees nothing."""
-        queries, keys, values, heads = *_by_kv_head(q, k, v), _Heads(q, k)
-        weigh, total = self.kernel(_weigh), self.kernel(_total)
-        out, lse = torch.zeros_like(queries), queries.new_full(queries.shape[:2], -FAR, dtype=heads.wide)
-        positions, ends = self._positions(k.shape[2], heads), self._ends(heads)
-        tiles = list(self.sight.row_tiles(heads.B, heads.R, k.shape[2]))
-        scratch = q.new_empty(heads.largest(tiles))
-        for tile in tiles:
-            some, rows, columns = heads.of(tile.batch), heads.rows(tile.rows), tile.columns
-            some_queries, some_keys, some_values = _contiguous(queries[some, rows], keys[some, columns], values[some, columns])
-            weights = _product(scratch, some_queries, some_keys.mT)
-            at, *seen = _own(positions[columns], *(_of(x, tile.batch)[:, :, rows, None] for x in ends))
-            top = weigh(heads.by_row(weights), at, heads.scale, self.cap, *seen)
-            sums, lse[some, rows] = total(weights, top.flatten(0, 1))
-            torch.div(torch.bmm(weights, some_values), sums, out=out[some, rows])
-        return heads.apart(out), heads.apart(lse[..., None])[..., 0]
+TILES = AttentionBackend("tiles", lambda need: "", _forward, _backward, by_head=True)
 
-    def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cotangents of ``q``, ``k`` and ``v`` from that of the result. ``lse`` and ``delta``, `row_products` of the result,
-        may be those of a softmax over more than these keys.
-        """
-        queries, keys, values, heads = *_by_kv_head(q, k, v), _Heads(q, k)
-        d_out, lse, delta = heads.together(d_out), *(heads.together(x[..., None])[..., 0] for x in (lse, delta))
-        gradient = self.kernel(_gradient)
-        d_q = torch.zeros_like(queries, dtype=heads.wide)
-        d_k, d_v = torch.zeros_like(keys), torch.zeros_like(values)
-        positions, ends = self._positions(k.shape[2], heads), self._ends(heads)
-        tiles = list(self.sight.column_tiles(heads.B, heads.R, k.shape[2]))
-        one, two = (q.new_empty(heads.largest(tiles)) for _ in range(2))
-        for tile in tiles:
-            some, rows, columns = heads.of(tile.batch), heads.rows(tile.rows), tile.columns
-            some_queries, some_d_out, *statistics = _contiguous(*(x[some, rows] for x in (queries, d_out, lse, delta)))
-            some_keys, some_values = _contiguous(keys[some, columns], values[some, columns])
-            weights = _product(one, some_keys, some_queries.mT)
-            d_scores = _product(two, some_values, some_d_out.mT)
-            parts = (heads.by_row(x) for x in (weights, d_scores, *(x[:, None] for x in statistics)))
-            at, *seen = _own(positions[columns, None], *(_of(x, tile.batch)[:, :, None, rows] for x in ends))
-            gradient(*parts, at, heads.scale, self.cap, *seen)
-            torch.bmm(weights, some_d_out, out=d_v[some, columns])
-            torch.bmm(d_scores, some_queries, out=d_k[some, columns])
-            d_q[some, rows].add_(torch.bmm(d_scores.mT, some_keys))
-        return heads.apart(d_q.to(q.dtype)), d_k.view_as(k), d_v.view_as(v)
 
-    def _positions(self, T: int, heads: _Heads) -> Tensor:
-        """Of each key its position, times `FAR`."""
-        start = self.sight.key_offset
-        return torch.arange(start, start + T, dtype=heads.wide, device=heads.device) * FAR
+def _positions(scores: Scores, T: int, heads: _Heads) -> Tensor:
+    """Of each key its position, times `FAR`."""
+    start = scores.sight.key_offset
+    return torch.arange(start, start + T, dtype=heads.wide, device=heads.device) * FAR
 
-    def _ends(self, heads: _Heads) -> tuple[Tensor, ...]:
-        """`Sight.ends` as (1 or B, 1, R·G), times `FAR`."""
-        ends = self.sight.ends(heads.R, heads.device)
-        return tuple(x.repeat_interleave(heads.G, -1)[:, None].to(heads.wide) * FAR for x in ends)
+
+def _ends(scores: Scores, heads: _Heads) -> tuple[Tensor, ...]:
+    """`Sight.ends` as (1 or B, 1, R·G), times `FAR`."""
+    ends = scores.sight.ends(heads.R, heads.device)
+    return tuple(x.repeat_interleave(heads.G, -1)[:, None].to(heads.wide) * FAR for x in ends)
 
 
 class _Heads:

@@ -113,12 +113,12 @@ def gather_into(out: Tensor, x: Tensor, size: int, group: str) -> Tensor:
 def gather_each(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis) -> Callable[[], None]:
     """Begin to gather each of ``xs`` of every rank into its one of ``outs``; call the result to wait.
 
-    NCCL is given all at once, and makes one kernel of them; others one after the other. Autograd does not see it.
+    NCCL (``axis.coalesces``) is given all at once, and makes one kernel of them; gloo one after the other.
     """
     pairs = [
         (out.view(-1).view(torch.uint8), x.contiguous().view(-1).view(torch.uint8)) for out, x in zip(outs, xs, strict=True)
     ]
-    if is_nccl(xs[0], axis):
+    if axis.coalesces:
         group = _resolve_process_group(GroupName(axis.group))
         with _coalescing_manager(group, async_ops=True) as work:
             for out, x in pairs:
@@ -140,11 +140,6 @@ def gather_each(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis) -> Cal
 
 def _as_bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
-
-
-def is_nccl(x: Tensor, axis: Axis) -> bool:
-    """Whether collectives of ``x`` over the axis are NCCL's: neither gloo's, nor those of a group that only pretends."""
-    return x.is_cuda and _resolve_process_group(GroupName(axis.group))._get_backend(x.device).name() == "nccl"
 
 
 def _reduce(x: Tensor, op: str, group: str) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from olmo_fn.core.chain import IGNORE, Batch
 from olmo_fn.core.check import check_batch
+from olmo_fn.kernels.attention import document_starts
+from olmo_fn.kernels.packing import NAMES, Packing
 
 TAKES = ("input_ids", "labels", "documents", "rows", "loss_tokens")
 INSTEAD = {
@@ -21,6 +23,15 @@ INSTEAD = {
 }
 INSTEAD |= {"token_type_ids": "the model has no types of tokens", "max_seqlen": INSTEAD["cu_seqlens"]}
 INSTEAD |= dict.fromkeys(("loss_mask", "label_mask"), "labels are -100 where there is no loss")
+
+
+def with_packing(batch: Batch, device: torch.device) -> Batch:
+    """A batch in host memory as it goes to a device. A GPU's has its documents once more, as kernels for sequences of different
+    lengths want them (`Packing`): there one would have to wait for them.
+    """
+    if device.type != "cuda" or "documents" not in batch:
+        return batch
+    return {**batch, **Packing.of(document_starts(batch["documents"])).to_batch()}
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class TokenBatch:
                 hint = f": did you mean {name} by {close[0]}?" if close and close[0] not in TAKES else ""
                 raise ValueError(f"a batch has input_ids and labels (B, T) int64; this one has {', '.join(batch)}{hint}")
         for name in batch:
-            if name not in TAKES:
+            if name not in (*TAKES, *NAMES):
                 instead = INSTEAD.get(name, f"it takes {', '.join(TAKES)}")
                 raise ValueError(f"batch[{name!r}] is nothing that the model knows; {instead}")
         ids = batch["input_ids"]

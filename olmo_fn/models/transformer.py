@@ -16,8 +16,9 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.core.chain import NOTHING, PLAIN, Aux, Backend, Batch, Chain, Metric, Stage, add_metrics, agreed
+from olmo_fn.kernels.attention import document_starts
 from olmo_fn.kernels.attention_cp import positions_of
-from olmo_fn.kernels.attention_tiles import document_starts
+from olmo_fn.kernels.packing import Packing
 from olmo_fn.mesh.axis import Axes, CPMethod
 from olmo_fn.mesh.collectives import all_gather
 from olmo_fn.models import multi_token
@@ -217,7 +218,8 @@ def context(cfg: Model, built: tuple[Layer, ...], batch: Batch, backend: Backend
     depth = cfg.multi_token.depth if labels is not None else 0
     ahead = tuple(multi_token.Ahead(*(x[:, local] for x in part)) for part in multi_token.ahead(batch, depth)) if depth else ()
     ids, rows, tables = batch["input_ids"][:, local], batch.get("rows"), tables_of(built, positions)
-    return Context(backend, ids, labels, positions, documents, rows, local, ahead, tables)
+    packing = Packing.in_batch(batch)
+    return Context(backend, ids, labels, positions, documents, rows, local, ahead, tables, packing=packing)
 
 
 def tables_of(built: tuple[Layer, ...], positions: Tensor) -> dict[Any, Any]:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from olmo_fn.core.primitive import VJP
+from olmo_fn.kernels import identity, on_triton
+from olmo_fn.kernels.attention_backend import AttentionBackend, Need, capability
 from olmo_fn.kernels.attention_cp import AttendVJP, attend_over, attend_over_vjp, check_attend
-from olmo_fn.kernels.attention_tiles import attend_vjp
-from olmo_fn.mesh.axis import Axis
+from olmo_fn.kernels.attention_table import attend_vjp
+from olmo_fn.mesh.axis import Axis, CPMethod
 from olmo_fn.mesh.collectives import enter
 from olmo_fn.nn.cache import attend_seen, kv_cache, remember
 from olmo_fn.nn.context import Context
@@ -73,7 +75,24 @@ class AttentionForm:
     cap: float | None = None
     score_scale: float | None = None
     attend: AttendVJP = attend_vjp
-    """What computes softmax attention and its pullback on the fast path."""
+    """What computes softmax attention and its pullback on the fast path; `attend_vjp`: the backend that is chosen."""
+
+    def need(
+        self, device: torch.device, dtype: torch.dtype, length: int, documents: bool, cp: int = 1, method: CPMethod = "gather"
+    ) -> Need:
+        """What its attention needs of a backend, with sequences of ``length`` shared by ``cp`` ranks."""
+        return Need(
+            device.type,
+            dtype,
+            self.head_dim,
+            self.n_heads != self.n_kv_heads,
+            self.window is not None and self.window < length,
+            documents,
+            self.cap is not None,
+            "whole" if cp == 1 or method == "ulysses" else "ring" if method == "ring" else "rows",
+            capability(device),
+            torch.are_deterministic_algorithms_enabled(),
+        )
 
     def place(self) -> Place:
         """Its `Place`."""
@@ -155,15 +174,17 @@ def attention_sublayer(form: AttentionForm) -> Sublayer:
     check_attend(form.attend, *(["sinks"] if form.sinks else []), *(["cap"] if form.cap is not None else []))
     place = form.place()
 
-    def project(p: Tree, x: Tensor, ctx: Context) -> tuple[Tensor, ...]:
+    def project(p: Tree, x: Tensor, ctx: Context, order: MemoryOrder) -> tuple[Tensor, ...]:
         """Queries, keys, values, and the gate if there is one."""
         weights = [p[name] for name in ("w_q", "w_k", "w_v", "w_gate") if name in p]
         q, k, v, *gate = ctx.column_linear(x, *weights)
         known = dict(zip(("cos", "sin"), ctx.tables[form.rope], strict=True)) if form.rope else {}
         if form.scalable_softmax:
             known["log_visible"] = ctx.tables["log_visible", form.window]
-        tensors = (known[name] if name in known else p[name] for name in place.tensors)
-        return *ctx.fuse(norm_and_rotate, place, ctx.backend.axes.tp)(q, k, v, *tensors), *gate
+        tensors = [known[name] if name in known else p[name] for name in place.tensors]
+        if order is BY_POSITION and rotates_norms(ctx, place, q, *tensors):
+            return *rotated_norms(ctx, place, q, k, v, *tensors), *gate
+        return *ctx.fuse(order.place, place, ctx.backend.axes.tp)(q, k, v, *tensors), *gate
 
     def output(p: Tree, rows: Tensor, gate: Sequence[Tensor], ctx: Context) -> Tensor:
         for g in gate:
@@ -172,11 +193,12 @@ def attention_sublayer(form: AttentionForm) -> Sublayer:
         return ctx.fuse(add_bias, ctx.backend.axes.tp)(y, p["out_bias"]) if form.bias else y
 
     def apply(p: Tree, x: Tensor, ctx: Context) -> Result:
-        q, k, v, *gate = project(p, x, ctx)
-        return output(p, attention(ctx, q, k, v, form.window, form.attend, sinks=p.get("sinks"), cap=form.cap), gate, ctx)
+        attend = backend(form, ctx, x)
+        q, k, v, *gate = project(p, x, ctx, memory_order(attend))
+        return output(p, attention(ctx, q, k, v, form.window, attend, sinks=p.get("sinks"), cap=form.cap), gate, ctx)
 
     def extend(p: Tree, x: Tensor, ctx: Context, cache: Tree) -> tuple[Tensor, Tree]:
-        q, k, v, *gate = project(p, x, ctx)
+        q, k, v, *gate = project(p, x, ctx, BY_HEAD)
         out = attend_seen(q, remember(cache, k, v, ctx, form.window), sinks=p.get("sinks"), cap=form.cap)
         return output(p, _side_by_side(out), gate, ctx), cache
 
@@ -235,8 +257,19 @@ def log_visible(window: int | None, positions: Tensor) -> Tensor:
     return (visible if window is None else visible.clamp(max=window)).log()
 
 
+def backend(form: AttentionForm, ctx: Context, x: Tensor) -> AttendVJP:
+    """What attends in a layer: the backend that is chosen for it, or the form's own way."""
+    how = ctx.backend
+    if form.attend is not attend_vjp or not how.primitive:
+        return form.attend
+    cp = how.axes.cp.size
+    length = ctx.input_ids.shape[1] * cp
+    return how.attention(form.need(x.device, x.dtype, length, ctx.documents is not None, cp, how.cp_method))
+
+
 def norm_and_rotate(how: Place, tp: Axis, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, H, T, K), keys and values (B, N, T, K) ready for scores, of projections (B, T, H·K) and (B, T, N·K).
+    """Queries (B, H, T, K), keys and values (B, N, T, K) ready for scores, of projections (B, T, H·K) and (B, T, N·K): views of
+    them, or of as much memory in the same order.
 
     ``tensors`` are those that ``how`` names. Norms over all heads span the heads of all ranks of ``tp``.
     """
@@ -263,7 +296,70 @@ def norm_and_rotate(how: Place, tp: Axis, q: Tensor, k: Tensor, v: Tensor, *tens
         q = (q * (p["log_visible"][..., None] * p["softmax_scale"])[..., None]).to(q.dtype)
     if how.factor != 1:
         q = q * how.factor
-    return q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def norm_and_rotate_by_head(how: Place, tp: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`norm_and_rotate` with the positions of each head side by side in memory."""
+    return tuple(x.contiguous() for x in norm_and_rotate(how, tp, *tensors))
+
+
+class MemoryOrder(NamedTuple):
+    """How (B, H, T, K) lies in memory where it goes to attention: ``place`` makes queries, keys and values, ``cotangent`` that
+    of the result, of a view of (B, T, H, K).
+    """
+
+    place: Callable[..., tuple[Tensor, ...]]
+    cotangent: Callable[[Tensor], Tensor]
+
+
+BY_HEAD = MemoryOrder(norm_and_rotate_by_head, Tensor.contiguous)
+BY_POSITION = MemoryOrder(norm_and_rotate, identity)  # type: ignore[arg-type]
+
+
+def memory_order(attend: AttendVJP) -> MemoryOrder:
+    """The order that ``attend`` is fastest with; of one that is no backend of ours nobody knows it."""
+    return BY_POSITION if isinstance(attend, AttentionBackend) and not attend.by_head else BY_HEAD
+
+
+def rotates_norms(ctx: Context, how: Place, q: Tensor, *tensors: Tensor) -> bool:
+    """Whether `rotated_norms` does what ``how`` says: on a GPU, where steps are compiled."""
+    usual = Place(how.head_dim, how.eps, how.norm, how.zero_centred, tensors=("q_norm", "k_norm", "cos", "sin"))
+    half = how.head_dim // 2
+    return (
+        on_triton(ctx.backend.kernel, q)
+        and ctx.backend.primitive is not None
+        and ctx.backend.axes.tp.size == 1
+        and how == usual
+        and how.norm in ("full", "head", "per-head")
+        and tensors[-1].shape[-1] == half
+        and half & (half - 1) == 0
+    )
+
+
+def rotated_norms(ctx: Context, how: Place, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`norm_and_rotate` by `olmo_fn.kernels.triton_rotation`, a pass over q and one over k; views of (B, T, H, K)."""
+    q_gain, k_gain, cos, sin = tensors
+    gains = [1 + gain if how.zero_centred else gain for gain in (q_gain, k_gain)]
+    q, k = ctx.backend.primitive(_rotated_norms_vjp(how, cos, sin), gains, [q, k], ctx.backend.weight_grads)  # type: ignore[misc]
+    return q, k, v.unflatten(-1, (-1, how.head_dim)).transpose(1, 2)
+
+
+def _rotated_norms_vjp(how: Place, cos: Tensor, sin: Tensor) -> VJP:
+    from olmo_fn.kernels.triton_rotation import rotated_norm_vjp
+
+    def vjp(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
+        pairs = [
+            rotated_norm_vjp(x, gain, cos, sin, how.eps, how.norm == "full") for x, gain in zip(inputs, weights, strict=True)
+        ]
+
+        def pullback(*cotangents: Tensor) -> tuple[Sequence[Callable[[], Tensor]], Sequence[Tensor]]:
+            found = [back(c) for (_, back), c in zip(pairs, cotangents, strict=True)]
+            return [gain for gain, _ in found], [d for _, d in found]
+
+        return tuple(out for out, _ in pairs), pullback
+
+    return vjp
 
 
 def gated_heads(rows: Tensor, gate: Tensor) -> Tensor:
@@ -286,18 +382,18 @@ def attention(
     """Causal softmax(q kᵀ / √K) v, inside documents if there are any, with the heads side by side: (B, T, H·K).
 
     ``q`` (B, H, T, K), ``k``, ``v`` (B, N, T, K) of this rank's positions and heads. ``sinks`` (H,), a weight: logits that take
-    part in the softmax. ``cap``: scores are soft-capped at it. Both as in `olmo_fn.kernels.attention_tiles.attend_masked`.
+    part in the softmax. ``cap``: scores are soft-capped at it. Both as in `olmo_fn.kernels.attention.attend_masked`.
     """
-    backend, documents = ctx.backend, ctx.documents
-    options: dict[str, Any] = {"cp": backend.axes.cp, "method": backend.cp_method, "window": window, "documents": documents}
-    options["cap"] = cap
-    if not backend.primitive:
+    how, documents = ctx.backend, ctx.documents
+    options: dict[str, Any] = {"cp": how.axes.cp, "method": how.cp_method, "window": window, "documents": documents, "cap": cap}
+    if not how.primitive:
         return _side_by_side(attend_over(q, k, v, sinks=sinks, **options))
-    vjp = _attention_vjp(partial(attend_over_vjp, kernel=backend.kernel, attend=attend, **options))
-    return backend.primitive(vjp, [] if sinks is None else [sinks], [q, k, v], backend.weight_grads, costly=True)
+    over = partial(attend_over_vjp, kernel=how.kernel, attend=attend, packing=ctx.packing, **options)
+    vjp = _attention_vjp(over, memory_order(attend).cotangent)
+    return how.primitive(vjp, [] if sinks is None else [sinks], [q, k, v], how.weight_grads, costly=True)
 
 
-def _attention_vjp(attend: Callable[..., Any]) -> VJP:
+def _attention_vjp(attend: Callable[..., Any], placed: Callable[[Tensor], Tensor]) -> VJP:
     def vjp(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Callable[..., Any]]:
         q, k, v = inputs
         out, back = attend(q, k, v, sinks=weights[0] if weights else None)
@@ -305,8 +401,8 @@ def _attention_vjp(attend: Callable[..., Any]) -> VJP:
 
         def pullback(cotangent: Tensor) -> tuple[Sequence[Any], Sequence[Tensor]]:
             by_head = rows.view(*rows.shape[:2], -1, q.shape[-1]).transpose(1, 2)
-            d_rows = cotangent.view(by_head.transpose(1, 2).shape).transpose(1, 2).contiguous()
-            d_q, d_k, d_v, *d_sinks = back(by_head, d_rows)
+            d_rows = cotangent.view(by_head.transpose(1, 2).shape).transpose(1, 2)
+            d_q, d_k, d_v, *d_sinks = back(by_head, placed(d_rows))
             return [lambda d=d: d for d in d_sinks], (d_q, d_k, d_v)
 
         return rows, pullback

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmo_fn.kernels.attention_tiles import attend_masked
+from olmo_fn.kernels.attention import attend_masked
 from olmo_fn.nn.context import Context
 from olmo_fn.tree import Tree
 

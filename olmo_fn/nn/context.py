@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from olmo_fn.core.chain import Backend
+from olmo_fn.kernels.packing import Packing
 from olmo_fn.nn.linear import Weight, linear
 
 
@@ -18,9 +19,9 @@ class Context:
 
     ``input_ids``, ``labels`` (B, R) of this rank's R positions (all of them, unless ``cp`` shares the sequence); ``positions``
     (R,) or, with documents, (B, R): they begin anew in each. ``documents`` (B, T): the first position of each position's
-    document, of the whole sequence, or None. ``rows`` (B,), ``columns`` (R,): numbers of the run's sequences and of this rank's
-    positions in them, by which entries are dropped. ``ahead``: for multi-token prediction, ids and labels further on.
-    ``tables``: what sublayers prepared from the positions, by their keys.
+    document, of the whole sequence, or None; ``packing``: the same for kernels that take lengths. ``rows`` (B,), ``columns``
+    (R,): numbers of the run's sequences and of this rank's positions in them, by which entries are dropped. ``ahead``: for
+    multi-token prediction, ids and labels further on. ``tables``: what sublayers prepared from the positions, by their keys.
 
     Decoding: ``start`` columns are in the caches already, and ``padding`` (B,) of a row's first columns are no tokens.
     """
@@ -36,6 +37,7 @@ class Context:
     tables: Mapping[Any, Any] = field(default_factory=dict)
     start: int = 0
     padding: Tensor | None = None
+    packing: Packing | None = None
 
     def column_linear(self, x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
         """Products with matrices that have some columns on each rank of ``tp``: `linear` with a gather before it."""

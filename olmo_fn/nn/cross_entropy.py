@@ -13,7 +13,7 @@ from torch import Tensor
 
 from olmo_fn.core.chain import IGNORE, Backend, Metrics
 from olmo_fn.core.primitive import VJP
-from olmo_fn.kernels import Kernel
+from olmo_fn.kernels import Kernel, on_triton
 from olmo_fn.kernels.exponential import exp
 from olmo_fn.kernels.huge_pages import new_large, to_large
 from olmo_fn.mesh.axis import Axis
@@ -146,15 +146,16 @@ def _cross_entropy_vjp(
         w, d_w = to_large(w_out, h.dtype), None
         d_h = torch.empty_like(h)
         buffer = new_large(h, many, V)
+        written = _one_pass(backend.kernel, buffer, tp)
         sums = torch.zeros(2, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)  # ce, z
         for start in range(0, N, many):
             part = slice(start, min(start + many, N))
             logits = torch.mm(h[part], w.T, out=buffer[: part.stop - start])
             some = (target[part], seen[0][part], None if seen[1] is None else seen[1][part])
-            slope = None if cap is None else _cap(logits, cap)
-            sums += _to_gradient(logits, *some, z_loss, weight, backend.kernel, tp)
-            if slope is not None:
-                logits.mul_(slope)
+            if written:
+                sums += written(logits, target[part], weight, z_loss, cap)
+            else:
+                sums += _through_cap(logits, cap, *some, z_loss, weight, backend.kernel, tp)
             torch.mm(logits, w, out=d_h[part])
             if part.stop == N:
                 del w  # a copy, or not, in whose place its gradient may lie
@@ -174,6 +175,24 @@ def _cross_entropy_vjp(
         return (ce + z, ce.clone(), z.clone()), pullback
 
     return vjp
+
+
+def _one_pass(kernel: Kernel, logits: Tensor, tp: Axis) -> Callable[..., Tensor] | None:
+    """A kernel that does to ``logits`` in one pass what `_through_cap` does in two or more, where there is one."""
+    if not on_triton(kernel, logits) or tp.size > 1 or logits.dtype != torch.bfloat16 or logits.shape[1] % 2:
+        return None
+    from olmo_fn.kernels.triton_logits import logits_gradient
+
+    return logits_gradient
+
+
+def _through_cap(logits: Tensor, cap: float | None, *rest: Any) -> Tensor:
+    """`_to_gradient` of logits before they are capped."""
+    slope = None if cap is None else _cap(logits, cap)
+    sums = _to_gradient(logits, *rest)
+    if slope is not None:
+        logits.mul_(slope)
+    return sums
 
 
 def rows_at_once(N: int, row_bytes: int, device: str) -> int:

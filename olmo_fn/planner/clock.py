@@ -1,27 +1,42 @@
 """How long a step takes: a simple model of computation and communication, and the pipeline's simulation.
 
-The assumptions, none of which has been measured by this project (it has had no GPU):
+The assumptions, none of which has been measured by this project (it has had no GPU); the figures, and what each is from, are in
+`olmo_fn.planner.accelerators`:
 
-- A product of matrices runs at `GEMM` of the peak, attention's at `ATTENTION`; elementwise kernels at `STREAM` of the memory's
-  bandwidth. Attention's tiles stay on chip, as in FlashAttention: what the tiles of `olmo_fn.kernels.attention_tiles` would
-  move is not counted.
+- A product of matrices takes whole rounds of its tiles at a share of the peak, attention the share of its backend, for pairs
+  that see each other; elementwise kernels move their bytes at a share of the memory's bandwidth.
+- The host takes so long for each launch. It runs ahead of the GPU; where all its launches take longer than the GPU's work,
+  that is how long a sweep takes.
 - A collective moves (n - 1) / n of its tensor over the slowest link of its group, an all_reduce twice that. It takes `LAUNCH`,
   and `HOP` for each of the n - 1 steps of a ring, an all_reduce for the 2 log n of a tree. A group with g ranks in a machine
   drives g network cards.
 - Weights and gradients (``fsdp``, ``dp_replicate``) travel while a neighbouring segment computes: a segment takes the longer
-  of the two. ``tp`` and ``cp`` collectives are waited for. A pipeline gathers its weights before it begins and scatters its
-  gradients when it has ended, which nothing overlaps with; its sends overlap as its simulation says.
+  of the two, and its computing lacks the multiprocessors that the collective occupies. ``tp`` and ``cp`` collectives are
+  waited for. A pipeline gathers its weights before it begins and scatters its gradients when it has ended, which nothing
+  overlaps with; its sends overlap as its simulation says.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from math import log2, prod
 
 from olmo_fn.mesh.mesh import AXES, Mesh, members
 from olmo_fn.models.count import flops_per_sequence
-from olmo_fn.planner.accelerators import Accelerator
+from olmo_fn.planner.accelerators import (
+    ATTENTION,
+    CHANNELS,
+    COMPILED,
+    EAGER,
+    PROCESSORS,
+    PRODUCTS,
+    PRODUCTS_FP8,
+    STREAM,
+    WIRE,
+    Accelerator,
+)
 from olmo_fn.planner.memory import at_rest
 from olmo_fn.planner.pipeline_simulate import Costs, simulate
 from olmo_fn.planner.plan_input import PlanInput
@@ -29,7 +44,6 @@ from olmo_fn.planner.profile import Profile
 from olmo_fn.planner.trace import Seen, Traffic
 from olmo_fn.planner.traffic import share, whole_updates
 
-GEMM, ATTENTION, STREAM = 0.65, 0.4, 0.75
 HOP = {"link": 1e-6, "network": 5e-6}  # seconds from one rank to the next
 LAUNCH = 10e-6  # seconds a collective takes before anything moves
 OVERLAPPED = ("fsdp", "dp_replicate")
@@ -51,10 +65,16 @@ class Clock:
     """The model's FLOPs, without what is computed again or masked, over the peak."""
     tokens: float
     """Tokens a second and accelerator."""
-    linear: float
-    """FLOPs of a rank's products with weights, what is computed again included."""
-    batched: float
-    """FLOPs of its attention, masked parts of its tiles included."""
+    products: float
+    """FLOPs of a rank's products of matrices, what is computed again included."""
+    attention: float
+    """FLOPs of its attention."""
+    moved: float
+    """Bytes that its elementwise kernels read and write."""
+    launches: Counter[str]
+    """Kernels launched "eager", and calls of "compiled" functions."""
+    host: float
+    """Seconds of the host for these; those beyond the GPU's work are waited for."""
 
 
 def clock(plan: PlanInput, profile: Profile, gpu: Accelerator) -> Clock:
@@ -66,11 +86,14 @@ def clock(plan: PlanInput, profile: Profile, gpu: Accelerator) -> Clock:
             for busy, piece in ((forward, profile[label].forward.seen), (backward, profile[label].backward.seen)):
                 one = _computing(piece, gpu)
                 busy[stage] += max(_with_traffic(mesh, one, piece.traffic, gpu), piece.host / HOST)
-                computing, seen.linear, seen.batched = computing + one, seen.linear + piece.linear, seen.batched + piece.batched
+                computing, seen.products, seen.moved = computing + one, seen.products + piece.products, seen.moved + piece.moved
+                seen.attention.update(piece.attention)
+                seen.launches.update(piece.launches)
     times = plan.microbatches * r.accumulate / mesh.pp  # how often an average rank does it all
     both, bubble, apart = [f + b for f, b in zip(forward, backward, strict=True)], 0.0, 0.0
     if mesh.pp == 1:
-        sweep = both[0] + sum(_wire(mesh, profile.end.seen.traffic, gpu).values())
+        apart = sum(sum(_wire(mesh, piece.seen.traffic, gpu).values()) for piece in (profile.begin, profile.end))
+        sweep = both[0] + apart
     else:
         f, b = sum(forward) / n, sum(backward) / n
         relative = tuple(max(one * n / sum(both), 1e-3) for one in both)
@@ -78,24 +101,36 @@ def clock(plan: PlanInput, profile: Profile, gpu: Accelerator) -> Clock:
         costs = Costs(f, b, b / 2, b / 2, profile.carry / speed + LAUNCH + hop, relative)
         timeline, apart = simulate(plan.programs, costs), max(_apart(plan, profile, gpu, rank) for rank in range(mesh.pp))
         sweep, bubble = timeline.ticks + apart, timeline.bubble
+    host = times * (seen.launches["eager"] * EAGER + seen.launches["compiled"] * COMPILED)
     update = max(_update(plan, profile, gpu, rank) for rank in range(mesh.pp))
-    seconds = r.accumulate * sweep + update
-    waiting = max(0.0, (sum(both) - computing) * times + r.accumulate * apart)  # without traffic just a rounding
+    seconds = max(r.accumulate * sweep, host) + update
+    waiting = max(0.0, seconds - update - computing * times) if mesh.pp == 1 else 0.0
+    if mesh.pp > 1:
+        waiting = max(0.0, (sum(both) - computing) * times + r.accumulate * apart)
     mfu = flops_per_sequence(plan.cfg.model, r.sequence_length) * r.batch_size / (seconds * gpu.peak * mesh.size)
     tokens = r.batch_size * r.sequence_length / seconds / mesh.size
-    return Clock(seconds, computing * times, waiting, update, bubble, mfu, tokens, seen.linear * times, seen.batched * times)
+    launches = Counter({kind: round(count * times) for kind, count in seen.launches.items()})
+    rest = (seen.products * times, seen.attention.total() * times, seen.moved * times, launches, host)
+    return Clock(seconds, computing * times, waiting, update, bubble, mfu, tokens, *rest)
 
 
 def _computing(seen: Seen, gpu: Accelerator) -> float:
-    return seen.linear / (GEMM * gpu.peak) + seen.batched / (ATTENTION * gpu.peak) + seen.moved / (STREAM * gpu.bandwidth)
+    products = (seen.tiled - seen.fp8) / PRODUCTS + seen.fp8 / (2 * PRODUCTS_FP8)
+    attention = 0.0
+    for key, flops in seen.attention.items():
+        backend, way = key.split()
+        attention += flops / ATTENTION[backend][way == "backward"]
+    return (products + attention) / gpu.peak + seen.moved / (STREAM * gpu.bandwidth)
 
 
 def _with_traffic(mesh: Mesh, computing: float, traffic: Traffic, gpu: Accelerator) -> float:
-    """Seconds of a piece: what is waited for comes to its computing, what travels beside it may take longer."""
+    """Seconds of a piece: what is waited for comes to its computing, what travels beside it slows it and may take longer."""
     wires = _wire(mesh, traffic, gpu)
-    beside = sum(wires.pop(axis, 0.0) for axis in OVERLAPPED)
-    waited = computing + sum(wires.values())
-    return waited if mesh.pp > 1 else max(waited, beside)  # in a pipeline these travel before and after
+    if mesh.pp > 1:  # in a pipeline these travel before and after
+        return computing + sum(seconds for axis, seconds in wires.items() if axis not in OVERLAPPED)
+    beside = {axis: wires.pop(axis) for axis in OVERLAPPED if axis in wires}
+    slowed = sum(seconds * CHANNELS[link(mesh, axis, gpu)] / PROCESSORS for axis, seconds in beside.items())
+    return max(computing + slowed + sum(wires.values()), sum(beside.values()))
 
 
 def _apart(plan: PlanInput, profile: Profile, gpu: Accelerator, rank: int) -> float:
@@ -109,7 +144,7 @@ def _update(plan: PlanInput, profile: Profile, gpu: Accelerator, rank: int) -> f
     state = at_rest(plan, profile, rank)
     traffic, products = share(whole_updates(plan, profile, rank), plan.mesh.degree("fsdp"))
     moved = 2 * state.total() + 2 * state["parameters"]
-    return products / (GEMM * gpu.peak) + moved / (STREAM * gpu.bandwidth) + sum(_wire(plan.mesh, traffic, gpu).values())
+    return products / (PRODUCTS * gpu.peak) + moved / (STREAM * gpu.bandwidth) + sum(_wire(plan.mesh, traffic, gpu).values())
 
 
 def _wire(mesh: Mesh, traffic: Traffic, gpu: Accelerator) -> dict[str, float]:
@@ -133,8 +168,18 @@ def collective(mesh: Mesh, axis: str, kind: str, calls: float, size: float, gpu:
 @lru_cache(1024)
 def bandwidth(mesh: Mesh, axis: str, gpu: Accelerator) -> tuple[float, float]:
     """Bytes/s of a rank, and seconds a hop, on the links between the ranks of an axis."""
+    kind, (_, here) = link(mesh, axis, gpu), _inside(mesh, axis, gpu)
+    speed = gpu.link if kind == "link" else min(gpu.link, gpu.network * here)
+    return WIRE * speed, HOP[kind]
+
+
+def link(mesh: Mesh, axis: str, gpu: Accelerator) -> str:
+    """What the slowest connection of an axis is: a ``link`` inside of a machine, or the ``network``."""
+    stride, here = _inside(mesh, axis, gpu)
+    return "link" if mesh.degree(axis) <= here and stride < gpu.node else "network"
+
+
+def _inside(mesh: Mesh, axis: str, gpu: Accelerator) -> tuple[int, int]:
+    """How many ranks are from one of an axis to the next, and how many of the axis are in a machine."""
     stride = prod(getattr(mesh, name) for name in AXES[AXES.index(members(axis)[-1]) + 1 :])
-    here = max(1, min(mesh.degree(axis), gpu.node // stride))
-    if mesh.degree(axis) <= here and stride < gpu.node:
-        return gpu.link, HOP["link"]
-    return min(gpu.link, gpu.network * here), HOP["network"]
+    return stride, max(1, min(mesh.degree(axis), gpu.node // stride))

@@ -16,8 +16,9 @@ from olmo_fn.planner.trace import Traffic
 from olmo_fn.planner.traffic import traffic
 from olmo_fn.train.recipe import exchanged
 
-RESERVED = 4e9
-"""Bytes of an accelerator that are assumed not to be ours: its context, communication buffers, fragments."""
+RESERVED, PROCESS = 4e9, 0.5e9
+"""Bytes that are assumed not to be a step's tensors: on an accelerator its context, communication buffers, fragments; of a
+process on a CPU Python, torch and what they compiled."""
 
 TRACED = 8192
 """Positions of a rank that are traced, and twice as many, where there are more: far above what a loop takes at once."""
@@ -69,17 +70,20 @@ def profile_of(plan: PlanInput) -> Profile:
     few = -(-TRACED // cfg.recipe.sequence_length) * plan.mesh.cp
 
     def of(rows: int) -> Profile:
-        return profile(cfg, replace(plan.mesh, pp=1), rows, getattr(torch, plan.dtype))
+        return profile(cfg, replace(plan.mesh, pp=1), rows, getattr(torch, plan.dtype), plan.device)
 
     return of(plan.rows) if plan.rows <= 2 * few else extrapolated(of(few), of(2 * few), plan.rows / few - 1)
 
 
-def estimate(plan: PlanInput) -> Estimate:
-    """The estimate of a run; ValueError for one that cannot run. ``mesh.weights`` auto is what fits, zero-2 or else zero-3."""
+def estimate(plan: PlanInput, gpu: Accelerator | None = None) -> Estimate:
+    """The estimate of a run, on the accelerator that its config names if no other is given. ValueError if it cannot run.
+
+    ``mesh.weights`` auto is what fits: zero-2, or else zero-3.
+    """
     if plan.cfg.mesh.weights == "auto":
-        kept = estimate(plan.changed(weights="zero-2"))
-        return kept if kept.fits and plan.mesh.pp == 1 else estimate(plan.changed(weights="zero-3"))
-    found, gpu, ranks = profile_of(check(plan)), ACCELERATORS[plan.cfg.gpu], range(plan.mesh.pp)
+        kept = estimate(plan.changed(weights="zero-2"), gpu)
+        return kept if kept.fits and plan.mesh.pp == 1 else estimate(plan.changed(weights="zero-3"), gpu)
+    found, gpu, ranks = profile_of(check(plan)), gpu or ACCELERATORS[plan.cfg.gpu], range(plan.mesh.pp)
     peaks = tuple(peak_memory(plan, found, rank) for rank in ranks)
     host = tuple(host_memory(plan, found, rank) for rank in ranks)
     return Estimate(plan, gpu, peaks, tuple(traffic(plan, found, rank) for rank in ranks), clock(plan, found, gpu), host)

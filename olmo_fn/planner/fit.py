@@ -8,20 +8,19 @@ from typing import Any
 
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.planner import formulas
-from olmo_fn.planner.estimate import LONGEST, profile_of
+from olmo_fn.planner.estimate import LONGEST, PROCESS, RESERVED, profile_of
 from olmo_fn.planner.memory import peak_memory
 from olmo_fn.planner.plan_input import PlanInput, can_run, flags
 from olmo_fn.train.config import Config
 
 GIB = 2**30
 MORE = "take a smaller model or shorter sequences, or more processes, for which olmo-fn plan finds the best layouts"
-PROCESS = 0.5e9  # bytes of Python, torch and what they compiled
 
 
-def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
-    """ValueError if a step of ``cfg`` on ``mesh``, in ``dtype``, needs more than ``memory`` bytes a process.
+def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float, device: str = "cpu") -> None:
+    """ValueError if a step of ``cfg`` on ``mesh``, in ``dtype``, needs more than ``memory`` bytes a process of a ``device``.
 
-    It is the plan's figure (`olmo_fn.planner`), to which half a gigabyte of the process itself comes. Where a formula says that
+    It is the plan's figure (`olmo_fn.planner`), to which what is `reserved` comes. Where a formula says that
     there is far more, or that nothing can make it fit, nothing is traced.
 
     >>> from configs import CONFIGS
@@ -30,8 +29,8 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
     Traceback (most recent call last):
     ValueError: a step needs 743.1 GiB, for 512 sequences of 4,096 at once; there are 14.9. This fits: --recipe.accumulate 128
     """
-    plan = PlanInput(cfg, mesh).changed(dtype=dtype)
-    if cfg.recipe.engine != "tape" or PROCESS + formulas.WITHIN * formulas.memory(plan) <= memory:
+    plan = PlanInput(cfg, mesh, device).changed(dtype=dtype)
+    if cfg.recipe.engine != "tape" or reserved(device) + formulas.WITHIN * formulas.memory(plan) <= memory:
         return
     *_, smallest = (_computing_less_at_once(smaller)[-1] for smaller in _keeping_less(plan))
     if (rough := formulas.memory(smallest)) > formulas.WITHIN * memory:
@@ -48,20 +47,25 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> None:
     raise ValueError(f"{words}. Even {flags(least.cfg, plan.cfg)} needs {need(least) / GIB:,.1f}: {MORE}")
 
 
-def with_weights(cfg: Config, mesh: Mesh, dtype: str, memory: float) -> Config:
+def with_weights(cfg: Config, mesh: Mesh, dtype: str, memory: float, device: str) -> Config:
     """The config with ``mesh.weights`` said where it is auto: zero-2 if a step then fits into ``memory``, or else zero-3."""
     if cfg.mesh.weights != "auto":
         return cfg
     kept = PlanInput(cfg, mesh).changed(dtype=dtype, weights="zero-2")
     planned = cfg.recipe.engine == "tape" and mesh.pp == 1 and mesh.degree("fsdp") > 1
-    fits = planned and cfg.recipe.sequence_length // mesh.cp <= LONGEST and need(kept) <= memory
+    fits = planned and cfg.recipe.sequence_length // mesh.cp <= LONGEST and need(kept) + reserved(device) <= memory
     return replace(cfg, mesh=replace(cfg.mesh, weights="zero-2" if fits else "zero-3"))
+
+
+def reserved(device: str) -> float:
+    """Bytes of a process on such a device that are left to all but its tensors."""
+    return RESERVED if device == "cuda" else PROCESS
 
 
 def need(plan: PlanInput) -> float:
     """Bytes of a process at the largest moment of a step."""
     found = profile_of(plan)
-    return PROCESS + max(peak_memory(plan, found, rank).total for rank in range(plan.mesh.pp))
+    return reserved(plan.device) + max(peak_memory(plan, found, rank).total for rank in range(plan.mesh.pp))
 
 
 def remedy(plan: PlanInput, fits: Callable[[PlanInput], bool]) -> tuple[PlanInput | None, PlanInput]:

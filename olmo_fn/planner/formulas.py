@@ -12,11 +12,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from olmo_fn import tree
-from olmo_fn.kernels.attention_tiles import TILE
+from olmo_fn.kernels.attention_sight import TILE
 from olmo_fn.models.count import flops_per_sequence
 from olmo_fn.nn.cross_entropy import LOGITS_ROWS
-from olmo_fn.planner.accelerators import Accelerator
-from olmo_fn.planner.clock import GEMM, STREAM, collective
+from olmo_fn.planner.accelerators import PRODUCTS, STREAM, Accelerator
+from olmo_fn.planner.clock import collective
 from olmo_fn.planner.plan_input import Label, PlanInput, by_label, without_layout
 from olmo_fn.spec import abstract
 from olmo_fn.train.config import Config
@@ -87,7 +87,7 @@ def seconds(plan: PlanInput, gpu: Accelerator) -> float:
     stream, layer = model.d_model * item * tokens, blocks[0].widths * item * tokens / mesh.tp
     products = flops_per_sequence(model, r.sequence_length) * r.batch_size / mesh.size * (4 / 3 if full else 1)
     moved = times * layers * layer * (6 if full else 4)
-    computing = products / (GEMM * gpu.peak) + moved / (STREAM * gpu.bandwidth)
+    computing = products / (PRODUCTS * gpu.peak) + moved / (STREAM * gpu.bandwidth)
     sweeps = 3 if full else 2
 
     def travels(axis: str, kind: str, calls: float, size: float) -> float:

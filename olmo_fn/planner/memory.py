@@ -68,18 +68,22 @@ def _moment(live: Counter[str], piece: Piece, when: str, label: Label | None = N
 
 
 def _in_one_sweep(plan: PlanInput, profile: Profile) -> Iterator[Peak]:
-    """One sweep a part of the batch, as the tape does it; from the second on the gradients of those before are there."""
+    """One sweep a part of the batch, as the tape does it. Gradients of parts are added up in fp32."""
     labels, rest = plan.held(0), at_rest(plan, profile)
-    gradients = Counter(gradients=sum(profile[label].gradients for label in labels))
+    swept, wide = (Counter(gradients=sum(getattr(profile[label], name) for label in labels)) for name in ("swept", "gradients"))
     pieces: list[tuple[str, Label | None, Piece]] = [("begin", None, profile.begin)]
     pieces += [("forward", label, profile[label].forward) for label in labels]
     pieces += [("backward", label, profile[label].backward) for label in reversed(labels)]
-    for part in range(min(plan.cfg.recipe.accumulate, 2)):
-        live = rest + (gradients if part else Counter())
+    parts = min(plan.cfg.recipe.accumulate, 2)
+    for part in range(parts):
+        before = rest + (wide if part else Counter())
+        live = Counter(before)
         for when, label, piece in (*pieces, ("end", None, profile.end)):
             yield _moment(live, piece, when, label)
             live.update(piece.grown)
-    yield _moment(rest + gradients, profile.update, "update")
+        if part == 0 and parts > 1 and swept != wide:
+            yield Peak(before + swept + wide, "widening the gradients")
+    yield _moment(rest + (swept if parts == 1 else wide), profile.update, "update")
 
 
 def _in_pipeline(plan: PlanInput, profile: Profile, rank: int) -> Iterator[Peak]:

@@ -18,9 +18,9 @@ from olmo_fn.train.config import Config
 class Plan:
     """Search the layouts of a run on a number of accelerators, and print the best with the flags to type."""
 
-    preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")]
+    preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")] = ""
     """A preset, or the config.yaml of a run."""
-    gpus: Annotated[int, Range(1, 1 << 18)]
+    gpus: Annotated[int, Range(0, 1 << 18)] = 0
     """How many accelerators there are."""
     gpu: Literal["a100", "h100", "h200", "b200", "mi300x"] = "h100"
     """Which; eight to a machine."""
@@ -32,6 +32,8 @@ class Plan:
     """Tokens a sequence; 0: the preset's."""
     picture: Annotated[str, PATH] = ""
     """Draw the memory of the layouts here, a PNG; needs the extra plot."""
+    published: bool = False
+    """Only: what others have published of their speed, beside what the clock says of their programs, and of this one."""
 
 
 def run(args: Plan, presets: Mapping[str, Config]) -> str:
@@ -39,11 +41,15 @@ def run(args: Plan, presets: Mapping[str, Config]) -> str:
     from rich.console import Console
     from rich.progress import Progress
 
-    from olmo_fn.planner import tables
+    from olmo_fn.planner import published, tables
     from olmo_fn.planner.picture import draw
     from olmo_fn.planner.search import search
     from olmo_fn.train.folder import read_config
 
+    if args.published:
+        return published.report()
+    if not args.preset or not args.gpus:
+        raise ValueError("what is to be planned? Type a preset and --gpus, as in: olmo-fn plan olmo2-7b --gpus 64")
     if args.preset not in presets and not Path(args.preset).exists():
         hint = f"; did you mean {close[0]}?" if (close := get_close_matches(args.preset, presets, 1)) else ""
         raise ValueError(f"{args.preset!r} is neither a preset nor a config.yaml{hint or '; olmo-fn train --help lists them'}")

@@ -62,10 +62,11 @@ def _labels(cut: Cut) -> tuple[tuple[Label, ...], ...]:
 
 @dataclass(frozen=True)
 class PlanInput:
-    """A config and the mesh that it runs on."""
+    """A config, the mesh that it runs on, and the type of its devices: ``cuda`` or ``cpu``."""
 
     cfg: Config
     mesh: Mesh
+    device: str = "cuda"
 
     @property
     def microbatches(self) -> int:
@@ -125,7 +126,7 @@ class PlanInput:
             part = getattr(cfg, section)
             new = {k: v for k, v in {**degrees, **changes}.items() if hasattr(part, k)}
             cfg = replace(cfg, **{section: replace(part, **new)})
-        return PlanInput(cfg, mesh or self.mesh)
+        return PlanInput(cfg, mesh or self.mesh, self.device)
 
 
 def plan_input(cfg: Config) -> PlanInput:

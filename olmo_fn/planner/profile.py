@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
@@ -24,19 +24,24 @@ from olmo_fn.core.layout import Layout, Reduction, Sweep, compute_copy
 from olmo_fn.core.offload import HostStash
 from olmo_fn.core.primitive import primitive
 from olmo_fn.core.tape import LOCAL_SWEEP, remat_policy
+from olmo_fn.kernels.attention_backend import AttentionBackend, Need
+from olmo_fn.kernels.attention_table import Choose
 from olmo_fn.mesh.axis import NAMES, Axes, Axis
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models.transformer import layers
 from olmo_fn.parallel.buckets import row_bytes
 from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, ShardedPlacement, ShardedWeights
+from olmo_fn.planner import attention
+from olmo_fn.planner.accelerators import ATTENTION as RATES
 from olmo_fn.planner.plan_input import Label, by_label, labels, owners
-from olmo_fn.planner.trace import Seen, Trace, Traffic, nbytes
+from olmo_fn.planner.trace import OnGpu, Seen, Trace, Traffic, nbytes
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import is_trained, parameters, recipe, rules
 from olmo_fn.tree import Tree
 
-ON_CHIP = ("_attention_vjp",)  # what a kernel like FlashAttention does: only what goes in and out is moved
+ATTENTION = "_attention_vjp"  # the primitive of which, as a kernel does it, only what goes in and out is moved
+LAUNCHES = {"forward": 1, "backward": 3}  # of a kernel of attention; backward: row sums, the products, the cast of the queries'
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class Part:
     backward: Piece = field(default_factory=Piece)
     state: Counter[str] = field(default_factory=Counter)  # at rest, by purpose
     weights: int = 0  # to compute with, beside those at rest
-    gradients: int = 0  # at rest
+    gradients: int = 0  # at rest, fp32
+    swept: int = 0  # as a sweep leaves them: of one process in the dtype of the computation
     whole_gradients: int = 0  # whole but for tensor parallelism
     late_gradients: int = 0  # those that are summed once all are there
     gathered: Traffic = field(default_factory=Counter)  # by one gather of its weights
@@ -141,26 +147,30 @@ def axes_of(mesh: Mesh) -> Axes:
 
 
 @lru_cache(256)
-def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block: bool = False) -> Profile:
-    """The pieces of a step of ``rows`` sequences a rank, computed at once in ``dtype``, on a mesh without pipeline.
+def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, device: str = "cuda", every_block: bool = False) -> Profile:
+    """The pieces of a step of ``rows`` sequences a rank, computed at once in ``dtype``, on a mesh without pipeline, and on a
+    ``device`` of this type.
 
     ValueError for a layout that the model's own code refuses. ``every_block`` leaves nothing to likeness, which takes longer.
     """
-    step = recipe(replace(cfg, recipe=replace(cfg.recipe, accumulate=1, noise_scale=0.0, compile=False)), dtype)
+    planned = replace(cfg.recipe, accumulate=1, noise_scale=0.0, compile=False)
+    if device != "cuda":
+        planned = replace(planned, attention="auto")  # on meta: by tiles
+    step = recipe(replace(cfg, recipe=planned), dtype)
     chain = step.grads.chain
     assert chain is not None, "only a chain of stages can be planned"
     stand_ins = {label: label for label in by_label(chain.stages)} if every_block else alike(cfg, chain)
-    watch = Watch(cfg, mesh, chain, frozenset(stand_ins.values()))
+    watch = Watch(cfg, mesh, rows, chain, frozenset(stand_ins.values()), device)
     trace, parts = watch.trace, watch.parts
     execution = replace(step.execution, layout=watch.layout)
-    execution = replace(execution, primitive=watch.primitive)
+    execution = replace(execution, primitive=watch.primitive, attention=watch.choosing(step.execution.attention))
     if cfg.recipe.offload:
         execution = replace(execution, stash=lambda: HostStash(trace.link))
     if cfg.recipe.compile:
         execution = replace(execution, fuse=lambda fn, *constants: trace.stage(bind(fn, *constants)), kernel=trace.kernel)
     step = replace(step, execution=execution)
     ids = torch.empty(rows, cfg.recipe.sequence_length, dtype=torch.int64, device="meta")
-    with trace:
+    with trace, watch.on_gpu or nullcontext():
         with trace.purpose("parameters"):
             params = tree.map(lambda shape: torch.empty(shape, device="meta"), watch.shapes())
         with trace.purpose("optimizer"):
@@ -172,6 +182,8 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
         batch = watch.layout.sharing.with_tokens({"input_ids": ids, "labels": ids})
         watch.next("begin", None)
         gradients = step.grads.fn(step.point(state), batch, step.execution)
+        for path, g in tree.items(gradients.tree):
+            parts[watch.owners[path]].swept += g.nbytes
         watch.next("update", None)
         step.update(state, gradients)
         del gradients
@@ -199,8 +211,10 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, every_block:
 class Watch:
     """Cuts the trace of a step where a piece ends, and adds up what is gathered and reduced for each label."""
 
-    def __init__(self, cfg: Config, mesh: Mesh, chain: Chain, chosen: frozenset[Label]) -> None:
-        self.cfg, self.mesh, self.chosen, self.trace = cfg, mesh, chosen, Trace()
+    def __init__(self, cfg: Config, mesh: Mesh, rows: int, chain: Chain, chosen: frozenset[Label], device: str) -> None:
+        self.cfg, self.mesh, self.rows, self.chosen, self.trace = cfg, mesh, rows, chosen, Trace()
+        self.on_gpu = OnGpu() if device == "cuda" else None
+        self.attends = "tiles"  # the backend that was last chosen
         connection = Connection(mesh, 0, axes_of(mesh), None)  # type: ignore[arg-type]
         specs = parameters(cfg)
         self.owners = owners(chain, specs)
@@ -266,24 +280,46 @@ class Watch:
         return stage._replace(fn=fn)
 
     def primitive(self, vjp: Any, weights: Any, inputs: Any, weight_grads: Any = None, *, costly: bool = False) -> Any:
-        """A primitive, on chip if a kernel does all of it; the last one's backward begins the sweep back."""
-        name = vjp.__qualname__.split(".")[0]
-        on_chip = self.trace.on_chip if name in ON_CHIP else lambda x: nullcontext()
+        """A primitive, on chip if it is attention; the last one's backward begins the sweep back."""
+        attends = vjp.__qualname__.split(".")[0] == ATTENTION
+        on_chip = partial(self._attention, self.attends if attends else "")
 
         def watched(weights: Any, inputs: Any) -> Any:
             moved = nbytes((weights, inputs))
-            with on_chip(moved) if costly else nullcontext():  # of a segment's second run its result is there already
+            # in the second run of a segment that keeps what is costly, its result is there already
+            with on_chip("forward", moved) if costly else nullcontext():
                 out, pullback = vjp(weights, inputs)
 
             def back(*cotangents: Any) -> Any:
                 if self.now == ("forward", self.last):
                     self.next("backward", self.last)
-                with on_chip(moved + nbytes(cotangents)):
-                    return pullback(*cotangents)
+                with self.on_gpu or nullcontext(), on_chip("backward", moved + nbytes(cotangents)):
+                    weight_gradients, input_gradients = pullback(*cotangents)
+                return [self.on_gpu.inside(g) if self.on_gpu else g for g in weight_gradients], input_gradients
 
             return out, back
 
         return primitive(watched, weights, inputs, weight_grads, costly=costly)
+
+    def choosing(self, choose: Choose) -> Choose:
+        """The run's own choice of attention's backend, noted, and what stands for it here."""
+
+        def chosen(need: Need) -> AttentionBackend:
+            backend = choose(need._replace(documents=need.documents or self.cfg.data.mask_documents))
+            self.attends = attention.rate_of(backend)
+            return attention.on_meta(backend)
+
+        return chosen if self.on_gpu else choose
+
+    def _attention(self, backend: str, way: str, moved: int) -> AbstractContextManager[None]:
+        """Attention as a kernel does it: counted by what it sees. Tiles, and all else, are counted as they are."""
+        block, seen = self.now[1], self.trace.seen
+        if not isinstance(block, int) or backend not in RATES:
+            return nullcontext()
+        flops = attention.flops(self.cfg, self.mesh, block, self.rows) * (attention.BACKWARD if way == "backward" else 1)
+        seen.attention[f"{backend} {way}"] += round(flops)
+        seen.launches["eager"] += LAUNCHES[way]
+        return self.trace.on_chip(moved)
 
     def reducing(self, grads: dict[str, Tensor]) -> Label:
         """A segment's backward is over but for sending its gradients, which goes on during the next one's."""
@@ -326,6 +362,8 @@ class WatchedWeights(ShardedWeights):
 
     def reduce(self, grads: dict[str, Tensor]) -> Reduction:
         watch, label = self.watch, self.watch.reducing(grads)
+        if watch.mesh.size == 1:  # nothing to sum, nor to widen for it
+            return lambda: grads
         with watch.trace.purpose("gradients"), watch.adding(watch.parts[label].reduced):
             end = super().reduce(grads)
 
@@ -361,12 +399,12 @@ class WatchedOwners(MatrixOwners):
             shard = place.bucket_shard(path) if dealt else None
             wholes = {k: place.over(path, x.new_empty(shard.shape) if shard else x, rest) for k, x in like.items()}
             sent = sum(row_bytes(x, shard, n) for x in like.values()) if dealt else 0
-            over_tp, products = _minus(seen.traffic, before), -seen.linear - seen.batched
+            over_tp, products = _minus(seen.traffic, before), -seen.products
             slots = {name: wholes.get(name, x) for name, x in one.slots.items()}
             new_p, new_slots = one.run(wholes[""], wholes["g"], slots, one.numbers)
             back = {"": one.p, **one.slots}
             rows = sum(row_bytes(x, None if k in one.leaf.unlike else shard, n) for k, x in back.items()) if dealt else 0
-            found = WholeUpdate(dealt, sent, rows, products + seen.linear + seen.batched, over_tp)
+            found = WholeUpdate(dealt, sent, rows, products + seen.products, over_tp)
             self.watch.parts[self.watch.owners[path]].whole_updates.append(found)
             local = {k: x if k in one.leaf.unlike else place.local_shard(path, x) for k, x in new_slots.items()}
             yield path, place.local_shard(path, new_p), local

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from olmo_fn.mesh.placement import placements, table
-from olmo_fn.planner.clock import ATTENTION, GEMM, STREAM
+from olmo_fn.planner.accelerators import PRODUCTS, STREAM
 from olmo_fn.planner.estimate import RESERVED, Estimate, estimate
 from olmo_fn.planner.fit import GIB, remedy
 from olmo_fn.planner.memory import PURPOSES
@@ -81,10 +81,13 @@ def time(found: Estimate) -> str:
     c = found.clock
     tokens = c.tokens * found.plan.mesh.size
     days = found.plan.cfg.run.steps * c.seconds / 86400
-    peaks = f"products at {GEMM:.0%} of the peak, attention {ATTENTION:.0%}, streams {STREAM:.0%}"
+    peaks = f"products at {PRODUCTS:.0%} of the peak, streams at {STREAM:.0%} of the bandwidth"
+    sizes = f"{c.attention / 1e12:,.1f} of them attention, {c.moved / 1e9:,.0f} GB moved beside them"
+    calls = f"for {c.launches['eager']:,} launches and {c.launches['compiled']:,} calls of compiled functions"
     rows = [
         ("computing", f"{c.computing:.3f} s", peaks),
-        ("  products", f"{(c.linear + c.batched) / 1e12:,.1f} TFLOP", f"{c.batched / 1e12:,.1f} of them attention"),
+        ("  products", f"{(c.products + c.attention) / 1e12:,.1f} TFLOP", sizes),
+        ("  host", f"{c.host:.3f} s", calls),
         ("waiting for others", f"{c.waiting:.3f} s", "tp, cp, and what weights and gradients take longer than computing"),
         ("optimizer", f"{c.update:.3f} s", ""),
         ("pipeline bubble", f"{c.bubble:.1%}", "of the pipeline's time"),

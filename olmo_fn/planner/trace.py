@@ -6,6 +6,7 @@ would do at any size and on any mesh.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +17,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from olmo_fn.core.offload import Link
+from olmo_fn.planner.accelerators import tiled
 
 aten = torch.ops.aten
-LINEAR = (aten.mm, aten.addmm, aten.addmm_)
 PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}
 """How many FLOPs an operation has, of those that are counted: products of matrices, attention, convolutions."""
 EMPTY = {aten.new_empty.default, aten.empty_like.default, aten.empty.memory_format}
@@ -46,9 +48,12 @@ class Seen:
 
     start: Counter[str] = field(default_factory=Counter)
     peak: Counter[str] = field(default_factory=Counter)
-    linear: int = 0  # FLOPs of products of matrices
-    batched: int = 0  # FLOPs of batched products: attention
+    products: int = 0  # FLOPs of products of matrices, without attention's
+    tiled: int = 0  # the same, filled up to whole rounds of tiles
+    fp8: int = 0  # of these, FLOPs of products in 8 bits
+    attention: Counter[str] = field(default_factory=Counter)  # FLOPs of pairs that see each other, "forward" and "backward"
     moved: int = 0  # bytes that elementwise operations read and write
+    launches: Counter[str] = field(default_factory=Counter)  # "eager" kernels, and calls of "compiled" functions
     traffic: Traffic = field(default_factory=Counter)
     host: int = 0  # bytes copied to host memory or back
 
@@ -65,7 +70,9 @@ class Trace(TorchDispatchMode):
         self._fused: list[Tensor] | None = None  # inside one kernel: what it keeps although it is no result
         self._on_chip = False
         self._sent: dict[int, Tensor] = {}  # what a gather reads until somebody waits for its result
-        self._results: dict[Any, tuple[Any, int]] = {}  # of kernels: the number of an input, or a tensor like a new one
+        self._results: dict[
+            Any, tuple[Any, tuple[int, int]]
+        ] = {}  # of kernels: the number of an input, or a tensor like a new one
 
     # --- what is live -------------------------------------------------------------------------------------------------
 
@@ -146,13 +153,10 @@ class Trace(TorchDispatchMode):
         if func.is_view:
             return out
         count = PRODUCTS.get(func._overloadpacket)
-        if count is not None:
-            flops = count(*args, **(kwargs or {}), out_val=out)
-            if func._overloadpacket in LINEAR:
-                self.seen.linear += flops
-            else:
-                self.seen.batched += flops
+        if count is not None and not self._on_chip:
+            self._product(func._overloadpacket, count(*args, **(kwargs or {}), out_val=out), out)
         if self._fused is None:
+            self.seen.launches["eager"] += not self._on_chip and func not in EMPTY
             if count is None and func not in EMPTY:
                 self._moved(args, out)
             self._made(out)
@@ -160,6 +164,12 @@ class Trace(TorchDispatchMode):
             self._fused.append(out)
             self._made(out)
         return out
+
+    def _product(self, kind: Any, flops: int, out: Tensor) -> None:
+        rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
+        full = tiled(flops, rows, columns)
+        self.seen.products, self.seen.tiled = self.seen.products + flops, self.seen.tiled + full
+        self.seen.fp8 += full if kind is aten._scaled_mm else 0
 
     def _collective(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, x = func._schema.name.split("::")[1], args[0]
@@ -222,21 +232,25 @@ class Trace(TorchDispatchMode):
             inputs = leaves(args)
             key = (fn, *((x.shape, x.stride(), x.dtype) for x in inputs))
             if key not in self._results:
-                before = self.seen.linear
+                before = self.seen.products, self.seen.tiled
                 with self._kernel():
                     out = fn(*args)
                     at = {x.untyped_storage()._cdata: i for i, x in enumerate(inputs)}
                     like = rebuild(out, lambda x: at.get(x.untyped_storage()._cdata, torch.empty_like(x)))
-                self._results[key] = like, self.seen.linear - before
+                self._results[key] = like, (self.seen.products - before[0], self.seen.tiled - before[1])
             else:
                 like, flops = self._results[key]
-                self.seen.linear += flops
+                self.seen.products, self.seen.tiled = self.seen.products + flops[0], self.seen.tiled + flops[1]
                 out = tree_map(lambda x: inputs[x] if isinstance(x, int) else x if x is None else torch.empty_like(x), like)
-            self._moved(inputs, out)
+            self._called(inputs, out)
             self._made(out)
             return out
 
         return run
+
+    def _called(self, inputs: Any, outputs: Any) -> None:
+        self.seen.launches["compiled"] += not self._on_chip
+        self._moved(inputs, outputs)
 
     def stage(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """``fn`` as a compiled stage: Inductor keeps its inputs, and results of products and of collectives; the rest is
@@ -268,7 +282,7 @@ class _Stage(Function):
             inside = tuple(x.detach().requires_grad_() for x in tensors)
             results = fn(*inside)
         ctx.graph = trace, inside, results, kept
-        trace._moved(tensors, results)
+        trace._called(tensors, results)
         trace._made(results)
         return tuple(x.detach() for x in results)
 
@@ -278,9 +292,45 @@ class _Stage(Function):
         del ctx.graph
         with trace._kernel():
             grads = torch.autograd.grad(results, inside, cotangents)
-        trace._moved((cotangents, inside, kept), grads)
+        trace._called((cotangents, inside, kept), grads)
         trace._made(grads)
         return None, None, *grads
+
+
+class OnGpu(TorchFunctionMode):
+    """Meta tensors say that they are on a GPU, by which a step chooses what it does; what is to be made there, is meta.
+
+    Autograd leaves the mode during a backward: `inside` makes a function that is in it anyway.
+
+    >>> with OnGpu():
+    ...     torch.empty(2, device="cuda").device
+    device(type='cuda', index=0)
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == Tensor.device.__get__ and args[0].is_meta:
+            return torch.device("cuda", 0)
+        if func == Tensor.is_cuda.__get__ and args[0].is_meta:  # type: ignore[attr-defined]
+            return True
+        if func is Tensor.to:
+            args = tuple("meta" if _is_cuda(x) else x for x in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+    def inside(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``fn``, in this mode."""
+
+        def run(*args: Any) -> Any:
+            with self:
+                return fn(*args)
+
+        return run
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, torch.device) and device.type == "cuda") or (isinstance(device, str) and device[:4] == "cuda")
 
 
 def leaves(value: Any) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -158,7 +159,7 @@ class Trace(TorchDispatchMode):
     def holds(self, tensors: Any) -> None:
         """Count the storages of these tensors as live until they are gone; those that are made in here are anyway."""
         for tensor in leaves(tensors):
-            storage = tensor.untyped_storage()
+            storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # a DTensor has no memory but its part's
             key = storage._cdata
             if key not in self._refs:
                 self._refs[key] = weakref.ref(storage, partial(self._gone, key))
@@ -183,10 +184,12 @@ class Trace(TorchDispatchMode):
             return out
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        self._eager = torch.compiler.set_stance("force_eager")  # what compiles itself is seen as it is
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._eager.__exit__(None, None, None)
         super().__exit__(*exception)
 
     # --- compiled calls -----------------------------------------------------------------------------------------------
@@ -237,6 +240,19 @@ class Trace(TorchDispatchMode):
         if not self._inside:
             self._moved(inputs, results)
             self.holds(results)
+
+
+def _flex(op: Any, trace: Trace, *args: Any, **kwargs: Any) -> Any:
+    """FlexAttention is no operation that a mode is asked about, but one of higher order: it is a launch, too."""
+    out = op(*args, **kwargs)
+    if not trace._inside:
+        trace.seen.launches[op.name()] += 1
+    trace._made(args, out)
+    return out
+
+
+for op in (flex_attention, flex_attention_backward):
+    op.py_impl(Trace)(partial(_flex, op))
 
 
 class _Stage(Function):

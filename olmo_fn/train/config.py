@@ -147,6 +147,9 @@ class Recipe:
     """Keep in host memory what remat keeps of each block (invisible)."""
     engine: Annotated[Literal["tape", "func"], INVISIBLE] = "tape"
     """Gradient engine: a sweep over stages, or torch.func (invisible)."""
+    attention: Annotated[Literal["auto", "cudnn", "flash", "flash-attn", "flex", "tiles"], INVISIBLE] = "auto"
+    """What computes attention; auto is the fastest that can do it here: on a CPU tiles, on a GPU cuDNN or FlashAttention,
+    with soft-capped scores FlexAttention. flash is torch's own, flash-attn the package (invisible but for rounding)."""
     compile: Annotated[bool, INVISIBLE] = True
     """Compile every stage; the first start takes longer (invisible)."""
     capture: Annotated[bool, INVISIBLE] = False

@@ -18,6 +18,7 @@ from olmo_fn.data.prefetch import arriving
 from olmo_fn.data.source import HELDOUT
 from olmo_fn.mesh.mesh import describe
 from olmo_fn.train import machine
+from olmo_fn.train.check_attention import check_attention
 from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout
 from olmo_fn.train.events import Evaluated, Event, Failure, Observer, RunInfo, Said, Started, Stepped, Stopped
@@ -138,6 +139,7 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
     What fails before it writes into the state, such as data that is gone, costs no step that is done: it is saved first.
     """
     run, context = session.cfg.run, session.process
+    check_attention(session.cfg, context.device, session.dtype)
     if session.cfg.recipe.capture and context.device.type != "cuda":
         raise ValueError(
             f"--recipe.capture makes a CUDA graph of a step, and this trains on the {context.device.type}; leave it out"

@@ -26,6 +26,7 @@ from olmo_fn.train.config import Config
 from olmo_fn.train.schedule import schedule
 from olmo_fn.transforms import (
     accumulate_measured,
+    attention,
     clip_value,
     dims_of,
     freeze,
@@ -63,6 +64,7 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connecti
         *given(cfg.lora.rank, lambda _: train_only("lora.*", parameters=specs)),
         *given(connection, lambda mesh: shard(mesh, specs, rules(cfg, mesh.mesh), pipeline(cfg), rows="own")),
         donate(),
+        *given(r.attention != "auto" and r.attention, attention),
         *given(r.offload, lambda _: offload()),
         *given(r.compile, lambda _: compile(cache_dir(cfg.data) / "compiled")),
         *given(r.capture, lambda _: capture()),

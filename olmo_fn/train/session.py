@@ -25,8 +25,10 @@ from olmo_fn.data.tokenizer import load as load_tokenizer
 from olmo_fn.fields import expanded
 from olmo_fn.launch.process import agree
 from olmo_fn.models import transformer
+from olmo_fn.models.batch import with_packing
 from olmo_fn.spec import abstract
 from olmo_fn.train import machine
+from olmo_fn.train.check_attention import attention_of
 from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout, evaluate
 from olmo_fn.train.folder import origin, read_config, runs_near
@@ -76,7 +78,7 @@ class Session:
     @cached_property
     def step(self) -> Step:
         """The training step, which a reader of weights does not need; ValueError for a recipe that cannot be."""
-        cfg = self.cfg
+        cfg = attention_of(self.cfg, self.process.device)
         if self.process.device.type != "cuda":  # what reads a run may be elsewhere than what trains it
             cfg = replace(cfg, recipe=replace(cfg.recipe, capture=False))
         return recipe(cfg, self.dtype, self.process.connection)
@@ -103,7 +105,7 @@ class Session:
         if self.cfg.model.drops:
             for part, rows in zip(parts, slices, strict=True):
                 part["rows"] = row_numbers(self.cfg.run.seed, step, rows.start, len(part["input_ids"]))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return with_packing({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, self.process.device)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -244,7 +246,8 @@ class Session:
         stride, rows = max(1, r.sequence_length // 2), max(1, r.batch_size // r.accumulate)
         batches = heldout_batches(tokens, r.sequence_length, stride, rows, eos_id, self.cfg.data.mask_documents)
         going = takewhile(lambda _: not given_up(), batches)
-        there = ({name: value.to(self.process.device) for name, value in batch.items()} for batch in going)
+        device = self.process.device
+        there = ({name: value.to(device) for name, value in with_packing(batch, device).items()} for batch in going)
         num_bytes, loss = tokens.num_bytes(tokenizer), transformer.loss(self.cfg.model)
         found = evaluate(loss, params, there, num_bytes, dtype=self.dtype, execution=self.step.execution, show=show)
         return None if given_up() else found

@@ -1,6 +1,7 @@
 """Transforms of gradients and of steps, one idea a file; those that every run uses are in `olmo_fn.core.pipe`."""
 
 from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, skip_spikes
+from olmo_fn.transforms.attention import attention
 from olmo_fn.transforms.bias import first_step_bias
 from olmo_fn.transforms.clipping import clip_groups, clip_value
 from olmo_fn.transforms.freeze import freeze, train_only
@@ -13,6 +14,7 @@ from olmo_fn.transforms.skip import skip_steps
 __all__ = [
     "accumulate",
     "accumulate_measured",
+    "attention",
     "clip",
     "clip_groups",
     "clip_value",

@@ -25,7 +25,7 @@ from olmo_fn.cli import training
 from olmo_fn.data.instances import TokenData
 from olmo_fn.data.tokens import open_tokens
 from olmo_fn.generate.decode import empty_cache, extend
-from olmo_fn.kernels.attention_tiles import attend
+from olmo_fn.kernels.attention import attend
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.mesh.settings import MeshConfig
@@ -450,7 +450,7 @@ def test_gradients_of_attention_agree_with_the_plain_form(part, pool):
     )
     plain = replace(config, recipe=replace(config.recipe, engine="func"))
     equivalent(config, [Layout(Mesh()), Layout(Mesh(cp=2)), Layout(Mesh(tp=2))], pool, reference=partial(recipe, plain, DOUBLE))
-    with pytest.raises(RankFailed, match="ring merges tiles of its own; with another attention use gather or ulysses"):
+    with pytest.raises(RankFailed, match="ring merges parts of its own; with another attention use gather or ulysses"):
         equivalent(config, [Layout(Mesh(cp=2), Rules(cp_method="ring"))], pool)
 
 

@@ -12,10 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from olmo_fn.core.chain import Backend
 from olmo_fn.core.primitive import primitive
+from olmo_fn.kernels.attention import attend, document_starts, visible
+from olmo_fn.kernels.attention_backend import need_of
 from olmo_fn.kernels.attention_cp import attend_over, attend_over_vjp, check_attend, positions_of
-from olmo_fn.kernels.attention_cpu import suits
+from olmo_fn.kernels.attention_cpu import WHOLE
 from olmo_fn.kernels.attention_sight import TILE, Sight
-from olmo_fn.kernels.attention_tiles import attend, attend_vjp, document_starts, visible
+from olmo_fn.kernels.attention_table import attend_vjp, choose_auto
+from olmo_fn.kernels.tiles import TILES
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.nn.attention import attention
@@ -119,8 +122,8 @@ def test_in_fp32(heads, kv_heads, masked):
     """Also where torch's own kernel attends, which takes sinks by the log-sum-exp, and no cap."""
     q, k, v, sinks, documents = tensors(heads, kv_heads, dtype=torch.float32)
     q, k, v = q / 2, k / 2, v / 2  # of the usual size: sharper softmaxes magnify the rounding of scores
-    assert suits(q, k, None) == (heads == kv_heads)
-    assert not suits(q, k, None, 3.0)
+    assert choose_auto(need_of(q, k)) is (WHOLE if heads == kv_heads else TILES)
+    assert choose_auto(need_of(q, k, cap=3.0)) is TILES
     for cap in (None, 3.0):
         options = options_of(documents, None, cap, masked)
         law_pullback(
@@ -299,7 +302,7 @@ def test_torchs_own_attention_sees_one_document_at_a_time():
 CASES = [(None, None, False), (None, None, True), (70, None, True), (None, 3.0, True), (70, 3.0, False)]
 
 
-def on_a_rank(connection, method, case, sunk):
+def on_a_rank(connection, method, case, sunk, attend=attend_vjp):
     """This rank's positions, and the results of both forms for them, with their gradients."""
     window, cap, masked = case
     cp = connection.axes.cp
@@ -313,7 +316,7 @@ def on_a_rank(connection, method, case, sunk):
         return lambda q, k, v, *s: fn(q, k, v, **options, **({"sinks": s[0]} if s else {}))
 
     out, pullback = vjp_of(named(attend_over), *inputs)
-    fast, fast_pullback = named(attend_over_vjp)(*inputs)
+    fast, fast_pullback = named(partial(attend_over_vjp, attend=attend))(*inputs)
     return local, (out, *pullback(out, cotangent)), (fast, *fast_pullback(fast, cotangent.contiguous()))
 
 

@@ -147,7 +147,7 @@ def forgetful(cfg: Model) -> Step:
 
 
 def alone(fn: Function, *constants: Any) -> Function:
-    return bind(fn, *((constants[0], Axis()) if fn.__name__ == "norm_and_rotate" else constants))
+    return bind(fn, *((constants[0], Axis()) if fn.__name__ == "norm_and_rotate_by_head" else constants))
 
 
 def test_the_law_catches_a_gain_that_is_not_summed(pool: Pool) -> None:

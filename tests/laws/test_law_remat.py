@@ -10,9 +10,10 @@ import torch
 from helpers import batch_of, params_of, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from olmo_fn.core.capture import capture
 from olmo_fn.core.gradients import EAGER
 from olmo_fn.core.offload import HostStash, Link, copy_beside, no_stash, pinned
-from olmo_fn.core.pipe import grad, offload, pipe
+from olmo_fn.core.pipe import donate, grad, offload, pipe
 from olmo_fn.core.primitive import Once
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
@@ -166,6 +167,8 @@ def test_offload_catches(mutant):
 def test_offload_needs_something_to_move():
     with pytest.raises(ValueError, match=r"^offload\(\) needs a grad\(\) with remat, which is nowhere before it in the pipe"):
         pipe(LOSS, grad(), sgd(0.1), offload())
+    with pytest.raises(ValueError, match=r"^capture\(\) cannot record copies to host memory; leave out offload\(\)"):
+        pipe(LOSS, grad(remat="full"), sgd(0.1), donate(), offload(), capture())
     with pytest.raises(ValueError, match=r"--recipe.offload moves what --recipe.remat keeps .*; add --recipe.remat full$"):
         recipe(Config(MODEL, recipe=Recipe(offload=True)))
     step = recipe(Config(MODEL, recipe=Recipe(offload=True, remat="selective", compile=False), run=Run(steps=5000)))

@@ -18,9 +18,13 @@ from olmo_fn import spec, tree
 from olmo_fn.core.chain import IGNORE, PLAIN, Backend
 from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.core.primitive import primitive
-from olmo_fn.kernels.attention_cpu import attend_whole_vjp, suits
-from olmo_fn.kernels.attention_tiles import TILE, attend, attend_vjp, document_starts
+from olmo_fn.kernels.attention import attend, document_starts
+from olmo_fn.kernels.attention_backend import need_of
+from olmo_fn.kernels.attention_cpu import WHOLE
+from olmo_fn.kernels.attention_sight import TILE
+from olmo_fn.kernels.attention_table import attend_vjp, choose_auto
 from olmo_fn.kernels.huge_pages import LARGE, new_large, to_large
+from olmo_fn.kernels.tiles import TILES
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.models import count, transformer
 from olmo_fn.models.config import dense, modified
@@ -178,15 +182,15 @@ def test_attend_is_softmax_attention(heads, kv_heads, window):
 def test_torchs_own_attention_is_the_same_function():
     """The law in fp64; in fp32 `attend_vjp` takes it where only causality and documents hide keys, and tiles elsewhere."""
     q, k, v = torch.randn(3, 2, 4, 300, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    law_pullback(attend, attend_whole_vjp, q, k, v)
+    law_pullback(attend, WHOLE, q, k, v)
     q, k, v = (x.float() for x in (q, k, v))
     documents = torch.zeros(2, 300, dtype=torch.int64)
     for window, docs, whole in ((None, None, True), (300, None, True), (299, None, False), (None, documents, True)):
-        assert suits(q, k, window) == whole
+        assert (choose_auto(need_of(q, k, window=window)) is WHOLE) == whole
         found, _ = attend_vjp(q, k, v, window=window, documents=docs)
         assert_close(found, attend(q, k, v, window=window, documents=docs), rtol=1e-5, atol=1e-6)
-    assert not suits(q, k[:, :2], None)
-    assert not suits(q.bfloat16(), k.bfloat16(), None)
+    assert choose_auto(need_of(q, k[:, :2])) is TILES
+    assert choose_auto(need_of(q.bfloat16(), k.bfloat16())) is TILES
 
 
 def law_pullback(fn, vjp, *inputs):

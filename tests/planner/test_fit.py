@@ -15,8 +15,8 @@ from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models.config import dense
 from olmo_fn.planner import formulas
 from olmo_fn.planner.accelerators import ACCELERATORS
-from olmo_fn.planner.estimate import estimate
-from olmo_fn.planner.fit import PROCESS, check_memory, need
+from olmo_fn.planner.estimate import PROCESS, estimate
+from olmo_fn.planner.fit import check_memory, need
 from olmo_fn.planner.plan_input import PlanInput
 from olmo_fn.train.config import Config, Recipe
 
@@ -77,7 +77,7 @@ def test_what_is_not_traced_fits(data):
     recipe = replace(recipe, dtype=draw(st.sampled_from(("float32", "bfloat16"))))
     cfg = replace(CONFIGS["olmo2-tiny"], model=model, recipe=recipe)
     cfg = replace(cfg, optim=replace(cfg.optim, name=draw(st.sampled_from(("adamw", "muon", "adafactor", "soap")))))
-    plan = PlanInput(cfg, Mesh())
+    plan = PlanInput(cfg, Mesh(), "cpu")
     assert need(plan) <= PROCESS + formulas.WITHIN * formulas.memory(plan)
 
 

@@ -12,6 +12,7 @@ from olmo_fn.mesh.mesh import Mesh, members
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import Attention, Model, SwiGLU, dense
 from olmo_fn.models.count import flops_per_sequence
+from olmo_fn.nn.attention import causal_pairs
 from olmo_fn.nn.norm import Norm
 from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.clock import clock
@@ -37,7 +38,7 @@ def plan_of(mesh=Mesh(), options=None, optim=None, lora=Lora(), **recipe):  # no
     fields_of_optim = {"name": "adamw", **(optim or {})}
     optim = CHOICES[OptimizerSettings][fields_of_optim["name"]](**fields_of_optim)
     parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": optim, "lora": lora}
-    return check(PlanInput(Config(dense(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh))
+    return check(PlanInput(Config(dense(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh, "cpu"))
 
 
 def dtype_of(plan):
@@ -56,6 +57,8 @@ SINGLE = {
     "remat, offloaded": {"remat": "full", "offload": True, "n_layers": 7},
     "remat of all but attention, offloaded": {"remat": "selective", "offload": True, "n_layers": 7},
     "accumulate, ema": {"accumulate": 2, "ema": 0.9},
+    "accumulate bf16": {"accumulate": 2, "dtype": "bfloat16", "batch_size": 2},
+    "bf16, the update": {"dtype": "bfloat16", "batch_size": 1, "vocab_size": 5000},
     "windows": {"n_layers": 7, "window_pattern": (32, 32, -1)},
     "tied, bf16 moments": {"tie_embeddings": True, "dtype": "bfloat16", "optim": {"moments": "bfloat16"}},
     "wide": {"d_model": 192, "hidden_size": 500, "vocab_size": 2000, "n_layers": 2},
@@ -140,7 +143,7 @@ def test_a_block_stands_for_all_of_its_kind():
         plan = plan_of(Mesh(dp_shard=4, tp=2), batch_size=16, **fields)
         few = profile_of(plan)
         assert len(few.parts) < plan.cfg.model.n_layers + 2 == len(few.alike)
-        full = profile(plan.cfg, plan.mesh, plan.rows, dtype_of(plan), every_block=True)
+        full = profile(plan.cfg, plan.mesh, plan.rows, dtype_of(plan), plan.device, every_block=True)
         assert traffic(plan, few) == traffic(plan, full)
         assert peak_memory(plan, few).total == pytest.approx(peak_memory(plan, full).total, abs=CONTROL)
 
@@ -148,11 +151,11 @@ def test_a_block_stands_for_all_of_its_kind():
 def test_many_sequences_are_planned_from_few():
     """Beyond `TRACED` positions a profile is extrapolated; tracing all of them gives the same."""
     plan = plan_of(Mesh(dp_shard=2, tp=2), batch_size=384, sequence_length=128)
-    found, full = profile_of(plan), profile(plan.cfg, plan.mesh, plan.rows, dtype_of(plan))
+    found, full = profile_of(plan), profile(plan.cfg, plan.mesh, plan.rows, dtype_of(plan), plan.device)
     assert traffic(plan, found) == traffic(plan, full)
     assert peak_memory(plan, found).total == pytest.approx(peak_memory(plan, full).total, rel=1e-3)
     ours, theirs = (clock(plan, one, ACCELERATORS["h100"]) for one in (found, full))
-    assert (ours.linear, ours.batched) == (theirs.linear, theirs.batched)
+    assert (ours.products, ours.attention) == (theirs.products, theirs.attention)
     assert ours.seconds == pytest.approx(theirs.seconds, rel=1e-3)  # bytes moved: the head's first rows cost less than others
 
 
@@ -178,20 +181,19 @@ def test_an_uneven_exchange_is_no_ring_shift():
         assert trace.seen.traffic == {("cp", kind, "calls"): 1, ("cp", kind, "bytes"): 32}
 
 
-def test_flops_are_those_of_the_model_and_what_tiles_and_remat_add():
-    plan = plan_of(sequence_length=256)
+def test_flops_are_those_of_the_model_and_what_attention_and_remat_add():
+    plan = plan_of(sequence_length=256, window_pattern=(100, -1))
     c = clock(plan, profile_of(plan), ACCELERATORS["h100"])
     m, r = plan.cfg.model, plan.cfg.recipe
-    heads = m.block.mixer.n_heads * m.block.mixer.width(m.d_model)
-    attention = 12 * heads * (256 * 257 // 2) * m.n_layers * r.batch_size
-    assert c.linear == flops_per_sequence(m, 256) * r.batch_size - attention
-    tiles = 128 * 128 + 128 * 256  # two tiles of rows see 128 and 256 keys; backward makes five products, not four
-    assert c.batched == (4 + 10) * heads * tiles * m.n_layers * r.batch_size
-    remat = plan_of(sequence_length=256, remat="full")
+    pairs = sum(causal_pairs(256, window) for window in (100, None, 100, None, None))
+    attention = 4 * m.block.mixer.n_heads * m.block.mixer.width(m.d_model) * pairs * r.batch_size
+    assert c.products == flops_per_sequence(m, 256) * r.batch_size - 3 * attention
+    assert c.attention == 3.5 * attention  # backward makes five products, not four
+    remat = plan_of(sequence_length=256, window_pattern=(100, -1), remat="full")
     again = clock(remat, profile_of(remat), ACCELERATORS["h100"])
     head = 2 * m.vocab_size * m.d_model * 256 * r.batch_size
-    assert again.linear == c.linear + (c.linear - 3 * head) / 3
-    assert again.batched == c.batched * 18 / 14
-    selective = plan_of(sequence_length=256, remat="selective")
+    assert again.products == c.products + (c.products - 3 * head) / 3
+    assert again.attention == 4.5 * attention
+    selective = plan_of(sequence_length=256, window_pattern=(100, -1), remat="selective")
     kept = clock(selective, profile_of(selective), ACCELERATORS["h100"])
-    assert (kept.linear, kept.batched) == (again.linear, c.batched)  # attention is not computed again
+    assert (kept.products, kept.attention) == (again.products, c.attention)  # attention is not computed again

@@ -13,6 +13,7 @@ from olmo_fn.models.settings.sublayer import WIDTH, MixerSettings, check_positiv
 
 if TYPE_CHECKING:
     from olmo_fn.models.config import Model
+    from olmo_fn.nn.attention import AttentionForm
     from olmo_fn.nn.rope import Rope
     from olmo_fn.nn.sublayer import Sublayer
 
@@ -90,8 +91,10 @@ class Attention(MixerSettings):
         return None if size == -1 else size
 
     def attend(self) -> Any:
-        """What computes softmax attention: override it to bring another (`olmo_fn.kernels.attention_cp.AttendVJP`)."""
-        from olmo_fn.kernels.attention_tiles import attend_vjp
+        """What computes softmax attention: override it to bring another (`olmo_fn.kernels.attention_cp.AttendVJP`) than
+        ``--recipe.attention`` chooses.
+        """
+        from olmo_fn.kernels.attention_table import attend_vjp
 
         return attend_vjp
 
@@ -113,11 +116,17 @@ class Attention(MixerSettings):
 
     def build(self, model: Model, layer: int) -> Sublayer:
         """The sublayer of block ``layer``."""
-        from olmo_fn.nn.attention import AttentionForm, attention_sublayer
+        from olmo_fn.nn.attention import attention_sublayer
+
+        return attention_sublayer(self.form(model, layer))
+
+    def form(self, model: Model, layer: int) -> AttentionForm:
+        """The attention of block ``layer`` in numbers."""
+        from olmo_fn.nn.attention import AttentionForm
 
         std, residual = model.deviations(layer)
         k = self.width(model.d_model)
-        form = AttentionForm(
+        return AttentionForm(
             d_model=model.d_model,
             n_heads=self.n_heads,
             n_kv_heads=self.kv_heads,
@@ -138,7 +147,6 @@ class Attention(MixerSettings):
             score_scale=self.score_scale,
             attend=self.attend(),
         )
-        return attention_sublayer(form)
 
     def check(self, model: Model) -> None:
         """ValueError, in one line with the fix, if the numbers do not fit together."""
@@ -163,6 +171,15 @@ class Attention(MixerSettings):
         for size in self.window_pattern:
             if size != -1 and size < 1:
                 raise ValueError(f"--model.window-pattern has {size}; use sizes of at least 1, or -1 for full attention")
+
+    def check_backend(self, name: str, model: Model, layer: int, *need: Any) -> None:
+        """ValueError if the backend of that name cannot do what block ``layer`` needs (`AttentionForm.need`)."""
+        from olmo_fn.kernels.attention_table import attend_vjp, choose
+
+        form = self.form(model, layer)
+        if form.attend is not attend_vjp:
+            raise ValueError(f"--model.mixer.name {self.name} attends in a way of its own; leave out --recipe.attention")
+        choose(name, form.need(*need))
 
     def check_mesh(self, model: Model, tp: int, cp: int, cp_method: str) -> None:
         """ValueError, with the flags and a way out, if ranks of these degrees cannot share the heads."""

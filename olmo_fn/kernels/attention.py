@@ -1,25 +1,14 @@
-"""Softmax attention: a plain form to differentiate, and a faster one by tiles that brings its own pullback.
+"""Softmax attention in plain differentiable operations: the definition, with which every backend agrees.
 
 B batch, T positions, H query heads, N key/value heads, G = H / N, K head dim; R rows of queries, S keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
-from olmo_fn.kernels import Kernel, identity
-from olmo_fn.kernels.attention_cpu import attend_whole_vjp, suits
-from olmo_fn.kernels.attention_sight import TILE, Sight
-from olmo_fn.kernels.sinks import add_sinks, sinks_cotangent
-from olmo_fn.kernels.tiles import Tiles
-
-Pullback: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""From the result (B, H, R, K), which the caller keeps, and its cotangent, to the cotangents of queries, keys and values, and
-of the sinks (H,) if there are any."""
+from olmo_fn.kernels.attention_sight import TILE
 
 
 def visible(rows: Tensor, columns: Tensor, window: int | None) -> Tensor:
@@ -120,45 +109,3 @@ def _mask(
     if documents is None:
         return mask
     return (mask & (documents[:, slice(*rows), None] == documents[:, None, slice(*columns)]))[:, None]
-
-
-# --- the faster form --------------------------------------------------------------------------------------------------
-
-
-def attend_vjp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int | None = None,
-    documents: Tensor | None = None,
-    offset: int = 0,
-    kernel: Kernel = identity,
-    sinks: Tensor | None = None,
-    cap: float | None = None,
-) -> tuple[Tensor, Pullback]:
-    """`attend` with its pullback, which takes the result and its cotangent to those of ``q``, ``k``, ``v``, and ``sinks`` if
-    given.
-
-    Keeps only each row's log-sum-exp beside these, and computes the weights again (Dao et al. 2022, FlashAttention,
-    algorithms 1 and 4). ``kernel`` compiles what is between the products. On a CPU the work follows the lengths of the
-    documents, and of the window: `olmo_fn.kernels.attention_sight.Sight`.
-    """
-    if offset == 0 and suits(q, k, window, cap):
-        return attend_whole_vjp(q, k, v, documents, sinks)
-    tiles = Tiles(Sight(window, documents, offset), kernel, cap)
-    out, lse = tiles.forward(q, k, v)
-    if sinks is not None:
-        out, lse = add_sinks(out, lse, sinks)
-
-    def pullback(out: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
-        delta = row_products(cotangent, out)
-        found = tiles.backward(q, k, v, cotangent, lse, delta)
-        return found if sinks is None else (*found, sinks_cotangent(sinks, lse, delta))
-
-    return out, pullback
-
-
-def row_products(d_out: Tensor, out: Tensor) -> Tensor:
-    """Σ d_out · out over the last dim (B, H, R), in at least fp32: what a softmax's backward subtracts (delta)."""
-    return (d_out.to(torch.promote_types(out.dtype, torch.float32)) * out).sum(-1)

@@ -1,0 +1,119 @@
+"""Triton kernels in Triton's interpreter beside the plain operations that define them: run by test_triton.py, in a process
+whose Triton interprets. The interpreter cuts fp32 off where a GPU rounds to bf16: bf16 may differ by one in its last place.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import batch_of
+
+from olmo_fn import tree
+from olmo_fn.core.chain import IGNORE
+from olmo_fn.core.gradients import Execution
+from olmo_fn.core.pipe import grad, pipe
+from olmo_fn.kernels import triton_logits
+from olmo_fn.kernels.triton_logits import logits_gradient
+from olmo_fn.kernels.triton_rotation import rotated_norm_vjp
+from olmo_fn.mesh.axis import Axis
+from olmo_fn.models import transformer
+from olmo_fn.models.config import dense
+from olmo_fn.nn import attention, cross_entropy
+from olmo_fn.nn.attention import Place, norm_and_rotate
+from olmo_fn.nn.rope import rope_table
+from olmo_fn.spec import init
+
+BF16 = 2.0**-7  # from one number to the next, over the number, at most
+
+
+def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many bf16 lie between ``a`` and ``b`` at most."""
+    order = lambda x: torch.where(x.view(torch.int16) < 0, -32768 - x.view(torch.int16).int(), x.view(torch.int16).int())  # noqa: E731
+    return int((order(a) - order(b)).abs().max())
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("vocab", [2, 130, 1000, 1024, 1538])  # within a piece, all kept, pieces that are read twice, odd ends
+def test_logits_gradient(monkeypatch, vocab, cap):
+    monkeypatch.setattr(triton_logits, "PIECE", 128)
+    monkeypatch.setattr(triton_logits, "MOST", 4)
+    torch.manual_seed(vocab)
+    logits = (3 * torch.randn(6, vocab)).bfloat16()
+    logits[5] = -9984.0
+    logits[5, 1] = 2.0  # all but one entry is impossible
+    labels = torch.tensor([vocab - 1, 0, IGNORE, vocab // 2, IGNORE, 1])
+    weight, z_loss = torch.tensor(0.25), 1e-2
+    exact = logits.double().requires_grad_()
+    with torch.enable_grad():
+        one = torch.eye(vocab, dtype=torch.float64)
+        loss, metrics = cross_entropy.plain_cross_entropy(one, exact, labels, labels, None, z_loss, Axis(), cap)
+        (expected,) = torch.autograd.grad(loss * weight, exact)
+    got = logits.clone()
+    sums = logits_gradient(got, labels, weight, z_loss, cap)
+    torch.testing.assert_close(sums.double(), torch.stack((metrics["ce"], metrics["z"])), rtol=1e-6, atol=1e-5)
+    assert (got[labels == IGNORE] == 0).all()
+    large = expected.abs() > 1e-6
+    assert ulps(got[large], expected[large].bfloat16()) <= 1
+    assert (got[~large].abs() < 2e-6).all()
+
+
+@pytest.mark.parametrize("norm", ["full", "head", "per-head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "documents"), [(4, False), (3, True)])
+def test_rotated_norm(norm, dtype, heads, documents):
+    torch.manual_seed(heads)
+    B, T, K = 2, 7, 16
+    x = torch.randn(B, T, heads * K).to(dtype).requires_grad_()
+    gain = torch.randn(K if norm == "head" else heads * K).requires_grad_()
+    cos, sin = rope_table(torch.randint(9, (B, T)) if documents else torch.arange(T), K, 100.0)
+    how = Place(K, 1e-6, norm, tensors=("q_norm", "cos", "sin"))
+    expected = norm_and_rotate(how, Axis(), x, x, x, gain, cos, sin)[0]
+    cotangent = torch.randn_like(expected)
+    d_x, d_gain = torch.autograd.grad(expected, (x, gain), cotangent)
+    with torch.no_grad():
+        got, pullback = rotated_norm_vjp(x, gain, cos, sin, 1e-6, norm == "full", programs=3)
+        for strides in (cotangent, cotangent.transpose(1, 2).contiguous().transpose(1, 2)):
+            found_gain, found = pullback(strides)
+            close(found, d_x, dtype)
+            close(found_gain(), d_gain, dtype)
+    assert got.transpose(1, 2).is_contiguous()
+    close(got, expected, dtype)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
+    """To three units in the last place of the largest entry: two roundings follow one another, and sums cancel."""
+    assert a.dtype == b.dtype
+    unit = 2e-7 if dtype == torch.float32 else BF16
+    assert (a.double() - b.double()).abs().max() <= 3 * unit * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_uses_them(monkeypatch, dtype):
+    cfg = dense(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_size=32, vocab_size=64, init_std=0.3)
+    loss, batch = transformer.loss(cfg), batch_of(64, rows=2, length=8, masked=(0.0, 0.5))
+    params = init(transformer.specs(cfg), seed=0)
+    used = []
+
+    def seen(kernel, x):
+        used.append(x.shape)
+        return True
+
+    def gradients(fn):
+        return pipe(loss, grad()).fn(params, batch, Execution(kernel=fn, dtype=dtype))
+
+    plain = gradients(lambda fn: fn)
+    monkeypatch.setattr(attention, "on_triton", seen)
+    monkeypatch.setattr(cross_entropy, "on_triton", seen)
+    monkeypatch.setattr(attention, "memory_order", lambda attend: attention.BY_POSITION)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=1))
+    got = gradients(lambda fn: fn)
+    assert len(used) == 3  # two layers and a head
+    for path, d in tree.items(plain.tree):
+        other = tree.at(got.tree, path)
+        error = (d.double() - other.double()).norm() / d.double().norm()
+        assert error < (1e-6 if dtype == torch.float32 else 2e-2), (path, error)
+    torch.testing.assert_close(
+        got.metrics["loss"], plain.metrics["loss"], rtol=1e-6 if dtype == torch.float32 else 1e-3, atol=0
+    )
