@@ -16,7 +16,7 @@ from olmo_fn.checkpoint.ranks import Ranks
 from olmo_fn.mesh.axis import chunk
 from olmo_fn.spec import Box
 
-PLAIN: tuple[type, ...] = (torch.Tensor, torch.nn.Parameter)
+PLAIN: set[type] = {torch.Tensor, torch.nn.Parameter}
 """Kinds of tensors whose bytes are their values."""
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import tyro
 
@@ -109,25 +110,44 @@ def tokenize(words: Sequence[str]) -> int:
     return run(parse(Tokenize, "olmo-fn tokenize", words))
 
 
+def data(words: Sequence[str]) -> int:
+    """What token files, mixtures and steps hold; and text to token files."""
+    from olmo_fn import show
+    from olmo_fn.data import inspect, mix_command
+    from olmo_fn.data import tokenize as tokenizing
+
+    ways = {
+        "inspect": (inspect.Inspect, inspect.run),
+        "show": (show.Show, show.run),
+        "mix": (mix_command.ShowMix, mix_command.run),
+        "tokenize": (tokenizing.Tokenize, tokenizing.run),
+    }
+    return one_of("data", ways, words)
+
+
 def convert(words: Sequence[str]) -> int:
     """Runs from the files of other programs, and back."""
     from olmo_fn.convert.command import DIRECTIONS
 
+    return one_of("convert", DIRECTIONS, words)
+
+
+def one_of(command: str, ways: Mapping[str, tuple[type, Callable[[Any], int]]], words: Sequence[str]) -> int:
+    """Run one of the ``ways`` of a command, each its settings and what runs them, or say which there are."""
     name, *rest = words or ["--help"]
     if name in ("-h", "--help"):
         rows = "\n".join(
             f"  {way:<15} {(settings.__doc__ or '').partition('. ')[0].partition(':')[0]}"
-            for way, (settings, _) in DIRECTIONS.items()
+            for way, (settings, _) in ways.items()
         )
-        print(f"usage: olmo-fn convert {{{','.join(DIRECTIONS)}}} …\n\n{rows}\n\nolmo-fn convert WAY --help says more")
+        print(f"usage: olmo-fn {command} {{{','.join(ways)}}} …\n\n{rows}\n\nolmo-fn {command} WAY --help says more")
         return 0
-    if name not in DIRECTIONS:
+    if name not in ways:
         raise ValueError(
-            f"olmo-fn convert {name}: there is no such way{did_you_mean(name, DIRECTIONS)} There are {', '.join(DIRECTIONS)}"
+            f"olmo-fn {command} {name}: there is no such way{did_you_mean(name, ways)} There are {', '.join(ways)}"
         )
-    settings, run = DIRECTIONS[name]
-    found: int = run(parse(settings, f"olmo-fn convert {name}", rest))
-    return found
+    settings, run = ways[name]
+    return run(parse(settings, f"olmo-fn {command} {name}", rest))
 
 
 def with_use(words: Sequence[str]) -> tuple[Mapping[str, Config], Choices, list[str]]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "plot": "pictures of learning rates, and of a range test",
     "checkpoint": "list the checkpoints of a run, and say which are whole",
     "tokenize": "text to token files",
+    "data": "what token files, mixtures and steps hold",
     "convert": "runs from Hugging Face, OLMo-core and GGUF, and back",
 }
 

@@ -9,6 +9,7 @@ import torch
 
 from olmo_fn.core.chain import IGNORE, Batch
 from olmo_fn.data.instances import Instances, Origin
+from olmo_fn.data.mixing import Mixture
 from olmo_fn.data.shuffle import Order, shuffled
 from olmo_fn.data.sizes import Sizes
 
@@ -38,6 +39,8 @@ class Loader:
     seed: int
     num_instances: int
     order: Order = "olmo-core"
+    mixture: Mixture | None = None
+    """What chooses the instances in the place of ``order``, where sources have ratios."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -46,8 +49,10 @@ class Loader:
 
     def numbers(self, step: int) -> np.ndarray:
         """The instances of the whole batch of ``step`` (from 0): (instances of the step,) int64."""
-        sizes, many = self.sizes, self.sizes.at(step).batch_size
-        return shuffled(sizes.first_window(step), many, self.num_instances, sizes.largest, self.seed, self.order)
+        sizes, first, many = self.sizes, self.sizes.first_window(step), self.sizes.at(step).batch_size
+        if self.mixture:
+            return self.mixture(first, many)
+        return shuffled(first, many, self.num_instances, sizes.largest, self.seed, self.order)
 
     def rows(self, step: int) -> int:
         """Rows of the batch of ``step``, over all ranks."""

@@ -61,6 +61,12 @@ class Data:
     sequential: not at all."""
     order_seed: int = 34521
     """Seed of the order of the training instances, OLMo-core's data loader seed."""
+    mix: Annotated[str, PATH] = ""
+    """A file that says of which sources the data is mixed, in which ratios; or one of OLMo's published mixes, by its name."""
+    mix_base: str = "http://olmo-data.org"
+    """Where the paths of a published mix begin."""
+    mix_tokenizer: str = "allenai/dolma2-tokenizer"
+    """Whose tokens its files are to be."""
     cache_dir: Annotated[str, PATH] = ""
     """Where the default corpus and compiled code are kept. Empty: $OLMO_FN_CACHE, or olmo_fn in $XDG_CACHE_HOME or ~/.cache."""
 

@@ -9,6 +9,7 @@ There is nothing to save and nothing to restore: a resumed run asks for its next
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
@@ -86,3 +87,26 @@ def shuffled(first: int, count: int, num_instances: int, batch_size: int, seed: 
             parts.append(keyed(places, num_instances, seed, epoch + 1) if order == "keyed" else places)
         first += stop - start
     return np.concatenate(parts)
+
+
+Sources: TypeAlias = Literal["all", "by-source", "round-robin"]
+
+
+def source_order(sizes: Sequence[int], how: Sources, seed: int | None, epoch: int) -> np.ndarray:
+    """An order of the instances of several sources, numbered one source behind the other; OLMo-core's strategies.
+
+    ``all``: shuffled together. ``by-source``: each by itself, one source behind the other. ``round-robin``: each by itself, one
+    instance of each in turn, until the smallest source is at its end. Without a ``seed`` nothing is shuffled.
+
+    >>> source_order([2, 3], "round-robin", None, 1).tolist()
+    [0, 2, 1, 3]
+    """
+    if how == "all":
+        return np.arange(sum(sizes)) if seed is None else permutation(sum(sizes), seed, epoch).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    used = sizes if how == "by-source" else [min(sizes)] * len(sizes)
+    parts = [
+        start + (np.arange(n) if seed is None else permutation(n, seed + i, epoch).astype(np.int64))
+        for i, (start, n) in enumerate(zip(starts, used, strict=False))
+    ]
+    return np.concatenate(parts) if how == "by-source" else np.stack(parts, axis=1).ravel()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from olmo_fn.data.corpus import stdlib_corpus
-from olmo_fn.data.heldout import TokenSet, by_name, joined, named
-from olmo_fn.data.instances import Instances, TokenData
-from olmo_fn.data.instances.documents import MaskedDocuments
-from olmo_fn.data.instances.filtered import Filtered
-from olmo_fn.data.instances.variable import BucketLoader, Buckets
+from olmo_fn.data.heldout import TokenSet, by_name, named
+from olmo_fn.data.instances import TokenData
+from olmo_fn.data.instances.variable import BucketLoader
 from olmo_fn.data.loader import Loader
 from olmo_fn.data.meta import Meta, check_vocabulary, read_meta
+from olmo_fn.data.mix import find_mix, read_mix
 from olmo_fn.data.settings import Data, cache_dir
 from olmo_fn.data.sizes import Sizes
 from olmo_fn.data.tokenizer import Tokenizer, load, located
@@ -31,10 +29,9 @@ from olmo_fn.data.tokens import (
     read_tokens,
     smallest_dtype,
 )
+from olmo_fn.data.training import HELDOUT, mixed, training
 
 CORPUS_VOCAB = 4096
-HELDOUT = "heldout"  # the name of the set whose files have none of their own
-HELDOUT_TOKENS = 1 << 22  # the most that a fraction of the data holds out
 
 
 @dataclass(frozen=True)
@@ -49,18 +46,24 @@ class Source:
     """The end-of-document token, if it is known."""
     heldout_compressed: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the held-out text after gzip and xz, for the default corpus."""
+    sources: tuple[str, ...] = ()
+    """Names of the sources of a mixture."""
     files: tuple[tuple[str, str], ...] = ()
     """Path and type of every file that all this comes from: tokens, held-out tokens, label masks, tokenizer."""
 
 
-def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True) -> Source:
-    """Open and check the data for batches of ``sizes``.
+def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True, steps: int = 0) -> Source:
+    """Open and check the data for batches of ``sizes``, in a run of so many ``steps``.
 
     Without ``data.paths`` this makes or finds the default corpus, with a progress bar if ``show``. ValueError, one line, for
     whatever cannot be trained on.
     """
     _check(data)
-    compressed = {}
+    compressed, by_source = {}, []
+    mix = read_mix(data.mix, data.mix_base, data.mix_tokenizer) if data.mix else None
+    if mix:
+        by_source = [expand(source.paths) for source in mix.sources]
+        data = replace(data, paths=tuple(glob.escape(path) for found in by_source for path in found))
     if not data.paths:
         corpus = stdlib_corpus(cache_dir(data), min(CORPUS_VOCAB, model_vocab_size), show)
         if not data.heldout_paths:
@@ -91,35 +94,23 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
             raise ValueError(f"--data.{flag}-id is {token}; it must be below {vocab_size:,}, the vocabulary")
     bounds = cache_dir(data) / "documents"
     tokens = TokenData(files, sizes.window, vocab_size, masks, eos_id, data.bos_id, pad_id, data.boundaries, bounds)
-    instances: Instances = data.instances.build(tokens)
-    if isinstance(instances, Buckets):
-        if data.mask_documents or data.filter.max_count:
-            raise ValueError(
-                "--data.instances.name variable has one document a row: --data.mask-documents and --data.filter are not for it"
-            )
-    elif data.filter.max_count:
-        instances = Filtered(instances, data.filter)
-    if data.mask_documents and eos_id is not None:
-        instances = MaskedDocuments(instances, eos_id, data.bos_id)
-    count = 0
-    if data.heldout_fraction and not heldout_files:  # at least one
-        most = max(1, HELDOUT_TOKENS // sizes.window)
-        count = min(max(1, int(len(instances) * data.heldout_fraction)), most)
-    train: Loader | BucketLoader
-    if isinstance(instances, Buckets):
-        train = instances.loader(sizes, data.order_seed, len(instances) - count)
+    hold_out = bool(data.heldout_fraction) and not heldout_files
+    if mix:
+        made = mixed(data, tokens, mix, [len(found) for found in by_source], sizes, steps, hold_out)
     else:
-        train = Loader(instances, sizes, data.order_seed, len(instances) - count, data.order)
+        made = training(data, tokens, sizes, hold_out)
+    train = made.loader
     _check_size(train, files)
     sets = by_name(zip((name for name, _ in heldout), masked(heldout_files, data.heldout_mask_paths, metas), strict=True))
-    if count:
-        sets = {HELDOUT: _last(instances, count, smallest_dtype(vocab_size))}
+    sets = dict(made.heldout) or sets
     if eos_id is None and any(len(found) == 1 for found in sets.values()):
         raise ValueError("the held-out text is 1 token, and nothing predicts it; give --data.eos-id, or more text")
     read = [(f.path, f.dtype) for f in (*files, *heldout_files, *masks)]
     read += [(path, "bool") for path in expand(data.heldout_mask_paths)]
     read += [(str(located(data.tokenizer)), "json")] if tokenizer else []
-    return Source(train, sets, tokenizer, eos_id, compressed, tuple(read))
+    read += [(str(find_mix(data.mix)), "mix")] if mix else []
+    names = tuple(source.name for source in mix.sources) if mix else ()
+    return Source(train, sets, tokenizer, eos_id, compressed, names, tuple(read))
 
 
 def _check(data: Data) -> None:
@@ -127,7 +118,9 @@ def _check(data: Data) -> None:
         raise ValueError(f"--data.order-seed must not be negative, it is {data.order_seed}")
     if not 0 <= data.heldout_fraction < 1:
         raise ValueError(f"--data.heldout-fraction must be from 0 to below 1, it is {data.heldout_fraction}")
-    if not data.paths and (data.tokenizer or data.label_mask_paths):
+    if data.mix and (data.paths or data.label_mask_paths):
+        raise ValueError("--data.mix names the token files of its sources; leave out --data.paths and --data.label-mask-paths")
+    if not data.paths and not data.mix and (data.tokenizer or data.label_mask_paths):
         name = "tokenizer" if data.tokenizer else "label-mask-paths"
         raise ValueError(f"--data.{name} needs --data.paths; the default corpus has a tokenizer of its own")
 
@@ -213,15 +206,3 @@ def masked(files: Sequence[TokenFile], mask_paths: Sequence[str], metas: Mapping
         written = metas[path.parent].num_bytes.get((path.name, file.num_tokens)) if path.parent in metas else None
         found.append(TokenSet(tokens, masks[i] if masks else None, written))
     return found
-
-
-def _last(instances: Instances, count: int, dtype: str) -> TokenSet:
-    """The tokens of the last ``count`` instances with their label masks, a few instances at a time in memory as int64."""
-
-    def read(numbers: np.ndarray) -> TokenSet:
-        arrays = instances.read(numbers)
-        mask = arrays.get("label_mask")
-        return TokenSet(arrays["input_ids"].reshape(-1).astype(dtype), None if mask is None else mask.reshape(-1))
-
-    numbers = np.arange(len(instances) - count, len(instances))
-    return joined(read(numbers[i : i + 64]) for i in range(0, count, 64))

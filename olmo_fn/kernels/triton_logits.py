@@ -8,15 +8,13 @@ R rows, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 PIECE = 4096  # pairs of entries that a block of threads works on at a time
-MOST = 11  # pieces that it keeps (12 would spill on sm_100, or with a cap); what is behind them is read twice
+MOST = 11  # pieces that it keeps (12 spill on sm_100, or with a cap); what is behind them is read twice
 WARPS = 16  # all registers of a multiprocessor, 128 for each of 512 threads
 
 
@@ -111,11 +109,12 @@ def _logits_gradient(
         w = tl.load(weight)
         x = tl.load(logits + 2 * row * half + label).to(tl.float32)
         top, total = float("-inf"), 0.0
-        kept: Any = ()
+        kept = ()
         for k in tl.static_range(PIECES):
             pair = tl.load(pairs + k * PIECE + i)
             top, total = _more(top, total, _capped(_low(pair), cap, CAPPED), _capped(_high(pair), cap, CAPPED))
-            kept = (*kept, pair ^ zero)  # zero is no constant: or else the compiler would keep both halves in fp32
+            # zero is no constant: or else the compiler would keep both halves in fp32
+            kept = kept + (pair ^ zero,)  # noqa: RUF005
         for start in tl.range(PIECES * PIECE, half, PIECE):
             pair = tl.load(pairs + start + i, start + i < half, 0)
             low, high = _capped(_low(pair), cap, CAPPED), _capped(_high(pair), cap, CAPPED)

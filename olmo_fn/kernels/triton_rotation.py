@@ -1,4 +1,4 @@
-"""The norm of queries or keys and their rotation in one pass, and its pullback in another, for NVIDIA GPUs.
+"""The norms of queries and keys and their rotation in one pass, and the pullback in another, for NVIDIA GPUs.
 
 Inductor has a pass for the rotation's pullback, whose result it stores and loads again for the norm's.
 
@@ -8,46 +8,62 @@ B batch, T positions, H heads, K head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+ROWS = 32  # that a block of threads has in a backward pass at least, to add up gradients of gains before it stores them
 
-def rotated_norm_vjp(
-    x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, eps: float, full: bool, programs: int | None = None
-) -> tuple[Tensor, Callable[[Tensor], tuple[Callable[[], Tensor], Tensor]]]:
-    """``x`` (B, T, H·K) by heads, normed and rotated: (B, H, T, K), a view of (B, T, H, K); and the pullback.
+Pair: TypeAlias = tuple[Tensor, Tensor]
 
-    ``full``: the norm is over all heads, or else over each. ``gain`` (H·K,), or (K,) for all heads alike; ``cos``, ``sin``
-    (T, K/2) or (B, T, K/2), of halves. As `olmo_fn.nn.norm.rms_norm` and `olmo_fn.nn.rope.rotate`, which define what is
-    computed. The pullback gives the gain's gradient, as a function, and that of x. ``programs``: blocks of threads that share
-    the rows of a backward pass.
+
+def rotated_norms_vjp(
+    xs: Pair, gains: Pair, cos: Tensor, sin: Tensor, eps: float, full: bool, processors: int | None = None
+) -> tuple[Pair, Callable[[Pair], tuple[list[Callable[[], Tensor]], Pair]]]:
+    """Queries and keys (B, T, H·K), each with an H of its own, normed and rotated; and the pullback.
+
+    Results are (B, H, T, K), views of (B, T, H, K). ``full``: a norm is over all heads, or else over each. ``gains`` are
+    (H·K,), or (K,) for all heads alike; ``cos``, ``sin`` (T, K/2) or (B, T, K/2), for halves. What is computed is defined by
+    `olmo_fn.nn.norm.rms_norm` and `olmo_fn.nn.rope.rotate`. The pullback gives the gains' gradients, as functions, and those of
+    ``xs``. ``processors``: those of the GPU, asked for if not given.
     """
-    B, T, width = x.shape
-    half = cos.shape[-1]
-    H = width // (2 * half)
-    x, gain, cos, sin = x.contiguous(), gain.contiguous(), cos.contiguous(), sin.contiguous()
-    out = torch.empty(B, T, H, 2 * half, dtype=x.dtype, device=x.device).transpose(1, 2)
+    (B, T, _), half = xs[0].shape, cos.shape[-1]
+    q, k = (x.contiguous() for x in xs)
+    q_gain, k_gain, cos, sin = (x.contiguous() for x in (*gains, cos, sin))
+    heads = q.shape[-1] // (2 * half), k.shape[-1] // (2 * half)
+    outs = tuple(torch.empty(B, T, H, 2 * half, dtype=q.dtype, device=q.device).transpose(1, 2) for H in heads)
     table = cos.numel() // half
-    heads = triton.next_power_of_2(H)
-    sizes = {"HEADS": heads, "HALF": half, "FULL": full, "BY_HEAD": gain.numel() == width}
-    warps = min(16, max(1, heads * half // 256))
-    numbers = (T, H, table, eps)
-    _forward[(B * T,)](x, gain, cos, sin, out, *out.stride()[:3], *numbers, **sizes, num_warps=warps)
-    if programs is None:
-        programs = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count
+    sizes = block_sizes(heads, half, full, q_gain.numel() == q.shape[-1])
+    tensors, numbers = (q, k, q_gain, k_gain, cos, sin), (T, *heads, table, eps)
+    _forward[(B * T, 2)](*tensors, *outs, *outs[0].stride()[:3], *outs[1].stride()[:3], *numbers, **sizes)
+    if processors is None:
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    blocks = backward_blocks(B * T, processors)
 
-    def pullback(d_out: Tensor) -> tuple[Callable[[], Tensor], Tensor]:
-        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-        d_x, parts = torch.empty_like(x), torch.empty(min(programs, B * T), gain.numel(), device=x.device)
-        tensors: tuple[Any, ...] = (x, gain, cos, sin, d_out, *d_out.stride()[:3], d_x, parts)
-        _backward[(len(parts),)](*tensors, B * T, *numbers, **sizes, num_warps=warps)
-        return lambda: parts.sum(0).to(gain.dtype), d_x
+    def pullback(d_outs: Pair) -> tuple[list[Callable[[], Tensor]], Pair]:
+        d_q_out, d_k_out = (d if d.stride(-1) == 1 else d.contiguous() for d in d_outs)
+        d_q, d_k = torch.empty_like(q), torch.empty_like(k)
+        sums = [torch.empty(blocks, gain.numel(), device=q.device) for gain in (q_gain, k_gain)]
+        strides = (*d_q_out.stride()[:3], *d_k_out.stride()[:3])
+        _backward[(blocks, 2)](*tensors, d_q_out, d_k_out, *strides, d_q, d_k, *sums, B * T, *numbers, **sizes)
+        return [lambda s=s, g=g: s.sum(0).to(g.dtype) for s, g in zip(sums, gains, strict=True)], (d_q, d_k)
 
-    return out, pullback
+    return outs, pullback
+
+
+def block_sizes(heads: tuple[int, int], half: int, full: bool, by_head: bool) -> dict[str, int]:
+    """What the kernels are compiled for; ``by_head``: heads have gains of their own."""
+    q, k = map(triton.next_power_of_2, heads)
+    warps = min(16, max(1, q * half // 256))
+    return {"Q_HEADS": q, "K_HEADS": k, "HALF": half, "FULL": full, "BY_HEAD": by_head, "num_warps": warps}
+
+
+def backward_blocks(rows: int, processors: int) -> int:
+    """Blocks of threads that share the rows of queries, and as many of keys."""
+    return max(1, min(processors, rows // ROWS))
 
 
 @triton.jit
@@ -66,7 +82,7 @@ def _mean(x, H, HALF: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _forward_of(
     x,
     gain,
     cos,
@@ -99,7 +115,42 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _forward(
+    q,
+    k,
+    q_gain,
+    k_gain,
+    cos,
+    sin,
+    q_out,
+    k_out,
+    q_stride_b,
+    q_stride_h,
+    q_stride_t,
+    k_stride_b,
+    k_stride_h,
+    k_stride_t,
+    T,
+    Q,
+    K,
+    table,
+    eps,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    FULL: tl.constexpr,
+    BY_HEAD: tl.constexpr,
+):
+    if tl.program_id(1) == 0:
+        q_where = (q_out, q_stride_b, q_stride_h, q_stride_t)
+        _forward_of(q, q_gain, cos, sin, *q_where, T, Q, table, eps, Q_HEADS, HALF, FULL, BY_HEAD)
+    else:
+        k_where = (k_out, k_stride_b, k_stride_h, k_stride_t)
+        _forward_of(k, k_gain, cos, sin, *k_where, T, K, table, eps, K_HEADS, HALF, FULL, BY_HEAD)
+
+
+@triton.jit
+def _backward_of(
     x,
     gain,
     cos,
@@ -109,7 +160,7 @@ def _backward(
     stride_h,
     stride_t,
     d_x,
-    parts,
+    sums,
     rows,
     T,
     H,
@@ -141,10 +192,50 @@ def _backward(
         tl.store(to_row, (scale * (d_a - a * mean)).to(dtype), inside)
         tl.store(to_row + HALF, (scale * (d_b - b * mean)).to(dtype), inside)
     if BY_HEAD:
-        parts += tl.program_id(0) * H * 2 * HALF + at
-        tl.store(parts, sum_a, inside)
-        tl.store(parts + HALF, sum_b, inside)
+        sums += tl.program_id(0) * H * 2 * HALF + at
+        tl.store(sums, sum_a, inside)
+        tl.store(sums + HALF, sum_b, inside)
     else:
-        parts += tl.program_id(0) * 2 * HALF + tl.arange(0, HALF)
-        tl.store(parts, tl.sum(sum_a, 0))
-        tl.store(parts + HALF, tl.sum(sum_b, 0))
+        sums += tl.program_id(0) * 2 * HALF + tl.arange(0, HALF)
+        tl.store(sums, tl.sum(sum_a, 0))
+        tl.store(sums + HALF, tl.sum(sum_b, 0))
+
+
+@triton.jit
+def _backward(
+    q,
+    k,
+    q_gain,
+    k_gain,
+    cos,
+    sin,
+    d_q_out,
+    d_k_out,
+    q_stride_b,
+    q_stride_h,
+    q_stride_t,
+    k_stride_b,
+    k_stride_h,
+    k_stride_t,
+    d_q,
+    d_k,
+    q_sums,
+    k_sums,
+    rows,
+    T,
+    Q,
+    K,
+    table,
+    eps,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    FULL: tl.constexpr,
+    BY_HEAD: tl.constexpr,
+):
+    if tl.program_id(1) == 0:
+        q_where = (d_q_out, q_stride_b, q_stride_h, q_stride_t)
+        _backward_of(q, q_gain, cos, sin, *q_where, d_q, q_sums, rows, T, Q, table, eps, Q_HEADS, HALF, FULL, BY_HEAD)
+    else:
+        k_where = (d_k_out, k_stride_b, k_stride_h, k_stride_t)
+        _backward_of(k, k_gain, cos, sin, *k_where, d_k, k_sums, rows, T, K, table, eps, K_HEADS, HALF, FULL, BY_HEAD)

@@ -58,15 +58,18 @@ def rendezvous(timeout: float = 1800.0) -> Process:
 def init_process_group(process: Process, device_type: str = "cpu", timeout: float = 1800.0) -> None:
     """Initialise ``torch.distributed`` for these processes, with gloo for the CPU, and NCCL beside it for ``cuda``.
 
+    NCCL's communicators are made here and with their groups, by all ranks together, and not by whoever sends first.
     ``timeout``: seconds that a collective may take.
     """
     if (place := place_from_env()) and place.one_machine:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    eager: Any = {}
     if device_type == "cuda":
         torch.cuda.set_device(process.local_rank)
+        eager = {"device_id": torch.device("cuda", torch.cuda.current_device())}
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     store, longest = dist.PrefixStore("groups", process.store), timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.size, timeout=longest)
+    dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.size, timeout=longest, **eager)
 
 
 def _store(place: Place, wait: Callable[[str], None], timeout: float) -> Any:

@@ -338,7 +338,7 @@ def rotates_norms(ctx: Context, how: Place, q: Tensor, *tensors: Tensor) -> bool
 
 
 def rotated_norms(ctx: Context, how: Place, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """`norm_and_rotate` by `olmo_fn.kernels.triton_rotation`, a pass over q and one over k; views of (B, T, H, K)."""
+    """`norm_and_rotate` by `olmo_fn.kernels.triton_rotation`, a launch each way; results are views of (B, T, H, K)."""
     q_gain, k_gain, cos, sin = tensors
     gains = [1 + gain if how.zero_centred else gain for gain in (q_gain, k_gain)]
     q, k = ctx.backend.primitive(_rotated_norms_vjp(how, cos, sin), gains, [q, k], ctx.backend.weight_grads)  # type: ignore[misc]
@@ -346,18 +346,12 @@ def rotated_norms(ctx: Context, how: Place, q: Tensor, k: Tensor, v: Tensor, *te
 
 
 def _rotated_norms_vjp(how: Place, cos: Tensor, sin: Tensor) -> VJP:
-    from olmo_fn.kernels.triton_rotation import rotated_norm_vjp
+    from olmo_fn.kernels.triton_rotation import rotated_norms_vjp
 
-    def vjp(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
-        pairs = [
-            rotated_norm_vjp(x, gain, cos, sin, how.eps, how.norm == "full") for x, gain in zip(inputs, weights, strict=True)
-        ]
-
-        def pullback(*cotangents: Tensor) -> tuple[Sequence[Callable[[], Tensor]], Sequence[Tensor]]:
-            found = [back(c) for (_, back), c in zip(pairs, cotangents, strict=True)]
-            return [gain for gain, _ in found], [d for _, d in found]
-
-        return tuple(out for out, _ in pairs), pullback
+    def vjp(gains: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
+        (q, k), (q_gain, k_gain) = inputs, gains
+        outs, back = rotated_norms_vjp((q, k), (q_gain, k_gain), cos, sin, how.eps, how.norm == "full")
+        return outs, lambda d_q, d_k: back((d_q, d_k))
 
     return vjp
 

@@ -76,8 +76,8 @@ class Norm(NamedTuple):
         return ctx.fuse(add_normed, self, ctx.backend.axes.tp, factor)(x, y, *self.weights(p))
 
     def once(self, ctx: Context, p: Tree | Tensor, x: Tensor) -> Tensor:
-        """The same, not compiled: for what a step does once, which is not worth the seconds."""
-        return norm_stream(self, ctx.backend.axes.tp, x, *self.weights(p))
+        """The same, for what a step does once: on a CPU not compiled, which is not worth the seconds."""
+        return self(ctx, p, x) if x.is_cuda else norm_stream(self, ctx.backend.axes.tp, x, *self.weights(p))
 
     def weights(self, p: Tree | Tensor) -> tuple[Tensor, ...]:
         """Its parameters in their order."""

@@ -80,7 +80,8 @@ def remedy(plan: PlanInput, fits: Callable[[PlanInput], bool]) -> tuple[PlanInpu
 def _keeping_less(plan: PlanInput) -> Iterator[PlanInput]:
     """The plan with less and less to keep; but for the last, of the same numbers."""
     yield plan
-    changes: tuple[dict[str, Any], ...] = ({"weights": "zero-3"}, {"remat": "full"}, {"moments": "bfloat16"})
+    remats = () if plan.cfg.recipe.remat == "full" else ("selective", "full")
+    changes: list[dict[str, Any]] = [{"weights": "zero-3"}, *({"remat": how} for how in remats), {"moments": "bfloat16"}]
     for change in changes:
         less = plan.changed(**change)
         if less != plan and can_run(less):

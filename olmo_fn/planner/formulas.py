@@ -70,7 +70,7 @@ def _rank_memory(plan: PlanInput, rank: int) -> float:
     whole = 2 * model.d_model * item * tokens * (1 - 1 / mesh.tp)  # gathered for the products of attention and feed-forward
     in_flight = mesh.pp + ((mesh.pp - 1) / how.chunks if how.chunks > 1 else 0)
     at_once = plan.microbatches if how.kind == "gpipe" else min(plan.microbatches, in_flight)
-    kept = at_once * layers * how.chunks * (stream if r.remat == "full" else layer + whole)
+    kept = at_once * layers * how.chunks * {"full": stream, "selective": 2 * stream}.get(r.remat, layer + whole)
     head = 8 * min(tokens, LOGITS_ROWS[1]) * model.vocab_size / mesh.tp + 2 * stream
     heads = max(getattr(block.mixer, "n_heads", 0) for block in model.layers)
     tiles = 16 * tokens * heads * min(TILE, r.sequence_length) / mesh.tp
@@ -80,7 +80,8 @@ def _rank_memory(plan: PlanInput, rank: int) -> float:
 def seconds(plan: PlanInput, gpu: Accelerator) -> float:
     """Seconds of a step: products, streams and collectives of an average rank, and the pipeline's bubble."""
     model, r, mesh, how = plan.cfg.model, plan.cfg.recipe, plan.mesh, plan.cut.pipeline
-    (by, slots), item, full = sizes(without_layout(plan.cfg)), 2 if plan.dtype == "bfloat16" else 4, r.remat == "full"
+    (by, slots), item = sizes(without_layout(plan.cfg)), 2 if plan.dtype == "bfloat16" else 4
+    full = r.remat in ("full", "selective")
     blocks = [one for label, one in by.items() if isinstance(label, int)]
     times, entries = r.accumulate * plan.microbatches, sum(one.parameters for one in by.values()) / mesh.pp / mesh.tp
     tokens, layers = plan.rows * r.sequence_length / mesh.cp, len(blocks) / mesh.pp

@@ -13,6 +13,7 @@ from olmo_fn.planner.plan_input import PlanInput, can_run
 from olmo_fn.train.config import Config
 
 ROWS = (1, 2, 4, 8)  # sequences at once that are tried
+REMATS = ("none", "selective", "full")
 LONG = 4096  # positions of a rank from which on context parallelism is tried
 NODE = 8  # parameters are sharded over at least a machine
 TRACES = 3  # layouts that are traced for each that is asked for
@@ -62,7 +63,7 @@ def layouts(cfg: Config, gpus: int) -> Iterator[PlanInput]:
         part = cfg.recipe.batch_size // ranks
         for dp_shard in (d for d in range(1, ranks + 1) if ranks % d == 0 and (d * cp * tp >= NODE or d == ranks)):
             mesh = Mesh(pp, ranks // dp_shard, dp_shard, cp, tp)
-            for times, remat in ((part // rows, remat) for rows in ROWS if part % rows == 0 for remat in ("none", "full")):
+            for times, remat in ((part // rows, remat) for rows in ROWS if part % rows == 0 for remat in REMATS):
                 plan = PlanInput(cfg, mesh).changed(mesh=mesh, remat=remat, accumulate=1, micro_batch=0)
                 if pp == 1:
                     yield plan.changed(accumulate=times)

@@ -28,6 +28,7 @@ from olmo_fn.planner.accelerators import tiled
 aten = torch.ops.aten
 PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}
 """How many FLOPs an operation has, of those that are counted: products of matrices, attention, convolutions."""
+PLAIN = (aten.mm, aten.addmm, aten.addmm_)
 EMPTY = {aten.new_empty.default, aten.empty_like.default, aten.empty.memory_format}
 """What allocates, and moves nothing."""
 KINDS = {
@@ -154,7 +155,8 @@ class Trace(TorchDispatchMode):
             return out
         count = PRODUCTS.get(func._overloadpacket)
         if count is not None and not self._on_chip:
-            self._product(func._overloadpacket, count(*args, **(kwargs or {}), out_val=out), out)
+            given = leaves(args) if func._overloadpacket in PLAIN else args  # some forms of these are given a dtype, too
+            self._product(func._overloadpacket, count(*given, **(kwargs or {}), out_val=out), out)
         if self._fused is None:
             self.seen.launches["eager"] += not self._on_chip and func not in EMPTY
             if count is None and func not in EMPTY:

@@ -1,8 +1,7 @@
 """A CUDA device whose memory is the CPU's: tensors say that they are on ``cuda``, keep to its rules, and have values.
 
-In a process of `olmo_fn.testing.FakeCuda`, after `emulate`, whole commands run on ``cuda``: they train, save, load and
-generate, and what they say can be compared with what they say on a CPU. An operation on tensors of both devices fails as it
-would on a GPU.
+In a process of `olmo_fn.testing.FakeCuda` whole commands run on it: they train, save, load and generate, and what they say can
+be compared with what they say on a CPU. An operation on tensors of both devices fails as it would on a GPU.
 """
 
 from __future__ import annotations
@@ -106,5 +105,7 @@ def emulate() -> None:
     """From now on, and for the life of the process, ``device="cuda"`` is this device."""
     library = torch.library.Library("_", "IMPL")
     library.fallback(run, "CUDA")
+    inference = torch.inference_mode  # its tensors cannot be wrapped
+    torch.inference_mode = lambda mode=True: torch.no_grad() if mode is True else inference(mode)  # type: ignore
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is made on the CPU and copied
     emulate.library = library  # type: ignore[attr-defined]  # it ends with its object

@@ -1,9 +1,11 @@
-"""A process in which tensors can be on a CUDA device that is not there: whole steps are traced without a GPU.
+"""A process in which tensors can be on a CUDA device that is not there: steps and commands run as on a GPU, without one.
 
-On a build of torch for the CPU, fake tensors (`torch._subclasses.FakeTensorMode`) on ``cuda`` work until autograd asks the
-device for a stream, which aborts the process. `FakeCuda` starts one in which a library of 30 lines, built from
-``fake_cuda.cpp`` beside this file, answers for the device; it has to be there before torch is loaded. A build for CUDA brings
-its own answers, also where it finds no GPU.
+Under `torch._subclasses.FakeTensorMode` they have no values, so a step may be of any size. Elsewhere they have: see
+`olmo_fn.testing.emulated_cuda`.
+
+On a build of torch for the CPU autograd asks the device for a stream, which aborts the process. `FakeCuda` starts one in which
+a library of 30 lines, built from ``fake_cuda.cpp`` beside this file, answers for the device; it has to be there before torch is
+loaded. A build for CUDA brings its own answers, also where it finds no GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from olmo_fn.testing.emulated_cuda import emulate
 from olmo_fn.testing.pool import Unpickler
 
 T = TypeVar("T")
@@ -64,10 +67,12 @@ class FakeCuda:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def run(self, fn: Callable[..., T], *args: Any) -> T:
-        """``fn(*args)`` in the process. `FakeCudaFailed` with its traceback if it raises, dies, or is not done in time."""
+    def run(self, fn: Callable[..., T], *args: Any, **options: Any) -> T:
+        """``fn(*args, **options)`` in the process. `FakeCudaFailed`, with the traceback, if it raises, dies or is not done in
+        time.
+        """
         try:
-            self.pipe.send_bytes(pickle.dumps((sys.path, pickle.dumps((fn, args)))))
+            self.pipe.send_bytes(pickle.dumps((sys.path, pickle.dumps((fn, args, options)))))
             if not self.pipe.poll(self.timeout):
                 self.close()
                 raise FakeCudaFailed(f"no answer within {self.timeout:g} s")
@@ -112,6 +117,7 @@ def serve(descriptor: int) -> None:
     os.environ.pop("LD_PRELOAD", None)  # it is not for compilers that are started here
     torch.set_num_threads(1)
     pretend_cuda()
+    emulate()
     pipe = Connection(descriptor)
     while True:
         try:
@@ -120,8 +126,8 @@ def serve(descriptor: int) -> None:
             os._exit(0)
         try:
             sys.path[:], call = pickle.loads(message)
-            fn, args = Unpickler(io.BytesIO(call)).load()
-            answer = pickle.dumps(("result", fn(*args)))
+            fn, args, options = Unpickler(io.BytesIO(call)).load()
+            answer = pickle.dumps(("result", fn(*args, **options)))
         except BaseException:
             answer = pickle.dumps(("failure", traceback.format_exc()))
         sys.stdout.flush()

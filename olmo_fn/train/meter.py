@@ -39,8 +39,11 @@ class Moment:
         return self.time - before.time
 
 
-AGREE_EVERY = 4
-"""Steps on a GPU between those with which the processes of a job compare their ``stop``."""
+def agrees(step: int, device: torch.device) -> bool:
+    """Whether the processes of a job compare their ``stop`` after this step: all, or every fourth on a GPU, whose host is to
+    be ahead of it.
+    """
+    return device.type != "cuda" or step % 4 == 0
 
 
 class InFlight:
@@ -53,10 +56,10 @@ class InFlight:
     def __init__(self, step: int, metrics: Metrics, stop: int, context: ProcessContext) -> None:
         self.step, self._names, device = step, tuple(metrics), context.device
         self._code, self._reduced = torch.tensor(stop, dtype=torch.int32), None
-        if context.connection and step % (AGREE_EVERY if device.type == "cuda" else 1):
-            self._code.zero_()
-        elif context.connection:
+        if context.connection and agrees(step, device):
             self._reduced = dist.all_reduce(self._code, dist.ReduceOp.MAX, async_op=True)
+        elif context.connection:
+            self._code.zero_()
         values = [value.detach().to(device, torch.float64) for value in metrics.values()]
         self._counts = [value.numel() if value.ndim else 0 for value in values]
         packed = torch.cat([value.reshape(-1) for value in values])

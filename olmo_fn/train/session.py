@@ -87,7 +87,9 @@ class Session:
     def source(self) -> Source:
         """The data, opened when first asked for, by all processes together; ValueError for what cannot be trained on."""
         cfg, show = self.cfg, self.process.is_main
-        source = self.process.local_main_first(lambda: open_data(cfg.data, cfg.model.vocab_size, sizes(cfg), show))
+        source = self.process.local_main_first(
+            lambda: open_data(cfg.data, cfg.model.vocab_size, sizes(cfg), show, cfg.run.steps)
+        )
         agree(fingerprint(source), "data", self.process.process)
         return source
 

@@ -50,7 +50,7 @@ def test_every_function_compiles_once(monkeypatch, dtype, mean_length):
     gradient's dtype.
     """
     seen = compilations(monkeypatch, dense(32, 3, 4, 48, vocab_size=80), 400, dtype, mean_length)
-    assert seen.pop("_guarded.<locals>.guarded") == (1 if dtype == torch.float32 else 2)
+    assert seen.pop("guarded.<locals>.guarded") == (1 if dtype == torch.float32 else 2)
     assert seen.pop("bind.<locals>.bound") == 2  # norm_and_rotate_by_head and add_normed, with their constants
     assert set(seen.values()) == {1}
     tiles = {"_weigh", "_total", "_gradient"} if dtype == torch.bfloat16 else set()  # in fp32 torch's own kernel attends

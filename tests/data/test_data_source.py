@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import olmo_fn.data.source as source_module
+from olmo_fn.data import training
 from olmo_fn.data.corpus import tokenize_corpus
 from olmo_fn.data.heldout import TokenSet, heldout_batches
 from olmo_fn.data.settings import Data, cache_dir
@@ -48,7 +49,7 @@ def test_nothing_is_held_out_at_0(files):
 
 def test_a_small_fraction_still_holds_out_a_window_and_a_large_one_is_capped(files, monkeypatch):
     assert len(open_data(Data(tuple(files), heldout_fraction=1e-9), 3000, SIZES).heldout["heldout"]) == 10
-    monkeypatch.setattr(source_module, "HELDOUT_TOKENS", 25)
+    monkeypatch.setattr(training, "HELDOUT_TOKENS", 25)
     assert len(open_data(Data(tuple(files), heldout_fraction=0.5), 3000, SIZES).heldout["heldout"]) == 20
 
 

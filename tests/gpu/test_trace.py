@@ -132,6 +132,7 @@ def test_collectives_that_are_waited_for_at_once(fake_cuda: FakeCuda):
     assert [name.split(":")[0] for name in found.waited] == ["all_reduce test_trace.py"]
 
 
+@pytest.mark.slow  # starts a process
 def test_the_process_dies_with_its_reason(fake_cuda: FakeCuda):
     with FakeCuda() as other, pytest.raises(FakeCudaFailed, match="exit code 3"):
         other.run(exit_now)

@@ -16,7 +16,7 @@ from olmo_fn.core.gradients import Execution
 from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.kernels import triton_logits
 from olmo_fn.kernels.triton_logits import logits_gradient
-from olmo_fn.kernels.triton_rotation import rotated_norm_vjp
+from olmo_fn.kernels.triton_rotation import rotated_norms_vjp
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
@@ -61,25 +61,27 @@ def test_logits_gradient(monkeypatch, vocab, cap):
 
 @pytest.mark.parametrize("norm", ["full", "head", "per-head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "documents"), [(4, False), (3, True)])
-def test_rotated_norm(norm, dtype, heads, documents):
-    torch.manual_seed(heads)
-    B, T, K = 2, 7, 16
-    x = torch.randn(B, T, heads * K).to(dtype).requires_grad_()
-    gain = torch.randn(K if norm == "head" else heads * K).requires_grad_()
+@pytest.mark.parametrize(("heads", "documents"), [((4, 4), False), ((3, 1), True)])
+def test_rotated_norms(norm, dtype, heads, documents):
+    torch.manual_seed(len(norm))
+    B, T, K = 2, 35, 16
+    xs = tuple(torch.randn(B, T, H * K).to(dtype).requires_grad_() for H in heads)
+    gains = tuple(torch.randn(K if norm == "head" else H * K).requires_grad_() for H in heads)
     cos, sin = rope_table(torch.randint(9, (B, T)) if documents else torch.arange(T), K, 100.0)
-    how = Place(K, 1e-6, norm, tensors=("q_norm", "cos", "sin"))
-    expected = norm_and_rotate(how, Axis(), x, x, x, gain, cos, sin)[0]
-    cotangent = torch.randn_like(expected)
-    d_x, d_gain = torch.autograd.grad(expected, (x, gain), cotangent)
+    how = Place(K, 1e-6, norm, tensors=("q_norm", "k_norm", "cos", "sin"))
+    expected = norm_and_rotate(how, Axis(), *xs, xs[1], *gains, cos, sin)[:2]
+    cotangents = tuple(torch.randn_like(x) for x in expected)
+    gradients = torch.autograd.grad(expected, (*gains, *xs), cotangents)
     with torch.no_grad():
-        got, pullback = rotated_norm_vjp(x, gain, cos, sin, 1e-6, norm == "full", programs=3)
-        for strides in (cotangent, cotangent.transpose(1, 2).contiguous().transpose(1, 2)):
-            found_gain, found = pullback(strides)
-            close(found, d_x, dtype)
-            close(found_gain(), d_gain, dtype)
-    assert got.transpose(1, 2).is_contiguous()
-    close(got, expected, dtype)
+        got, pullback = rotated_norms_vjp(xs, gains, cos, sin, 1e-6, norm == "full", processors=3)
+        by_head, by_position = cotangents, tuple(c.transpose(1, 2).contiguous().transpose(1, 2) for c in cotangents)
+        for order in (by_head, by_position):
+            d_gains, d_xs = pullback(order)
+            for d, exact in zip((*(d() for d in d_gains), *d_xs), gradients, strict=True):
+                close(d, exact, dtype)
+    for x, exact in zip(got, expected, strict=True):
+        assert x.transpose(1, 2).is_contiguous()
+        close(x, exact, dtype)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:

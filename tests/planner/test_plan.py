@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import plan_ranks
 import pytest
 import torch
@@ -181,19 +183,23 @@ def test_an_uneven_exchange_is_no_ring_shift():
         assert trace.seen.traffic == {("cp", kind, "calls"): 1, ("cp", kind, "bytes"): 32}
 
 
+def on_gpu(**fields):
+    return replace(plan_of(dtype="bfloat16", **fields), device="cuda")
+
+
 def test_flops_are_those_of_the_model_and_what_attention_and_remat_add():
-    plan = plan_of(sequence_length=256, window_pattern=(100, -1))
+    plan = on_gpu(sequence_length=256, window_pattern=(100, -1))
     c = clock(plan, profile_of(plan), ACCELERATORS["h100"])
     m, r = plan.cfg.model, plan.cfg.recipe
     pairs = sum(causal_pairs(256, window) for window in (100, None, 100, None, None))
     attention = 4 * m.block.mixer.n_heads * m.block.mixer.width(m.d_model) * pairs * r.batch_size
     assert c.products == flops_per_sequence(m, 256) * r.batch_size - 3 * attention
     assert c.attention == 3.5 * attention  # backward makes five products, not four
-    remat = plan_of(sequence_length=256, window_pattern=(100, -1), remat="full")
+    remat = on_gpu(sequence_length=256, window_pattern=(100, -1), remat="full")
     again = clock(remat, profile_of(remat), ACCELERATORS["h100"])
     head = 2 * m.vocab_size * m.d_model * 256 * r.batch_size
     assert again.products == c.products + (c.products - 3 * head) / 3
     assert again.attention == 4.5 * attention
-    selective = plan_of(sequence_length=256, window_pattern=(100, -1), remat="selective")
+    selective = on_gpu(sequence_length=256, window_pattern=(100, -1), remat="selective")
     kept = clock(selective, profile_of(selective), ACCELERATORS["h100"])
     assert (kept.products, kept.attention) == (again.products, c.attention)  # attention is not computed again

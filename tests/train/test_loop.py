@@ -1,6 +1,7 @@
 """The loop as a generator of events: their order, what stops it, what metrics.jsonl has of it, and what is measured."""
 
 import contextlib
+import gc
 import io
 import json
 import math
@@ -18,10 +19,11 @@ from olmo_fn.data.settings import Data
 from olmo_fn.launch.process import Process
 from olmo_fn.models.config import dense
 from olmo_fn.models.count import flops_per_token
+from olmo_fn.train import machine
 from olmo_fn.train.config import Config, Growth, Recipe, Run
 from olmo_fn.train.events import Evaluated, Observer, Said, Saved, Started, Stepped, Stopped
 from olmo_fn.train.loop import OBSERVER, Stop, events, train
-from olmo_fn.train.meter import InFlight, Meter, Moment
+from olmo_fn.train.meter import InFlight, Meter, Moment, agrees
 from olmo_fn.train.observers import Observe, read_evaluations, read_metrics
 from olmo_fn.train.observers.plateau import Plateau
 from olmo_fn.train.optimizers import AdamW
@@ -213,3 +215,44 @@ def test_flops_of_a_run_that_grows(cfg):
     short = replace(growing, run=replace(cfg.run, steps=2))
     assert run_flops(short) == 2 * 2 * 16 * flops_per_token(cfg.model, 4)
     assert json.dumps(run_flops(short))
+
+
+def test_mfu_is_against_the_makers_peak_where_it_is_known(cfg):
+    """Then the share of the measured product stands beside it."""
+    meter = Meter(cfg.model, sizes(cfg), CPU, 4e15, Moment(CPU), peak=8e15)
+    line = meter.metrics(1, {}, Moment(CPU))
+    assert line["of_gemm"] == pytest.approx(2 * line["mfu"], abs=2e-4)
+
+
+def test_processes_agree_to_stop_after_some_steps_on_a_gpu():
+    """On a CPU after each; see tests of ranks for what comes of it."""
+    steps = range(1, 9)
+    assert [step for step in steps if agrees(step, CPU)] == [*steps]
+    assert [step for step in steps if agrees(step, torch.device("cuda"))] == [4, 8]
+
+
+def test_garbage_is_collected_by_the_step(monkeypatch):
+    """On schedule Python collects nothing by itself, and what existed after the first step is not looked at."""
+    collected = []
+    with machine.warm_up(scheduled=True) as warm:
+        warm()
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > 1000
+        monkeypatch.setattr(gc, "collect", lambda: collected.append(n))
+        for n in range(1, 301):
+            machine.collect(n)
+    assert collected == [100, 200, 300]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    assert [machine.on_schedule(torch.device(d), n) for d, n in (("cpu", 1), ("cpu", 2), ("cpu", 8), ("cuda", 1))] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_capture_on_a_cpu_is_refused_before_anything_is_written(cfg):
+    with pytest.raises(ValueError, match=r"--recipe\.capture makes a CUDA graph of a step, and this trains on the cpu"):
+        quietly(replace(cfg, recipe=replace(cfg.recipe, capture=True)))
+    assert not Path(cfg.run.folder).exists()
