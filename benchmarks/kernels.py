@@ -97,7 +97,7 @@ def ours(T: int, D: int, N: int, V: int, rows: int, arch: int) -> Iterator[Row]:
     types = {name: kind for kind, names in pointers.items() for name in names.split()} | {"eps": "fp32"}
     types |= dict.fromkeys(("rows", "T", "Q", "K", "table", *(f"{x}_stride_{i}" for x in "qk" for i in "bht")), "i32")
     sizes = triton_rotation.block_sizes((D // 128, N // 128), 64, True, True)
-    warps, blocks = sizes.pop("num_warps"), triton_rotation.backward_blocks(T, 132)
+    warps, blocks = sizes.pop("num_warps"), triton_rotation.backward_blocks(T)
     both, gains, table, sums = 2 * T * (D + N), 4 * (D + N), 4 * 2 * T * 64, 2 * 4 * blocks * (D + N)
     forward, backward = (
         compile_triton(fn, types, sizes, arch, warps) for fn in (triton_rotation._forward, triton_rotation._backward)

@@ -22,6 +22,7 @@ from olmo_fn.core.check import check_batch, check_shapes, check_tensors
 from olmo_fn.core.primitive import WeightGrads
 from olmo_fn.kernels import Function, Kernel, identity
 from olmo_fn.kernels.attention_table import Choose, choose_auto
+from olmo_fn.kernels.float8 import Form
 from olmo_fn.mesh.axis import SINGLE_DEVICE, Axes, CPMethod
 from olmo_fn.spec import Spec
 from olmo_fn.tree import Tree
@@ -166,6 +167,8 @@ class Chain:
     """Paths of matrices that the stages take as they are stored, and cast themselves."""
     looked_up: frozenset[str] = frozenset()
     """Paths of tables of which the stages only look up rows, and take a rank's columns for the table (`Rules.exchanged`)."""
+    float8: Mapping[str, Form] = field(default_factory=dict, repr=False)
+    """Matrices that come into use in float8, by path (`olmo_fn.transforms.float8`); the stages use them in products only."""
     check: Callable[[Axes, CPMethod], None] = refuse_axes
     """ValueError if the stages cannot be divided over these axes."""
     takes: Callable[[Any], None] = check_batch

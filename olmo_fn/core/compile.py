@@ -16,12 +16,14 @@ import signal
 import stat
 import struct
 import sys
+import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,10 @@ def compile(folder: Path | None = None) -> Transform:
     """
 
     def apply(step: Step) -> Step:
-        if not has_compiler():
-            compiler = f"$CXX is {cxx!r}, which is no program" if (cxx := os.environ.get("CXX")) else "no C++ compiler found"
-            warnings.warn(f"{compiler}: running eager, which is slower", stacklevel=2)
+        if lack := lacking():
+            warnings.warn(f"{lack}: running eager, which is slower", stacklevel=2)
             return step
-        # isolated: closures of the same code would otherwise share Dynamo's limit of eight compilations
-        own = partial(torch.compile, fullgraph=True, isolate_recompiles=True, backend=_inductor_or_eager(folder))
+        own = partial(torch.compile, fullgraph=True, backend=_inductor_or_eager(folder), **isolated())
         fuse = cache(lambda fn, *constants: own(bind(fn, *constants), dynamic=False))
         if torch.cuda.is_available():
             kernel = cache(lambda fn: _of_plain_tensors(_by_device(own(fn, dynamic=True), own(fn))))
@@ -145,10 +145,35 @@ def _plain(x: Any) -> Any:
     return [_plain(y) for y in x] if isinstance(x, list) else x
 
 
+def isolated() -> dict[str, bool]:
+    """The option of ``torch.compile`` by which closures of the same code do not share Dynamo's limit of eight compilations;
+    before torch 2.13, which has none, that limit is raised.
+    """
+    if "isolate_recompiles" in signature(torch.compile).parameters:
+        return {"isolate_recompiles": True}
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return {}
+
+
 def has_compiler() -> bool:
-    """Whether Inductor will find a C++ compiler, or the GPU needs none."""
-    usual = "clang++" if sys.platform == "darwin" else "g++"
-    return torch.cuda.is_available() or shutil.which(os.environ.get("CXX", usual)) is not None
+    """Whether Inductor will find all that it compiles with."""
+    return not lacking()
+
+
+def lacking() -> str:
+    """What Inductor will not find, in words: a C++ compiler; or on a GPU what Triton builds the callers of its kernels with, a
+    C compiler and Python's headers. Empty if all is there.
+    """
+    if torch.cuda.is_available():
+        name, usual, kind = "CC", ["gcc", "clang"], "C"
+    else:
+        name, usual, kind = "CXX", ["clang++" if sys.platform == "darwin" else "g++"], "C++"
+    if not any(map(shutil.which, [given] if (given := os.environ.get(name)) else usual)):
+        return f"${name} is {given!r}, which is no program" if given else f"no {kind} compiler found"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if kind == "C" and not header.is_file():
+        return f"{header} is not there, which Triton compiles with (apt install python3-dev)"
+    return ""
 
 
 def prepare_cache(folder: Path) -> list[Path]:

@@ -21,10 +21,14 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.core.chain import IGNORE, Batch, Metric, Metrics, wide
+from olmo_fn.kernels.float8 import Quantise
 from olmo_fn.kernels.huge_pages import to_large
 from olmo_fn.mesh.axis import SINGLE_DEVICE, Axes, CPMethod
 from olmo_fn.spec import Box
 from olmo_fn.tree import Tree
+
+EXACT = Quantise()
+"""Nothing is quantised."""
 
 
 class Weights(Protocol):
@@ -118,9 +122,21 @@ class WeightsInUse:
         """How many segments' weights are on their way while one computes."""
         return 1
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, uncast: Collection[str] = ()) -> Weights:
-        """Begin to bring the subtrees at ``paths`` into use, matrices in ``dtype``; those of ``uncast`` may stay as stored."""
-        return Local({path: compute_copies(tree.at(params, path), None if path in uncast else dtype) for path in paths})
+    def fetch(
+        self,
+        params: Tree,
+        paths: Iterable[str],
+        dtype: torch.dtype,
+        uncast: Collection[str] = (),
+        quantise: Quantise = EXACT,
+    ) -> Weights:
+        """Begin to bring the subtrees at ``paths`` into use, matrices in ``dtype``; those of ``uncast`` may stay as stored, and
+        those that are to be are quantised.
+        """
+        subtrees = {path: tree.at(params, path) for path in paths}
+        return Local(
+            {path: compute_copies(part, None if path in uncast else dtype, quantise, path) for path, part in subtrees.items()}
+        )
 
     def reduce(self, grads: dict[str, Tensor]) -> Reduction:
         """Begin to bring gradients of a segment, by path, back to where their parameters lie."""
@@ -226,9 +242,11 @@ def compute_copy(p: Tensor, dtype: torch.dtype | None) -> Tensor:
     return p if dtype is None or p.ndim < 2 else to_large(p, dtype)
 
 
-def compute_copies(subtree: Tree, dtype: torch.dtype | None) -> Tree:
-    """`compute_copy` of every leaf."""
-    return tree.map(lambda p: compute_copy(p, dtype), subtree)
+def compute_copies(subtree: Tree, dtype: torch.dtype | None, quantise: Quantise = EXACT, prefix: str = "") -> Tree:
+    """`compute_copy` of every leaf, or a quantised one."""
+    if not quantise.forms:
+        return tree.map(lambda p: compute_copy(p, dtype), subtree)
+    return tree.map_with_path(lambda path, p: quantise(path, p) or compute_copy(p, dtype), subtree, prefix=prefix)
 
 
 def narrow_parts(g: Tensor) -> tuple[Tensor, ...]:

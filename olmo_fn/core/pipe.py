@@ -139,8 +139,8 @@ LAWFUL_ORDER = "a loss, then grad(), then accumulate and clip, then an optimizer
 KINDS = ("Loss", "Grads", "Step")
 MISSING = {"Grads": "grad()", "Step": "an optimizer such as adamw(1e-3)"}
 """What gives each kind."""
-CLIPS, NOISES, FREEZES, AVERAGES = "clips", "noises", "freezes", "averages"
-"""Tags: scales gradients down; adds noise to them; leaves parameters as they are; keeps a mean of the weights."""
+CLIPS, NOISES, FREEZES, AVERAGES, QUANTISES = "clips", "noises", "freezes", "averages", "quantises"
+"""Tags: scales gradients down; adds noise to them; leaves parameters as they are; keeps a mean of weights; quantises them."""
 
 
 def check_order(transform: Transform[Any, Any], kind: str, before: Sequence[Transform[Any, Any]]) -> None:

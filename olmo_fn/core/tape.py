@@ -24,6 +24,7 @@ from olmo_fn.core.gradients import Execution, GradFunction, Gradients, in_order
 from olmo_fn.core.layout import Reduction, Sweep, Weights
 from olmo_fn.core.offload import Stash, stay
 from olmo_fn.core.primitive import Once
+from olmo_fn.kernels.float8 import Float8, Quantise
 from olmo_fn.tree import Tree
 
 LateGrads: TypeAlias = Callable[[], dict[str, Tensor]]
@@ -166,7 +167,8 @@ def bring(
 
 def fetch(params: Tree, segment: Segment, chain: Chain, execution: Execution) -> Weights:
     """Begin to bring the weights of a segment into use."""
-    return execution.layout.weights.fetch(params, segment.paths, execution.dtype, chain.uncast)
+    quantise = Quantise(chain.float8, execution.kernel)
+    return execution.layout.weights.fetch(params, segment.paths, execution.dtype, chain.uncast, quantise)
 
 
 class Arriving:
@@ -267,7 +269,9 @@ class Leaves:
         self.late_grads: list[tuple[str, Callable[[], Tensor]]] = []
         self.grads: dict[str, Tensor] = {}
 
-        def leaf(path: str, p: Tensor) -> Tensor:
+        def leaf(path: str, p: Any) -> Any:
+            if isinstance(p, Float8):  # its entries stand for it; their gradient never comes out of autograd, in e4m3
+                return p._replace(data=leaf(path, p.data))
             made = p.detach()
             if wants(path):  # or else the products for frozen weights are never computed
                 self.paths[id(made.requires_grad_())], self.leaves[path] = path, made

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeAlias
 
+from olmo_fn.data.stores import head, is_remote
+
 BUDGET = 256 << 20
 """Bytes that are hashed of all files together: a second. Data that is no larger is hashed whole."""
 PIECES, PIECE, PAGE = 66, 1 << 20, 4096
@@ -52,6 +54,9 @@ def difference(old: Identity, new: Identity) -> str:
 
 
 def _size_and_hash(path: str, share: int) -> tuple[int, str]:
+    if is_remote(path):
+        remote = head(path)
+        return remote.size, hashlib.sha256(remote.tag.encode()).hexdigest()[:16]
     with open(path, "rb", buffering=0) as file:
         size, found = os.fstat(file.fileno()).st_size, hashlib.sha256()
         piece = min(PIECE, max(PAGE, share // PIECES))

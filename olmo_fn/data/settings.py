@@ -15,7 +15,7 @@ from olmo_fn.data.instances.filtered import RepetitionFilter
 from olmo_fn.data.instances.fixed import FixedLength
 from olmo_fn.data.shuffle import Order
 from olmo_fn.data.tokens import Dtype
-from olmo_fn.fields import PATH
+from olmo_fn.fields import INVISIBLE, PATH
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Data:
     """Where the paths of a published mix begin."""
     mix_tokenizer: str = "allenai/dolma2-tokenizer"
     """Whose tokens its files are to be."""
+    page_cache_gb: Annotated[float, INVISIBLE] = 20.0
+    """Most disk space, in GB, for pages of token files that are elsewhere; the ones used last are kept."""
     cache_dir: Annotated[str, PATH] = ""
     """Where the default corpus and compiled code are kept. Empty: $OLMO_FN_CACHE, or olmo_fn in $XDG_CACHE_HOME or ~/.cache."""
 

@@ -6,6 +6,7 @@ import glob
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import filterfalse
 from pathlib import Path
 
 from olmo_fn.data.corpus import stdlib_corpus
@@ -17,6 +18,7 @@ from olmo_fn.data.meta import Meta, check_vocabulary, read_meta
 from olmo_fn.data.mix import find_mix, read_mix
 from olmo_fn.data.settings import Data, cache_dir
 from olmo_fn.data.sizes import Sizes
+from olmo_fn.data.stores import is_remote
 from olmo_fn.data.tokenizer import Tokenizer, load, located
 from olmo_fn.data.tokens import (
     HELDOUT_FILE,
@@ -63,7 +65,9 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
     mix = read_mix(data.mix, data.mix_base, data.mix_tokenizer) if data.mix else None
     if mix:
         by_source = [expand(source.paths) for source in mix.sources]
-        data = replace(data, paths=tuple(glob.escape(path) for found in by_source for path in found))
+        data = replace(
+            data, paths=tuple(path if is_remote(path) else glob.escape(path) for found in by_source for path in found)
+        )
     if not data.paths:
         corpus = stdlib_corpus(cache_dir(data), min(CORPUS_VOCAB, model_vocab_size), show)
         if not data.heldout_paths:
@@ -84,7 +88,8 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
     metas = metas_beside((*paths, *heldout_paths))
     _check_apart(paths, heldout_paths, metas)
     check_vocabulary(metas, tokenizer, data.tokenizer)
-    files, heldout_files = (open_files(p, data.dtype, vocab_size, metas) for p in (paths, heldout_paths))
+    pages = cache_dir(data) / "pages", int(data.page_cache_gb * 1e9)
+    files, heldout_files = (open_files(p, data.dtype, vocab_size, metas, *pages) for p in (paths, heldout_paths))
     eos_id = eos_id_of(data, tokenizer, next(iter(metas.items()), None), vocab_size)
     masks = open_masks(expand(data.label_mask_paths), files)
     check_vocab(files + heldout_files, vocab_size)
@@ -127,8 +132,10 @@ def _check(data: Data) -> None:
 
 def _check_apart(paths: tuple[str, ...], heldout_paths: tuple[str, ...], metas: Mapping[Path, Meta]) -> None:
     """ValueError if what is to be held out would be trained on."""
-    held_out = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, heldout_paths)}
-    for path in paths:
+    held_out = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, filterfalse(is_remote, heldout_paths))}
+    if both := {*paths} & {*heldout_paths}:
+        raise ValueError(f"{min(both)!r} is in --data.paths and in --data.heldout-paths; take it out of one")
+    for path in filterfalse(is_remote, paths):
         if held_out and ((stat := os.stat(path)).st_dev, stat.st_ino) in held_out:
             raise ValueError(f"{path!r} is in --data.paths and in --data.heldout-paths; take it out of one")
         if Path(path).name == HELDOUT_FILE and (folder := Path(path).parent) in metas:
@@ -140,17 +147,19 @@ def _check_apart(paths: tuple[str, ...], heldout_paths: tuple[str, ...], metas: 
 
 def metas_beside(paths: Iterable[str]) -> dict[Path, Meta]:
     """What the tokenizing command wrote in the folders of token files, where it did."""
-    folders = {Path(path).parent: None for path in paths}
+    folders = {Path(path).parent: None for path in paths if not is_remote(path)}
     return {folder: meta for folder in folders if (meta := read_meta(folder))}
 
 
-def open_files(paths: Sequence[str], dtype: str, vocab_size: int, metas: Mapping[Path, Meta]) -> tuple[TokenFile, ...]:
+def open_files(
+    paths: Sequence[str], dtype: str, vocab_size: int, metas: Mapping[Path, Meta], cache: Path | None = None, limit: int = 0
+) -> tuple[TokenFile, ...]:
     """The token files; ``auto`` is what meta.json beside them says, or else OLMo-core's choice, if the file may be of it."""
     files = []
     for path in paths:
         meta = metas.get(Path(path).parent)
         auto = meta.dtype if meta else smallest_dtype(vocab_size)
-        files.append(open_tokens(path, auto if dtype == "auto" else dtype))
+        files.append(open_tokens(path, auto if dtype == "auto" else dtype, cache, limit))
         if dtype == "auto" and not meta:
             check_type(files[-1])
     return tuple(files)

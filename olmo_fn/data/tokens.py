@@ -14,11 +14,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
+
+from olmo_fn.data.stores import Remote, head, is_remote, listed
 
 Dtype: TypeAlias = Literal["auto", "uint8", "uint16", "uint32", "uint64"]
 
@@ -39,6 +41,10 @@ class TokenFile:
     dtype: str
     num_tokens: int
     mtime_ns: int
+    remote: Remote | None = None
+    """Where it is, if it is on no disk of this machine."""
+    header: int = 0
+    """Bytes before the first token."""
 
 
 def smallest_dtype(vocab_size: int) -> str:
@@ -71,6 +77,11 @@ def expand(patterns: Iterable[str], usual: str = "part-*.npy") -> tuple[str, ...
     """
     paths: list[str] = []
     for pattern in patterns:
+        if is_remote(pattern):
+            if not (found := listed(pattern)):
+                raise ValueError(f"no token file matches {pattern!r}")
+            paths += found
+            continue
         full = Path(os.path.expanduser(pattern))
         if os.path.isdir(full):
             raise ValueError(f"{pattern!r} is a folder; {_inside(full, usual)}")
@@ -98,31 +109,55 @@ def tokenize_command(path: str | Path) -> str:
     return f"olmo-fn tokenize {shlex.quote(str(path))} --output tokens"
 
 
-def open_tokens(path: str, dtype: str) -> TokenFile:
-    """The token file at ``path``, of ``dtype`` (uint8, ... or bool).
+def open_tokens(path: str, dtype: str, cache: Path | None = None, limit: int = 0) -> TokenFile:
+    """The token file at ``path``, of ``dtype`` (uint8, ... or bool); pages of one elsewhere are kept in the folder ``cache``.
 
-    ValueError when it is missing or empty, has a size that is not of ``dtype``, or a NumPy header.
+    A NumPy header, of one row of such a type, is passed over. ValueError when the file is missing or empty, or has a size that
+    is not of ``dtype``.
     """
-    size = 1 if dtype == "bool" else SIZES[dtype]
+    size, remote, mtime = 1 if dtype == "bool" else SIZES[dtype], None, 0
     try:
-        stat = Path(path).stat()
-        with open(path, "rb") as file:
-            head = file.read(1024)
+        if is_remote(path):
+            remote = head(path, cache, limit)
+            length, beginning = remote.size, remote.read(0, 1024)
+        else:
+            stat = Path(path).stat()
+            length, mtime = stat.st_size, stat.st_mtime_ns
+            with open(path, "rb") as file:
+                beginning = file.read(1024)
     except OSError as e:
         raise ValueError(f"cannot read the token file {path!r}: {e.strerror}") from None
-    if not head:
+    if not beginning:
         raise ValueError(f"the token file {path!r} is empty; write one with olmo-fn tokenize")
-    if _is_text(path, head, size):
+    if _is_text(path, beginning, size):
         raise ValueError(f"{path!r} is text, and no file of tokens; tokenize it first: {tokenize_command(path)}")
-    if head.startswith(b"\x93NUMPY"):
-        raise ValueError(f"{path!r} has a NumPy header, token files have none; rewrite it: np.load({path!r}).tofile(...)")
-    if stat.st_size % size:
-        fits = [name for name, s in SIZES.items() if stat.st_size % s == 0]
+    header = _header(path, beginning, dtype) if beginning.startswith(b"\x93NUMPY") else 0
+    length -= header
+    if length % size:
+        fits = [name for name, s in SIZES.items() if length % s == 0]
         raise ValueError(
-            f"{path!r} has {stat.st_size:,} bytes, not a multiple of the {size} bytes of {dtype}; "
+            f"{path!r} has {length:,} bytes, not a multiple of the {size} bytes of {dtype}; "
             f"it may be cut short or of another type (--data.dtype {' or '.join(fits)} would fit)"
         )
-    return TokenFile(path, dtype, stat.st_size // size, stat.st_mtime_ns)
+    return TokenFile(path, dtype, length // size, mtime, remote, header)
+
+
+def _header(path: str, beginning: bytes, dtype: str) -> int:
+    """The bytes of a NumPy header; ValueError if the array is no row of ``dtype``."""
+    file = BytesIO(beginning)
+    try:
+        version = np.lib.format.read_magic(file)
+        shape, _, found = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(
+            file
+        )
+    except ValueError as error:
+        raise ValueError(f"{path!r} has a NumPy header that cannot be read: {error}") from None
+    if len(shape) != 1 or found.newbyteorder("<") != np.dtype(dtype).newbyteorder("<") or found.byteorder == ">":
+        raise ValueError(
+            f"{path!r} has a NumPy header, of an array {shape} of {found}, and not of a row of {dtype}; give --data.dtype, or "
+            f"rewrite it: np.load({path!r}).astype({dtype!r}).tofile(...)"
+        )
+    return file.tell()
 
 
 def looks_like_text(head: bytes) -> bool:
@@ -202,7 +237,10 @@ def read_tokens(file: TokenFile, start: int = 0, stop: int | None = None) -> np.
     ValueError if the file has become shorter since it was opened. A memory map of it would end the process without a word.
     """
     tokens = np.empty((file.num_tokens if stop is None else min(stop, file.num_tokens)) - start, file.dtype)
-    data, offset, done = tokens.view(np.uint8).data, start * tokens.itemsize, 0
+    data, offset, done = tokens.view(np.uint8).data, file.header + start * tokens.itemsize, 0
+    if file.remote:
+        data[:] = file.remote.read(offset, offset + len(data))
+        return tokens if sys.byteorder == "little" else tokens.byteswap()
     try:
         opened = _opened(file)
         while done < len(data) and (count := os.preadv(opened.fileno(), [data[done:]], offset + done)):

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from olmo_fn.kernels import new_op
+
 PIECE = 4096  # pairs of entries that a block of threads works on at a time
 MOST = 11  # pieces that it keeps (12 spill on sm_100, or with a cap); what is behind them is read twice
 WARPS = 16  # all registers of a multiprocessor, 128 for each of 512 threads
@@ -24,16 +26,33 @@ def logits_gradient(logits: Tensor, labels: Tensor, weight: Tensor, z_loss: floa
     ``labels`` (R,) are negative where there is no loss, and the gradient 0; ``weight`` (0-d) multiplies the gradient, not the
     sums. The loss is that of `olmo_fn.nn.cross_entropy.plain_cross_entropy`, which defines what is computed.
     """
+    return torch.ops.olmo_fn.logits_gradient(logits, labels, weight.float(), z_loss, cap).sum(0)
+
+
+def _launch(logits: Tensor, labels: Tensor, weight: Tensor, z_loss: float, cap: float | None) -> Tensor:
     R, V = logits.shape
-    losses = torch.empty(R, 2, device=logits.device)
+    losses = _losses(logits)
     _logits_gradient[(R,)](
-        *(logits, logits.view(torch.int32), labels, weight.float(), losses, V // 2, z_loss, cap or 1.0, 0),
+        *(logits, logits.view(torch.int32), labels, weight, losses, V // 2, z_loss, cap or 1.0, 0),
         CAPPED=cap is not None,
         PIECES=min(MOST, V // 2 // PIECE),
         PIECE=PIECE,
         num_warps=WARPS,
     )
-    return losses.sum(0)
+    return losses
+
+
+def _losses(logits: Tensor, *_: object) -> Tensor:
+    """Memory for ce and z of every row."""
+    return logits.new_empty(len(logits), 2, dtype=torch.float32)
+
+
+new_op(
+    "logits_gradient",
+    "(Tensor(a!) logits, Tensor labels, Tensor weight, float z_loss, float? cap) -> Tensor",
+    _launch,
+    _losses,
+)
 
 
 @triton.jit

@@ -7,63 +7,104 @@ B batch, T positions, H heads, K head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # that a block of threads has in a backward pass at least, to add up gradients of gains before it stores them
+from olmo_fn.kernels import new_op
+
+ROWS, BLOCKS = (
+    32,
+    128,
+)  # in a backward pass: of a block of threads at least, which first adds up the gains' gradients of its own
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 def rotated_norms_vjp(
-    xs: Pair, gains: Pair, cos: Tensor, sin: Tensor, eps: float, full: bool, processors: int | None = None
+    xs: Pair, gains: Pair, cos: Tensor, sin: Tensor, eps: float, full: bool
 ) -> tuple[Pair, Callable[[Pair], tuple[list[Callable[[], Tensor]], Pair]]]:
     """Queries and keys (B, T, H·K), each with an H of its own, normed and rotated; and the pullback.
 
     Results are (B, H, T, K), views of (B, T, H, K). ``full``: a norm is over all heads, or else over each. ``gains`` are
     (H·K,), or (K,) for all heads alike; ``cos``, ``sin`` (T, K/2) or (B, T, K/2), for halves. What is computed is defined by
     `olmo_fn.nn.norm.rms_norm` and `olmo_fn.nn.rope.rotate`. The pullback gives the gains' gradients, as functions, and those of
-    ``xs``. ``processors``: those of the GPU, asked for if not given.
+    ``xs``.
     """
-    (B, T, _), half = xs[0].shape, cos.shape[-1]
-    q, k = (x.contiguous() for x in xs)
-    q_gain, k_gain, cos, sin = (x.contiguous() for x in (*gains, cos, sin))
-    heads = q.shape[-1] // (2 * half), k.shape[-1] // (2 * half)
-    outs = tuple(torch.empty(B, T, H, 2 * half, dtype=q.dtype, device=q.device).transpose(1, 2) for H in heads)
-    table = cos.numel() // half
-    sizes = block_sizes(heads, half, full, q_gain.numel() == q.shape[-1])
-    tensors, numbers = (q, k, q_gain, k_gain, cos, sin), (T, *heads, table, eps)
-    _forward[(B * T, 2)](*tensors, *outs, *outs[0].stride()[:3], *outs[1].stride()[:3], *numbers, **sizes)
-    if processors is None:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    blocks = backward_blocks(B * T, processors)
+    known = [x.contiguous() for x in (*xs, *gains, cos, sin)]
+    q, k = torch.ops.olmo_fn.rotated_norms(*known, eps, full)
 
     def pullback(d_outs: Pair) -> tuple[list[Callable[[], Tensor]], Pair]:
         d_q_out, d_k_out = (d if d.stride(-1) == 1 else d.contiguous() for d in d_outs)
-        d_q, d_k = torch.empty_like(q), torch.empty_like(k)
-        sums = [torch.empty(blocks, gain.numel(), device=q.device) for gain in (q_gain, k_gain)]
-        strides = (*d_q_out.stride()[:3], *d_k_out.stride()[:3])
-        _backward[(blocks, 2)](*tensors, d_q_out, d_k_out, *strides, d_q, d_k, *sums, B * T, *numbers, **sizes)
+        d_q, d_k, *sums = torch.ops.olmo_fn.rotated_norms_backward(d_q_out, d_k_out, *known, eps, full)
         return [lambda s=s, g=g: s.sum(0).to(g.dtype) for s, g in zip(sums, gains, strict=True)], (d_q, d_k)
 
-    return outs, pullback
+    return (q.transpose(1, 2), k.transpose(1, 2)), pullback
 
 
-def block_sizes(heads: tuple[int, int], half: int, full: bool, by_head: bool) -> dict[str, int]:
+def block_sizes(heads: Sequence[int], half: int, full: bool, by_head: bool) -> dict[str, int]:
     """What the kernels are compiled for; ``by_head``: heads have gains of their own."""
     q, k = map(triton.next_power_of_2, heads)
     warps = min(16, max(1, q * half // 256))
     return {"Q_HEADS": q, "K_HEADS": k, "HALF": half, "FULL": full, "BY_HEAD": by_head, "num_warps": warps}
 
 
-def backward_blocks(rows: int, processors: int) -> int:
+def backward_blocks(rows: int) -> int:
     """Blocks of threads that share the rows of queries, and as many of keys."""
-    return max(1, min(processors, rows // ROWS))
+    return max(1, min(BLOCKS, rows // ROWS))
+
+
+def _outs(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """Both (B, T, H, K)."""
+    return [torch.empty_like(x).unflatten(-1, (-1, 2 * cos.shape[-1])) for x in (q, k)]
+
+
+def _gradients(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor) -> tuple[Tensor, ...]:
+    """Those of q and k, and every block's part of those of the gains."""
+    sums = (g.new_empty(backward_blocks(q.shape[0] * q.shape[1]), g.numel(), dtype=torch.float32) for g in (q_gain, k_gain))
+    return torch.empty_like(q), torch.empty_like(k), *sums
+
+
+def _rotated_norms(q: Tensor, k: Tensor, *rest: Any) -> list[Tensor]:
+    *tensors, eps, full = rest
+    outs = _outs(q, k, *tensors)
+    strides = [stride for x in outs for stride in x.transpose(1, 2).stride()[:3]]
+    numbers, sizes = _numbers(q, outs, *tensors, eps, full)
+    _forward[(q.shape[0] * q.shape[1], 2)](q, k, *tensors, *outs, *strides, *numbers, **sizes)
+    return outs
+
+
+def _rotated_norms_backward(d_q_out: Tensor, d_k_out: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *tensors, eps, full = rest
+    found, d_outs = _gradients(q, k, *tensors[:2]), (d_q_out, d_k_out)
+    strides = [stride for d in d_outs for stride in d.stride()[:3]]
+    numbers, sizes = _numbers(q, [d.transpose(1, 2) for d in d_outs], *tensors, eps, full)
+    rows = q.shape[0] * q.shape[1]
+    _backward[(len(found[2]), 2)](q, k, *tensors, *d_outs, *strides, *found, rows, *numbers, **sizes)
+    return found
+
+
+def _numbers(
+    q: Tensor, by_head: Sequence[Tensor], q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float, full: bool
+) -> tuple[tuple[Any, ...], dict[str, int]]:
+    heads, half = [x.shape[2] for x in by_head], cos.shape[-1]
+    sizes = block_sizes(heads, half, full, q_gain.numel() == q.shape[-1])
+    return (q.shape[1], *heads, cos.numel() // half, eps), sizes
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, float eps, bool full"
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
+new_op("rotated_norms", f"({_INPUTS}) -> (Tensor, Tensor)", _rotated_norms, lambda *args: _outs(*args[:6]))
+new_op(
+    "rotated_norms_backward",
+    f"(Tensor d_q_out, Tensor d_k_out, {_INPUTS}) -> {_GRADIENTS}",
+    _rotated_norms_backward,
+    lambda _, __, *args: _gradients(*args[:4]),
+)
 
 
 @triton.jit

@@ -22,6 +22,8 @@ import olmo_fn
 from olmo_fn.launch.meeting import listen, meet, patience
 from olmo_fn.launch.place import Place, alone_note, place_from_env
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Process:
@@ -55,21 +57,18 @@ def rendezvous(timeout: float = 1800.0) -> Process:
     return Process(place.rank, place.size, place.local_rank, dist.PrefixStore(prefix, store), peers)
 
 
-def init_process_group(process: Process, device_type: str = "cpu", timeout: float = 1800.0) -> None:
-    """Initialise ``torch.distributed`` for these processes, with gloo for the CPU, and NCCL beside it for ``cuda``.
+def init_process_group(process: Process, device: torch.device = CPU, timeout: float = 1800.0) -> None:
+    """Initialise ``torch.distributed`` for these processes, with gloo for the CPU, and NCCL beside it for a ``cuda`` device.
 
-    NCCL's communicators are made here and with their groups, by all ranks together, and not by whoever sends first.
+    NCCL connects them now, and groups that are made later by splitting these connections, not each at its first transfer.
     ``timeout``: seconds that a collective may take.
     """
     if (place := place_from_env()) and place.one_machine:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    eager: Any = {}
-    if device_type == "cuda":
-        torch.cuda.set_device(process.local_rank)
-        eager = {"device_id": torch.device("cuda", torch.cuda.current_device())}
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    gpu = device if device.type == "cuda" else None
     store, longest = dist.PrefixStore("groups", process.store), timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.size, timeout=longest, **eager)
+    options: Any = {"store": store, "rank": process.rank, "world_size": process.size, "timeout": longest}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=gpu, **options)
 
 
 def _store(place: Place, wait: Callable[[str], None], timeout: float) -> Any:

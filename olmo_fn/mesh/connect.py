@@ -44,14 +44,14 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
     if there != mesh.size:
         state = f"has {there} ranks" if there else "is not initialised"
         raise ValueError(f"the mesh has {mesh.size} ranks, but torch.distributed {state}; start {mesh.size} processes")
-    rank = dist.get_rank()
+    rank, backend = dist.get_rank(), backend_of(device_type)
     groups = {tuple(range(mesh.size)): dist.group.WORLD}
 
     def group(axes: tuple[str, ...]) -> dist.ProcessGroup:
         for lead in range(mesh.size):  # all ranks make all groups, in one order
             line = mesh.ranks(axes, lead)
             if line[0] == lead and line not in groups:
-                groups[line] = dist.new_group(list(line))
+                groups[line] = dist.new_group(list(line), backend=backend)
         found = groups[mesh.ranks(axes, rank)]
         assert found is not None
         return found
@@ -77,6 +77,15 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
     return Connection(mesh, rank, axes, {dims: device_mesh(dims) for dims in AT_REST})
 
 
+def backend_of(device_type: str) -> str | None:
+    """The backend of groups that only tensors on such devices go through; None: that of the whole job.
+
+    With NCCL's alone a group on GPUs needs no connections of the hosts, which gloo makes from each to each.
+    """
+    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    return backends.get("cuda") if device_type == "cuda" else None
+
+
 def _channels(mesh: Mesh, rank: int, device_type: str) -> tuple[str, ...]:
     """`Axis.channels` of ``pp``, each of which has moved a byte.
 
@@ -88,7 +97,7 @@ def _channels(mesh: Mesh, rank: int, device_type: str) -> tuple[str, ...]:
         for step in (1, -1):
             for i, source in enumerate(line):
                 ends = source, line[(i + step) % len(line)]
-                group = dist.new_group(list(ends))  # called by all ranks
+                group = dist.new_group(list(ends), backend=backend_of(device_type))  # called by all ranks
                 byte = torch.zeros(1, dtype=torch.uint8, device=device_type)
                 if rank == source:
                     dist.send(byte, ends[1], group)

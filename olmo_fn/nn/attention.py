@@ -391,7 +391,8 @@ def _attention_vjp(attend: Callable[..., Any], placed: Callable[[Tensor], Tensor
     def vjp(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Callable[..., Any]]:
         q, k, v = inputs
         out, back = attend(q, k, v, sinks=weights[0] if weights else None)
-        rows = _side_by_side(out)  # what the next product keeps as well; so the other order of the heads is not kept
+        # What the next product keeps as well; so the other order of the heads is not kept, nor does a view keep what it is of.
+        rows = _side_by_side(out).detach()
 
         def pullback(cotangent: Tensor) -> tuple[Sequence[Any], Sequence[Tensor]]:
             by_head = rows.view(*rows.shape[:2], -1, q.shape[-1]).transpose(1, 2)

@@ -142,7 +142,7 @@ def _cross_entropy_vjp(
         seen = label_rows.flatten(), None if inside is None else inside.flatten()
         h = h.flatten(0, -2)  # (N, D)
         N, V = h.shape[0], w_out.shape[0]
-        many = rows_at_once(N, V * h.element_size(), h.device.type)
+        many = rows_at_once(N, V * h.element_size(), h.is_cuda)
         w, d_w = to_large(w_out, h.dtype), None
         d_h = torch.empty_like(h)
         buffer = new_large(h, many, V)
@@ -195,17 +195,15 @@ def _through_cap(logits: Tensor, cap: float | None, *rest: Any) -> Tensor:
     return sums
 
 
-def rows_at_once(N: int, row_bytes: int, device: str) -> int:
-    """How many of ``N`` positions, with logits of ``row_bytes`` each, are a chunk on a ``device`` of this type.
+def rows_at_once(N: int, row_bytes: int, cuda: bool) -> int:
+    """How many of ``N`` positions, with logits of ``row_bytes`` each, are a chunk.
 
-    >>> rows_at_once(8192, 2 * 100352, "cpu"), rows_at_once(8192, 2 * 100352, "cuda"), rows_at_once(9000, 2 * 50304, "cuda")
-    (1024, 4096, 4500)
+    >>> rows_at_once(8192, 2 * 100352, cuda=False), rows_at_once(8192, 2 * 100352, cuda=True)
+    (1024, 4096)
     """
-    fewest, most = CUDA_LOGITS_ROWS if device == "cuda" else LOGITS_ROWS
-    at_most = max(fewest, min(most, (CUDA_LOGITS_BYTES if device == "cuda" else LOGITS_BYTES) // row_bytes))
-    if device == "cuda":  # chunks of one size, so that none is a small product, and one kernel serves all
-        return -(-N // -(-N // at_most))
-    return min(N, at_most)
+    (fewest, most), size = (CUDA_LOGITS_ROWS, CUDA_LOGITS_BYTES) if cuda else (LOGITS_ROWS, LOGITS_BYTES)
+    at_most = max(fewest, min(most, size // row_bytes))
+    return -(-N // -(-N // at_most)) if cuda else min(N, at_most)  # of one size, so that none is a small product
 
 
 def _cap(logits: Tensor, cap: float) -> Tensor:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from olmo_fn.core.primitive import VJP
 from olmo_fn.kernels import Function, Kernel
+from olmo_fn.kernels.float8 import Float8, tensors_of
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import all_gather, reduce_scatter
 from olmo_fn.nn import async_tp
 from olmo_fn.nn.context import Context
-from olmo_fn.nn.linear import Adapted, Weight, add_bias, linear
+from olmo_fn.nn.linear import Adapted, Weight, add_bias, alike, linear, matmul, times, transposed_times
 from olmo_fn.nn.sublayer import Names, Result, Sublayer
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
@@ -133,32 +134,33 @@ def gated(ctx: Context, x: Tensor, w_gate: Weight, w_up: Weight, w_down: Weight,
     """
     backend, tp, fns = ctx.backend, ctx.backend.axes.tp, ACTIVATIONS[activation]
     weights = w_gate, w_up, w_down
-    if any(isinstance(w, Adapted) for w in weights):
+    if any(isinstance(w, Adapted) for w in weights) or not alike(weights[:2]):
         gate, up = linear(backend, x, [w_gate, w_up], gather=tp)
         return linear(backend, backend.fuse(fns.gated)(gate, up), [w_down], scatter=tp)[0]
     if backend.primitive:
-        vjp = _gated_vjp(tp, backend.kernel, fns)
-        if tp.overlapped:
+        vjp = _gated_vjp(tp, backend.kernel, fns, weights)
+        if tp.overlapped and not isinstance(w_gate, Float8):
             vjp = async_tp.gated_vjp(tp, backend.kernel, fns.gated, fns.gradient)
-        return backend.primitive(vjp, weights, [x], backend.weight_grads)
+        return backend.primitive(vjp, tensors_of(weights), [x], backend.weight_grads)
     h = all_gather(x, 1, tp)
-    return reduce_scatter(fns.gated(h @ w_gate, h @ w_up) @ w_down, 1, tp)  # type: ignore[operator]
+    return reduce_scatter(matmul(fns.gated(matmul(h, w_gate), matmul(h, w_up)), w_down), 1, tp)
 
 
-def _gated_vjp(tp: Axis, kernel: Kernel, fns: ActivationFunctions) -> VJP:
+def _gated_vjp(tp: Axis, kernel: Kernel, fns: ActivationFunctions, weights: Sequence[Weight]) -> VJP:
     """Keeps what the two projections gave, not their product, which the backward kernel makes again on its way."""
 
-    def vjp(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Callable[..., Any]]:
-        (w_gate, w_up, w_down), (x,) = weights, inputs
+    def vjp(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Callable[..., Any]]:
+        (x,), read, w_down = inputs, weights[:2], weights[2:]
         B = x.shape[0]
         h = all_gather(x, 1, tp).flatten(0, 1)  # (N, D)
-        gate, up = h @ w_gate, h @ w_up
-        out = reduce_scatter((kernel(fns.gated)(gate, up) @ w_down).unflatten(0, (B, -1)), 1, tp)
+        gate, up = times(kernel, h, read)
+        (y,) = times(kernel, kernel(fns.gated)(gate, up), w_down)
+        out = reduce_scatter(y.unflatten(0, (B, -1)), 1, tp)
 
         def pullback(cotangent: Tensor) -> tuple[Sequence[Callable[[], Tensor]], Sequence[Tensor]]:
             d_out = all_gather(cotangent, 1, tp).flatten(0, 1)
-            hidden, d_gate, d_up = kernel(fns.gradient)(gate, up, d_out @ w_down.T)
-            d_h = (d_gate @ w_gate.T).addmm_(d_up, w_up.T)
+            hidden, d_gate, d_up = kernel(fns.gradient)(gate, up, transposed_times(kernel, [d_out], w_down))
+            d_h = transposed_times(kernel, [d_gate, d_up], read)
             d_weights = (lambda: h.T @ d_gate, lambda: h.T @ d_up, lambda: hidden.T @ d_out)
             return d_weights, (reduce_scatter(d_h.unflatten(0, (B, -1)), 1, tp),)
 

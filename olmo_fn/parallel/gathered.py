@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.layout import compute_copy
+from olmo_fn.core.layout import EXACT, Quantise, compute_copy
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import gather_each
 from olmo_fn.parallel import buckets
 from olmo_fn.parallel.buckets import Shard
 from olmo_fn.tree import Tree
+
+SCALES = " scales"  # behind a path: the scales of the parameter, which travel with its entries where it is quantised
 
 
 class Gathered:
@@ -26,15 +29,20 @@ class Gathered:
     Even rows of matrices arrive straight in their place, everything else in a bucket, out of which it is copied.
 
     ``subtrees`` are local shards by path; ``gathers`` says over which axis which of their leaves are gathered; what arrives is
-    in ``dtype``. ``keep``: `free` frees nothing.
+    in ``dtype``, or what ``quantise`` makes of it. ``keep``: `free` frees nothing.
     """
 
     def __init__(
-        self, subtrees: Mapping[str, Tree], gathers: Mapping[Axis, Mapping[str, Shard]], dtype: torch.dtype, keep: bool
+        self,
+        subtrees: Mapping[str, Tree],
+        gathers: Mapping[Axis, Mapping[str, Shard]],
+        dtype: torch.dtype,
+        keep: bool,
+        quantise: Quantise = EXACT,
     ) -> None:
-        self.keep, self.dtype, self.subtrees = keep, dtype, subtrees
+        self.keep, self.dtype, self.subtrees, self.quantise = keep, dtype, subtrees, quantise
         self.local = {path: leaf for top, subtree in subtrees.items() for path, leaf in tree.items(subtree, top)}
-        self.gathers = gathers
+        self.gathers = {axis: self._with_scales(shards, axis.size) for axis, shards in gathers.items()}
         self.outs: dict[str, Tensor] = {}
         self.tensors: dict[str, Tree] = {}
         self.pending: list[Callable[[], None]] = []
@@ -47,14 +55,16 @@ class Gathered:
 
     def _gather(self, axis: Axis, shards: Mapping[str, Shard]) -> Callable[[], None]:
         """Begin to gather over one axis; the result waits until all is in its place."""
-        placed = [path for path, shard in shards.items() if shard.in_place(axis.size)]
+        parts = self._parts(shards)
+        placed = [path for path, shard in shards.items() if shard.in_place(axis.size) and not path.endswith(SCALES)]
         rest = {path: shard for path, shard in shards.items() if path not in placed}
         outs = [self._whole(path, shards[path]) for path in placed]
-        xs = [compute_copy(self.local[path], self.dtype) for path in placed]
+        xs = [parts[path] if path in self.quantise.forms else compute_copy(parts[path], self.dtype) for path in placed]
         if rest:
-            parts = [self.local[path] for path in rest]
-            xs.append(buckets.pack(parts, [*rest.values()], axis.size, [self._dtype(part) for part in parts]))
+            dtypes = [self._dtype(path) for path in rest]
+            xs.append(buckets.pack([parts[path] for path in rest], [*rest.values()], axis.size, dtypes))
             outs.append(xs[-1].new_empty(axis.size * len(xs[-1])))
+        del parts
         unseen = self._unseen(placed)  # from here on: gloo's threads count the writes when they like
         with torch.no_grad():
             wait = gather_each(outs, xs, axis)
@@ -87,19 +97,44 @@ class Gathered:
     def _arrived(self) -> bool:
         return bool(self.tensors) and all(out.untyped_storage().size() for out in self.outs.values() if out.numel())
 
+    def _with_scales(self, shards: Mapping[str, Shard], n: int) -> dict[str, Shard]:
+        """What travels. ValueError for a parameter whose parts cannot be quantised each by itself."""
+        found: dict[str, Shard] = {}
+        for path, shard in shards.items():
+            found[path] = shard
+            if form := self.quantise.forms.get(path):
+                form.check_part(path, shard.dim, shard.chunk(n)[shard.dim])
+                found[path + SCALES] = Shard(form.scale_shape(shard.shape), shard.dim)
+        return found
+
+    def _parts(self, paths: Iterable[str]) -> dict[str, Tensor]:
+        """This rank's parts of what travels: as they are stored, or quantised."""
+        found: dict[str, Tensor] = {}
+        for path in paths:
+            if path in self.quantise.forms:
+                found[path], found[path + SCALES] = self.quantise.parts(path, self.local[path])
+            elif not path.endswith(SCALES):
+                found[path] = self.local[path]
+        return found
+
+    def _dtype(self, path: str) -> torch.dtype:
+        """In what something travels."""
+        if path.endswith(SCALES):
+            return torch.float32
+        return torch.uint8 if path in self.quantise.forms else compute_copy(self.local[path][:0], self.dtype).dtype
+
     def _whole(self, path: str, shard: Shard) -> Tensor:
         """The whole weight, with memory and without values."""
         if path not in self.outs:
-            self.outs[path] = self.local[path].new_empty(shard.shape, dtype=self._dtype(self.local[path]))
+            self.outs[path] = self.local[path.removesuffix(SCALES)].new_empty(shard.shape, dtype=self._dtype(path))
         out = self.outs[path]
         out.untyped_storage().resize_(out.numel() * out.element_size())
         return out
 
-    def _leaf(self, path: str, p: Tensor) -> Tensor:
-        return self.outs[path] if path in self.outs else compute_copy(p, self.dtype)
-
-    def _dtype(self, p: Tensor) -> torch.dtype:
-        return compute_copy(p[:0], self.dtype).dtype
+    def _leaf(self, path: str, p: Tensor) -> Any:
+        if path + SCALES in self.outs:
+            return self.quantise.whole(path, self.outs[path], self.outs[path + SCALES])
+        return self.outs[path] if path in self.outs else self.quantise(path, p) or compute_copy(p, self.dtype)
 
     def _unseen(self, paths: Iterable[str]) -> AbstractContextManager[None]:
         """Once it is left, autograd has not noticed that these weights were written: they hold the same values again."""

@@ -20,7 +20,20 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metric, Metrics, wide
 from olmo_fn.core.check import check_shapes, check_tensors
-from olmo_fn.core.layout import Layout, Owners, Placement, Reduction, Sharing, Weights, WeightsInUse, arrive, norms, one_launch
+from olmo_fn.core.layout import (
+    EXACT,
+    Layout,
+    Owners,
+    Placement,
+    Quantise,
+    Reduction,
+    Sharing,
+    Weights,
+    WeightsInUse,
+    arrive,
+    norms,
+    one_launch,
+)
 from olmo_fn.core.update import same_memory
 from olmo_fn.mesh.axis import Axes, Axis, ReduceDtype, chunk
 from olmo_fn.mesh.collectives import pmax, psum
@@ -206,16 +219,23 @@ class ShardedWeights(WeightsInUse):
         """How many segments' weights are on their way while one computes."""
         return self.placement.rules.prefetch
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, uncast: Collection[str] = ()) -> Weights:
-        """Begin to gather the subtrees at ``paths``; what travels is in ``dtype`` in any case."""
+    def fetch(
+        self,
+        params: Tree,
+        paths: Iterable[str],
+        dtype: torch.dtype,
+        uncast: Collection[str] = (),
+        quantise: Quantise = EXACT,
+    ) -> Weights:
+        """Begin to gather the subtrees at ``paths``; what travels is in ``dtype``, or quantised, in any case."""
         subtrees = {path: tree.at(params, path) for path in paths}
         gathers: dict[Axis, dict[str, buckets.Shard]] = {}
         for path in (path for top, part in subtrees.items() for path, _ in tree.items(part, top)):
             if (axis := self.placement.gather_axis(path)).size > 1 and path not in self.placement.rules.exchanged:
                 gathers.setdefault(axis, {})[path] = self.placement.bucket_shard(path)
         if not gathers:
-            return super().fetch(params, subtrees, dtype, uncast)
-        return Gathered(subtrees, gathers, dtype, keep=self.placement.rules.keep_gathered)
+            return super().fetch(params, subtrees, dtype, uncast, quantise)
+        return Gathered(subtrees, gathers, dtype, self.placement.rules.keep_gathered, quantise)
 
     def reduce(self, grads: dict[str, Tensor]) -> Reduction:
         """Begin to sum a segment's gradients over the ranks with other tokens; each rank keeps its shards.

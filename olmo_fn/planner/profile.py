@@ -7,7 +7,7 @@ buckets, optimizer and collectives are the ones that train.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache, partial
@@ -26,6 +26,7 @@ from olmo_fn.core.primitive import primitive
 from olmo_fn.core.tape import LOCAL_SWEEP, remat_policy
 from olmo_fn.kernels.attention_backend import AttentionBackend, Need
 from olmo_fn.kernels.attention_table import Choose
+from olmo_fn.kernels.launches import noted_launches
 from olmo_fn.mesh.axis import NAMES, Axes, Axis
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
@@ -170,7 +171,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, device: str 
         execution = replace(execution, fuse=lambda fn, *constants: trace.stage(bind(fn, *constants)), kernel=trace.kernel)
     step = replace(step, execution=execution)
     ids = torch.empty(rows, cfg.recipe.sequence_length, dtype=torch.int64, device="meta")
-    with trace, watch.on_gpu or nullcontext():
+    with noted_launches(trace.launched), trace, watch.on_gpu or nullcontext():
         with trace.purpose("parameters"):
             params = tree.map(lambda shape: torch.empty(shape, device="meta"), watch.shapes())
         with trace.purpose("optimizer"):
@@ -242,7 +243,9 @@ class Watch:
             axis = Axis() if exchanged else self.placement.gather_axis(path)
             part, whole = self.parts[self.owners[path]], self.placement.box(path, [axis.name])[1]
             copy = compute_copy(torch.empty(whole, device="meta"), dtype)
-            if (n > 1 and not exchanged) or not (copy.dtype == torch.float32 or path in self.chain.uncast):
+            if form := self.chain.float8.get(path):
+                part.weights += prod(whole) + 4 * prod(form.scale_shape(whole))
+            elif (n > 1 and not exchanged) or not (copy.dtype == torch.float32 or path in self.chain.uncast):
                 part.weights += copy.nbytes
             if is_trained(self.cfg, path):
                 part.gradients += 4 * prod(self.placement.box(path)[1])
@@ -355,10 +358,10 @@ class WatchedWeights(ShardedWeights):
 
     watch: Watch
 
-    def fetch(self, params: Tree, paths: Iterable[str], dtype: torch.dtype, uncast: Collection[str] = ()) -> Any:
+    def fetch(self, params: Tree, paths: Iterable[str], *how: Any) -> Any:
         paths, watch = tuple(paths), self.watch
         with watch.trace.purpose("weights"), watch.adding(watch.parts[watch.owners[paths[0]]].gathered):
-            return _Weights(watch.trace, super().fetch(params, paths, dtype, uncast))
+            return _Weights(watch.trace, super().fetch(params, paths, *how))
 
     def reduce(self, grads: dict[str, Tensor]) -> Reduction:
         watch, label = self.watch, self.watch.reducing(grads)

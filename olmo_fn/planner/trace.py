@@ -26,7 +26,8 @@ from olmo_fn.core.offload import Link
 from olmo_fn.planner.accelerators import tiled
 
 aten = torch.ops.aten
-PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}
+SCALED = (aten._scaled_mm, aten._scaled_mm_v2)  # in float8
+PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm], aten._scaled_mm_v2: flop_registry[aten.mm]}
 """How many FLOPs an operation has, of those that are counted: products of matrices, attention, convolutions."""
 PLAIN = (aten.mm, aten.addmm, aten.addmm_)
 EMPTY = {aten.new_empty.default, aten.empty_like.default, aten.empty.memory_format}
@@ -171,7 +172,7 @@ class Trace(TorchDispatchMode):
         rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
         full = tiled(flops, rows, columns)
         self.seen.products, self.seen.tiled = self.seen.products + flops, self.seen.tiled + full
-        self.seen.fp8 += full if kind is aten._scaled_mm else 0
+        self.seen.fp8 += full if kind in SCALED else 0
 
     def _collective(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, x = func._schema.name.split("::")[1], args[0]
@@ -249,6 +250,11 @@ class Trace(TorchDispatchMode):
             return out
 
         return run
+
+    def launched(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """A kernel of our own, which reads or writes each of these once."""
+        self.seen.launches["eager"] += not self._on_chip
+        self._moved(tensors, ())
 
     def _called(self, inputs: Any, outputs: Any) -> None:
         self.seen.launches["compiled"] += not self._on_chip

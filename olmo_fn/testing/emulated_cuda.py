@@ -7,6 +7,7 @@ be compared with what they say on a CPU. An operation on tensors of both devices
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,6 +59,9 @@ class CudaTensor(Tensor):
         """The memory of the values."""
         return self.host.untyped_storage()
 
+    def record_stream(self, stream: Any) -> None:
+        """Nothing: memory here is not taken again while something uses it."""
+
     def tolist(self) -> Any:
         """The values, copied to the CPU."""
         return self.cpu().tolist()
@@ -101,11 +105,12 @@ def to_host(x: Any) -> Any:
     return CPU if isinstance(x, torch.device) and x.type == "cuda" else x
 
 
-def emulate() -> None:
-    """From now on, and for the life of the process, ``device="cuda"`` is this device."""
+@cache
+def emulate() -> torch.library.Library:
+    """From now on, and for the life of the process, ``device="cuda"`` is this device; what is returned keeps it so."""
     library = torch.library.Library("_", "IMPL")
     library.fallback(run, "CUDA")
     inference = torch.inference_mode  # its tensors cannot be wrapped
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode is True else inference(mode)  # type: ignore
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is made on the CPU and copied
-    emulate.library = library  # type: ignore[attr-defined]  # it ends with its object
+    return library

@@ -138,6 +138,8 @@ def serve(descriptor: int) -> None:
 class Nothing:
     """A stream or an event of a device that does nothing: it is always done."""
 
+    device = torch.device("cuda", 0)
+
     def __enter__(self) -> None: ...
 
     def __exit__(self, *exception: object) -> None: ...

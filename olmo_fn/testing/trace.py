@@ -10,7 +10,7 @@ import math
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import olmo_fn
 from olmo_fn.core.step import Step
+from olmo_fn.kernels.launches import noted_launches
 
 aten = torch.ops.aten
 PACKAGE, TORCH = Path(olmo_fn.__file__).parent, Path(torch.__file__).parent
@@ -103,6 +104,8 @@ class Trace(TorchDispatchMode):
     (0, 128)
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.seen = Seen()
@@ -127,6 +130,11 @@ class Trace(TorchDispatchMode):
             if func in WAITS or "DataDependent" in type(error).__name__:
                 raise RuntimeError(f"{place()}: {func} asks a fake tensor for its values") from error
             raise
+        if isinstance(func, HigherOrderOperator):  # flex_attention, and its like: a kernel that is compiled
+            if not self._inside:
+                self.seen.launches[func.name()] += 1
+                self._made(args, out)
+            return out
         name = func._schema.name
         if func.namespace in ("_c10d_functional", "c10d"):
             self._collective(name.split("::")[1], args, out)
@@ -184,13 +192,22 @@ class Trace(TorchDispatchMode):
             return out
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        self._triton = noted_launches(self._launched)
+        self._triton.__enter__()
         self._eager = torch.compiler.set_stance("force_eager")  # what compiles itself is seen as it is
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         self._eager.__exit__(None, None, None)
+        self._triton.__exit__(None, None, None)
         super().__exit__(*exception)
+
+    def _launched(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """A kernel of our own, which reads or writes each of these once."""
+        if not self._inside:
+            self.seen.launches[name] += 1
+            self._moved(tensors)
 
     # --- compiled calls -----------------------------------------------------------------------------------------------
 
@@ -240,19 +257,6 @@ class Trace(TorchDispatchMode):
         if not self._inside:
             self._moved(inputs, results)
             self.holds(results)
-
-
-def _flex(op: Any, trace: Trace, *args: Any, **kwargs: Any) -> Any:
-    """FlexAttention is no operation that a mode is asked about, but one of higher order: it is a launch, too."""
-    out = op(*args, **kwargs)
-    if not trace._inside:
-        trace.seen.launches[op.name()] += 1
-    trace._made(args, out)
-    return out
-
-
-for op in (flex_attention, flex_attention_backward):
-    op.py_impl(Trace)(partial(_flex, op))
 
 
 class _Stage(Function):

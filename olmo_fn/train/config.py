@@ -135,6 +135,11 @@ class Recipe:
     """Report the gradient noise scale in tokens, averaged with this decay, such as 0.99; 0 does not. Needs accumulate."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 where the processor multiplies it natively. Parameters are fp32 always."""
+    float8: Literal["none", "rowwise", "mx"] = "none"
+    """Multiply by the blocks' matrices in float8: rowwise with a scale for each row, mx (MXFP8) for each 32 entries. For GPUs
+    from Ada and Hopper on, mx from Blackwell on; a CPU emulates both, slowly."""
+    float8_skip: tuple[str, ...] = ()
+    """Patterns of matrices to leave out of it, such as "blocks.0.*"."""
     accumulate: Annotated[int, Range(1, 1 << 24), INVISIBLE] = 1
     """Parts in which a batch is computed, to save memory (invisible)."""
     micro_batch: Annotated[int, INVISIBLE] = 0

@@ -21,7 +21,7 @@ def prepare_environment() -> None:
     """Set what is not set yet; call it before torch is imported, or it does nothing."""
     if "torch" not in sys.modules:
         for name, value in SETTINGS.items():
-            if OLDER.get(name, name) not in os.environ:
+            if OLDER.get(name, "") not in os.environ:
                 os.environ.setdefault(name, value)
 
 

@@ -15,21 +15,62 @@ from pathlib import Path
 
 import torch
 
+from olmo_fn.launch.place import Place
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is cuda when there is one.
+DEVICES = Path("/dev")
+"""Where the driver shows its GPUs."""
+
+
+def pick_device(name: str, place: Place | None = None) -> torch.device:
+    """The device of that name; ``auto`` is cuda when there is one. ValueError for one that cannot be used.
+
+    Of a process among others, which has a ``place``, its own GPU, before anything is made on another: the ``local_rank``-th of
+    those that it sees, or its only one, as Slurm shows it.
 
     >>> pick_device("cpu")
     device(type='cpu')
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and (reason := unusable_gpu()):
+            raise ValueError(reason)
     try:
         device = torch.device(name)
+        if device.type == "cuda" and place and place.size > 1:
+            device = torch.device("cuda", own_gpu(place, torch.cuda.device_count()))
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--run.device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def own_gpu(place: Place, gpus: int) -> int:
+    """Which of the ``gpus`` that a process sees is its own; ValueError where several would share one.
+
+    >>> own_gpu(Place(rank=9, size=16, local_rank=1, local_size=8), gpus=8), own_gpu(Place(9, 16, 1, 8), gpus=1)
+    (1, 0)
+    """
+    if 1 < gpus < place.local_size:
+        raise ValueError(f"{place.local_size} processes on this machine for {gpus} GPUs: start one for each, --nproc {gpus}")
+    return place.local_rank % max(1, gpus)
+
+
+def unusable_gpu() -> str:
+    """Why torch, made for CUDA, cannot use a GPU that is there and not hidden, in one line; empty otherwise."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not torch.version.cuda or hidden or not any(DEVICES.glob("nvidia[0-9]*")):
+        return ""
+    try:
+        torch.cuda.init()
+        why = "it finds none"
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].split(". ")[0]
+    return (
+        f"there is a GPU that torch {torch.__version__} for CUDA {torch.version.cuda} cannot use ({why}): update its driver, "
+        "for CUDA 13 to 580 or newer, or install torch for an older CUDA (--index-url https://download.pytorch.org/whl/cu126); "
+        "--run.device cpu goes on without it"
+    )
 
 
 def prepare(device: torch.device) -> None:
@@ -49,6 +90,18 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def check_float8(recipe: str, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError for products in float8 on a GPU that has none, or with another dtype than they give."""
+    if recipe == "none" or device.type != "cuda":
+        return
+    have, need = torch.cuda.get_device_capability(device), (10, 0) if recipe == "mx" else (8, 9)
+    if have < need:
+        name, since = torch.cuda.get_device_name(device), "Blackwell" if recipe == "mx" else "Ada and Hopper"
+        raise ValueError(f"--recipe.float8 {recipe} needs a GPU of {since} or later, and {name} is older; leave it out")
+    if dtype != torch.bfloat16:
+        raise ValueError(f"--recipe.float8 {recipe} needs --recipe.dtype bfloat16 on a GPU, not {str(dtype)[6:]}")
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from olmo_fn.checkpoint import Ranks
 from olmo_fn.launch.monitor import monitor
+from olmo_fn.launch.place import place_from_env
 from olmo_fn.launch.process import Process, agree, code_hash, init_process_group, rendezvous
 from olmo_fn.mesh.connect import Connection, connect
 from olmo_fn.train import machine
@@ -68,7 +69,7 @@ def join(cfg: Config) -> Iterator[ProcessContext]:
     If another process fails inside the block, this one ends, and says why. ValueError if the processes do not fill the mesh,
     or run another program or config than the first.
     """
-    device, timeout = machine.pick_device(cfg.run.device), cfg.run.stall_timeout
+    device, timeout = machine.pick_device(cfg.run.device, place_from_env()), cfg.run.stall_timeout
     process = rendezvous(timeout)
     cfg.check_processes(process.size)
     try:
@@ -76,9 +77,7 @@ def join(cfg: Config) -> Iterator[ProcessContext]:
             if process.size == 1:
                 yield ProcessContext(device, process, step_done=step_done)
                 return
-            init_process_group(process, device.type, timeout + 60)  # so that the monitor names who stands still
-            if device.type == "cuda":
-                device = torch.device("cuda", process.local_rank)
+            init_process_group(process, device, timeout + 60)  # so that the monitor names who stands still
             agree(code_hash(), "program", process)
             agree(to_yaml(replace(cfg, run=replace(cfg.run, threads=0))), "config", process)
             ranks = Ranks(process.rank, process.size, dist.PrefixStore("checkpoint", process.store))

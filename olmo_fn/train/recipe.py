@@ -37,6 +37,7 @@ from olmo_fn.transforms import (
     train_only,
     unit_params,
 )
+from olmo_fn.transforms.float8 import float8
 from olmo_fn.transforms.lora import lora, lora_specs
 from olmo_fn.tree import Tree
 
@@ -49,6 +50,7 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connecti
     return pipe(
         cfg.loss.build(cfg.model),
         *given(cfg.lora.rank, lambda _: lora({"lora": specs["lora"]}, cfg.lora.alpha)),
+        *given(r.float8 != "none" and r.float8, lambda kind: float8(kind, r.float8_skip)),
         grad(r.engine, r.remat, dtype),
         accumulate_measured(r.accumulate) if r.noise_scale else accumulate(r.accumulate),
         *given(r.clip_value, clip_value),

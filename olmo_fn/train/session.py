@@ -54,6 +54,7 @@ def open_run(run: Session | Config | str | Path, process: ProcessContext | None 
     process = process or ProcessContext(machine.pick_device(cfg.run.device))
     machine.prepare(process.device)
     dtype = machine.compute_dtype(cfg.recipe.dtype, process.device)
+    machine.check_float8(cfg.recipe.float8, process.device, dtype)
     return Session(cfg, folder, process, dtype, parameters(cfg))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Chain, LossFunction, Metrics, Stage
-from olmo_fn.core.pipe import Loss, Transform
+from olmo_fn.core.pipe import QUANTISES, Loss, Transform
 from olmo_fn.mesh.axis import Axes, CPMethod
 from olmo_fn.nn.linear import Adapted
 from olmo_fn.spec import Init, Spec
@@ -91,7 +91,8 @@ def lora(adapters: Tree, alpha: float = 16.0) -> Transform[Loss, Loss]:
 
         return replace(loss, fn=replace(chain, check=check, specs=chain.specs and {**chain.specs, **adapters}))
 
-    return Transform(f"lora(alpha={alpha})", Loss, Loss, apply)
+    late = {QUANTISES: "would adapt weights that are quantised already"}
+    return Transform(f"lora(alpha={alpha})", Loss, Loss, apply, not_after=late)
 
 
 def lora_loss(loss: LossFunction, alpha: float) -> LossFunction:

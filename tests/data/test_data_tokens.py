@@ -51,7 +51,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"odd\.npy' has 6 bytes.* 4 bytes of uint32; .* uint8 or uint16 would fit"):
         open_tokens(str(tmp_path / "odd.npy"), "uint32")
     np.save(tmp_path / "numpy.npy", np.arange(4))
-    with pytest.raises(ValueError, match=r"numpy\.npy' has a NumPy header, token files have none"):
+    with pytest.raises(ValueError, match=r"numpy\.npy' has a NumPy header, of an array"):
         open_tokens(str(tmp_path / "numpy.npy"), "uint16")
 
 

@@ -296,7 +296,7 @@ def test_a_mixer_is_planned(part, folder):
     model = Model(d_model=64, n_layers=5, vocab_size=501, block=Block(mixer=mixer, feed_forward=SwiGLU(hidden_size=161)))
     shape = {"batch_size": 8, "sequence_length": 128, "compile": False, "dtype": "float32"}
     for remat in ("none", "full"):
-        plan = check(PlanInput(Config(model, recipe=Recipe(**shape, remat=remat), run=Run(steps=5000)), Mesh()))
+        plan = check(PlanInput(Config(model, recipe=Recipe(**shape, remat=remat), run=Run(steps=5000)), Mesh(), "cpu"))
         measured = plan_ranks.single_peak(plan.cfg, getattr(torch, plan.dtype))
         assert peak_memory(plan, profile_of(plan)).total == pytest.approx(measured, rel=0.002, abs=100)
 

@@ -13,7 +13,6 @@ from olmo_fn.models.config import dense
 from olmo_fn.nn.context import Context
 from olmo_fn.nn.cross_entropy import CUDA_LOGITS_ROWS, cross_entropy
 from olmo_fn.testing import FakeCuda, Seen
-from olmo_fn.testing.emulated_cuda import emulate
 from olmo_fn.train.config import Config, Recipe, Run
 
 MODEL = dense(256, 3, 2, 512, vocab_size=512)
@@ -69,7 +68,6 @@ def test_the_products_add_up_in_fp32(fake_cuda: FakeCuda, N: int, chunks: int):
 
 def on_both(N: int, V: int, D: int) -> list[float]:
     """How far bf16 gradients are from fp64 ones: of the emulated device, whose sums are fp32, and of the CPU."""
-    emulate()
     products(torch.library.Library("aten", "IMPL"))
     weight, h = torch.randn(V, D), torch.randn(1, N, D).bfloat16()
     exact, *others = (
@@ -97,10 +95,9 @@ def products(library: torch.library.Library) -> None:
     library.impl("addmm.dtype_out", addmm, "CPU")
 
 
-def test_numbers_of_many_chunks():
+def test_numbers_of_many_chunks(fake_cuda: FakeCuda):
     """Two chunks and a bit: as near to the exact gradients as the CPU's, or nearer."""
-    with FakeCuda() as process:
-        loss, d_w, d_h, *cpu = process.run(on_both, 2 * CUDA_LOGITS_ROWS[1] + 100, 64, 16)
+    loss, d_w, d_h, *cpu = fake_cuda.run(on_both, 2 * CUDA_LOGITS_ROWS[1] + 100, 64, 16)
     assert loss <= 1.01 * cpu[0] + 1e-6
     assert d_w <= 1.01 * cpu[1]
     assert d_h <= 1.01 * cpu[2]

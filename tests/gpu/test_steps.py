@@ -63,7 +63,7 @@ def nothing_is_waited_for(seen: Seen) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(fake_cuda: FakeCuda, name: str):
-    model = next(iter(FAMILIES[name].values()))
+    model = [*FAMILIES[name].values()][-1]  # the largest: its heads are those that kernels for GPUs take
     model = replace(model, n_layers=max(1, len(model.block.mixer.window_pattern)))
     cfg = replace(BASE, model=model, recipe=replace(BASE.recipe, normalize=model.init_method == "normalized"))
     nothing_is_waited_for(fake_cuda.run(traced_step, cfg))

@@ -4,8 +4,6 @@ whose Triton interprets. The interpreter cuts fp32 off where a GPU rounds to bf1
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from helpers import batch_of
@@ -73,7 +71,7 @@ def test_rotated_norms(norm, dtype, heads, documents):
     cotangents = tuple(torch.randn_like(x) for x in expected)
     gradients = torch.autograd.grad(expected, (*gains, *xs), cotangents)
     with torch.no_grad():
-        got, pullback = rotated_norms_vjp(xs, gains, cos, sin, 1e-6, norm == "full", processors=3)
+        got, pullback = rotated_norms_vjp(xs, gains, cos, sin, 1e-6, norm == "full")
         by_head, by_position = cotangents, tuple(c.transpose(1, 2).contiguous().transpose(1, 2) for c in cotangents)
         for order in (by_head, by_position):
             d_gains, d_xs = pullback(order)
@@ -109,7 +107,6 @@ def test_a_step_uses_them(monkeypatch, dtype):
     monkeypatch.setattr(attention, "on_triton", seen)
     monkeypatch.setattr(cross_entropy, "on_triton", seen)
     monkeypatch.setattr(attention, "memory_order", lambda attend: attention.BY_POSITION)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=1))
     got = gradients(lambda fn: fn)
     assert len(used) == 3  # two layers and a head
     for path, d in tree.items(plain.tree):

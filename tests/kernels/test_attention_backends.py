@@ -4,6 +4,8 @@ Nobody has run the kernels of a GPU here. What they promise is computed in fp64 
 runs over the code that hands rows, keys, windows and documents over to them. FlexAttention runs itself.
 """
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from flash_contract import promised
@@ -22,18 +24,31 @@ from test_attention import (
 from torch.nn.attention import flex_attention as flex
 from torch.testing import assert_close
 
+from olmo_fn import tree
+from olmo_fn.core.gradients import Execution
+from olmo_fn.core.pipe import accumulate, grad, pipe
 from olmo_fn.kernels import attention_flex
 from olmo_fn.kernels.attention import attend, attend_masked, document_starts
 from olmo_fn.kernels.attention_backend import HALF, Need, Scores
+from olmo_fn.kernels.attention_cpu import WHOLE
 from olmo_fn.kernels.attention_cudnn import CUDNN
 from olmo_fn.kernels.attention_flash import ATEN, FLASH, FLASH_3, FlashKernels, flash_backend
 from olmo_fn.kernels.attention_flex import FLEX
 from olmo_fn.kernels.attention_package import PACKAGE
+from olmo_fn.kernels.attention_sight import Sight
 from olmo_fn.kernels.attention_table import BACKENDS, choose
 from olmo_fn.kernels.packing import Packing
 from olmo_fn.kernels.tiles import TILES
 from olmo_fn.mesh.mesh import Mesh
+from olmo_fn.models import transformer
+from olmo_fn.models.batch import with_packing
+from olmo_fn.models.config import Attention, dense
+from olmo_fn.spec import init
+from olmo_fn.train.check_attention import attention_of, check_attention
+from olmo_fn.train.config import Config, Recipe, Run
+from olmo_fn.train.recipe import recipe
 
+CPU = torch.device("cpu")
 H100 = Need("cuda", torch.bfloat16, 128, capability=(9, 0))
 
 
@@ -318,3 +333,91 @@ def test_packing_pads_to_few_shapes():
     assert packing.longest == 8
     assert packing.cumulative(0, 8).tolist() == [0, 2, 3, 8, 8, 16, 16, 16, 16]
     assert packing.cumulative(2, 3).tolist() == [0, 0, 1, 3, 3, 6, 6, 6, 6]
+
+
+# --- a model ----------------------------------------------------------------------------------------------------------
+
+MIXER = Attention(n_heads=4, n_kv_heads=2, window_pattern=(5, -1), qk_norm="head", gate="head", sinks=True)
+MODEL = dense(32, 3, 4, 48, vocab_size=40)
+MODEL = replace(MODEL, block=replace(MODEL.block, mixer=MIXER))
+
+
+def documents_of(rows, length):
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 40, (rows, length + 1), generator=g)
+    documents = (torch.rand(rows, length, generator=g) < 0.2).cumsum(1)
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "documents": documents}
+
+
+def gradients(batch, *transforms, attention=None, remat="none", engine="tape"):
+    found = pipe(transformer.loss(MODEL), grad(engine, remat, DOUBLE), *transforms)
+    execution = Execution(dtype=DOUBLE) if attention is None else Execution(dtype=DOUBLE, attention=attention)
+    return found(init(transformer.specs(MODEL), seed=0, dtype=DOUBLE), batch, execution)[0]
+
+
+@pytest.mark.parametrize("remat", ["none", "selective", "full"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_on_the_order_of_memory_that_fused_kernels_take(kernels, packed, remat):
+    """Law 9 of a whole model: heads stay where projections leave them, and documents come as lengths, also in parts."""
+    batch = documents_of(4, 24)
+    expected = gradients(batch, engine="func")
+    given = with_packing(batch, torch.device("cuda")) if packed else batch
+    seen = []
+    found = gradients(given, accumulate(2), attention=lambda need: seen.append(need) or FLASH, remat=remat)
+    for path, leaf in tree.items(expected):
+        assert_close(tree.at(found, path), leaf, rtol=1e-9, atol=1e-12, msg=path)
+    assert {need.window for need in seen} == {True, False}
+    assert all(need.documents and need.grouped and need.part == "whole" for need in seen)
+
+
+def test_a_setting_is_what_attends():
+    cfg = Config(MODEL, recipe=Recipe(attention="tiles"), run=Run(steps=5000))
+    fp32 = Need("cpu", torch.float32, 8)
+    assert recipe(cfg).execution.attention(fp32) is TILES
+    assert recipe(replace(cfg, recipe=Recipe())).execution.attention(fp32) is WHOLE
+    assert recipe(attention_of(replace(cfg, recipe=Recipe(attention="flash")), CPU)).execution.attention(fp32) is WHOLE
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"attention": "flash"}, "flash needs a GPU; choose tiles, or auto"),
+        ({"attention": "cudnn", "engine": "func"}, "func attends by plain operations, and not by cudnn"),
+    ],
+)
+def test_what_cannot_attend_is_refused_before_anything_runs(changes, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        check_attention(Config(MODEL, recipe=Recipe(**changes)), CPU, torch.bfloat16)
+
+
+def test_layers_are_looked_at_one_by_one():
+    """On an H100 cuDNN has the full layers, and is refused for those with windows."""
+    form = MIXER.form(MODEL, 0)
+    need = form.need(CPU, torch.bfloat16, 24, documents=False)._replace(device="cuda", capability=(9, 0))
+    with pytest.raises(ValueError, match="cudnn has no windows; choose flash, flex, tiles, or auto"):
+        choose("cudnn", need)
+    assert not MIXER.form(MODEL, 0).need(CPU, torch.bfloat16, 5, documents=False).window  # as long as the sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Attention):
+    def attend(self):
+        return TILES
+
+
+def test_a_mixer_with_a_way_of_its_own_is_asked_for_none():
+    model = replace(MODEL, block=replace(MODEL.block, mixer=Own(n_heads=4)))
+    with pytest.raises(ValueError, match=r"attends in a way of its own; leave out --recipe\.attention"):
+        check_attention(Config(model, recipe=Recipe(attention="tiles")), CPU, torch.float32)
+
+
+@pytest.mark.slow
+def test_flex_attention_compiled_for_a_cpu_agrees_with_tiles():
+    """Its forward pass, by Inductor, which has no log-sum-exp there: a window, documents, grouped heads and a cap at once."""
+    q, k, v, _, documents = tensors(4, 2, length=300, dtype=torch.float32)
+    q, k, v = (x[..., :4].repeat(1, 1, 1, 4) / 2 for x in (q, k, v))
+    scores = Scores(Sight(40, documents), 3.0)
+    mask, capped = attention_flex._block_mask(scores.sight, q, k), attention_flex._soft_cap(3.0)
+    with torch.no_grad():
+        out = attention_flex.compiled_flex()(q, k, v, score_mod=capped, block_mask=mask, enable_gqa=True)
+    assert_close(out, TILES.forward(scores, q, k, v)[0], rtol=1e-5, atol=1e-5)

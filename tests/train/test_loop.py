@@ -5,6 +5,8 @@ import gc
 import io
 import json
 import math
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from olmo_fn.models.config import dense
 from olmo_fn.models.count import flops_per_token
 from olmo_fn.train import machine
 from olmo_fn.train.config import Config, Growth, Recipe, Run
+from olmo_fn.train.environment import prepare_environment
 from olmo_fn.train.events import Evaluated, Observer, Said, Saved, Started, Stepped, Stopped
 from olmo_fn.train.loop import OBSERVER, Stop, events, train
 from olmo_fn.train.meter import InFlight, Meter, Moment, agrees
@@ -256,3 +259,13 @@ def test_capture_on_a_cpu_is_refused_before_anything_is_written(cfg):
     with pytest.raises(ValueError, match=r"--recipe\.capture makes a CUDA graph of a step, and this trains on the cpu"):
         quietly(replace(cfg, recipe=replace(cfg.recipe, capture=True)))
     assert not Path(cfg.run.folder).exists()
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, None)])
+def test_the_environment_before_torch(monkeypatch, given, expected):
+    """What is not set is; a setting by its older name stays the only one."""
+    monkeypatch.setattr(os, "environ", dict(given))
+    monkeypatch.delitem(sys.modules, "torch")
+    prepare_environment()
+    assert (os.environ.get("PYTORCH_ALLOC_CONF") or "").split(",")[0] == (expected or "")
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"

@@ -1,0 +1,71 @@
+"""A local HTTP server of files with ranges and ETags, which can be told to fail in the ways that real ones do."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Objects(dict):
+    """Objects by path; ``fail`` says how many of the next requests for a range fail, and how: a status, ``cut``, or seconds."""
+
+    def __init__(self):
+        super().__init__()
+        self.fail = []
+        self.requests = []
+        self.delay = 0.0
+
+
+@contextmanager
+def serving():
+    """The objects that are served, and the address of the server."""
+    objects = Objects()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            data, ranged = objects.get(self.path.lstrip("/")), self.headers.get("Range")
+            objects.requests.append((self.command, self.path, ranged))
+            time.sleep(objects.delay)
+            failure = objects.fail.pop(0) if ranged and objects.fail else None
+            if data is None or isinstance(failure, int):
+                return self.answer(404 if data is None else failure, b"")
+            start, stop = 0, len(data)
+            if ranged:
+                first, last = ranged.removeprefix("bytes=").split("-")
+                start, stop = int(first), min(int(last) + 1, stop)
+            headers = {"ETag": f'"{hashlib.md5(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+            headers["Last-Modified"] = "Sat, 28 Nov 2026 12:00:00 GMT"
+            if ranged:
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            self.answer(206 if ranged else 200, data[start:stop], headers, cut=failure == "cut")
+
+        def answer(self, status, body, headers=None, cut=False):
+            self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body[: len(body) // 2] if cut else body)
+            if cut:
+                self.close_connection = True
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield objects, f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,180 @@
+"""Token files elsewhere: the same tokens as on a disk, whatever the server does; pages that processes share; errors by name."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from object_server import serving
+
+from olmo_fn.data import stores
+from olmo_fn.data.identity import difference, identity
+from olmo_fn.data.settings import Data
+from olmo_fn.data.sizes import constant_sizes
+from olmo_fn.data.source import open_data
+from olmo_fn.data.stores import head, is_remote, listed, trim
+from olmo_fn.data.tokens import expand, open_tokens, read_tokens
+
+TOKENS = np.random.default_rng(0).integers(0, 250, 1_400_000).astype("<u2")  # almost three pages
+
+
+@pytest.fixture
+def server():
+    with serving() as (objects, address):
+        objects["a.npy"] = TOKENS.tobytes()
+        yield objects, address
+
+
+@given(st.lists(st.tuples(st.integers(0, len(TOKENS)), st.integers(0, 600_000)), min_size=1, max_size=5), st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_ranges_are_those_of_the_file(tmp_path_factory, ranges, keep):
+    with serving() as (objects, address):
+        objects["a.npy"] = TOKENS.tobytes()
+        file = open_tokens(f"{address}/a.npy", "uint16", tmp_path_factory.mktemp("pages") if keep else None, 10**9)
+        assert file.num_tokens == len(TOKENS)
+        for start, count in ranges:
+            stop = min(start + count, len(TOKENS))
+            assert np.array_equal(read_tokens(file, start, stop), TOKENS[start:stop])
+
+
+def test_pages_are_read_once_and_shared(server, tmp_path):
+    objects, address = server
+    file = open_tokens(f"{address}/a.npy", "uint16", tmp_path, 10**9)
+    threads = [threading.Thread(target=read_tokens, args=(file, i * 1000, 900_000 + i)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    objects.requests.clear()
+    assert np.array_equal(read_tokens(file), TOKENS)
+    again = open_tokens(f"{address}/a.npy", "uint16", tmp_path, 10**9)  # another process would make the same value
+    assert np.array_equal(read_tokens(again), TOKENS)
+    ranges = [ranged for _, _, ranged in objects.requests if ranged]
+    assert ranges == [f"bytes={2 << 20}-{len(objects['a.npy']) - 1}"]  # the one page that was not there yet
+    assert not list(tmp_path.rglob("*.draft"))
+
+
+@pytest.mark.parametrize("failures", [[503, 503], ["cut"], [500, "cut", 503]])
+def test_failures_are_waited_out(server, tmp_path, failures):
+    objects, address = server
+    file = open_tokens(f"{address}/a.npy", "uint16", tmp_path, 10**9)
+    objects.fail = list(failures)
+    assert np.array_equal(read_tokens(file), TOKENS)
+    assert not objects.fail
+
+
+def test_a_changed_or_vanished_object_is_named(server, tmp_path):
+    objects, address = server
+    file = open_tokens(f"{address}/a.npy", "uint16", tmp_path, 10**9)
+    before = identity([(file.path, file.dtype)])
+    objects["a.npy"] = TOKENS[::-1].tobytes()
+    with pytest.raises(ValueError, match=r"a\.npy has changed since the run opened it"):
+        read_tokens(file, 1_000_000, 1_000_100)
+    assert difference(before, identity([(file.path, file.dtype)])).endswith("has another content than it had")
+    assert np.array_equal(read_tokens(open_tokens(file.path, "uint16", tmp_path, 10**9)), TOKENS[::-1])
+    del objects["a.npy"]
+    with pytest.raises(ValueError, match=r"a\.npy is not there"):
+        read_tokens(file, 1_000_000, 1_000_100)
+    with pytest.raises(ValueError, match=r"b\.npy is not there"):
+        head(f"{address}/b.npy")
+
+
+def test_a_server_that_is_away_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(stores, "RETRIES", 1)
+    stores._store.cache_clear()
+    with pytest.raises(ValueError, match=r"cannot read http://127\.0\.0\.1:9/a\.npy") as found:
+        head("http://127.0.0.1:9/a.npy")
+    stores._store.cache_clear()
+    assert "\n" not in str(found.value)
+
+
+def test_a_cache_that_is_full_or_cannot_be_written_costs_no_token(server, tmp_path):
+    objects, address = server
+    (tmp_path / "file").touch()
+    file = open_tokens(f"{address}/a.npy", "uint16", tmp_path / "file" / "pages", 10**9)
+    with pytest.warns(UserWarning, match="cannot keep pages"):
+        assert np.array_equal(read_tokens(file), TOKENS)
+    small = open_tokens(f"{address}/a.npy", "uint16", tmp_path / "small", 1 << 20)
+    assert np.array_equal(read_tokens(small), TOKENS)
+    assert trim(tmp_path / "small", 1 << 20) <= 1 << 20
+    assert np.array_equal(read_tokens(small), TOKENS)
+    page = next((tmp_path / "small").glob("*/*"))
+    os.truncate(page, 100)  # as a disk that was full leaves it
+    assert np.array_equal(read_tokens(small), TOKENS)
+    objects.clear()
+
+
+def test_a_run_reads_the_same_batches_from_elsewhere(server, tmp_path):
+    _, address = server
+    TOKENS.tofile(tmp_path / "a.npy")
+    sources = [
+        open_data(Data((path,), dtype="uint16", eos_id=0, cache_dir=str(tmp_path / "cache")), 256, constant_sizes(4, 64))
+        for path in (str(tmp_path / "a.npy"), f"{address}/a.npy")
+    ]
+    for step in (0, 7, 5000):
+        here, there = (source.train(step) for source in sources)
+        assert all(here[name].equal(there[name]) for name in here)
+    with pytest.raises(ValueError, match="take it out of one"):
+        open_data(Data((f"{address}/a.npy",), (f"{address}/a.npy",), dtype="uint16"), 256, constant_sizes(4, 64))
+
+
+def test_addresses():
+    assert is_remote("gs://bucket/a.npy")
+    with pytest.raises(ValueError, match=r"ftp:// is nothing that is read; there are http://"):
+        is_remote("ftp://a/b.npy")
+    with pytest.raises(ValueError, match="http cannot list files"):
+        listed("http://a/*.npy")
+    with pytest.raises(ValueError, match="names no bucket"):
+        stores.store_of("s3:///a.npy")
+
+
+def test_r2_says_which_variable_is_missing(monkeypatch):
+    monkeypatch.delenv("R2_ENDPOINT_URL", raising=False)
+    stores._store.cache_clear()
+    with pytest.raises(ValueError, match="R2_ENDPOINT_URL is not set"):
+        head("r2://bucket/a.npy")
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """A server that speaks S3, with a bucket."""
+    moto = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "ENDPOINT_URL": f"http://{host}:{port}"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    client = boto3.client("s3", region_name="us-east-1", endpoint_url=f"http://{host}:{port}")
+    client.create_bucket(Bucket="tokens")
+    stores._store.cache_clear()
+    yield client
+    server.stop()
+    stores._store.cache_clear()
+
+
+def test_s3(s3, tmp_path, monkeypatch):
+    for name in ("part-1.npy", "part-0.npy", "other.npy"):
+        s3.put_object(Bucket="tokens", Key=f"web/{name}", Body=TOKENS.tobytes())
+    assert expand(["s3://tokens/web/part-*.npy"]) == ("s3://tokens/web/part-0.npy", "s3://tokens/web/part-1.npy")
+    with pytest.raises(ValueError, match="no token file matches 's3://tokens/web/x-"):
+        expand(["s3://tokens/web/x-*.npy"])
+    file = open_tokens("s3://tokens/web/part-0.npy", "uint16", tmp_path, 10**9)
+    assert np.array_equal(read_tokens(file, 100, 500_000), TOKENS[100:500_000])
+    s3.put_object(Bucket="tokens", Key="web/part-0.npy", Body=TOKENS[::-1].tobytes())
+    with pytest.raises(ValueError, match="has changed since the run opened it"):
+        read_tokens(file, 1_300_000, 1_300_010)
+    with pytest.raises(ValueError, match=r"s3://tokens/web/no\.npy is not there"):
+        head("s3://tokens/web/no.npy")
+
+
+def test_numpy_headers_are_passed_over(tmp_path):
+    np.save(tmp_path / "a.npy", TOKENS[:1000])
+    file = open_tokens(str(tmp_path / "a.npy"), "uint16")
+    assert file.num_tokens == 1000
+    assert np.array_equal(read_tokens(file, 10, 20), TOKENS[10:20])
+    np.save(tmp_path / "b.npy", TOKENS[:1000].reshape(10, 100))
+    with pytest.raises(ValueError, match=r"of an array \(10, 100\) of uint16, and not of a row of uint16"):
+        open_tokens(str(tmp_path / "b.npy"), "uint16")
