@@ -34,7 +34,7 @@ KNOWS: dict[str, set[str]] = {
     "parallel": CORE,
     "research": CORE,
     "testing": CORE | {"parallel"},
-    "data": CORE | {"progress", "fields", "picture"},
+    "data": CORE | {"progress", "fields", "files", "picture"},
     "checkpoint": GROUND | {"mesh", "files"},
     "launch": set(),
     "formats": MODEL | {"data", "checkpoint", "fields", "files", "progress"},

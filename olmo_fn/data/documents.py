@@ -1,4 +1,4 @@
-"""Documents out of text, JSON lines and parquet files.
+"""Documents out of text, JSON lines and tables.
 
 They come in chunks that are the same however many processes work on them.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from olmo_fn.data.inputs import HEAD, kind, opened
+from olmo_fn.data.tables import csv_rows, table
 
 CHUNK_BYTES = 1 << 20
 LINE_BYTES = 1 << 26  # tokenizing needs several times as much memory
@@ -23,14 +23,21 @@ FILE_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some documents: text files, lines of one file, or a row group of one parquet file."""
+    """Some documents: text files, lines or rows of one file, or a group of rows of one table."""
 
     paths: tuple[str, ...]
     size: int
     """Its part of the input files' bytes on disk, for progress."""
     lines: tuple[bytes, ...] = ()
     first: int = 0
-    """Number of the first line (from 1), or of the row group."""
+    """Number of the first line (from 1), or of the group of rows."""
+    rows: tuple[tuple[int, dict[str, str]], ...] = ()
+    """Rows of a csv, each with its first line."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether its documents are text files."""
+        return not self.lines and not self.rows and kind(self.paths[0]) == "text"
 
 
 def chunks(files: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[Chunk]:
@@ -41,10 +48,12 @@ def chunks(files: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[Chunk]:
         if kind(path) == "lines":
             yield from _line_chunks(path, size)
         elif kind(path) == "rows":
-            with _parquet(path) as file:
-                groups, bytes_on_disk = file.num_row_groups, Path(path).stat().st_size
+            with table(path) as found:
+                groups, bytes_on_disk = found.groups, Path(path).stat().st_size
             for i in range(groups):
                 yield Chunk((path,), bytes_on_disk * (i + 1) // groups - bytes_on_disk * i // groups, first=i)
+        elif kind(path) == "csv":
+            yield from _csv_chunks(path, size)
         else:
             texts.append(path)
             total += Path(path).stat().st_size
@@ -60,28 +69,38 @@ def documents(chunk: Chunk, field: str, skip_missing: bool = False) -> Iterator[
 
     One without a text there is None with ``skip_missing``, and else a ValueError that names the file and the line.
     """
+    for where, record in records(chunk, field):
+        yield record if chunk.whole else text_of(record, field, where, skip_missing)
+
+
+def records(chunk: Chunk, field: str) -> Iterator[tuple[str, Any]]:
+    """What each document of ``chunk`` is in, and where that is: the object of a line; of a row at least the column that
+    ``field`` is in; a text file's text.
+    """
     path = chunk.paths[0]
     if chunk.lines:
         for number, line in enumerate(chunk.lines, chunk.first):
             if not line.isspace():
                 where = f"{path!r} line {number}"
-                yield _text(_parse(line, where), field, where, skip_missing)
+                yield where, _parse(line, where)
+    elif chunk.rows:
+        yield from ((f"{path!r} line {number}", record) for number, record in chunk.rows)
     elif kind(path) == "rows":
-        with _parquet(path) as file:
-            names = file.schema_arrow.names
-            name = field if field in names else field.split(".")[0]
-            if names.count(name) != 1:
-                what = f"two columns {name!r}" if name in names else f"no column {field!r}"
-                raise ValueError(f"{path!r} has {what}; there is: {', '.join(names)}; name the column with --text-field")
-            values = file.read_row_group(chunk.first, columns=[name]).column(name).to_pylist()
+        with table(path) as found:
+            name = field if field in found.names else field.split(".")[0]
+            if found.names.count(name) != 1:
+                what = f"two columns {name!r}" if name in found.names else f"no column {field!r}"
+                raise ValueError(f"{path!r} has {what}; there is: {', '.join(found.names)}; name the column with --text-field")
+            values, word = found.column(chunk.first, name), found.word
         for number, value in enumerate(values):
-            yield _text({name: value}, field, f"{path!r} row group {chunk.first} row {number}", skip_missing)
+            yield f"{path!r} {word} {chunk.first} row {number}", {name: value}
     else:
         for text_file in chunk.paths:
-            yield _read_text(text_file)
+            yield repr(text_file), _read_text(text_file)
 
 
-def _text(record: Any, field: str, where: str, skip_missing: bool) -> str | None:
+def text_of(record: Any, field: str, where: str, skip_missing: bool = False) -> str | None:
+    """The text in ``field`` of ``record``, as `documents` says."""
     value, there = record, isinstance(record, dict)
     for name in [field] if there and field in record else field.split("."):
         there = there and isinstance(value, dict) and name in value
@@ -156,15 +175,14 @@ def _line_chunks(path: str, size: int) -> Iterator[Chunk]:
         raise ValueError(f"cannot read {path!r} after line {first + len(lines) - 1}: {e}") from None
 
 
-@contextmanager
-def _parquet(path: str) -> Iterator[Any]:
-    """The parquet file, while whatever is wrong with it is one error."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise ValueError("reading .parquet needs pyarrow: pip install 'olmo-fn[parquet]'") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield file
-    except (ArrowException, OSError, UnicodeError) as e:
-        raise ValueError(f"{path!r} is not a parquet file that can be read: {e}") from None
+def _csv_chunks(path: str, size: int) -> Iterator[Chunk]:
+    rows: list[tuple[int, dict[str, str]]] = []
+    total = position = read = 0
+    for line, record, length, read in csv_rows(path):
+        rows.append((line, record))
+        total += length
+        if total > size:
+            yield Chunk((path,), read - position, rows=tuple(rows))
+            rows, total, position = [], 0, read
+    if rows:
+        yield Chunk((path,), read - position, rows=tuple(rows))

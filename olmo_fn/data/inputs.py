@@ -17,7 +17,9 @@ from olmo_fn.data.tokens import looks_like_text, matches
 
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 PARQUET = (".parquet", ".pq")
-NOT_READ = (".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xlsx", ".zip", ".tar", ".tgz", ".7z", ".lz4", ".npy")
+ARROW = (".arrow", ".feather", ".ipc", ".arrows")
+CSV = (".csv", ".tsv")
+NOT_READ = (".orc", ".avro", ".xlsx", ".zip", ".tar", ".tgz", ".7z", ".lz4", ".npy")
 HEAD = 8192  # bytes that tell whether a file is text
 LONG = 1 << 20
 
@@ -52,7 +54,7 @@ def expand(inputs: Iterable[str]) -> Inputs:
     for name in inputs:
         place = os.path.expanduser(name)
         if os.path.isdir(place):
-            reasons = {path: _unfit(path) for path in _walk(place)}
+            reasons = _reasons(place)
             found = [path for path, reason in reasons.items() if not reason]
             left_out |= {path: reason for path, reason in sorted(reasons.items()) if reason}
             nothing = "the folder has no text in it"
@@ -80,9 +82,9 @@ def endings(path: str) -> tuple[str, str]:
 
 
 def kind(path: str) -> str:
-    """How a file holds documents: ``lines``, a JSON object each; ``rows`` of a table; or ``text``, which is one."""
+    """How a file holds documents: ``lines``, a JSON object each; ``rows`` of a table, or of ``csv``; ``text``, which is one."""
     ending = endings(path)[0]
-    return "lines" if ending in LINES else "rows" if ending in PARQUET else "text"
+    return "lines" if ending in LINES else "rows" if ending in PARQUET + ARROW else "csv" if ending in CSV else "text"
 
 
 @contextmanager
@@ -107,6 +109,39 @@ _READERS: dict[str, Callable[[BufferedReader], Any]] = {
     ".xz": lzma.LZMAFile,
     ".zst": _zstd,
 }
+
+
+def _reasons(folder: str) -> dict[str, str]:
+    """For each file under ``folder`` why it is left out, empty if it is not.
+
+    Of a dataset that Hugging Face's ``datasets`` has saved there, its shards are read. ValueError for one with several splits.
+    """
+    found = list(_walk(folder))
+    own: dict[str, str] = {}
+    for path in found:
+        parent, name = os.path.split(path)
+        splits = _read_json(path).get("splits") if name == "dataset_dict.json" else None
+        if splits and len(splits) > 1:
+            hint = f"name one: {os.path.join(parent, str(splits[0]))}"
+            raise ValueError(f"the folder {parent!r} has the splits {', '.join(splits)}; {hint}")
+        if name == "state.json" and (shards := _read_json(path).get("_data_files")):
+            beside = [other for other in found if os.path.dirname(other) == parent]
+            named = [os.path.join(parent, shard["filename"]) for shard in shards]
+            if missing := {*named} - {*beside}:
+                raise ValueError(f"the dataset in {parent!r} has the shard {min(missing)!r}, which is not there")
+            own |= {other: "" if other in named else "no shard of the dataset" for other in beside}
+        elif name == "dataset_dict.json":
+            own[path] = "no shard of the dataset"
+    return {path: own[path] if path in own else _unfit(path) for path in found}
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _unfit(path: str) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from olmo_fn.data.template import ChatTemplate, Message, encode_chat
 from olmo_fn.generate.config import Sampling
 from olmo_fn.generate.memory import Memory
-from olmo_fn.generate.template import ChatTemplate, Message, encode_chat
 from olmo_fn.generate.text import LanguageModel, Prompt, check_text, stream_text
 
 

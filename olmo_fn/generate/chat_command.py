@@ -67,8 +67,8 @@ class Interrupt:
 def run(args: Chat) -> int:
     """Answer each line of stdin on stdout, until it ends. What is no answer goes to stderr."""
     args.sampling.check()
+    from olmo_fn.data.template import load_template
     from olmo_fn.generate.load import folder_of
-    from olmo_fn.generate.template import load_template
 
     template = load_template(folder_of(args.run, args.step), args.chat_template)
     model, path = args.load()

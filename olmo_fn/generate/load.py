@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from olmo_fn import tree
+from olmo_fn.data.template import read_json
 from olmo_fn.data.tokenizer import Tokenizer
 from olmo_fn.formats.huggingface import open_directory
 from olmo_fn.formats.text_files import KEPT, load_tokenizer
 from olmo_fn.generate.config import Sampling
-from olmo_fn.generate.template import read_json
 from olmo_fn.generate.text import LanguageModel, generate_text
 from olmo_fn.train.session import Weights, find_run, load_parameters
 from olmo_fn.tree import Tree

@@ -145,7 +145,7 @@ REFUSED = [
         "'{}' line 1 is no JSON object but list; `jq -c",
     ),
     ("reports-08-pretty", "f.json", lambda: json.dumps({"text": "x"}, indent=1).encode(), "'{}' line 1 cannot be read as JSON"),
-    ("reports-08-csv", "t.CSV", lambda: b"id,text\n1,hello\n", "'{}': .csv files are not read"),
+    ("reports-08-csv", "t.CSV", lambda: b"id,text\n1,hello\n2\n", "cannot read '{}' line 3: 1 values, and the header has 2"),
     ("reports-08-tar", "t.tar.gz", lambda: b"", "'{}': .tar files are not read"),
     ("reports-08-utf16", "t.txt", lambda: "hello".encode("utf-16-le"), "'{}' is not UTF-8 text (it has NUL bytes)"),
     ("reports-09-page", "p.parquet", damaged_page, "'{}' is not a parquet file that can be read: "),
@@ -231,7 +231,7 @@ def folder(tmp_path):
     (inside / ".git" / "HEAD").write_text("ref")
     (inside / "img.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     (inside / "ids.txt").write_bytes("utf-16".encode("utf-16-le"))
-    (inside / "table.csv").write_text("a,b\n")
+    (inside / "table.orc").write_text("a,b\n")
     (inside / "config.json").write_text('{\n "a": 1\n}')
     (real / "b.txt").write_text("many words")
     (inside / "link").symlink_to(real)
@@ -245,7 +245,7 @@ def test_use_2_1_and_reports_11_a_folder_says_what_it_takes(folder, tmp_path, ca
     assert (code, error) == (0, "")
     assert lines[0] == (
         "inputs: 4 .jsonl (a document a line or row); 1 .py, 1 .txt (each one document); "
-        "left out: table.csv (.csv is not read); left out: README.md (README); left out: .DS_Store, .git (hidden); "
+        "left out: table.orc (.orc is not read); left out: README.md (README); left out: .DS_Store, .git (hidden); "
         "left out: ids.txt, img.png (not UTF-8 text); "
         "left out: config.json (not a JSON object a line); left out: nowhere (not a regular file)"
     )

@@ -20,13 +20,13 @@ from programs import ROOT
 
 from olmo_fn.checkpoint import save
 from olmo_fn.cli import main as cli
+from olmo_fn.data.template import ChatTemplate, Message, encode_chat
 from olmo_fn.data.tokenizer import byte_level
 from olmo_fn.generate.chat import Conversation
 from olmo_fn.generate.config import Sampling
 from olmo_fn.generate.load import load_model
 from olmo_fn.generate.memory import Memory
 from olmo_fn.generate.sample import sample
-from olmo_fn.generate.template import ChatTemplate, Message, encode_chat
 from olmo_fn.generate.text import LanguageModel, decoded
 from olmo_fn.models.config import dense
 from olmo_fn.train.config import Config, Recipe, Run

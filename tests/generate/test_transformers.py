@@ -15,13 +15,13 @@ from generating import random_params
 from programs import ROOT
 from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast
 
+from olmo_fn.data.template import ChatTemplate, encode_chat, load_template
 from olmo_fn.data.tokenizer import load as load_tokenizer
 from olmo_fn.data.tokenizer import train_bpe
 from olmo_fn.generate.config import Sampling
 from olmo_fn.generate.load import load_model
 from olmo_fn.generate.sample import sample
 from olmo_fn.generate.sampling import penalized, probabilities
-from olmo_fn.generate.template import ChatTemplate, encode_chat, load_template
 from olmo_fn.generate.text import generate_text, prepare
 from olmo_fn.models.config import Model, dense
 from olmo_fn.tree import Tree

@@ -17,10 +17,10 @@ from wheels import member
 
 from olmo_fn import tree
 from olmo_fn.cli import main as cli
+from olmo_fn.data.template import encode_chat, load_template
 from olmo_fn.formats.config_json import differences
 from olmo_fn.formats.gguf_file import open_gguf
 from olmo_fn.generate.load import folder_of, load_model
-from olmo_fn.generate.template import encode_chat, load_template
 from olmo_fn.models import transformer
 from olmo_fn.presets import CONFIGS
 from olmo_fn.train.session import load_parameters

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +21,7 @@ Message: TypeAlias = Mapping[str, Any]
 """A ``role`` (system, user, assistant) and its ``content``."""
 
 MARK = "\ufdd0"  # a code point that is no character: put into a special token's name, it makes that plain text
+BEGIN, END = "\ufdd1", "\ufdd2"  # around what ``{% generation %}`` marks
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -31,9 +32,17 @@ class ChatTemplate:
     source: str
     tokens: Mapping[str, str] = field(default_factory=dict)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
+    @property
+    def marks(self) -> bool:
+        """Whether it says, by ``{% generation %}``, what the model says."""
+        return re.search(r"{%-?\s*generation\b", self.source) is not None
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, keep_marks: bool = False, **variables: Any
+    ) -> str:
         """The text of ``messages``; with ``add_generation_prompt``, up to where the model's answer begins.
 
+        With ``keep_marks``, `BEGIN` and `END` stand around what is inside of ``{% generation %}``.
         ValueError for what the template refuses, or cannot do.
 
         >>> ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}").render(
@@ -45,7 +54,8 @@ class ChatTemplate:
         given |= {"add_generation_prompt": add_generation_prompt, **self.tokens, **variables}
         program = self._compiled
         try:
-            return str(program.render(given))
+            text = str(program.render(given))
+            return text if keep_marks or not self.marks else text.replace(BEGIN, "").replace(END, "")
         except Exception as error:  # whatever a program may raise that somebody else wrote
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
             raise ValueError(f"the chat template does not take this conversation: {kind}{error}") from None
@@ -60,21 +70,57 @@ def encode_chat(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence
 
     Names of special tokens that the template writes are these tokens; in what somebody said they are plain text.
     """
-    special = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special]
-    marked = {name: name[0] + MARK + name[1:] for name in sorted(special, key=len, reverse=True) if name}
-    names, disguised = _any_of(marked), _any_of(marked.values())
+    disguise = disguiser(tokenizer)
+    return encode_disguised(tokenizer, template.render([disguise(message) for message in messages]))
 
-    def disguise(message: Message) -> Message:
-        plain = str(message["content"]).replace(MARK, "")
-        return {**message, "content": names.sub(lambda found: marked[found[0]], plain)}
 
-    text = template.render([disguise(message) for message in messages])
+def disguiser(tokenizer: Tokenizer) -> Callable[[Message], Message]:
+    """What makes names of special tokens in a message plain text, by a mark in them, in all that it has but the role."""
+    marked, names, _ = _disguises(tokenizer.backend)
+
+    def disguise(value: Any) -> Any:
+        if isinstance(value, str):
+            plain = re.sub(f"[{MARK}{BEGIN}{END}]", "", value)
+            return names.sub(lambda found: marked[found[0]], plain)
+        if isinstance(value, Mapping):
+            return {key: disguise(x) for key, x in value.items()}
+        return [disguise(x) for x in value] if isinstance(value, list | tuple) else value
+
+    return lambda message: {key: x if key == "role" else disguise(x) for key, x in message.items()}
+
+
+def encode_disguised(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of what a template wrote: names of special tokens are these, disguised ones plain text."""
     ids, end = [], 0
-    for found in disguised.finditer(text):
+    for found in _disguises(tokenizer.backend)[2].finditer(text):
         ids += _with_special(tokenizer, text[end : found.start()])
         ids += tokenizer.encode(found[0].replace(MARK, ""))
         end = found.end()
     return ids + _with_special(tokenizer, text[end:])
+
+
+def encode_parts(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+    """The ids of a whole conversation, given in pieces, ``eos_id`` at its end; and whether each is in the loss.
+
+    Each piece is tokenized alone, as a prompt is when a model is to answer.
+    """
+    ids: list[int] = []
+    mask: list[bool] = []
+    for text, loss in parts:
+        ids += encode_disguised(tokenizer, text)
+        mask += [loss] * (len(ids) - len(mask))
+    if not ids or ids[-1] != tokenizer.eos_id:
+        ids.append(tokenizer.eos_id)
+        mask.append(bool(parts) and parts[-1][1])
+    return ids, mask
+
+
+@lru_cache(maxsize=4)
+def _disguises(backend: Any) -> tuple[dict[str, str], re.Pattern[str], re.Pattern[str]]:
+    """Disguised names of special tokens by their names, and what finds names, and disguised ones."""
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    marked = {name: name[0] + MARK + name[1:] for name in sorted(special, key=len, reverse=True) if name}
+    return marked, _any_of(marked), _any_of(marked.values())
 
 
 def load_template(folder: Path, file: str = "") -> ChatTemplate:
@@ -137,14 +183,15 @@ def _compile(source: str) -> Any:
         raise ValueError('a chat template needs jinja2; install it with: pip install "olmo-fn[chat]"') from None
 
     class Generation(Extension):
-        """``{% generation %}``, which marks what the model said for training on it: just what is inside."""
+        """``{% generation %}``, which marks what the model said for training on it."""
 
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(inside).set_lineno(line)
+            begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in (BEGIN, END))
+            return jinja2.nodes.Scope([begin, *inside, end]).set_lineno(line)
 
     class Namespace(jinja2.utils.Namespace):
         """Without names that begin with an underscore, which are Python's."""
