@@ -22,7 +22,7 @@ from olmo_fn.data.conversations import LossOn, messages_of, pieces
 from olmo_fn.data.decontaminate import load_grams
 from olmo_fn.data.dedup import Dedup, keys
 from olmo_fn.data.documents import Chunk, records, text_of
-from olmo_fn.data.filters import open_filter
+from olmo_fn.data.filters import open_filter, version
 from olmo_fn.data.template import MARK, ChatTemplate, disguiser, encode_parts
 from olmo_fn.data.tokenizer import Tokenizer, load
 
@@ -159,12 +159,6 @@ class Encoder:
             np.array([len(text.encode()) for text in texts], np.int64),
             keys(texts, self.dedup, self.similarity),
         )
-
-
-def version(path: str) -> tuple[int, int]:
-    """What differs when there is another file at ``path``."""
-    found = os.stat(path)
-    return found.st_ino, found.st_mtime_ns
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,7 @@ in ``mine.py`` is ``--filter mine.py:keep``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import module_from_spec, spec_from_file_location
@@ -73,7 +74,6 @@ NAMED: dict[str, Callable[[str, float], bool]] = {
 }
 
 
-@lru_cache
 def open_filter(word: str) -> Filter:
     """The filter ``NAME=LIMIT``, or ``FILE.py:FUNCTION``. ValueError if there is no such.
 
@@ -82,7 +82,9 @@ def open_filter(word: str) -> Filter:
     """
     path, colon, name = word.rpartition(":")
     if colon and path.endswith(".py"):
-        return _own(word, path, name)
+        if not Path(path).is_file():
+            raise ValueError(f"--filter {word}: there is no file {path!r}")
+        return _own(word, path, name, version(path))
     name, _, value = word.partition("=")
     try:
         test, limit = NAMED[name], float(value)
@@ -97,9 +99,14 @@ def files(words: tuple[str, ...]) -> list[str]:
     return [path for path, _, _ in (word.rpartition(":") for word in words) if path.endswith(".py")]
 
 
-def _own(word: str, path: str, name: str) -> Filter:
-    if not Path(path).is_file():
-        raise ValueError(f"--filter {word}: there is no file {path!r}")
+def version(path: str) -> tuple[int, int]:
+    """What differs when there is another file at ``path``."""
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns
+
+
+@lru_cache
+def _own(word: str, path: str, name: str, version: tuple[int, int]) -> Filter:
     spec = spec_from_file_location(f"olmo_fn_filter_{Path(path).stem}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -51,8 +51,8 @@ class Tokenize:
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Files, globs and folders. A .jsonl, .ndjson, .json, .parquet, .arrow, .feather, .csv or .tsv has a document a line or
-    row, any other file is one document of text; all but parquet and arrow also as .gz, .bz2, .xz or .zst. A folder may be a dataset
-    that Hugging Face's datasets has saved. Of others READMEs, hidden files and what is no text are left out."""
+    row, any other file is one document of text; all but parquet and arrow also as .gz, .bz2, .xz or .zst. A folder may be a
+    dataset that Hugging Face's datasets has saved. Of others READMEs, hidden files and what is no text are left out."""
     output: str
     """Folder for the token files."""
     tokenizer: str = "bpe"
