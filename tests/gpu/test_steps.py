@@ -40,7 +40,7 @@ RECIPES = {
 }
 MESHES = {
     "fsdp": (Mesh(dp_shard=4), MeshConfig()),
-    "zero-2": (Mesh(dp_shard=4), MeshConfig(keep_gathered=True)),
+    "zero-2": (Mesh(dp_shard=4), MeshConfig(weights="zero-2")),
     "hsdp": (Mesh(dp_replicate=2, dp_shard=2), MeshConfig()),
     "tp": (Mesh(dp_shard=2, tp=2), MeshConfig()),
     "cp-gather": (Mesh(dp_shard=2, cp=2), MeshConfig(cp=2)),
