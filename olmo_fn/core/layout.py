@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -61,6 +61,23 @@ class Local:
         """Does nothing: the parameters are still there."""
 
 
+Reduction: TypeAlias = Callable[[], "dict[str, Tensor] | Reduction"]
+"""Gradients on their way home. Call it to wait for the collective that is under way: it gives the gradients by path or, where
+another collective has then begun that needs the first one's result, the reduction that waits for that."""
+
+
+def arrive(reduction: Reduction) -> dict[str, Tensor]:
+    """The gradients, once all collectives on their way are done.
+
+    >>> arrive(lambda: lambda: {"w": torch.ones(1)})
+    {'w': tensor([1.])}
+    """
+    found = reduction()
+    while not isinstance(found, dict):
+        found = found()
+    return found
+
+
 class Placement:
     """Where the parts of each parameter lie. On one process: each is a whole plain tensor.
 
@@ -100,6 +117,11 @@ class Placement:
 class WeightsInUse:
     """How weights come into use, and how their gradients return. On one process: matrices are cast."""
 
+    @property
+    def ahead(self) -> int:
+        """How many segments' weights are on their way while one computes."""
+        return 1
+
     def fetch(
         self,
         params: Tree,
@@ -116,8 +138,8 @@ class WeightsInUse:
             {path: compute_copies(part, None if path in uncast else dtype, quantise, path) for path, part in subtrees.items()}
         )
 
-    def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-        """Begin to bring gradients of a segment, by path, back to where their parameters lie; call the result to wait."""
+    def reduce(self, grads: dict[str, Tensor]) -> Reduction:
+        """Begin to bring gradients of a segment, by path, back to where their parameters lie."""
         return lambda: grads
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -223,8 +245,19 @@ def compute_copy(p: Tensor, dtype: torch.dtype | None) -> Tensor:
 def compute_copies(subtree: Tree, dtype: torch.dtype | None, quantise: Quantise = EXACT, prefix: str = "") -> Tree:
     """`compute_copy` of every leaf, or a quantised one."""
     if not quantise.forms:
-        return tree.map(lambda p: compute_copy(p, dtype), subtree)
+        wide = [p for _, p in tree.items(subtree) if dtype and p.ndim >= 2 and p.dtype != dtype]
+        if len(wide) < 2 or not all(is_cuda_constant(p) for p in wide):
+            return tree.map(lambda p: compute_copy(p, dtype), subtree)
+        copies = [torch.empty_like(p, dtype=dtype) for p in wide]
+        torch._foreach_copy_(copies, wide)  # one launch for all
+        narrow = dict(zip(map(id, wide), copies, strict=True))
+        return tree.map(lambda p: narrow.get(id(p), p), subtree)
     return tree.map_with_path(lambda path, p: quantise(path, p) or compute_copy(p, dtype), subtree, prefix=prefix)
+
+
+def is_cuda_constant(p: Tensor) -> bool:
+    """Whether a tensor is on a GPU, and nothing derives by it."""
+    return p.device.type == "cuda" and not p.requires_grad and not torch._C._are_functorch_transforms_active()
 
 
 def narrow_parts(g: Tensor) -> tuple[Tensor, ...]:

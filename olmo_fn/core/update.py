@@ -53,17 +53,13 @@ class Task(NamedTuple):
 
 def flattened(tasks: Sequence[Task]) -> list[tuple[Tensor, Slots]]:
     """Elementwise updates that are alike, in one call, of flat tensors: so one compiled function serves all shapes."""
-    first = tasks[0]
-    ps, gs = [task.p.view(-1) for task in tasks], [task.g.reshape(-1) for task in tasks]
-    slots = [{k: v.view(-1) for k, v in task.slots.items()} for task in tasks]
+    first, flat = tasks[0], [(t.p.view(-1), t.g.reshape(-1), {k: v.view(-1) for k, v in t.slots.items()}) for t in tasks]
     if len(tasks) == 1:
-        found = [first.run(ps[0], gs[0], slots[0], first.numbers)]
+        found = [first.run(*flat[0], first.numbers)]
     else:
-        found = first.kernel(_each(first.update))(ps, gs, slots, first.numbers)
-    return [
-        (p.view(task.p.shape), {k: v.view(task.p.shape) for k, v in new.items()})
-        for task, (p, new) in zip(tasks, found, strict=True)
-    ]
+        found = first.kernel(_each(first.update))(*map(list, zip(*flat, strict=True)), first.numbers)
+    shapes = [task.p.shape for task in tasks]
+    return [(p.view(s), {k: v.view(s) for k, v in new.items()}) for s, (p, new) in zip(shapes, found, strict=True)]
 
 
 @cache

@@ -35,7 +35,6 @@ from olmo_fn.planner.accelerators import (
     PRODUCTS_FP8,
     STREAM,
     WIRE,
-    Accelerator,
 )
 from olmo_fn.planner.memory import at_rest
 from olmo_fn.planner.pipeline_simulate import Costs, simulate
@@ -43,6 +42,7 @@ from olmo_fn.planner.plan_input import PlanInput
 from olmo_fn.planner.profile import Profile
 from olmo_fn.planner.trace import Seen, Traffic
 from olmo_fn.planner.traffic import share, whole_updates
+from olmo_fn.train.accelerators import Accelerator
 
 HOP = {"link": 1e-6, "network": 5e-6}  # seconds from one rank to the next
 LAUNCH = 10e-6  # seconds a collective takes before anything moves

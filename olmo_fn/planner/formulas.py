@@ -15,10 +15,11 @@ from olmo_fn import tree
 from olmo_fn.kernels.attention_sight import TILE
 from olmo_fn.models.count import flops_per_sequence
 from olmo_fn.nn.cross_entropy import LOGITS_ROWS
-from olmo_fn.planner.accelerators import PRODUCTS, STREAM, Accelerator
+from olmo_fn.planner.accelerators import PRODUCTS, STREAM
 from olmo_fn.planner.clock import collective
 from olmo_fn.planner.plan_input import Label, PlanInput, by_label, without_layout
 from olmo_fn.spec import abstract
+from olmo_fn.train.accelerators import Accelerator
 from olmo_fn.train.config import Config
 from olmo_fn.train.recipe import parameters, recipe
 

@@ -16,23 +16,14 @@ from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.count import num_params
 from olmo_fn.models.transformer import layers
 from olmo_fn.planner import attention
-from olmo_fn.planner.accelerators import (
-    ACCELERATORS,
-    ATTENTION,
-    CHANNELS,
-    PROCESSORS,
-    PRODUCTS,
-    PRODUCTS_FP8,
-    STREAM,
-    Accelerator,
-    tiled,
-)
+from olmo_fn.planner.accelerators import ATTENTION, CHANNELS, PROCESSORS, PRODUCTS, PRODUCTS_FP8, STREAM, tiled
 from olmo_fn.planner.clock import collective, link
 from olmo_fn.planner.estimate import estimate
 from olmo_fn.planner.fit import GIB, remedy
 from olmo_fn.planner.plan_input import flags, plan_input
 from olmo_fn.planner.tables import columns as side_by_side
 from olmo_fn.presets import CONFIGS
+from olmo_fn.train.accelerators import ACCELERATORS, Accelerator
 from olmo_fn.train.config import Config
 
 H100 = ACCELERATORS["h100"]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.parallel.pipeline.schedule import Kind
 from olmo_fn.planner import formulas
-from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.estimate import RESERVED, Estimate, estimate
 from olmo_fn.planner.plan_input import PlanInput, can_run
+from olmo_fn.train.accelerators import ACCELERATORS
 from olmo_fn.train.config import Config
 
 ROWS = (1, 2, 4, 8)  # sequences at once that are tried

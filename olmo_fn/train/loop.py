@@ -189,7 +189,8 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
         warm = stack.enter_context(machine.warm_up(scheduled))
         neighbours = Neighbours()
         stack.callback(neighbours.close)
-        meter = Meter(session.cfg.model, sizes(session.cfg), context.device, rate, Moment(context.device))
+        peak = machine.peak_rate(context.device) * context.process.size
+        meter = Meter(session.cfg.model, sizes(session.cfg), context.device, rate, Moment(context.device), peak=peak)
         try:
             for batch in batches:
                 state, metrics = session.step(state, batch)

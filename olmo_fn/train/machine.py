@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from olmo_fn.launch.place import Place
+from olmo_fn.train.accelerators import peak_of
 
 DEVICES = Path("/dev")
 """Where the driver shows its GPUs."""
@@ -118,6 +119,11 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, second
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(times[1:])
+
+
+def peak_rate(device: torch.device) -> float:
+    """FLOP/s of bf16 products on this device by its maker's data sheet; 0 where none is known, as of a CPU."""
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
 
 
 def peak_memory(device: torch.device) -> int:

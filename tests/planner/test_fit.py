@@ -14,10 +14,10 @@ from configs import CONFIGS
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models.config import dense
 from olmo_fn.planner import formulas
-from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.estimate import PROCESS, estimate
 from olmo_fn.planner.fit import check_memory, need
 from olmo_fn.planner.plan_input import PlanInput
+from olmo_fn.train.accelerators import ACCELERATORS
 from olmo_fn.train.config import Config, Recipe
 
 GB = 1e9

@@ -16,7 +16,6 @@ from olmo_fn.models.config import Attention, Model, SwiGLU, dense
 from olmo_fn.models.count import flops_per_sequence
 from olmo_fn.nn.attention import causal_pairs
 from olmo_fn.nn.norm import Norm
-from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.clock import clock
 from olmo_fn.planner.estimate import profile_of
 from olmo_fn.planner.memory import peak_memory
@@ -24,6 +23,7 @@ from olmo_fn.planner.plan_input import PlanInput, check
 from olmo_fn.planner.profile import profile
 from olmo_fn.planner.trace import Trace, Traffic
 from olmo_fn.planner.traffic import traffic
+from olmo_fn.train.accelerators import ACCELERATORS
 from olmo_fn.train.config import CHOICES, Config, Lora, Recipe, Run
 from olmo_fn.train.optimizers import OptimizerSettings
 
@@ -97,7 +97,10 @@ LAYOUTS = {
     "fsdp": (Mesh(dp_shard=2), {}, {}),
     "fsdp bf16, remat, accumulate": (Mesh(dp_shard=2), {}, {"dtype": "bfloat16", "remat": "full", "accumulate": 2}),
     "fsdp, remat of all but attention": (Mesh(dp_shard=2), {}, {"remat": "selective"}),
-    "zero-2": (Mesh(dp_shard=2), {"keep_gathered": True}, {}),
+    "zero-2": (Mesh(dp_shard=2), {"weights": "zero-2"}, {}),
+    "fsdp, whole table": (Mesh(dp_shard=2), {"embedding": "table"}, {}),
+    "fsdp, two ahead": (Mesh(dp_shard=2), {"prefetch": 2}, {"n_layers": 8}),
+    "hsdp, reduced in bf16": (Mesh(dp_replicate=2, dp_shard=2), {"reduce_dtype": "bfloat16"}, {"dtype": "bfloat16"}),
     "ddp": (Mesh(dp_replicate=2), {}, {}),
     "hsdp": (Mesh(dp_replicate=2, dp_shard=2), {}, {"remat": "feed_forward"}),
     "tp": (Mesh(tp=2), {}, {}),
@@ -109,6 +112,7 @@ LAYOUTS = {
     "cp ulysses": (Mesh(cp=2), {"cp_method": "ulysses"}, {}),
     "cp ring x fsdp": (Mesh(dp_shard=2, cp=2), {"cp_method": "ring"}, {}),
     "pp x fsdp": (Mesh(pp=2, dp_shard=2), {"pp_schedule": "gpipe"}, {"remat": "full"}),
+    "pp x fsdp, rows": (Mesh(pp=2, dp_shard=2), {"embedding": "rows"}, {}),
     "pp, tied": (Mesh(pp=2), {}, {"tie_embeddings": True, "accumulate": 2}),
     "pp x tp, zero bubble": (Mesh(pp=2, tp=2), {"pp_schedule": "zero_bubble"}, {}),
     "pp x ddp, interleaved": (Mesh(pp=2, dp_replicate=2), {"pp_schedule": "interleaved", "pp_chunks": 2}, {}),

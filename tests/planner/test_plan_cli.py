@@ -18,11 +18,11 @@ from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import dense
 from olmo_fn.models.count import num_params
 from olmo_fn.planner import tables
-from olmo_fn.planner.accelerators import ACCELERATORS
 from olmo_fn.planner.estimate import estimate
 from olmo_fn.planner.fit import remedy
 from olmo_fn.planner.plan_input import PlanInput, flags, plan_input
 from olmo_fn.planner.search import layouts, search
+from olmo_fn.train.accelerators import ACCELERATORS
 from olmo_fn.train.config import Config, Recipe, Run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plan-olmo2-32b.txt"
@@ -68,7 +68,7 @@ def test_hopeless_and_impossible(capsys):
 
 def test_remedies_are_smaller():
     """Whatever is tried takes less memory than what does not fit; the first that fits is taken, the smallest is told."""
-    cfg = replace(SMALL, recipe=replace(SMALL.recipe, accumulate=2), mesh=MeshConfig(dp_shard=2, keep_gathered=True))
+    cfg = replace(SMALL, recipe=replace(SMALL.recipe, accumulate=2), mesh=MeshConfig(dp_shard=2, weights="zero-2"))
     plan, tried = plan_input(cfg), {}
 
     def size(other):
