@@ -112,6 +112,10 @@ class WeightsInUse:
         those that are to be are quantised.
         """
         subtrees = {path: tree.at(params, path) for path in paths}
+        cast = [p for path, part in subtrees.items() if path not in uncast for _, p in tree.items(part) if p.ndim > 1]
+        if cast and one_launch(cast) and not quantise.forms:
+            copies = copies_of([p for p in cast if p.dtype != dtype], dtype)
+            return Local(tree.map(lambda p: copies.get(id(p), p), subtrees))
         return Local(
             {path: compute_copies(part, None if path in uncast else dtype, quantise, path) for path, part in subtrees.items()}
         )
@@ -227,13 +231,26 @@ def compute_copies(subtree: Tree, dtype: torch.dtype | None, quantise: Quantise 
     return tree.map_with_path(lambda path, p: quantise(path, p) or compute_copy(p, dtype), subtree, prefix=prefix)
 
 
+def copies_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> dict[int, Tensor]:
+    """Copies in another dtype, made in one launch, by the ``id`` of each tensor.
+
+    >>> x = torch.tensor([1.0, 2.0])
+    >>> copies_of([x], torch.bfloat16)[id(x)]
+    tensor([1., 2.], dtype=torch.bfloat16)
+    """
+    copies = [torch.empty_like(x, dtype=dtype) for x in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return {id(x): copy for x, copy in zip(tensors, copies, strict=True)}
+
+
 def narrow_parts(g: Tensor) -> tuple[Tensor, ...]:
     """``g``, or if it is to become wide for a sum, parts of it that do so without leaving the cache."""
     return (g,) if g.dtype in (torch.float32, torch.float64) else g.reshape(-1).split(1 << 20)
 
 
 def one_launch(leaves: Sequence[Tensor]) -> bool:
-    """Whether `norms` is the way to norms: on a GPU, where a launch for every tensor takes longer than reading it."""
+    """Whether to do all of them in one launch: on a GPU, where one for every tensor can take longer than reading it."""
     return leaves[0].device.type == "cuda" and not torch._C._are_functorch_transforms_active()
 
 
