@@ -4,7 +4,7 @@ VENV    ?= .venv
 WORKERS ?= 4
 BIN     := $(VENV)/bin
 
-.PHONY: setup train test test-slow test-weights notebooks check format clean
+.PHONY: setup train test test-slow test-gpu test-weights notebooks check format clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
@@ -20,6 +20,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python benchmarks/gpu.py
 
 test-weights: setup
 	$(BIN)/python -m pytest -m weights $(ARGS)

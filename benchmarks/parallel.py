@@ -23,7 +23,7 @@ from olmo_fn.launch.exit_rank import exit_rank
 from olmo_fn.launch.local import launch
 from olmo_fn.train.environment import prepare_environment
 
-MODES = {"one": {}, "ddp": {"dp_replicate": 2}, "fsdp": {"dp_shard": 2}, "zero2": {"dp_shard": 2}}
+MODES = {"one": {}, "ddp": {"dp_replicate": 2}, "fsdp": {"dp_shard": 2}, "zero2": {"dp_shard": 2}, "rows": {"dp_shard": 2}}
 SIZES = {"d-model": 512, "n-layers": 8, "n-heads": 8, "hidden-size": 2048, "vocab-size": 8192, "batch-size": 4}
 
 
@@ -72,7 +72,8 @@ def measure(args: argparse.Namespace) -> None:
     specs, dtype = transformer.specs(model), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     layout = []
     if process.size > 1:
-        layout = [shard(connect(Mesh(**MODES[args.rank_of])), specs, Rules(keep_gathered=args.rank_of == "zero2"))]
+        rules = {"zero2": Rules(keep_gathered=True), "rows": Rules(exchanged=("embed",))}
+        layout = [shard(connect(Mesh(**MODES[args.rank_of])), specs, rules.get(args.rank_of, Rules()))]
     engine, optim = grad("tape", args.remat, dtype), adamw(1e-3)
     if args.optim == "muon":
         optim = partition({"matrix": muon(1e-3, dtype=dtype), "default": adamw(1e-3)}, specs)

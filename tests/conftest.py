@@ -21,9 +21,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One of xdist's workers has all tests on real ranks, so that there are eight of these and not eight a worker; one has all
-    that are traced in a process with a fake GPU.
+    that are traced in a process with a fake GPU. Tests that need a GPU are skipped where there is none.
     """
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none"))
         for fixture, group in (("pool", "ranks"), ("fake_cuda", "fake_cuda")):
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.xdist_group(group))
@@ -39,5 +41,13 @@ def pool():
 @pytest.fixture(scope="session")
 def fake_cuda():
     """A process with a GPU that is not there, started when first asked for and kept: see `olmo_fn.testing.FakeCuda`."""
+    if torch.version.cuda:
+        pytest.skip("a GPU is emulated where torch has none: this is a build for CUDA")
     with FakeCuda() as process:
         yield process
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that there may be: for laws that hold on all of them."""
+    return torch.device(request.param)

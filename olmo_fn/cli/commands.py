@@ -116,7 +116,7 @@ def data(words: Sequence[str]) -> int:
     from olmo_fn.data import inspect, mix_command
     from olmo_fn.data import tokenize as tokenizing
 
-    ways = {
+    ways: dict[str, tuple[type, Callable[[Any], int]]] = {
         "inspect": (inspect.Inspect, inspect.run),
         "show": (show.Show, show.run),
         "mix": (mix_command.ShowMix, mix_command.run),

@@ -195,7 +195,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
         return launch(command, cfg.nproc, Path(cfg.run.folder))
     from olmo_fn.generate.load import sample_run
     from olmo_fn.planner import tables
-    from olmo_fn.planner.fit import check_memory
+    from olmo_fn.planner.fit import check_memory, with_weights
     from olmo_fn.plot import plot_loss
     from olmo_fn.train import machine, report
 
@@ -212,6 +212,9 @@ def run(cfg: Config, command: Sequence[str]) -> int:
         session = open_run(cfg.on(size), context)
         dtype = str(session.dtype).removeprefix("torch.")
         memory = machine.total_memory(context.device, place.local_size if place else 1)
+        if cfg.mesh.weights == "auto":  # as the rank with the least memory says
+            least = -context.all_reduce_max(-int(memory))
+            session = replace(session, cfg=with_weights(session.cfg, cfg.mesh.on(size), dtype, least, context.device.type))
         check_memory(session.cfg, cfg.mesh.on(size), dtype, memory, context.device.type)
         result = train(session)
     if context.is_main:

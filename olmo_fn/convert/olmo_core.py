@@ -159,7 +159,7 @@ def gone_on(
     seed, paths = state.data.get("seed"), data_paths or found.paths or cfg.data.paths
     if not paths:
         raise ValueError(f"{found.folder} names no token files to go on with; give --data-paths")
-    data = replace(cfg.data, paths=paths, order_seed=seed if type(seed) is int else cfg.data.order_seed)
+    data = replace(cfg.data, paths=paths, order="olmo-core", order_seed=seed if type(seed) is int else cfg.data.order_seed)
     optim: Any = cfg.optim
     return replace(cfg, data=data, optim=replace(optim, moments=dtypes.pop()))
 

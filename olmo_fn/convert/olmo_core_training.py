@@ -199,7 +199,7 @@ def _data(config: Mapping[str, Any]) -> Data:
     """What the config says of the data: files, their order, documents."""
     dataset, found = config.get("dataset"), Data(heldout_fraction=0.0)
     if type(seed := at(config, "data_loader", "seed")) is int:
-        found = replace(found, order_seed=seed)
+        found = replace(found, order="olmo-core", order_seed=seed)
     if not isinstance(dataset, dict):
         return found
     eos, dtype = at(dataset, "tokenizer", "eos_token_id"), dataset.get("dtype")

@@ -165,6 +165,8 @@ class Chain:
     """From the context, an empty tensor like x between two stages; None: it cannot be a pipeline."""
     uncast: frozenset[str] = frozenset()
     """Paths of matrices that the stages take as they are stored, and cast themselves."""
+    looked_up: frozenset[str] = frozenset()
+    """Paths of tables of which the stages only look up rows, and take a rank's columns for the table (`Rules.exchanged`)."""
     float8: Mapping[str, Form] = field(default_factory=dict, repr=False)
     """Matrices that come into use in float8, by path (`olmo_fn.transforms.float8`); the stages use them in products only."""
     check: Callable[[Axes, CPMethod], None] = refuse_axes

@@ -12,7 +12,7 @@ from torch import Tensor
 from olmo_fn import tree
 from olmo_fn.core.chain import Backend, Batch, Chain, LossFunction, Metric, Metrics, bind, loss_tokens, per_token, wide
 from olmo_fn.core.check import check_batch, check_loss, check_tensors
-from olmo_fn.core.layout import SINGLE, Layout
+from olmo_fn.core.layout import SINGLE, Layout, arrive
 from olmo_fn.core.offload import Stash, no_stash
 from olmo_fn.core.primitive import primitive
 from olmo_fn.kernels import Function, Kernel, identity
@@ -193,7 +193,7 @@ def func_gradients(loss: LossFunction, dtype: torch.dtype) -> GradFunction:
 
         wanted, frozen = tree.split(layout.weights.fetch(params, tuple(params), dtype).ready(), execution.wants)
         grads, (_, sums) = torch.func.grad_and_value(scaled, has_aux=True)(wanted, frozen, layout.sharing.local_batch(batch))
-        flat = layout.weights.finish(layout.weights.reduce(tree.flatten(grads))())
+        flat = layout.weights.finish(arrive(layout.weights.reduce(tree.flatten(grads))))
         return in_order(params, flat, per_token(layout.sharing.total(sums, declared), tokens, declared))
 
     return gradients

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -61,6 +61,23 @@ class Local:
         """Does nothing: the parameters are still there."""
 
 
+Reduction: TypeAlias = Callable[[], "dict[str, Tensor] | Reduction"]
+"""Gradients on their way home. Call it to wait for the collective that is under way: it gives the gradients by path or, where
+another collective has then begun that needs the first one's result, the reduction that waits for that."""
+
+
+def arrive(reduction: Reduction) -> dict[str, Tensor]:
+    """The gradients, once all collectives on their way are done.
+
+    >>> arrive(lambda: lambda: {"w": torch.ones(1)})
+    {'w': tensor([1.])}
+    """
+    found = reduction()
+    while not isinstance(found, dict):
+        found = found()
+    return found
+
+
 class Placement:
     """Where the parts of each parameter lie. On one process: each is a whole plain tensor.
 
@@ -100,6 +117,11 @@ class Placement:
 class WeightsInUse:
     """How weights come into use, and how their gradients return. On one process: matrices are cast."""
 
+    @property
+    def ahead(self) -> int:
+        """How many segments' weights are on their way while one computes."""
+        return 1
+
     def fetch(
         self,
         params: Tree,
@@ -112,16 +134,12 @@ class WeightsInUse:
         those that are to be are quantised.
         """
         subtrees = {path: tree.at(params, path) for path in paths}
-        cast = [p for path, part in subtrees.items() if path not in uncast for _, p in tree.items(part) if p.ndim > 1]
-        if cast and one_launch(cast) and not quantise.forms:
-            copies = copies_of([p for p in cast if p.dtype != dtype], dtype)
-            return Local(tree.map(lambda p: copies.get(id(p), p), subtrees))
         return Local(
             {path: compute_copies(part, None if path in uncast else dtype, quantise, path) for path, part in subtrees.items()}
         )
 
-    def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-        """Begin to bring gradients of a segment, by path, back to where their parameters lie; call the result to wait."""
+    def reduce(self, grads: dict[str, Tensor]) -> Reduction:
+        """Begin to bring gradients of a segment, by path, back to where their parameters lie."""
         return lambda: grads
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -227,21 +245,19 @@ def compute_copy(p: Tensor, dtype: torch.dtype | None) -> Tensor:
 def compute_copies(subtree: Tree, dtype: torch.dtype | None, quantise: Quantise = EXACT, prefix: str = "") -> Tree:
     """`compute_copy` of every leaf, or a quantised one."""
     if not quantise.forms:
-        return tree.map(lambda p: compute_copy(p, dtype), subtree)
+        wide = [p for _, p in tree.items(subtree) if dtype and p.ndim >= 2 and p.dtype != dtype]
+        if len(wide) < 2 or not all(is_cuda_constant(p) for p in wide):
+            return tree.map(lambda p: compute_copy(p, dtype), subtree)
+        copies = [torch.empty_like(p, dtype=dtype) for p in wide]
+        torch._foreach_copy_(copies, wide)  # one launch for all
+        narrow = dict(zip(map(id, wide), copies, strict=True))
+        return tree.map(lambda p: narrow.get(id(p), p), subtree)
     return tree.map_with_path(lambda path, p: quantise(path, p) or compute_copy(p, dtype), subtree, prefix=prefix)
 
 
-def copies_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> dict[int, Tensor]:
-    """Copies in another dtype, made in one launch, by the ``id`` of each tensor.
-
-    >>> x = torch.tensor([1.0, 2.0])
-    >>> copies_of([x], torch.bfloat16)[id(x)]
-    tensor([1., 2.], dtype=torch.bfloat16)
-    """
-    copies = [torch.empty_like(x, dtype=dtype) for x in tensors]
-    if copies:
-        torch._foreach_copy_(copies, list(tensors))
-    return {id(x): copy for x, copy in zip(tensors, copies, strict=True)}
+def is_cuda_constant(p: Tensor) -> bool:
+    """Whether a tensor is on a GPU, and nothing derives by it."""
+    return p.device.type == "cuda" and not p.requires_grad and not torch._C._are_functorch_transforms_active()
 
 
 def narrow_parts(g: Tensor) -> tuple[Tensor, ...]:
@@ -250,7 +266,7 @@ def narrow_parts(g: Tensor) -> tuple[Tensor, ...]:
 
 
 def one_launch(leaves: Sequence[Tensor]) -> bool:
-    """Whether to do all of them in one launch: on a GPU, where one for every tensor can take longer than reading it."""
+    """Whether `norms` is the way to norms: on a GPU, where a launch for every tensor takes longer than reading it."""
     return leaves[0].device.type == "cuda" and not torch._C._are_functorch_transforms_active()
 
 

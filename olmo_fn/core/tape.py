@@ -7,7 +7,8 @@ backward of a custom function).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -20,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from olmo_fn import tree
 from olmo_fn.core.chain import Aux, Batch, Chain, Metrics, Stage, Sums, loss_tokens, per_token, wide
 from olmo_fn.core.gradients import Execution, GradFunction, Gradients, in_order
-from olmo_fn.core.layout import Sweep, Weights
+from olmo_fn.core.layout import Reduction, Sweep, Weights
 from olmo_fn.core.offload import Stash, stay
 from olmo_fn.core.primitive import Once
 from olmo_fn.kernels.float8 import Float8, Quantise
@@ -105,41 +106,36 @@ def loss_sums(chain: Chain, params: Tree, batch: Batch, execution: Execution) ->
 def forward_backward(
     chain: Chain, remat: str, params: Tree, batch: Batch, execution: Execution
 ) -> tuple[dict[str, Tensor], Metrics]:
-    """`Sweep.gradients`. While a segment computes, the next one's weights are on their way, and the last one's gradients."""
+    """`Sweep.gradients`. While a segment computes, the next ones' weights are on their way, and the last ones' gradients."""
     weights_in_use, parts, tokens = execution.layout.weights, segments(chain.stages, remat), loss_tokens(batch)
     backend, sums, stash = execution.backend(tokens), Sums(chain.metrics), execution.stash()
     ctx, cotangent = chain.context(execution.layout.sharing.local_batch(batch), backend), backend.loss_weight
     assert cotangent is not None
     kept: list[tuple[Weights, SegmentPullback]] = []
     x: Any = None
-    ahead = fetch(params, parts[0], chain, execution)
+    coming: deque[Weights] = deque()
     for i, segment in enumerate(parts):
-        weights = ahead
-        weights.ready()
-        if i + 1 < len(parts):
-            ahead = fetch(params, parts[i + 1], chain, execution)
+        weights = bring(i, parts, coming, params, chain, execution)
         x, pullback = vjp_segment(segment, weights, x, ctx, execution, cotangent, sums, stash=stash)
         if i + 1 < len(parts):  # the last one's are needed again at once
             weights.free()
         kept.append((weights, pullback))
-    del weights, ahead, pullback  # or the last segment's would live until the end
-    grads: dict[str, Tensor] = {}
-    arriving: Callable[[], dict[str, Tensor]] = dict
+    del weights, pullback  # or the last segment's would live until the end
+    arriving = Arriving()
     d_x: Any = None
     while kept:
         weights, pullback = kept.pop()
         weights.ready()
-        if kept:
-            kept[-1][0].refetch()
+        for earlier, _ in reversed(kept[-weights_in_use.ahead :]):
+            earlier.refetch()
         late, d_x = pullback(d_x)
         del pullback
         leaving = weights_in_use.reduce(late())
         del late
         weights.free()
-        _add(grads, arriving())
-        arriving = leaving
-    _add(grads, arriving())
-    return weights_in_use.finish(grads), sums.complete(tokens.new_zeros((), dtype=cotangent.dtype))
+        arriving.add(leaving)
+        del leaving
+    return weights_in_use.finish(arriving.all()), sums.complete(tokens.new_zeros((), dtype=cotangent.dtype))
 
 
 def forward_only(chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:
@@ -147,12 +143,26 @@ def forward_only(chain: Chain, params: Tree, batch: Batch, execution: Execution)
     batch = execution.layout.sharing.local_batch(batch)
     ctx, sums, x = chain.context(batch, execution.backend()), Sums(chain.metrics), None
     chain.check(ctx.backend.axes, ctx.backend.cp_method)
-    for segment in segments(chain.stages):
-        x = forward_segment(segment, fetch(params, segment, chain, execution), x, ctx, execution, sums)
+    parts, coming = segments(chain.stages), deque[Weights]()
+    for i, segment in enumerate(parts):
+        weights = bring(i, parts, coming, params, chain, execution)
+        x = forward_segment(segment, weights, x, ctx, execution, sums)
+        del weights  # before the next ones arrive
     return sums.complete(sums.loss())
 
 
 LOCAL_SWEEP = Sweep(forward_backward, forward_only)
+
+
+def bring(
+    i: int, parts: Sequence[Segment], coming: deque[Weights], params: Tree, chain: Chain, execution: Execution
+) -> Weights:
+    """The weights of segment ``i``, there; those of the next ones are then ``coming``."""
+    weights = coming.popleft() if coming else fetch(params, parts[i], chain, execution)
+    weights.ready()
+    for later in parts[i + 1 + len(coming) : i + 1 + execution.layout.weights.ahead]:
+        coming.append(fetch(params, later, chain, execution))
+    return weights
 
 
 def fetch(params: Tree, segment: Segment, chain: Chain, execution: Execution) -> Weights:
@@ -161,10 +171,29 @@ def fetch(params: Tree, segment: Segment, chain: Chain, execution: Execution) ->
     return execution.layout.weights.fetch(params, segment.paths, execution.dtype, chain.uncast, quantise)
 
 
-def _add(grads: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    """Tied weights have gradients from two segments."""
-    for path, g in more.items():
-        grads[path] = wide(grads[path]) + g if path in grads else g
+class Arriving:
+    """Gradients on their way home, each of whose collectives is waited for when a further segment has been computed."""
+
+    def __init__(self) -> None:
+        self.grads: dict[str, Tensor] = {}
+        self.under_way: list[Reduction] = []
+
+    def add(self, *new: Reduction) -> None:
+        """Go on with those that are under way, and take ``new`` ones."""
+        before, self.under_way = self.under_way, list(new)
+        for reduction in before:
+            found = reduction()
+            if not isinstance(found, dict):
+                self.under_way.append(found)
+                continue
+            for path, g in found.items():  # tied weights have gradients from two segments
+                self.grads[path] = wide(self.grads[path]) + g if path in self.grads else g
+
+    def all(self) -> dict[str, Tensor]:
+        """The gradients, once the last ones are there."""
+        while self.under_way:
+            self.add()
+        return self.grads
 
 
 # --- one segment ------------------------------------------------------------------------------------------------------

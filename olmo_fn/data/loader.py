@@ -20,8 +20,11 @@ def labels_of(input_ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarr
     >>> labels_of(np.array([[5, 6, 7, 8]]), np.array([[True, True, False, True]]))
     array([[   6, -100,    8, -100]])
     """
-    labels = np.full_like(input_ids, IGNORE)
-    labels[:, :-1] = input_ids[:, 1:] if mask is None else np.where(mask[:, 1:], input_ids[:, 1:], IGNORE)
+    labels = np.empty_like(input_ids)
+    labels[:, :-1] = input_ids[:, 1:]
+    labels[:, -1] = IGNORE
+    if mask is not None:
+        labels[:, :-1][~mask[:, 1:]] = IGNORE
     return labels
 
 

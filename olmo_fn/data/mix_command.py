@@ -10,6 +10,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from olmo_fn.data.instances.operators import Concatenated
+from olmo_fn.data.loader import Loader
 from olmo_fn.data.mixing import Mixture
 from olmo_fn.data.settings import Data
 from olmo_fn.data.sizes import Sizes, constant_sizes
@@ -99,9 +101,11 @@ def run(args: ShowMix) -> int:
         raise ValueError(f"--first {args.first} and --last {last} must be steps of the run, the first before the last")
     sizes = constant_sizes(args.batch_size, args.sequence_length)
     source = open_data(Data(mix=args.mix, heldout_fraction=0.0), args.vocab_size, sizes, steps=args.steps)
-    mixture, names = source.train.mixture, source.sources
-    if mixture is None:
-        parts = tuple(len(part) for part in source.train.instances.parts)
+    loader, names = source.train, source.sources
+    assert isinstance(loader, Loader)
+    assert isinstance(loader.instances, Concatenated)
+    if (mixture := loader.mixture) is None:
+        parts = tuple(len(part) for part in loader.instances.parts)
         total = sum(parts)
         print("\n".join(f"{name}  {n * sizes.window:,} tokens, {n / total:.2%}" for name, n in zip(names, parts, strict=True)))
         print(f"all  {total * sizes.window:,} tokens, {total / args.batch_size:,.0f} steps a pass; the file gives no ratios")

@@ -56,7 +56,7 @@ class Data:
     the tokenizing command beside held-out files says how many bytes their text has."""
     eos: str = ""
     """Name of the end-of-document token in it. Empty: the usual names are tried."""
-    order: Order = "olmo-core"
+    order: Order = "keyed"
     """How training instances are shuffled. keyed: any number of them, at once. olmo-core: as OLMo-core does, bit for bit.
     sequential: not at all."""
     order_seed: int = 34521

@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-PAGE = 1 << 20
+PAGE = 1 << 18  # bytes: what a request takes about as long to answer as to send
 SCHEMES = {
     "http": "",
     "https": "",
@@ -48,18 +48,30 @@ class Remote:
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes ``start`` to before ``stop``. ValueError names what cannot be read, or has changed."""
-        stop = min(stop, self.size)
+        return self.read_all([(start, stop)])[0]
+
+    def read_all(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Several ranges at once: what is not kept is asked for in one go."""
+        ranges = [(start, min(stop, self.size)) for start, stop in ranges]
         if self.folder is None:
-            return get(self, start, stop)
-        pages = range(start // PAGE, -(-stop // PAGE))
+            return list(_pool().map(lambda one: get(self, *one), ranges))
+        pages = sorted({n for start, stop in ranges for n in range(start // PAGE, -(-stop // PAGE))})
         kept = {n: self._kept(n) for n in pages}
         missing = [n for n, data in kept.items() if data is None]
-        fetched = _pool().map(lambda n: get(self, n * PAGE, min((n + 1) * PAGE, self.size)), missing)
-        for n, data in zip(missing, fetched, strict=True):
+        for n, data in zip(missing, _pool().map(self._fetch, missing), strict=True):
             kept[n] = data
-            self._keep(n, data)
-        whole = b"".join(data for data in kept.values() if data is not None)
-        return whole[start - pages.start * PAGE : stop - pages.start * PAGE]
+
+        def part(start: int, stop: int) -> bytes:
+            first = start // PAGE
+            whole = b"".join(kept[n] or b"" for n in range(first, -(-stop // PAGE)))
+            return whole[start - first * PAGE : stop - first * PAGE]
+
+        return [part(*one) for one in ranges]
+
+    def _fetch(self, n: int) -> bytes:
+        data = get(self, n * PAGE, min((n + 1) * PAGE, self.size))
+        self._keep(n, data)
+        return data
 
     @property
     def place(self) -> Path:
@@ -255,4 +267,4 @@ def _hugging_face() -> Any:
 
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(16, "pages")
+    return ThreadPoolExecutor(32, "pages")

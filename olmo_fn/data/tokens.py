@@ -255,6 +255,24 @@ def read_tokens(file: TokenFile, start: int = 0, stop: int | None = None) -> np.
     return tokens if sys.byteorder == "little" else tokens.byteswap()
 
 
+def read_rows(file: TokenFile, starts: Sequence[int], length: int) -> np.ndarray:
+    """``length`` tokens from each of ``starts`` on: (starts, length) of the file's dtype. ValueError as `read_tokens` has."""
+    rows = np.empty((len(starts), length), file.dtype)
+    if file.remote is None:
+        try:
+            opened, data, size = _opened(file).fileno(), rows.view(np.uint8), length * rows.itemsize
+            for row, start in zip(data, starts, strict=True):
+                if os.preadv(opened, [row.data], file.header + start * rows.itemsize) != size:
+                    row[:] = read_tokens(file, start, start + length).view(np.uint8)  # or says what is wrong
+        except OSError as e:
+            raise ValueError(f"cannot read the token file {file.path!r}: {e.strerror}") from None
+        return rows if sys.byteorder == "little" else rows.byteswap()
+    places = [(file.header + start * rows.itemsize, file.header + (start + length) * rows.itemsize) for start in starts]
+    for row, found in zip(rows, file.remote.read_all(places), strict=True):
+        row[:] = np.frombuffer(found, file.dtype)
+    return rows if sys.byteorder == "little" else rows.byteswap()
+
+
 def check_vocab(files: Iterable[TokenFile], vocab_size: int, scan_bytes: int = SCAN_BYTES) -> None:
     """ValueError naming file, offset and value of the first token that is not below ``vocab_size``.
 

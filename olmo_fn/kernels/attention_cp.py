@@ -159,9 +159,16 @@ def _gather_vjp(q: Tensor, k: Tensor, v: Tensor, cp: Axis, attend: Callable[...,
         (d_q, *found), (more_d_q, *others) = (back(some, d_some) for back, some, d_some in parts)
         d_k, d_v, *d_sinks = (one + other for one, other in zip(found, others, strict=True))
         d_k, d_v = (reduce_scatter(_as_dealt(d, cp, 2), 2, cp) for d in (d_k, d_v))
-        return torch.cat((d_q, more_d_q), 2), d_k, d_v, *d_sinks
+        return _joined(d_q, more_d_q), d_k, d_v, *d_sinks
 
-    return torch.cat([half[0] for half in halves], 2), pullback
+    return _joined(*(half[0] for half in halves)), pullback
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    """(B, H, ·, K) along the positions, in the memory order that the parts have."""
+    if parts[0].is_contiguous():
+        return torch.cat(parts, 2)
+    return torch.cat([x.transpose(1, 2) for x in parts], 1).transpose(1, 2)
 
 
 def _ulysses_vjp(

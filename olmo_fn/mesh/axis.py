@@ -8,12 +8,17 @@ from typing import Literal, TypeAlias
 CPMethod: TypeAlias = Literal["gather", "ulysses", "ring"]
 """How attention sees other ranks' keys and values: all gathered; heads instead of positions exchanged; or passed on."""
 
+ReduceDtype: TypeAlias = Literal["float32", "bfloat16"]
+"""In what gradients are summed over ranks: at least fp32, or bf16, which is half as many bytes and other numbers."""
+
 
 @dataclass(frozen=True)
 class Axis:
     """``size`` ranks, of which this one is number ``index``. Hashable, and a constant under ``torch.compile``.
 
     ``group`` is the registered name of the process group, which the collectives take; empty where the size is 1.
+    ``coalesces``: its backend, NCCL, takes several collectives as one. ``overlapped``: products next to its collectives begin
+    with what has arrived (`olmo_fn.nn.async_tp`).
     ``channels``, which only ``pp`` has, are names of groups of two for sends to the neighbours: number ``i`` for what index
     ``i`` sends to the next one, ``size + i`` for what it sends to the one before; empty where this rank is no end.
     """
@@ -23,6 +28,8 @@ class Axis:
     index: int = 0
     group: str = ""
     channels: tuple[str, ...] = ()
+    coalesces: bool = False
+    overlapped: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,14 @@ Shoeybi et al. 2019, arXiv 1909.08053, figure 3). Shards are even.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.distributed.distributed_c10d import GroupName, _coalescing_manager, _resolve_process_group
 
 from olmo_fn.mesh.axis import Axis
 
@@ -105,6 +108,38 @@ def gather_into(out: Tensor, x: Tensor, size: int, group: str) -> Tensor:
     memory is then freed twice now and then, which ends the rank.
     """
     return _c10d.all_gather_into_tensor_out(x, size, group, out=out)
+
+
+def gather_each(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis) -> Callable[[], None]:
+    """Begin to gather each of ``xs`` of every rank into its one of ``outs``; call the result to wait.
+
+    NCCL (``axis.coalesces``) is given all at once, and makes one kernel of them; gloo one after the other.
+    """
+    pairs = [
+        (out.view(-1).view(torch.uint8), x.contiguous().view(-1).view(torch.uint8)) for out, x in zip(outs, xs, strict=True)
+    ]
+    if axis.coalesces:
+        group = _resolve_process_group(GroupName(axis.group))
+        with _coalescing_manager(group, async_ops=True) as work:
+            for out, x in pairs:
+                dist.all_gather_into_tensor(out, x, group=group)
+
+        def wait_for_all() -> None:
+            work.wait()
+            pairs.clear()  # what was read, and had to live until now
+
+        return wait_for_all
+    begun = [gather_into(out, x, axis.size, axis.group) for out, x in pairs]
+
+    def wait() -> None:
+        for out in begun:
+            _c10d.wait_tensor(out)
+
+    return wait
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
 
 
 def _reduce(x: Tensor, op: str, group: str) -> Tensor:

@@ -60,7 +60,10 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
         axes = members(name)
         line = mesh.ranks(axes, rank)
         channels = _channels(mesh, rank, device_type) if name == "pp" and len(line) > 1 else ()
-        return Axis(name, len(line), line.index(rank), group(axes).group_name if len(line) > 1 else "", channels)
+        if len(line) == 1:
+            return Axis(name)
+        nccl = device_type == "cuda" and group(axes)._get_backend(torch.device(device_type)).name() == "nccl"
+        return Axis(name, len(line), line.index(rank), group(axes).group_name, channels, coalesces=nccl)
 
     every: dict[str, Any] = {name: axis(name) for name in NAMES}
     axes = Axes(**every)

@@ -11,7 +11,7 @@ from math import prod
 from typing import NamedTuple
 
 from olmo_fn import tree
-from olmo_fn.mesh.axis import CPMethod, chunk
+from olmo_fn.mesh.axis import CPMethod, ReduceDtype, chunk
 from olmo_fn.mesh.mesh import AXES, Mesh, members
 from olmo_fn.spec import Box, Spec
 from olmo_fn.tree import Tree
@@ -37,6 +37,14 @@ class Rules:
     use: Mapping[str, str] = field(default_factory=lambda: dict(TENSOR))
     keep_gathered: bool = False
     cp_method: CPMethod = "gather"
+    prefetch: int = 1
+    """Segments whose weights are on their way while one computes."""
+    exchanged: tuple[str, ...] = ()
+    """Paths of tables that stay where they lie while they are used, though they are stored over ``fsdp``: the rows that are
+    looked up go from rank to rank (`olmo_fn.nn.embedding`), and the table does not."""
+    reduce_dtype: ReduceDtype = "float32"
+    async_tp: bool = False
+    """Over ``tp``, products take in and give away their parts while they compute (`olmo_fn.nn.async_tp`); on NVLink only."""
 
 
 DEFAULT = Rules()
@@ -115,7 +123,11 @@ def placements(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:
                 f"--mesh.tp is {mesh.tp}, but the rules do not use {logical!r} over 'tp', so that each of its ranks would add "
                 f"the same; store and use {logical!r} over 'tp', or leave --mesh.tp at 1"
             )
-    return {path: _placed(path, spec, rules) for path, spec in tree.items(specs)}
+    found = {path: _placed(path, spec, rules) for path, spec in tree.items(specs)}
+    for path in rules.exchanged:
+        if path not in found or found[path].dim("fsdp") != 1:
+            raise ValueError(f"a rule exchanges the rows of {path!r}, which is no table with columns stored over 'fsdp'")
+    return found
 
 
 def _placed(path: str, spec: Spec, rules: Rules) -> Placed:
@@ -147,6 +159,18 @@ def _placed(path: str, spec: Spec, rules: Rules) -> Placed:
         first, second = placed.gathered[:2]
         raise ValueError(f"{path}: it is stored over {first!r} and {second!r} and used over neither; leave one of them out")
     return placed
+
+
+def rows_are_less(vocab_size: int, d_model: int, tokens: int, ranks: int, gathers: int = 2, item: int = 2) -> bool:
+    """Whether to exchange rows takes fewer bytes than to gather a table of ``ranks`` parts, of numbers of ``item`` bytes.
+
+    The table is gathered ``gathers`` times, and its gradient scattered in fp32: V D (gathers item + 4). Of each of the
+    ``tokens`` that a rank has meanwhile a row goes each way, and an id of 4 bytes to all: tokens (2 D item + 4 ranks).
+
+    >>> rows_are_less(100352, 4096, tokens=8192, ranks=8), rows_are_less(512, 64, tokens=8192, ranks=8)
+    (True, False)
+    """
+    return tokens * (2 * d_model * item + 4 * ranks) < vocab_size * d_model * (gathers * item + 4)
 
 
 def table(placed: Mapping[str, Placed], mesh: Mesh) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from olmo_fn.fields import Range
-from olmo_fn.mesh.axis import CPMethod
+from olmo_fn.fields import VISIBLE, Range
+from olmo_fn.mesh.axis import CPMethod, ReduceDtype
 from olmo_fn.mesh.mesh import AXES, Mesh, solve
 
 DEGREE = Range(0, 1 << 18)
@@ -27,8 +27,17 @@ class MeshConfig:
     """Processes that share each sequence (context parallelism); parameters are sharded over them as well."""
     tp: Annotated[int, DEGREE] = 1
     """Processes that share each matrix product (tensor parallelism, with sequence-parallel norms)."""
-    keep_gathered: bool = False
-    """Keep gathered parameters from the forward to the backward sweep (ZeRO-2): less traffic, more memory."""
+    weights: Literal["zero-3", "zero-2", "auto"] = "zero-3"
+    """zero-3: gathered parameters are given back after the forward sweep and gathered again; zero-2: they are kept, for less
+    traffic and more memory; auto: kept where that fits into the memory there is."""
+    prefetch: Annotated[int, Range(1, 4096)] = 1
+    """Blocks whose parameters are on their way while one computes."""
+    embedding: Literal["auto", "rows", "table"] = "auto"
+    """What goes from rank to rank for the embedding: the rows that are looked up, or its whole table; auto: what is less."""
+    reduce_dtype: Annotated[ReduceDtype, VISIBLE] = "float32"
+    """In what gradients are summed over processes; bfloat16 is half as many bytes, and changes the numbers."""
+    async_tp: bool = False
+    """Over --mesh.tp, send and multiply at the same time: products begin with what has arrived (CUDA with NVLink only)."""
     cp_method: CPMethod = "gather"
     """How attention sees the keys and values of other --mesh.cp ranks: all gathered; heads exchanged for positions; or
     passed on in a ring."""
@@ -41,6 +50,11 @@ class MeshConfig:
     pp_split: str = ""
     """Blocks of every virtual stage, such as 0-7,8-15; embed first and head last are ends without blocks. Empty: even in
     cost."""
+
+    @property
+    def keep_gathered(self) -> bool:
+        """Whether gathered parameters are kept between the sweeps."""
+        return self.weights == "zero-2"
 
     def on(self, processes: int) -> Mesh:
         """The mesh of so many processes; ValueError, one line with the arithmetic, if it cannot be.

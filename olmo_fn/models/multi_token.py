@@ -99,7 +99,7 @@ def further(cfg: Model, layer: Layer, p: Tree, x: Tensor, ctx: Context) -> Aux:
 
     for k, part in enumerate(ctx.ahead, 1):
         module = p["mtp"][str(k)]
-        token = embedding(replace(ctx, input_ids=part.input_ids), p["embed"], cfg.vocab_size)
+        token = embedding(replace(ctx, input_ids=part.input_ids), p["embed"], cfg.vocab_size, cfg.d_model)
         both = torch.cat((norm.once(ctx, module["stream_norm"], x), norm.once(ctx, module["embed_norm"], token)), -1)
         x, _ = with_aux(sub.on(tp)(module["join"], both, ctx))
         for piece in layer.parts:

@@ -140,6 +140,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
         ),
         empty=partial(_empty, cfg.d_model),
         uncast=frozenset({"embed", w_out}),
+        looked_up=frozenset({"embed"} - {w_out}),
         check=partial(_check_axes, built),
         takes=TokenBatch(cfg.vocab_size),
         specs=declared,
@@ -148,7 +149,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
 
 def embedded(cfg: Model, p: Tree, ctx: Context) -> Tensor:
     """The stream (B, T, D) before the first block, of the parameters ``embed`` and ``embed_norm``."""
-    x = embedding(ctx, p["embed"], cfg.vocab_size)
+    x = embedding(ctx, p["embed"], cfg.vocab_size, cfg.d_model)
     x = x if cfg.embed_scale is None else x * cfg.embed_scale
     return cfg.norm.build(cfg.norm_eps).once(ctx, p["embed_norm"], x) if cfg.embed_norm else x
 

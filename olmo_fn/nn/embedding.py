@@ -12,26 +12,39 @@ from torch import Tensor
 from olmo_fn.core.chain import wide
 from olmo_fn.kernels.huge_pages import new_large
 from olmo_fn.mesh.axis import Axis, chunk
-from olmo_fn.mesh.collectives import all_gather, reduce_scatter
+from olmo_fn.mesh.collectives import all_gather, all_to_all, reduce_scatter
 from olmo_fn.nn.context import Context
 from olmo_fn.nn.linear import Weight, merged
 
 
-def embedding(ctx: Context, table: Weight, vocab_size: int) -> Tensor:
+def embedding(ctx: Context, table: Weight, vocab_size: int, d_model: int) -> Tensor:
     """Rows of ``table`` (V, D) for the batch's ids (B, T): (B, T, D) in the compute dtype.
 
-    On an axis ``tp``, where each rank has some rows of the vocabulary, this rank's part of the sequence.
+    On an axis ``tp``, where each rank has some rows of the vocabulary, this rank's part of the sequence. A table with fewer
+    columns than ``d_model`` is this rank's part over ``fsdp``: each rank looks up its columns for the ids of all, and what it
+    finds goes to the rank that asked (`olmo_fn.mesh.placement.Rules.exchanged`).
     """
-    tp, ids, weight = ctx.backend.axes.tp, ctx.input_ids, merged(table)
-    rows, inside = local_rows(ids, vocab_size, tp)
+    weight, dtype, axes = merged(table), ctx.backend.dtype, ctx.backend.axes
+    fsdp = axes.fsdp if weight.shape[1] < d_model else Axis()
+    ids = ctx.input_ids if fsdp.size == 1 else all_gather(ctx.input_ids.int(), 0, fsdp).long()  # (n B, T)
+    rows, inside = local_rows(ids, vocab_size, axes.tp)
+
+    def look_up(weight: Tensor) -> Tensor:
+        return _to_askers(_look_up(weight, rows, inside, axes.tp, dtype or weight.dtype), d_model, fsdp)
+
     if not ctx.backend.primitive:
-        return _look_up(weight, rows, inside, tp).to(ctx.backend.dtype or weight.dtype)
+        return look_up(weight)
 
     def vjp(weights: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[Tensor, Callable[..., Any]]:
         def pullback(cotangent: Tensor) -> tuple[Sequence[Callable[[], Tensor]], Sequence[Tensor]]:
-            return (lambda: add_rows(all_gather(cotangent, 1, tp), rows, inside, weight.shape[0]),), ()
+            def gradient() -> Tensor:
+                columns = all_gather(_to_owners(cotangent, weight.shape[1], fsdp), 1, axes.tp)
+                columns = columns if fsdp.size == 1 else wide(columns)  # as a sum over ranks is
+                return add_rows(columns, rows, inside, weight.shape[0])
 
-        return _look_up(weights[0], rows, inside, tp).to(ctx.backend.dtype or weight.dtype), pullback
+            return (gradient,), ()
+
+        return look_up(weights[0]), pullback
 
     return ctx.backend.primitive(vjp, [weight], [], ctx.backend.weight_grads)
 
@@ -50,9 +63,29 @@ def local_rows(ids: Tensor, vocab_size: int, tp: Axis) -> tuple[Tensor, Tensor |
     return rows.where(inside, 0), inside
 
 
-def _look_up(weight: Tensor, rows: Tensor, inside: Tensor | None, tp: Axis) -> Tensor:
-    values = F.embedding(rows, weight)
-    return values if inside is None else reduce_scatter(values * inside[..., None].to(weight.dtype), 1, tp)
+def _look_up(weight: Tensor, rows: Tensor, inside: Tensor | None, tp: Axis, dtype: torch.dtype) -> Tensor:
+    values = F.embedding(rows, weight).to(dtype)
+    return values if inside is None else reduce_scatter(values * inside[..., None].to(dtype), 1, tp)
+
+
+def _to_askers(columns: Tensor, d_model: int, fsdp: Axis) -> Tensor:
+    """Each rank's columns (n B, T, ~D/n) of the rows for all become all columns (B, T, D) of this rank's rows."""
+    if fsdp.size == 1:
+        return columns
+    width = -(-d_model // fsdp.size)  # of all parts but the last ones
+    return all_to_all(_widened(columns, width), 0, -1, fsdp)[..., :d_model]
+
+
+def _to_owners(rows: Tensor, columns: int, fsdp: Axis) -> Tensor:
+    """The way back: all columns (B, T, D) of this rank's rows become its ``columns`` of the rows for all, (n B, T, columns)."""
+    if fsdp.size == 1:
+        return rows
+    even = rows.shape[-1] + -rows.shape[-1] % fsdp.size
+    return all_to_all(_widened(rows, even), -1, 0, fsdp)[..., :columns]
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def add_rows(cotangent: Tensor, rows: Tensor, inside: Tensor | None, V: int) -> Tensor:

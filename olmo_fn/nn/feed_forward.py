@@ -16,9 +16,10 @@ from torch import Tensor
 
 from olmo_fn.core.primitive import VJP
 from olmo_fn.kernels import Function, Kernel
-from olmo_fn.kernels.float8 import tensors_of
+from olmo_fn.kernels.float8 import Float8, tensors_of
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import all_gather, reduce_scatter
+from olmo_fn.nn import async_tp
 from olmo_fn.nn.context import Context
 from olmo_fn.nn.linear import Adapted, Weight, add_bias, alike, linear, matmul, times, transposed_times
 from olmo_fn.nn.sublayer import Names, Result, Sublayer
@@ -137,7 +138,10 @@ def gated(ctx: Context, x: Tensor, w_gate: Weight, w_up: Weight, w_down: Weight,
         gate, up = linear(backend, x, [w_gate, w_up], gather=tp)
         return linear(backend, backend.fuse(fns.gated)(gate, up), [w_down], scatter=tp)[0]
     if backend.primitive:
-        return backend.primitive(_gated_vjp(tp, backend.kernel, fns, weights), tensors_of(weights), [x], backend.weight_grads)
+        vjp = _gated_vjp(tp, backend.kernel, fns, weights)
+        if tp.overlapped and not isinstance(w_gate, Float8):
+            vjp = async_tp.gated_vjp(tp, backend.kernel, fns.gated, fns.gradient)
+        return backend.primitive(vjp, tensors_of(weights), [x], backend.weight_grads)
     h = all_gather(x, 1, tp)
     return reduce_scatter(matmul(fns.gated(matmul(h, w_gate), matmul(h, w_up)), w_down), 1, tp)
 

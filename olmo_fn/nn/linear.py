@@ -17,6 +17,7 @@ from olmo_fn.kernels import Kernel
 from olmo_fn.kernels.float8 import Float8, products, straight_through, tensors_of, transposed_products
 from olmo_fn.mesh.axis import Axis
 from olmo_fn.mesh.collectives import all_gather, enter, reduce_scatter
+from olmo_fn.nn import async_tp
 
 SINGLE = Axis()
 
@@ -94,6 +95,8 @@ def linear(
         return tuple(linear(backend, x, [w], gather, scatter)[0] for w in weights)
     if backend.primitive:
         vjp = _linear_vjp(gather, scatter, backend.kernel, weights)
+        if (gather.overlapped or scatter.overlapped) and not isinstance(weights[0], Float8):
+            vjp = async_tp.linear_vjp(gather, scatter)
         return backend.primitive(vjp, tensors_of(weights), [x], backend.weight_grads)
     h = all_gather(x, 1, gather)
     return tuple(reduce_scatter(matmul(h, w), 1, scatter) for w in weights)

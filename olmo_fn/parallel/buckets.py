@@ -30,6 +30,16 @@ class Shard(NamedTuple):
         """The padded shape of one of ``n`` chunks."""
         return (*self.shape[: self.dim], -(-self.shape[self.dim] // n), *self.shape[self.dim + 1 :])
 
+    def in_place(self, n: int) -> bool:
+        """Whether ``n`` chunks, one behind the other, are the whole: then a gather can write straight into it.
+
+        True of even rows of a matrix. Vectors are too small for a collective of their own.
+
+        >>> Shard((4, 6), 0).in_place(2), Shard((4, 6), 1).in_place(2), Shard((5, 6), 0).in_place(2), Shard((4,), 0).in_place(2)
+        (True, False, False, False)
+        """
+        return len(self.shape) > 1 and self.dim == 0 and self.shape[0] % n == 0
+
 
 def all_gather(parts: Sequence[Tensor], shards: Sequence[Shard], axis: Axis) -> Tensor:
     """Begin to gather chunks of any dtypes as bytes, one collective; give the result to `unpack`."""
@@ -37,14 +47,23 @@ def all_gather(parts: Sequence[Tensor], shards: Sequence[Shard], axis: Axis) -> 
     return gather_into(packed.new_empty(axis.size * len(packed)), packed, axis.size, axis.group)
 
 
-def pack(parts: Sequence[Tensor], shards: Sequence[Shard | None], n: int) -> Tensor:
-    """Chunks of any dtypes, padded, one behind the other as bytes; a tensor without a `Shard` as it is."""
-    flat = []
-    for part, shard in zip(parts, shards, strict=True):
-        even = part if shard is None else _padded(part, shard.chunk(n))
-        data = even.contiguous().view(-1).view(torch.uint8)
-        flat.append(pad(data, (0, -len(data) % ALIGN)))
-    return torch.cat(flat)
+def pack(
+    parts: Sequence[Tensor], shards: Sequence[Shard | None], n: int, dtypes: Sequence[torch.dtype] | None = None
+) -> Tensor:
+    """Chunks of any dtypes, padded, one behind the other as bytes; a tensor without a `Shard` as it is.
+
+    ``dtypes``: what they become on the way. What stands in the padding is not said.
+    """
+    dtypes = [part.dtype for part in parts] if dtypes is None else dtypes
+    shapes = [part.shape if shard is None else torch.Size(shard.chunk(n)) for part, shard in zip(parts, shards, strict=True)]
+    sizes = [_padded_bytes(shape.numel() * dtype.itemsize) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    bucket = parts[0].new_empty(sum(sizes), dtype=torch.uint8)
+    for part, row, shape, dtype in zip(parts, bucket.split(sizes), shapes, dtypes, strict=True):
+        target = row[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        for dim, length in enumerate(part.shape):
+            target = target.narrow(dim, 0, length)
+        target.copy_(part)
+    return bucket
 
 
 def unpack(gathered: Tensor, outs: Sequence[Tensor], shards: Sequence[Shard], axis: Axis) -> None:
@@ -63,7 +82,7 @@ def unpack(gathered: Tensor, outs: Sequence[Tensor], shards: Sequence[Shard], ax
         else:
             whole = part.movedim(0, shard.dim).flatten(shard.dim, shard.dim + 1)
             out.copy_(whole.narrow(shard.dim, 0, shard.shape[shard.dim]))
-        offset += length + -length % ALIGN
+        offset += _padded_bytes(length)
 
 
 def reduce_scatter(grads: Sequence[Tensor], shards: Sequence[Shard], axis: Axis, dtype: torch.dtype) -> Tensor:
@@ -99,6 +118,16 @@ def chunk_of(whole: Tensor, shard: Shard, index: int, n: int) -> Tensor:
     """
     start, length = chunk(shard.shape[shard.dim], index, n)
     return whole.narrow(shard.dim, start, length)
+
+
+def row_bytes(x: Tensor, shard: Shard | None, n: int) -> int:
+    """What a tensor, or a chunk of it, takes in a row."""
+    size = x.numel() if shard is None else torch.Size(shard.chunk(n)).numel()
+    return _padded_bytes(size * x.element_size())
+
+
+def _padded_bytes(size: int) -> int:
+    return size + -size % ALIGN
 
 
 def _padded(part: Tensor, shape: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.mesh.axis import Axis
-from olmo_fn.parallel.buckets import ALIGN, Shard, chunk_of, pack, unpack
+from olmo_fn.parallel.buckets import Shard, chunk_of, pack, row_bytes, unpack
 
 _c10d = torch.ops._c10d_functional
 
@@ -64,10 +64,3 @@ def _unpacked(row: Tensor, like: Sequence[Tensor], shards: Sequence[Shard | None
         found.append(own.clone(memory_format=torch.contiguous_format))  # not a view, which would keep the row
         offset += row_bytes(x, shard, n)
     return found
-
-
-def row_bytes(x: Tensor, shard: Shard | None, n: int) -> int:
-    """What a tensor, or a chunk of it, takes in a row."""
-    size = x.numel() if shard is None else torch.Size(shard.chunk(n)).numel()
-    size *= x.element_size()
-    return size + -size % ALIGN

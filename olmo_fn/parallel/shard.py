@@ -32,6 +32,10 @@ def shard(
 
     def apply(step: Step) -> Step:
         pp, chain = connection.axes.pp.size, step.grads.chain
+        if wrong := {*rules.exchanged} - (chain.looked_up if chain else {*()}):
+            raise ValueError(f"a rule exchanges the rows of {min(wrong)!r}, which the loss does not say that it looks up")
+        if rules.async_tp and connection.device_mesh.device_type != "cuda":
+            raise ValueError("--mesh.async-tp sends over NVLink while it multiplies, which needs CUDA devices; leave it out")
         refuse = refuse_axes if chain is None else chain.check
         refuse(connection.axes, rules.cp_method)
         if chain is not None:

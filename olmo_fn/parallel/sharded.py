@@ -8,7 +8,7 @@ fp32. What is sharded in use, over ``tp`` or an axis of experts, stays so: the s
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -26,14 +26,16 @@ from olmo_fn.core.layout import (
     Owners,
     Placement,
     Quantise,
+    Reduction,
     Sharing,
     Weights,
     WeightsInUse,
+    arrive,
     norms,
     one_launch,
 )
 from olmo_fn.core.update import same_memory
-from olmo_fn.mesh.axis import Axes, Axis, chunk
+from olmo_fn.mesh.axis import Axes, Axis, ReduceDtype, chunk
 from olmo_fn.mesh.collectives import pmax, psum
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.placement import DEFAULT, Placed, Rules, placements
@@ -51,8 +53,14 @@ Rows = Literal["all", "own"]
 def sharded(connection: Connection, specs: Tree, rules: Rules = DEFAULT, rows: Rows = "all") -> Layout:
     """The layout of ``specs`` over the ranks of ``connection``; ValueError, with the parameter's name, for senseless rules."""
     placement = ShardedPlacement(connection, specs, rules)
-    sharing = RankSharing(connection.axes, rules.cp_method, placement, rows)
+    sharing = RankSharing(axes_in_use(connection.axes, rules), rules.cp_method, placement, rows)
     return Layout(placement, ShardedWeights(placement), MatrixOwners(placement), sharing)
+
+
+def axes_in_use(axes: Axes, rules: Rules) -> Axes:
+    """The axes as the stages see them: with ``async_tp``, products overlap the collectives of ``tp``."""
+    overlapped = rules.async_tp and axes.tp.size > 1
+    return replace(axes, tp=replace(axes.tp, overlapped=True)) if overlapped else axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +214,11 @@ class ShardedWeights(WeightsInUse):
 
     placement: ShardedPlacement
 
+    @property
+    def ahead(self) -> int:
+        """How many segments' weights are on their way while one computes."""
+        return self.placement.rules.prefetch
+
     def fetch(
         self,
         params: Tree,
@@ -218,44 +231,43 @@ class ShardedWeights(WeightsInUse):
         subtrees = {path: tree.at(params, path) for path in paths}
         gathers: dict[Axis, dict[str, buckets.Shard]] = {}
         for path in (path for top, part in subtrees.items() for path, _ in tree.items(part, top)):
-            if (axis := self.placement.gather_axis(path)).size > 1:
+            if (axis := self.placement.gather_axis(path)).size > 1 and path not in self.placement.rules.exchanged:
                 gathers.setdefault(axis, {})[path] = self.placement.bucket_shard(path)
         if not gathers:
             return super().fetch(params, subtrees, dtype, uncast, quantise)
         return Gathered(subtrees, gathers, dtype, self.placement.rules.keep_gathered, quantise)
 
-    def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    def reduce(self, grads: dict[str, Tensor]) -> Reduction:
         """Begin to sum a segment's gradients over the ranks with other tokens; each rank keeps its shards.
 
-        Gathered parameters' gradients are scattered, one collective for each axis. Others stay sums over this rank's tokens:
-        `finish` sums them all at once, or, where nothing is gathered anywhere, each segment's bucket is summed here.
+        Gathered parameters' gradients are scattered, one collective for each axis; those of exchanged ones are sums over the
+        axis already. Others stay sums over this rank's tokens: `finish` sums them all at once, or, where nothing is gathered
+        anywhere, each segment's bucket is summed here.
         """
-        groups: dict[tuple[Axis, ...], list[str]] = {}
+        place, groups = self.placement, dict[tuple[bool, Axis, tuple[Axis, ...]], list[str]]()
         for path in grads:
-            groups.setdefault((self.placement.gather_axis(path), *self.placement.sum_axes(path)), []).append(path)
-        ends: list[Callable[[], dict[str, Tensor]]] = []
-        for (axis, *sums), paths in groups.items():
+            axis, exchanged = place.gather_axis(path), path in place.rules.exchanged
+            late = axis.size == 1 and place.axes.fsdp.size > 1
+            sums = () if late else tuple(place.sum_axes(path))
+            groups.setdefault((late, Axis() if exchanged else axis, sums), []).append(path)
+        reductions = []
+        for (_, axis, sums), paths in groups.items():
             part = {path: grads[path] for path in paths}
             if axis.size > 1:
-                ends.append(self._scatter(part, axis, sums))
-            elif self.placement.axes.fsdp.size > 1:
-                ends.append(summing({path: wide(g) for path, g in part.items()}, []))
+                reductions.append(self._scatter(part, axis, sums))
             else:
-                ends.append(summing({path: wide(g) for path, g in part.items()}, sums))
-        return lambda: {path: g for end in ends for path, g in end().items()}
+                reductions.append(summing(part, sums, place.rules.reduce_dtype))
+        return together(reductions)
 
-    def _scatter(self, grads: dict[str, Tensor], axis: Axis, sums: list[Axis]) -> Callable[[], dict[str, Tensor]]:
+    def _scatter(self, grads: dict[str, Tensor], axis: Axis, sums: Sequence[Axis]) -> Reduction:
         shards = [self.placement.bucket_shard(path) for path in grads]
-        dtype = wide(next(iter(grads.values()))[:0]).dtype
-        reduced, paths = buckets.reduce_scatter([*grads.values()], shards, axis, dtype), list(grads)
+        wire, wanted = dtypes_of(grads, self.placement.rules.reduce_dtype)
+        reduced, paths = buckets.reduce_scatter([*grads.values()], shards, axis, wire), list(grads)
 
-        def end() -> dict[str, Tensor]:
-            local = _c10d.wait_tensor(reduced)
-            for other in sums:
-                local = psum(local, other)
-            return dict(zip(paths, buckets.split(local, shards, axis), strict=True))
+        def split(total: Tensor) -> dict[str, Tensor]:
+            return dict(zip(paths, buckets.split(total.to(wanted), shards, axis), strict=True))
 
-        return end
+        return summed_further(reduced, sums, split)
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sum, in one collective for each set of axes, gradients of parameters that are not gathered where others are."""
@@ -264,8 +276,7 @@ class ShardedWeights(WeightsInUse):
             for path, g in grads.items():
                 if self.placement.gather_axis(path).size == 1:
                     groups.setdefault(tuple(self.placement.sum_axes(path)), {})[path] = g
-            for sums, part in groups.items():
-                grads = {**grads, **summing(part, sums)()}
+            grads = {**grads, **arrive(together([summing(part, sums) for sums, part in groups.items()]))}
         return grads
 
 
@@ -399,18 +410,47 @@ class RankSharing(Sharing):
         return total.to(torch.promote_types(leaves[0][1].dtype, torch.float32))
 
 
-def summing(grads: Mapping[str, Tensor], axes: Sequence[Axis]) -> Callable[[], dict[str, Tensor]]:
-    """Begin to sum tensors over axes, in one collective for each."""
+def summing(grads: Mapping[str, Tensor], axes: Sequence[Axis], dtype: ReduceDtype = "float32") -> Reduction:
+    """Begin to sum tensors over axes, in one collective for each; the sums are in at least fp32."""
     first, *others = [axis for axis in axes if axis.size > 1] or [Axis()]
+    wire, wanted = dtypes_of(grads, dtype)
     if first.size == 1:
-        return lambda: dict(grads)
-    flat = _c10d.all_reduce(torch.cat([g.reshape(-1) for g in grads.values()]), "sum", first.group)
+        return lambda: {path: g.to(wanted) for path, g in grads.items()}
+    shapes = {path: g.shape for path, g in grads.items()}
+    flat = torch.cat([g.reshape(-1).to(wire) for g in grads.values()])
 
-    def end() -> dict[str, Tensor]:
-        total = _c10d.wait_tensor(flat)
-        for axis in others:
-            total = psum(total, axis)
-        parts = total.split([g.numel() for g in grads.values()])
-        return {path: part.view(g.shape) for (path, g), part in zip(grads.items(), parts, strict=True)}
+    def split(total: Tensor) -> dict[str, Tensor]:
+        parts = total.to(wanted).split([shape.numel() for shape in shapes.values()])
+        return {path: part.view(shape) for (path, shape), part in zip(shapes.items(), parts, strict=True)}
 
-    return end
+    return summed_further(_c10d.all_reduce(flat, "sum", first.group), others, split)
+
+
+def dtypes_of(grads: Mapping[str, Tensor], reduce_dtype: ReduceDtype) -> tuple[torch.dtype, torch.dtype]:
+    """In what gradients travel, and in what they are wanted."""
+    wanted = wide(next(iter(grads.values()))[:0]).dtype if grads else torch.float32
+    return torch.bfloat16 if reduce_dtype == "bfloat16" else wanted, wanted
+
+
+def summed_further(begun: Tensor, axes: Sequence[Axis], split: Callable[[Tensor], dict[str, Tensor]]) -> Reduction:
+    """What a collective gives, summed over further axes: each sum begins when the result before it has been waited for."""
+
+    def go_on() -> dict[str, Tensor] | Reduction:
+        total = _c10d.wait_tensor(begun)
+        if not axes:
+            return split(total)
+        return summed_further(_c10d.all_reduce(total, "sum", axes[0].group), axes[1:], split)
+
+    return go_on
+
+
+def together(reductions: Sequence[Reduction]) -> Reduction:
+    """Several reductions as one, which go on at the same time."""
+
+    def go_on() -> dict[str, Tensor] | Reduction:
+        found = [reduction() for reduction in reductions]
+        grads = {path: g for part in found if isinstance(part, dict) for path, g in part.items()}
+        later = [reduction for reduction in found if not isinstance(reduction, dict)]
+        return together([lambda: grads, *later]) if later else grads
+
+    return go_on

@@ -14,6 +14,7 @@ from olmo_fn.planner.profile import Profile, extrapolated, profile
 from olmo_fn.planner.trace import Traffic
 from olmo_fn.planner.traffic import traffic
 from olmo_fn.train.accelerators import ACCELERATORS, Accelerator
+from olmo_fn.train.recipe import exchanged
 
 RESERVED, PROCESS = 4e9, 0.5e9
 """Bytes that are assumed not to be a step's tensors: on an accelerator its context, communication buffers, fragments; of a
@@ -57,8 +58,14 @@ def profile_of(plan: PlanInput) -> Profile:
             f"--recipe.sequence-length {plan.cfg.recipe.sequence_length} is {positions:,} positions a rank, and no more than "
             f"{LONGEST:,} can be planned; shorten it, or raise --mesh.cp"
         )
-    keep = plan.cfg.mesh.keep_gathered and plan.mesh.pp == 1
-    mesh = MeshConfig(cp_method=plan.cfg.mesh.cp_method, keep_gathered=keep)
+    given = plan.cfg.mesh
+    mesh = MeshConfig(
+        cp_method=given.cp_method,
+        weights="zero-2" if given.keep_gathered and plan.mesh.pp == 1 else "zero-3",
+        prefetch=given.prefetch,
+        embedding="rows" if exchanged(plan.cfg, plan.mesh) else "table",
+        reduce_dtype=given.reduce_dtype,
+    )
     cfg = replace(without_layout(plan.cfg), mesh=mesh)
     few = -(-TRACED // cfg.recipe.sequence_length) * plan.mesh.cp
 
@@ -69,7 +76,13 @@ def profile_of(plan: PlanInput) -> Profile:
 
 
 def estimate(plan: PlanInput, gpu: Accelerator | None = None) -> Estimate:
-    """The estimate of a run, on the accelerator that its config names if no other is given. ValueError if it cannot run."""
+    """The estimate of a run, on the accelerator that its config names if no other is given. ValueError if it cannot run.
+
+    ``mesh.weights`` auto is what fits: zero-2, or else zero-3.
+    """
+    if plan.cfg.mesh.weights == "auto":
+        kept = estimate(plan.changed(weights="zero-2"), gpu)
+        return kept if kept.fits and plan.mesh.pp == 1 else estimate(plan.changed(weights="zero-3"), gpu)
     found, gpu, ranks = profile_of(check(plan)), gpu or ACCELERATORS[plan.cfg.gpu], range(plan.mesh.pp)
     peaks = tuple(peak_memory(plan, found, rank) for rank in ranks)
     host = tuple(host_memory(plan, found, rank) for rank in ranks)

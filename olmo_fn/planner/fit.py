@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from olmo_fn.mesh.mesh import Mesh
@@ -46,6 +47,16 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float, device: str
     raise ValueError(f"{words}. Even {flags(least.cfg, plan.cfg)} needs {need(least) / GIB:,.1f}: {MORE}")
 
 
+def with_weights(cfg: Config, mesh: Mesh, dtype: str, memory: float, device: str) -> Config:
+    """The config with ``mesh.weights`` said where it is auto: zero-2 if a step then fits into ``memory``, or else zero-3."""
+    if cfg.mesh.weights != "auto":
+        return cfg
+    kept = PlanInput(cfg, mesh).changed(dtype=dtype, weights="zero-2")
+    planned = cfg.recipe.engine == "tape" and mesh.pp == 1 and mesh.degree("fsdp") > 1
+    fits = planned and cfg.recipe.sequence_length // mesh.cp <= LONGEST and need(kept) + reserved(device) <= memory
+    return replace(cfg, mesh=replace(cfg.mesh, weights="zero-2" if fits else "zero-3"))
+
+
 def reserved(device: str) -> float:
     """Bytes of a process on such a device that are left to all but its tensors."""
     return RESERVED if device == "cuda" else PROCESS
@@ -70,7 +81,7 @@ def _keeping_less(plan: PlanInput) -> Iterator[PlanInput]:
     """The plan with less and less to keep; but for the last, of the same numbers."""
     yield plan
     remats = () if plan.cfg.recipe.remat == "full" else ("selective", "full")
-    changes: list[dict[str, Any]] = [{"keep_gathered": False}, *({"remat": how} for how in remats), {"moments": "bfloat16"}]
+    changes: list[dict[str, Any]] = [{"weights": "zero-3"}, *({"remat": how} for how in remats), {"moments": "bfloat16"}]
     for change in changes:
         less = plan.changed(**change)
         if less != plan and can_run(less):

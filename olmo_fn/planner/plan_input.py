@@ -169,8 +169,8 @@ def flags(cfg: Config, base: Config) -> str:
 
     >>> from configs import CONFIGS
     >>> base = CONFIGS["olmo2-1b"]
-    >>> flags(PlanInput(base, Mesh()).changed(mesh=Mesh(dp_shard=4, tp=2), keep_gathered=True).cfg, base)
-    '--mesh.dp-shard 4 --mesh.tp 2 --mesh.keep-gathered'
+    >>> flags(PlanInput(base, Mesh()).changed(mesh=Mesh(dp_shard=4, tp=2), weights="zero-2").cfg, base)
+    '--mesh.dp-shard 4 --mesh.tp 2 --mesh.weights zero-2'
     """
     words = []
     for section in ("mesh", "recipe", "optim"):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Chain, Stage, bind
-from olmo_fn.core.layout import Layout, Sweep, compute_copy
+from olmo_fn.core.layout import Layout, Reduction, Sweep, compute_copy
 from olmo_fn.core.offload import HostStash
 from olmo_fn.core.primitive import primitive
 from olmo_fn.core.tape import LOCAL_SWEEP, remat_policy
@@ -31,7 +31,7 @@ from olmo_fn.mesh.axis import NAMES, Axes, Axis
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models.transformer import layers
-from olmo_fn.parallel.owners import row_bytes
+from olmo_fn.parallel.buckets import row_bytes
 from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, ShardedPlacement, ShardedWeights
 from olmo_fn.planner import attention
 from olmo_fn.planner.accelerators import ATTENTION as RATES
@@ -77,6 +77,7 @@ class Part:
     late_gradients: int = 0  # those that are summed once all are there
     gathered: Traffic = field(default_factory=Counter)  # by one gather of its weights
     reduced: Traffic = field(default_factory=Counter)  # by its gradients, once
+    exchanged: Traffic = field(default_factory=Counter)  # by the rows of its tables, there and back, for a micro-batch
     whole_updates: list[WholeUpdate] = field(default_factory=list)  # in the order of its parameters
 
 
@@ -116,9 +117,9 @@ def alike(cfg: Config, chain: Chain) -> dict[Label, Label]:
     """For every label the one that stands for it.
 
     The first block and the last two stand for themselves, since what is outside the blocks is gathered and reduced during their
-    pieces; others for all with the same functions, shapes and rematerialisation.
+    pieces (more of them if more is gathered ahead); others for all with the same functions, shapes and rematerialisation.
     """
-    blocks_of = layers(cfg.model)
+    blocks_of, ahead = layers(cfg.model), cfg.mesh.prefetch
 
     def like(label: Label) -> Any:  # the settings of a block, which may differ by layer in more than shapes
         return (
@@ -134,7 +135,7 @@ def alike(cfg: Config, chain: Chain) -> dict[Label, Label]:
         leaves = [leaf for s in stages for path in s.paths for leaf in tree.items(tree.at(specs, path), path)]
         sizes = tuple((spec.shape, is_trained(cfg, path)) for path, spec in leaves)
         kind = (sizes, like(label), *((s.name, again(s)) for s in stages))
-        itself = not isinstance(label, int) or label in (*blocks[:1], *blocks[-2:])
+        itself = not isinstance(label, int) or label in (*blocks[:ahead], *blocks[-1 - ahead :])
         found[label] = label if itself else first.setdefault(kind, label)
     return found
 
@@ -219,8 +220,8 @@ class Watch:
         specs = parameters(cfg)
         self.owners = owners(chain, specs)
         mine = {path: spec for path, spec in tree.items(specs) if self.owners[path] in chosen}
-        placement = WatchedPlacement(connection, tree.unflatten(mine), rules(cfg))
-        sharing = RankSharing(connection.axes, rules(cfg).cp_method, placement, "own")
+        placement = WatchedPlacement(connection, tree.unflatten(mine), rules(cfg, mesh))
+        sharing = RankSharing(connection.axes, cfg.mesh.cp_method, placement, "own")
         sweep = Sweep(self.sweep, LOCAL_SWEEP.sums)
         self.layout = Layout(placement, WatchedWeights(placement, self), WatchedOwners(placement, self), sharing, sweep)
         self.chain, self.placement = chain, placement
@@ -238,17 +239,18 @@ class Watch:
         """Sizes of the weights and of the fp32 gradients of every label."""
         n = self.placement.axes.fsdp.size
         for path in self.placement.placed:
-            axis = self.placement.gather_axis(path)
+            exchanged = path in self.placement.rules.exchanged
+            axis = Axis() if exchanged else self.placement.gather_axis(path)
             part, whole = self.parts[self.owners[path]], self.placement.box(path, [axis.name])[1]
             copy = compute_copy(torch.empty(whole, device="meta"), dtype)
             if form := self.chain.float8.get(path):
                 part.weights += prod(whole) + 4 * prod(form.scale_shape(whole))
-            elif n > 1 or not (copy.dtype == torch.float32 or path in self.chain.uncast):
+            elif (n > 1 and not exchanged) or not (copy.dtype == torch.float32 or path in self.chain.uncast):
                 part.weights += copy.nbytes
             if is_trained(self.cfg, path):
                 part.gradients += 4 * prod(self.placement.box(path)[1])
                 part.whole_gradients += 4 * prod(whole)
-                part.late_gradients += 4 * prod(whole) * (n > 1 and axis.size == 1)
+                part.late_gradients += 4 * prod(whole) * (n > 1 and axis.size == 1 and not exchanged)
 
     def next(self, way: str, label: Label | None) -> None:
         """A piece ends, another begins."""
@@ -272,7 +274,11 @@ class Watch:
         def fn(p: Tree, x: Any, ctx: Any) -> Any:
             if self.now[0] in ("begin", "forward"):
                 self.next("forward", label)
-            return stage.fn(p, x, ctx)
+            found = Traffic()
+            with self.adding(found):
+                out = stage.fn(p, x, ctx)
+            self.parts[label].exchanged = there_and_back(found) if self.placement.rules.exchanged else Traffic()
+            return out
 
         return stage._replace(fn=fn)
 
@@ -357,18 +363,22 @@ class WatchedWeights(ShardedWeights):
         with watch.trace.purpose("weights"), watch.adding(watch.parts[watch.owners[paths[0]]].gathered):
             return _Weights(watch.trace, super().fetch(params, paths, *how))
 
-    def reduce(self, grads: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    def reduce(self, grads: dict[str, Tensor]) -> Reduction:
         watch, label = self.watch, self.watch.reducing(grads)
         if watch.mesh.size == 1:  # nothing to sum, nor to widen for it
             return lambda: grads
         with watch.trace.purpose("gradients"), watch.adding(watch.parts[label].reduced):
             end = super().reduce(grads)
 
-        def arriving() -> dict[str, Tensor]:
-            with watch.trace.purpose("gradients"), watch.adding(watch.parts[label].reduced):
-                return end()
+        def watched(reduction: Reduction) -> Reduction:
+            def go_on() -> dict[str, Tensor] | Reduction:
+                with watch.trace.purpose("gradients"), watch.adding(watch.parts[label].reduced):
+                    found = reduction()
+                return found if isinstance(found, dict) else watched(found)
 
-        return arriving
+            return go_on
+
+        return watched(end)
 
     def finish(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         watch = self.watch
@@ -415,6 +425,12 @@ class _Weights:
                 return getattr(self.inner, name)()
 
         return call
+
+
+def there_and_back(traffic: Traffic) -> Traffic:
+    """What a forward sweep exchanges over ``fsdp`` besides weights: ids once, and rows, as many of which go back."""
+    over = {key: n * (2 if key[1] == "all_to_all" else 1) for key, n in traffic.items() if key[0] == "fsdp"}
+    return Traffic(over)
 
 
 def _minus(a: Counter[Any], b: Counter[Any]) -> Counter[Any]:

@@ -35,7 +35,7 @@ def report(cfg: Config) -> str:
     """The whole of a dry run, the answer first. ValueError for a layout that cannot run."""
     found = estimate(plan_input(cfg))
     mesh = found.plan.mesh
-    placed = table(placements(parameters(cfg), rules(cfg), mesh), mesh)
+    placed = table(placements(parameters(cfg), rules(cfg, mesh), mesh), mesh)
     answer = f"{layout(found)}\n{verdict(found)}"
     config = found.plan.cfg
     return "\n\n".join((answer, placed, memory(found), traffic(found), time(found), dry_run(config), to_yaml(config).rstrip()))

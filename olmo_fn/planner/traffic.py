@@ -24,6 +24,7 @@ def traffic(plan: PlanInput, profile: Profile, rank: int = 0) -> Traffic:
             _add(total, _over(piece.seen.traffic, "tp", "cp"), times * plan.microbatches)
         for part in parts:
             _add(total, part.gathered + part.reduced, times)
+            _add(total, part.exchanged, times * plan.microbatches)
         _add(total, _between_stages(plan, profile, rank), times)
         _add(total, _over(profile.end.seen.traffic, "tokens"), times)
     _add(total, profile.update.seen.traffic, 1)

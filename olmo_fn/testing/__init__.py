@@ -6,7 +6,7 @@ from olmo_fn.testing.equivalence import Layout, assert_equivalent
 from olmo_fn.testing.fake_cuda import FakeCuda, FakeCudaFailed
 from olmo_fn.testing.pool import Pool, RankFailed
 from olmo_fn.testing.trace import DeviceMismatch, Seen, Trace
-from olmo_fn.testing.traffic import Live, Moved, Traffic
+from olmo_fn.testing.traffic import Live, Moved, Traffic, Wait, Waits
 
 __all__ = [
     "DeviceMismatch",
@@ -20,5 +20,7 @@ __all__ = [
     "Seen",
     "Trace",
     "Traffic",
+    "Wait",
+    "Waits",
     "assert_equivalent",
 ]

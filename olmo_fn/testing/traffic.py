@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +69,56 @@ COLLECTIVES: dict[Any, tuple[str, Callable[..., tuple[int, int]]]] = {
     _c10d.reduce_scatter_tensor.default: ("reduce_scatter", lambda out, axis, x, *_: (x.nbytes, out.nbytes * (axis.size - 1))),
     _c10d.all_to_all_single.default: ("all_to_all", _all_to_all),
 }
+
+
+class Wait(NamedTuple):
+    """A collective: its kind, the name of its axis, the function that began it, and how many products of matrices the rank did
+    before it waited for the result.
+    """
+
+    kind: str
+    axis: str
+    begun_in: str
+    products: int
+
+
+class Waits(TorchDispatchMode):
+    """What a rank computes while a collective is under way: ``found``, a `Wait` for each, in the order of the waits.
+
+    Those with 0 products are waited for at once: nothing hides how long they take. ``begun_in`` names the innermost function of
+    this package that is no collective itself, such as ``linear._linear_vjp``.
+    """
+
+    def __init__(self, axes: Axes) -> None:
+        super().__init__()
+        self.axes = {axis.group: axis.name for axis in reversed([getattr(axes, name) for name in NAMES])}
+        self.found: list[Wait] = []
+        self.products = 0
+        self.under_way: dict[int, tuple[Tensor, Wait]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in COLLECTIVES:
+            begun = Wait(COLLECTIVES[func][0], self.axes[args[-1]], _caller(), self.products)
+            self.under_way[out.untyped_storage()._cdata] = out, begun
+        elif func is _c10d.wait_tensor.default and args[0].untyped_storage()._cdata in self.under_way:
+            _, begun = self.under_way.pop(args[0].untyped_storage()._cdata)
+            self.found.append(begun._replace(products=self.products - begun.products))
+        self.products += func._overloadpacket in PRODUCTS
+        return out
+
+
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.baddbmm)
+BELOW = ("olmo_fn.mesh.collectives", "olmo_fn.parallel.buckets", __name__)
+
+
+def _caller() -> str:
+    frame: FrameType | None = sys._getframe(1)
+    while frame and not (str(name := frame.f_globals.get("__name__")).startswith("olmo_fn.") and name not in BELOW):
+        frame = frame.f_back
+    return "" if frame is None else f"{frame.f_globals['__name__'].split('.')[-1]}.{frame.f_code.co_name}"
 
 
 class Live(TorchDispatchMode):

@@ -15,7 +15,8 @@ from olmo_fn.core.step import Step
 from olmo_fn.data.settings import cache_dir
 from olmo_fn.formats.huggingface import open_directory
 from olmo_fn.mesh.connect import Connection
-from olmo_fn.mesh.placement import Rules
+from olmo_fn.mesh.mesh import Mesh
+from olmo_fn.mesh.placement import Rules, rows_are_less
 from olmo_fn.models import transformer
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.shard import shard
@@ -63,7 +64,7 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connecti
         *given(r.merge_last, lambda last: merge(last, range(r.merge_every, cfg.run.steps + 1, r.merge_every))),
         *given(r.freeze, lambda patterns: freeze(*patterns, parameters=specs)),
         *given(cfg.lora.rank, lambda _: train_only("lora.*", parameters=specs)),
-        *given(connection, lambda mesh: shard(mesh, specs, rules(cfg), pipeline(cfg), rows="own")),
+        *given(connection, lambda mesh: shard(mesh, specs, rules(cfg, mesh.mesh), pipeline(cfg), rows="own")),
         donate(),
         *given(r.attention != "auto" and r.attention, attention),
         *given(r.offload, lambda _: offload()),
@@ -72,9 +73,29 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connecti
     )
 
 
-def rules(cfg: Config) -> Rules:
-    """The rules of a config's mesh."""
-    return Rules(keep_gathered=cfg.mesh.keep_gathered, cp_method=cfg.mesh.cp_method)
+def rules(cfg: Config, mesh: Mesh) -> Rules:
+    """The rules of a config on a mesh."""
+    m = cfg.mesh
+    return Rules(
+        keep_gathered=m.keep_gathered,
+        cp_method=m.cp_method,
+        prefetch=m.prefetch,
+        exchanged=exchanged(cfg, mesh),
+        reduce_dtype=m.reduce_dtype,
+        async_tp=m.async_tp,
+    )
+
+
+def exchanged(cfg: Config, mesh: Mesh) -> tuple[str, ...]:
+    """The tables whose rows are exchanged, as ``mesh.embedding`` says: with auto those of which that is fewer bytes."""
+    r, m, ranks = cfg.recipe, cfg.model, mesh.degree("fsdp")
+    can = getattr(cfg.loss.build(m), "looked_up", ())
+    if ranks == 1 or cfg.mesh.embedding == "table" or cfg.lora.rank or not can:
+        return ()
+    tokens = (1 + m.multi_token.depth) * r.batch_size * r.sequence_length // (r.accumulate * mesh.degree("data") * mesh.cp)
+    gathers = 1 if mesh.pp > 1 or cfg.mesh.keep_gathered else 2
+    less = rows_are_less(m.vocab_size, m.d_model, tokens, ranks, gathers)
+    return tuple(sorted(can)) if less or cfg.mesh.embedding == "rows" else ()
 
 
 def pipeline(cfg: Config) -> Pipeline:

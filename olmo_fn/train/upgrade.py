@@ -26,10 +26,16 @@ def upgrade(value: Any) -> Any:
     ({'name': 'lion', 'lr': 0.0001}, {'name': 'cosine', 'final': 0.1}, {'z_loss': 0.0})
     >>> upgrade({"model": {"d_model": 8, "n_heads": 2}})
     {'model': {'d_model': 8, 'block': {'mixer': {'n_heads': 2}}}}
+    >>> upgrade({"data": {"order_seed": 0, "cache_dir": ""}})
+    {'data': {'order_seed': 0, 'cache_dir': '', 'order': 'olmo-core'}}
     """
     if not isinstance(value, dict):
         return value
+    value = _with_weights(value)
     value = {**value, "model": _nested(value["model"], OLMO2["olmo2-1m"])} if "model" in value else value
+    data = value.get("data")
+    if isinstance(data, dict) and data.keys() >= {"order_seed", "cache_dir"} and "order" not in data:  # a run wrote it
+        value = {**value, "data": {**data, "order": "olmo-core"}}
     try:
         if not value["optim"].keys() >= OF_ALL_OPTIMIZERS:
             return value
@@ -39,6 +45,19 @@ def upgrade(value: Any) -> Any:
     except (TypeError, KeyError, AttributeError):  # not what a run wrote; it is refused by the name of the field
         return value
     return {**value, "optim": optim, "recipe": recipe, "schedule": schedule, "loss": loss}
+
+
+def _with_weights(value: dict[str, Any]) -> dict[str, Any]:
+    """``mesh.keep_gathered`` of versions before 0.3 is ``mesh.weights``.
+
+    >>> _with_weights({"mesh": {"tp": 2, "keep_gathered": True}})
+    {'mesh': {'tp': 2, 'weights': 'zero-2'}}
+    """
+    mesh = value.get("mesh")
+    if not isinstance(mesh, dict) or "keep_gathered" not in mesh:
+        return value
+    rest = {name: x for name, x in mesh.items() if name != "keep_gathered"}
+    return {**value, "mesh": {**rest, "weights": "zero-2" if mesh["keep_gathered"] else "zero-3"}}
 
 
 def _of_one(record: dict[str, Any], classes: tuple[Any, ...]) -> dict[str, Any]:

@@ -12,14 +12,18 @@ from traced import connected, traced_step
 
 from olmo_fn import tree
 from olmo_fn.core.chain import Backend
+from olmo_fn.core.pipe import accumulate, grad, pipe
 from olmo_fn.core.primitive import primitive
+from olmo_fn.kernels.attention_backend import Need
 from olmo_fn.kernels.attention_cp import attend_over_vjp
 from olmo_fn.kernels.attention_table import choose_auto
 from olmo_fn.kernels.packing import Packing
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.settings import MeshConfig
+from olmo_fn.models import transformer
 from olmo_fn.models.config import Attention, dense
 from olmo_fn.nn.context import Context
+from olmo_fn.optim import adamw
 from olmo_fn.testing import FakeCuda, Seen, Trace
 from olmo_fn.train.config import Config, Recipe, Run
 
@@ -83,16 +87,12 @@ def over_ranks(method, window, documents):
         found = pullback(out, torch.empty_like(out))
     assert [x.shape for x in (out, *found)] == [q.shape, q.shape, k.shape, k.shape]
     assert {x.dtype for x in (out, *found)} == {torch.bfloat16}
+    if method != "ulysses":  # which exchanges heads for positions
+        assert all(x.transpose(1, 2).is_contiguous() for x in (out, found[0]))
     return Counter({name: n for name, n in trace.seen.launches.items() if "attention" in name}), trace.seen.syncs
 
 
-def need():
-    from olmo_fn.kernels.attention_backend import Need
-
-    return Need("cuda", torch.bfloat16, 16, grouped=True, capability=(9, 0))
-
-
-NEED = need()
+NEED = Need("cuda", torch.bfloat16, 16, grouped=True, capability=(9, 0))
 
 
 @pytest.mark.parametrize(
@@ -135,3 +135,24 @@ def test_a_step_attends_by_the_backend(fake_cuda: FakeCuda, settings, mesh, kern
     assert seen.launches[kernel] == layers
     assert not any(name.endswith("bmm") for name in seen.launches)
     assert not seen.syncs
+
+
+def step_of_documents():
+    """Of a batch as a session brings it to a GPU, in two parts."""
+    model = dense(64, 3, 4, 96, vocab_size=128)
+    with FakeTensorMode(), Trace() as trace:
+        step = pipe(transformer.loss(model), grad(dtype=torch.bfloat16), accumulate(2), adamw(1e-3))
+        state = step.init(tree.map(lambda spec: torch.empty(spec.shape, device="cuda"), transformer.specs(model)))
+        ids = torch.zeros(4, 32, dtype=torch.int64, device="cuda")
+        lengths = Packing(torch.zeros(4, 8, dtype=torch.int32, device="cuda"), 16).to_batch()
+        trace.seen = Seen()
+        step(state, {"input_ids": ids, "labels": ids, "documents": ids, **lengths})
+    return trace.seen
+
+
+def test_documents_make_nobody_wait(fake_cuda: FakeCuda):
+    """Their lengths come with the batch, and are made cumulative once for all three layers of each part."""
+    seen = fake_cuda.run(step_of_documents)
+    assert not seen.syncs
+    assert seen.launches["aten::_flash_attention_forward"] == seen.launches["aten::_flash_attention_backward"] == 6
+    assert seen.launches["aten::clamp_"] == 2

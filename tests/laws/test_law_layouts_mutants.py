@@ -47,7 +47,7 @@ def not_totalled(self, sums, declared):
     return sums
 
 
-def not_summing(grads, axes):
+def not_summing(grads, axes, dtype):
     return lambda: dict(grads)
 
 

@@ -298,7 +298,7 @@ def test_rows_of_an_embedding_are_summed_wide_and_rounded_once():
     """Each of 300 cotangents of 1 is lost in a bf16 sum above 256; rows that no id reads have none."""
     weight, ids = torch.randn(5, 2), torch.tensor([[3] * 300 + [1]])
     ctx = replace(FAST_CONTEXT, input_ids=ids)
-    assert_close(embedding(ctx, weight, 5), weight[ids])
+    assert_close(embedding(ctx, weight, 5, weight.shape[1]), weight[ids])
     found = add_rows(torch.ones(1, 301, 2, dtype=torch.bfloat16), ids, None, 5)
     assert found.dtype == torch.bfloat16
     assert found[:, 0].tolist() == [0, 1, 0, 300, 0]

@@ -68,6 +68,7 @@ def weights(wire: int, last: bool = True) -> int:
 
 
 SEGMENTS = LAYERS + 2  # embedding, blocks, head
+IN_PLACE = 5 * LAYERS  # matrices whose rows are sharded, each gathered straight into its place: w_q, w_k, w_v, w_gate, w_up
 REST = 4 * elements(lambda path: not is_sharded(path))  # summed at the end, at once
 CONTROL = Moved(2, 4 * 3 + 8, 4 * 3 + 8)  # loss, ce, z of all tokens; the squared norm
 
@@ -77,7 +78,7 @@ def fsdp(rules: Rules, wire: int, n: int = 2) -> dict[str, Moved]:
     gradients are scattered once, in fp32.
     """
     whole = weights(wire) + (0 if rules.keep_gathered else weights(wire, last=False))
-    gathers = SEGMENTS + (0 if rules.keep_gathered else SEGMENTS - 1)
+    gathers = IN_PLACE + SEGMENTS + (0 if rules.keep_gathered else IN_PLACE + SEGMENTS - 1)
     return {
         "all_gather": Moved(gathers, whole, whole * (n - 1) // n),
         "reduce_scatter": Moved(SEGMENTS, 4 * elements(is_sharded), 4 * elements(is_sharded) * (n - 1) // n),

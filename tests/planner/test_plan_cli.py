@@ -68,7 +68,7 @@ def test_hopeless_and_impossible(capsys):
 
 def test_remedies_are_smaller():
     """Whatever is tried takes less memory than what does not fit; the first that fits is taken, the smallest is told."""
-    cfg = replace(SMALL, recipe=replace(SMALL.recipe, accumulate=2), mesh=MeshConfig(dp_shard=2, keep_gathered=True))
+    cfg = replace(SMALL, recipe=replace(SMALL.recipe, accumulate=2), mesh=MeshConfig(dp_shard=2, weights="zero-2"))
     plan, tried = plan_input(cfg), {}
 
     def size(other):

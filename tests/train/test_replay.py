@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     text = Path(textwrap.__file__).read_text() * 4
     ids = np.array(byte_level().encode(text), np.uint16)[: STEPS * ROWS * LENGTH]
     assert len(ids) == STEPS * ROWS * LENGTH
-    window = int(shuffled((SPIKE - 1) * ROWS, ROWS, STEPS * ROWS, ROWS, SEED)[ROW])
+    window = int(shuffled((SPIKE - 1) * ROWS, ROWS, STEPS * ROWS, ROWS, SEED, "keyed")[ROW])
     garbage = bytes(random.Random(0).choices(b"~^`\\|@#$%&", k=LENGTH))
     ids[window * LENGTH : (window + 1) * LENGTH] = list(garbage)
     ids.tofile(folder / "tokens.npy")
@@ -171,7 +171,7 @@ def test_a_changed_bit_of_the_data_is_seen(run, tmp_path):
     folder = copy(run, tmp_path)
     cfg = replay(folder, 1).cfg
     ids = np.fromfile(cfg.data.paths[0], np.uint16)
-    changed = int(shuffled((43 - 1) * ROWS, ROWS, STEPS * ROWS, ROWS, SEED)[0])
+    changed = int(shuffled((43 - 1) * ROWS, ROWS, STEPS * ROWS, ROWS, SEED, "keyed")[0])
     ids[changed * LENGTH + 10] ^= 1
     ids.tofile(tmp_path / "changed.npy")
     write_config(replace(cfg, data=replace(cfg.data, paths=(str(tmp_path / "changed.npy"),))), folder)

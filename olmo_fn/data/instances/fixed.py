@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from olmo_fn.data.instances import Instances, InstancesSettings, Origin, TokenData
-from olmo_fn.data.tokens import TokenFile, read_tokens, vocab_error
+from olmo_fn.data.tokens import TokenFile, read_rows, vocab_error
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ class Windows:
 
         ValueError naming file, offset and value for a token that is not in the vocabulary.
         """
-        t = self.sequence_length
-        ids = np.empty((len(numbers), t), dtype=np.int64)
-        mask = np.empty((len(numbers), t), dtype=np.bool_)
-        where = [self.locate(int(number)) for number in numbers]
-        for row, (file, start) in enumerate(where):
-            ids[row] = read_tokens(self.files[file], start, start + t)
+        t, many = self.sequence_length, len(numbers)
+        file = np.searchsorted(self.ends, numbers, side="right")
+        starts = t * (np.asarray(numbers, np.int64) - np.concatenate([[0], self.ends])[file])
+        ids, mask = np.empty((many, t), np.int64), np.empty((many, t), np.bool_)
+        for f in np.unique(file):
+            at = np.flatnonzero(file == f)
+            rows = read_rows(self.files[f], starts[at].tolist(), t)
+            if rows.size and rows.max() >= self.vocab_size:
+                row, column = np.argwhere(rows >= self.vocab_size)[0]
+                raise vocab_error(self.files[f], int(starts[at[row]] + column), self.vocab_size)
+            ids[slice(None) if len(at) == many else at] = rows
             if self.masks:
-                mask[row] = read_tokens(self.masks[file], start, start + t)
-        # A uint64 beyond int64 is negative here.
-        if ids.size and (ids.max() >= self.vocab_size or ids.min() < 0):
-            row, column = np.argwhere((ids >= self.vocab_size) | (ids < 0))[0].tolist()
-            file, start = where[row]
-            raise vocab_error(self.files[file], start + column, self.vocab_size)
+                mask[at] = read_rows(self.masks[f], starts[at].tolist(), t)
         return {"input_ids": ids, "label_mask": mask} if self.masks else {"input_ids": ids}

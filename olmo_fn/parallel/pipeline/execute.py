@@ -60,7 +60,7 @@ def execute(
             f"rank_programs(...)[axis.index] is the one that can"
         )
     received: dict[Transfer, tuple[dist.Work | None, Tensor]] = {}  # or under way, or from this rank to itself
-    sending: deque[tuple[dist.Work | None, Tensor]] = deque()  # tensors that are being read
+    sending = Sending(program.sends)
     for i, action in enumerate(program.actions):
         received |= {transfer: _receive(transfer, empty, axis) for transfer in program.receives(i)}
         if action.op == "W":
@@ -76,13 +76,43 @@ def execute(
             if transfer.source == transfer.target:
                 received[transfer] = None, out.detach()
             else:
-                sending.append(_send(out.detach().contiguous(), transfer, axis))
+                sending.add(*_send(out.detach().contiguous(), transfer, axis))
         del value, out  # each is memory that the next action may need
-        if len(sending) > program.sends:
-            _wait(sending.popleft()[0])
-    while sending:
-        _wait(sending.popleft()[0])
+        sending.let_go()
+    sending.wait()
     assert not received, f"never used: {list(received)}"
+
+
+class Sending:
+    """Tensors that are being sent, which are kept until they have been read.
+
+    On a processor at most ``most`` of them: the oldest is then waited for. On a GPU a wait would stop the stream that computes
+    until the receiver is there, so each is asked now and then whether it is done; the schedule bounds how many there are.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.works: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def add(self, work: dist.Work | None, tensor: Tensor) -> None:
+        """Keep a tensor until ``work``, which reads it, is done."""
+        if work is not None:
+            self.works.append((work, tensor))
+
+    def let_go(self) -> None:
+        """Drop what has been read."""
+        while self.works:
+            work, tensor = self.works[0]
+            if not (work.is_completed() if tensor.is_cuda else len(self.works) > self.most):
+                return
+            if not tensor.is_cuda:
+                work.wait()
+            self.works.popleft()
+
+    def wait(self) -> None:
+        """Until all has been read."""
+        while self.works:
+            self.works.popleft()[0].wait()
 
 
 def _send(tensor: Tensor, transfer: Transfer, axis: Axis) -> tuple[dist.Work | None, Tensor]:

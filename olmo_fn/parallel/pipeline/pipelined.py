@@ -8,12 +8,12 @@ from functools import partial
 from torch import Tensor
 
 from olmo_fn import tree
-from olmo_fn.core.layout import Layout, Sweep
+from olmo_fn.core.layout import Layout, Sweep, arrive
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.parallel.pipeline.stages import Cut
 from olmo_fn.parallel.pipeline.sweep import pipeline_forward, pipeline_sweep
-from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, Rows, ShardedPlacement, ShardedWeights, summing
+from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, Rows, ShardedPlacement, ShardedWeights, axes_in_use, summing
 from olmo_fn.tree import Tree
 
 
@@ -24,7 +24,7 @@ def pipelined(connection: Connection, specs: Tree, rules: Rules, cut: Cut, rows:
     sharers = {path: len(ranks) for path, ranks in cut.owners.items() if len(ranks) > 1}
     placement = ShardedPlacement(connection, specs, rules, local, sharers)
     parts = cut.pipeline.parts(pp.size)
-    sharing = RankSharing(connection.axes, rules.cp_method, placement, rows, parts)
+    sharing = RankSharing(axes_in_use(connection.axes, rules), rules.cp_method, placement, rows, parts)
     sweep = Sweep(partial(pipeline_sweep, cut), partial(pipeline_forward, cut))
     return Layout(placement, TiedWeights(placement), MatrixOwners(placement), sharing, sweep)
 
@@ -43,5 +43,5 @@ class TiedWeights(ShardedWeights):
             path: grads[path] if path in grads else like.new_zeros(self.placement.box(path)[1])
             for path in self.placement.sharers
         }
-        total = summing(shares, [self.placement.axes.pp])()
+        total = arrive(summing(shares, [self.placement.axes.pp]))
         return {path: total.get(path, g) for path, g in grads.items()}

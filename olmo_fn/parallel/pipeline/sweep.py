@@ -6,7 +6,6 @@ micro-batches in flight, gathering for each of them would be ``microbatches`` ti
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from olmo_fn.core.chain import Batch, Chain, Metrics, Sums, loss_tokens, wide
 from olmo_fn.core.gradients import Execution
 from olmo_fn.core.layout import Weights
-from olmo_fn.core.tape import LateGrads, Segment, SegmentPullback, fetch, forward_segment, segments, vjp_segment
+from olmo_fn.core.tape import Arriving, LateGrads, Segment, SegmentPullback, fetch, forward_segment, segments, vjp_segment
 from olmo_fn.parallel.pipeline.execute import execute
 from olmo_fn.parallel.pipeline.schedule import Kind
 from olmo_fn.parallel.pipeline.stages import Cut
@@ -94,12 +93,9 @@ def pipeline_sweep(
 
     program = stages.program(cut.pipeline.kind)
     execute(program, forward, backward, backward_input, backward_weight, empty=stages.empty, axis=stages.pp)
-    total: dict[str, Tensor] = {}
-    arriving: list[Callable[[], dict[str, Tensor]]] = [weights_in_use.reduce(part) for chunk in grads for part in chunk]
-    for arrive in arriving:
-        for path, g in arrive().items():
-            total[path] = total[path] + g if path in total else g
-    return weights_in_use.finish(total), stages.metrics()
+    arriving = Arriving()
+    arriving.add(*(weights_in_use.reduce(part) for chunk in grads for part in chunk))
+    return weights_in_use.finish(arriving.all()), stages.metrics()
 
 
 def pipeline_forward(cut: Cut, chain: Chain, params: Tree, batch: Batch, execution: Execution) -> Metrics:

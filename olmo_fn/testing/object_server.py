@@ -5,41 +5,45 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 
-class Objects(dict):
+class Objects(dict[str, bytes]):
     """Objects by path; ``fail`` says how many of the next requests for a range fail, and how: a status, ``cut``, or seconds."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.fail = []
-        self.requests = []
+        self.fail: list[Any] = []
+        self.requests: list[tuple[str, str, str | None]] = []
         self.delay = 0.0
 
 
 @contextmanager
-def serving():
+def serving() -> Iterator[tuple[Objects, str]]:
     """The objects that are served, and the address of the server."""
     objects = Objects()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def log_message(self, *args):
+        def log_message(self, *args: Any) -> None:
             pass
 
-        def do_HEAD(self):
+        def do_HEAD(self) -> None:
             self.do_GET()
 
-        def do_GET(self):
+        def do_GET(self) -> None:
             data, ranged = objects.get(self.path.lstrip("/")), self.headers.get("Range")
             objects.requests.append((self.command, self.path, ranged))
             time.sleep(objects.delay)
             failure = objects.fail.pop(0) if ranged and objects.fail else None
-            if data is None or isinstance(failure, int):
-                return self.answer(404 if data is None else failure, b"")
+            if data is None:
+                return self.answer(404, b"")
+            if isinstance(failure, int):
+                return self.answer(failure, b"")
             start, stop = 0, len(data)
             if ranged:
                 first, last = ranged.removeprefix("bytes=").split("-")
@@ -50,7 +54,7 @@ def serving():
                 headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             self.answer(206 if ranged else 200, data[start:stop], headers, cut=failure == "cut")
 
-        def answer(self, status, body, headers=None, cut=False):
+        def answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None, cut: bool = False) -> None:
             self.send_response(status)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
