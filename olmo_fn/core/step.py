@@ -17,7 +17,7 @@ from olmo_fn import tree
 from olmo_fn.core.chain import Batch, Metrics
 from olmo_fn.core.gradients import EAGER, Execution, Gradients, Grads, Signals, pipe_of, reported
 from olmo_fn.core.layout import SINGLE
-from olmo_fn.core.update import Leaf, Scalars, Slots, Task, flattened, guarded, pack_scalars, together
+from olmo_fn.core.update import Leaf, Scalars, Slots, Task, all_flattened, flattened, guarded, pack_scalars, together
 from olmo_fn.tree import Tree
 
 __all__ = ["Control", "Leaf", "Scalars", "Slots", "State", "Step"]
@@ -172,7 +172,8 @@ class Step:
             return leaves[path].update, scalars_of(path), params[path].numel(), dtypes
 
         def task(path: str) -> Task:
-            leaf, p, key = leaves[path], params[path], scalars_of(path)
+            leaf, p = leaves[path], params[path]
+            key = scalars_of(path)
             if key not in packed:
                 packed[key] = pack_scalars(leaf, {**scalars, **lacking}, p.dtype)
             names, numbers = packed[key]
@@ -186,8 +187,10 @@ class Step:
 
         elementwise = [path for path, leaf in leaves.items() if leaf.elementwise]
         most = self.execution.updates_a_call(scalars["skip"].device)
-        for paths in together(elementwise, kind, most) if most > 1 else ([path] for path in elementwise):
-            for path, found in zip(paths, flattened([task(path) for path in paths]), strict=True):
+        for path in elementwise if most == 1 else ():
+            keep(path, *flattened(task(path)))
+        for paths in together(elementwise, kind, most) if most > 1 else ():
+            for path, found in zip(paths, all_flattened([task(path) for path in paths]), strict=True):
                 keep(path, *found)
         whole = [path for path, leaf in leaves.items() if not leaf.elementwise]
         for path, new_p, new_slots in self.execution.layout.owners.update(whole, task):

@@ -51,13 +51,19 @@ class Task(NamedTuple):
         return self.kernel(self.update)
 
 
-def flattened(tasks: Sequence[Task]) -> list[tuple[Tensor, Slots]]:
-    """Elementwise updates that are alike, in one call, of flat tensors: so one compiled function serves all shapes."""
-    first, flat = tasks[0], [(t.p.view(-1), t.g.reshape(-1), {k: v.view(-1) for k, v in t.slots.items()}) for t in tasks]
+def flattened(task: Task) -> tuple[Tensor, Slots]:
+    """An elementwise update, of flat tensors, so that one compiled function serves all shapes, and parts of them."""
+    p = task.p
+    new_p, new = task.run(p.view(-1), task.g.reshape(-1), {k: v.view(-1) for k, v in task.slots.items()}, task.numbers)
+    return new_p.view(p.shape), {k: v.view(p.shape) for k, v in new.items()}
+
+
+def all_flattened(tasks: Sequence[Task]) -> list[tuple[Tensor, Slots]]:
+    """Several that are alike, in one call."""
     if len(tasks) == 1:
-        found = [first.run(*flat[0], first.numbers)]
-    else:
-        found = first.kernel(_each(first.update))(*map(list, zip(*flat, strict=True)), first.numbers)
+        return [flattened(tasks[0])]
+    flat = [(task.p.view(-1), task.g.reshape(-1), {k: v.view(-1) for k, v in task.slots.items()}) for task in tasks]
+    found = tasks[0].kernel(_each(tasks[0].update))(*map(list, zip(*flat, strict=True)), tasks[0].numbers)
     shapes = [task.p.shape for task in tasks]
     return [(p.view(s), {k: v.view(s) for k, v in new.items()}) for s, (p, new) in zip(shapes, found, strict=True)]
 

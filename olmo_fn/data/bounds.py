@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from olmo_fn.data.megatron import is_megatron, read_index
 from olmo_fn.data.tokens import CHUNK, TokenFile, read_tokens
 
 Boundaries: TypeAlias = Literal["eos", "metadata"]
@@ -69,6 +70,8 @@ def _ends(file: TokenFile, start: int, eos_id: int, bos_id: int | None) -> np.nd
 
 
 def _written(file: TokenFile) -> np.ndarray:
+    if is_megatron(file.path):
+        return read_index(file.path).bounds
     path = file.path.removesuffix(".npy") + ".csv.gz"
     try:
         with gzip.open(path, "rt", encoding="utf-8", newline="") as lines:

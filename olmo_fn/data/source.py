@@ -14,11 +14,13 @@ from olmo_fn.data.heldout import TokenSet, by_name, named
 from olmo_fn.data.instances import TokenData
 from olmo_fn.data.instances.variable import BucketLoader
 from olmo_fn.data.loader import Loader
+from olmo_fn.data.megatron import is_megatron, read_index
 from olmo_fn.data.meta import Meta, check_vocabulary, read_meta
 from olmo_fn.data.mix import find_mix, read_mix
 from olmo_fn.data.settings import Data, cache_dir
 from olmo_fn.data.sizes import Sizes
 from olmo_fn.data.stores import is_remote
+from olmo_fn.data.token_tables import converted, is_table
 from olmo_fn.data.tokenizer import Tokenizer, load, located
 from olmo_fn.data.tokens import (
     HELDOUT_FILE,
@@ -157,10 +159,15 @@ def open_files(
     """The token files; ``auto`` is what meta.json beside them says, or else OLMo-core's choice, if the file may be of it."""
     files = []
     for path in paths:
-        meta = metas.get(Path(path).parent)
+        meta = None if is_remote(path) else metas.get(Path(path).parent)
         auto = meta.dtype if meta else smallest_dtype(vocab_size)
+        if not is_remote(path) and is_megatron(path):
+            auto = read_index(path).dtype
+        elif not is_remote(path) and is_table(path) and cache:
+            auto = auto if dtype == "auto" else dtype
+            path = converted(path, auto, cache.with_name("tables"))
         files.append(open_tokens(path, auto if dtype == "auto" else dtype, cache, limit))
-        if dtype == "auto" and not meta:
+        if dtype == "auto" and not meta and not is_megatron(path):
             check_type(files[-1])
     return tuple(files)
 

@@ -23,7 +23,8 @@ def _backward(
     scores: Scores, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, out: Tensor, lse: Tensor, kept: Any, delta: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     seed, offset, lengths = kept
-    args = (d_out, q, k, v, out, lse[..., None], seed, offset, None, *lengths, 0.0, _causal(scores, q, k))
+    lse = lse.contiguous()[..., None]  # of a part of the rows it is none
+    args = (d_out, q, k, v, out, lse, seed, offset, None, *lengths, 0.0, _causal(scores, q, k))
     return _aten._scaled_dot_product_cudnn_attention_backward(*args)
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 
 class Objects(dict[str, bytes]):
-    """Objects by path; ``fail`` says how many of the next requests for a range fail, and how: a status, ``cut``, or seconds."""
+    """Objects by path; ``fail`` says how many of the next requests for a range fail, and how: a status, ``cut``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fail: list[Any] = []
         self.requests: list[tuple[str, str, str | None]] = []
         self.delay = 0.0
+        self.vanish_after = 0  # requests, after which there is nothing any more; 0: never
 
 
 @contextmanager
@@ -39,6 +40,8 @@ def serving() -> Iterator[tuple[Objects, str]]:
             data, ranged = objects.get(self.path.lstrip("/")), self.headers.get("Range")
             objects.requests.append((self.command, self.path, ranged))
             time.sleep(objects.delay)
+            if objects.vanish_after and len(objects.requests) > objects.vanish_after:
+                data = None
             failure = objects.fail.pop(0) if ranged and objects.fail else None
             if data is None:
                 return self.answer(404, b"")

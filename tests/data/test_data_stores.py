@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from olmo_fn.cli import main as cli
 from olmo_fn.data import stores
 from olmo_fn.data.identity import difference, identity
 from olmo_fn.data.settings import Data
@@ -179,3 +180,19 @@ def test_numpy_headers_are_passed_over(tmp_path):
     np.save(tmp_path / "b.npy", TOKENS[:1000].reshape(10, 100))
     with pytest.raises(ValueError, match=r"of an array \(10, 100\) of uint16, and not of a row of uint16"):
         open_tokens(str(tmp_path / "b.npy"), "uint16")
+
+
+def test_a_run_whose_data_vanishes_saves_its_state_and_names_the_file(server, tmp_path, monkeypatch, capsys):
+    objects, address = server
+    monkeypatch.setattr(stores, "PAGE", 1 << 10)  # so that every batch asks for more
+    small = "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.vocab-size 65536 --recipe.no-compile"
+    small += " --recipe.batch-size 2 --recipe.sequence-length 32 --run.steps 400 --schedule.warmup 3"
+    small += " --run.eval-tokens 0 --data.heldout-fraction 0"
+    words = ["train", "olmo2-tiny", *small.split(), "--data.paths", f"{address}/a.npy", "--data.dtype", "uint16"]
+    words += ["--data.eos-id", "0", "--data.cache-dir", str(tmp_path / "cache"), "--run.folder", str(tmp_path / "run")]
+    monkeypatch.setattr(objects, "vanish_after", 60)
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert "a.npy is not there" in said.err
+    assert "is saved" in said.out + said.err
+    assert list((tmp_path / "run" / "checkpoints").glob("step*"))

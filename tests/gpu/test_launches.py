@@ -13,7 +13,6 @@ from olmo_fn import tree
 from olmo_fn.core.layout import compute_copies, compute_copy
 from olmo_fn.models.config import Model
 from olmo_fn.models.families import OLMO2
-from olmo_fn.spec import Spec, init
 from olmo_fn.testing import FakeCuda, Seen, Trace
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.optimizers import AdamW
@@ -54,7 +53,7 @@ def test_launches_of_a_step(fake_cuda: FakeCuda, name: str):
 
 def casts() -> tuple[int, bool]:
     """Launches that cast the matrices of a subtree, and whether these are what the CPU makes of them."""
-    params = init({"w": Spec((8, 4)), "v": {"w": Spec((4, 8))}, "gain": Spec((8,))}, 0)
+    params = {"w": torch.randn(8, 4), "v": {"w": torch.randn(4, 8)}, "gain": torch.randn(8)}
     there = tree.map(lambda p: p.to("cuda"), params)
     with Trace() as trace:
         found = compute_copies(there, torch.bfloat16)

@@ -33,7 +33,7 @@ from olmo_fn.transforms import (
     skip_steps,
 )
 
-MODEL = dense(64, 3, 4, 96, vocab_size=128)
+MODEL = dense(64, 1, 4, 96, vocab_size=128)
 SPECS = transformer.specs(MODEL)
 RATE = warmup_cosine(1e-3, 10, 100)
 
@@ -120,7 +120,7 @@ def test_what_waits_is_found(fake_cuda: FakeCuda):
 
 # --- launches -----------------------------------------------------------------------------------------------------------
 
-CFG = Config(MODEL, recipe=Recipe(8, 16), run=Run(steps=5000))
+CFG = Config(dense(64, 3, 4, 96, vocab_size=128), recipe=Recipe(8, 16), run=Run(steps=5000))
 
 
 @pytest.mark.parametrize("mesh", [None, Mesh(dp_shard=8), Mesh(dp_replicate=2, dp_shard=4)], ids=["one", "fsdp", "hsdp"])
@@ -132,7 +132,7 @@ def test_the_norm_and_the_updates_are_few_launches(fake_cuda: FakeCuda, mesh: Me
     assert 1 <= norms <= 2  # a dtype each
     assert seen.launches["aten::linalg_vector_norm"] == (1 if mesh is None else 0)
     updates = seen.calls["each"] + seen.calls["guarded"]
-    assert updates <= 12 < len(tree.flatten(SPECS))
+    assert updates <= 12 < len(tree.flatten(transformer.specs(CFG.model)))
 
 
 # --- capture ------------------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ def aten_cudnn_forward(q, k, v, bias, with_lse, dropout=0.0, causal=False, debug
 def aten_cudnn_backward(d_out, q, k, v, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, dropout, causal, *, scale=None):
     assert (bias, dropout, scale, max_q, max_k) == (None, 0.0, None, q.shape[2], k.shape[2])
     assert lse.shape == (*q.shape[:3], 1)
+    assert lse.is_contiguous()
     mask = torch.ones(max_q, max_k, dtype=torch.bool)
     tensors = [x.transpose(1, 2) for x in (d_out, q, k, v, out)]
     parts = [backward_of(*some, mask.tril() if causal else mask, 0.0) for some in zip(*tensors, lse[..., 0], strict=True)]

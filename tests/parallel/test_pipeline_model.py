@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from olmo_fn import tree
-from olmo_fn.core.pipe import accumulate, clip, ema, grad, pipe, skip_spikes
+from olmo_fn.core.pipe import accumulate, clip, ema, grad, offload, pipe, skip_spikes
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models import transformer
 from olmo_fn.models.config import dense, modified
@@ -49,7 +49,8 @@ def on_rank(connection, cfg, options, pipeline, mutant=None):
         keep = sweep._accumulate
         sweep._accumulate = lambda found, grads: keep(found, {} if "feed_forward" in str([*grads]) and found else grads)
     try:
-        return train(cfg, options, shard(connection, transformer.specs(cfg), pipeline=pipeline))
+        layout = shard(connection, transformer.specs(cfg), pipeline=pipeline)
+        return train(cfg, options, layout, *([offload()] if options.get("offload") else []))
     finally:
         if mutant == "late":
             sweep._accumulate = keep
@@ -72,13 +73,14 @@ def law(pool, mesh, pipeline, cfg=MODEL, mutant=None, **options):
     ("mesh", "pipeline", "options"),
     [
         (Mesh(pp=2), Pipeline("1f1b"), {}),
-        (Mesh(pp=2), Pipeline("gpipe"), {"remat": "full"}),
+        (Mesh(pp=2), Pipeline("gpipe"), {"remat": "full", "offload": True}),
         (Mesh(pp=2), Pipeline("interleaved", 4, 2), {"accumulate": 2}),
         (Mesh(pp=2), Pipeline("zero_bubble"), {"remat": "every-2"}),
         (Mesh(pp=4), Pipeline("1f1b", 2), {"cfg": TIED}),
         (Mesh(pp=2, dp_shard=2), Pipeline("zero_bubble", 2), {"cfg": TIED, "remat": "feed_forward"}),
         (Mesh(pp=2, tp=2), Pipeline("1f1b", split="embed,0-2"), {}),
-        (Mesh(pp=2, cp=2), Pipeline("gpipe"), {}),
+        (Mesh(pp=2, cp=2), Pipeline("gpipe"), {"remat": "selective"}),
+        (Mesh(pp=2), Pipeline("zero_bubble"), {"remat": "selective", "offload": True}),
     ],
 )
 def test_pipelines_are_invisible(pool, mesh, pipeline, options):
