@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 Dedup: TypeAlias = Literal["none", "exact", "minhash"]
-WORDS_TOGETHER, NUM_PERM = 5, 128
+WORDS_TOGETHER, NUM_PERM, SCHEME = 5, 128, "affine32"
 
 
 def keys(texts: Sequence[str], dedup: Dedup, similarity: float = 0.8) -> np.ndarray:
@@ -61,8 +61,9 @@ def _bands(text: str, bands: Sequence[tuple[int, int]]) -> list[int]:
     from datasketch import MinHash
 
     words = [word.encode() for word in re.findall(r"\w+", text.lower())]
+    words = words or [text.encode()]
     runs = {b" ".join(words[i : i + WORDS_TOGETHER]) for i in range(max(1, len(words) - WORDS_TOGETHER + 1))}
-    found = MinHash(NUM_PERM, seed=1, hashfunc=zlib.crc32, permutations=_permutations())
+    found = MinHash(NUM_PERM, seed=1, hashfunc=zlib.crc32, permutations=_permutations(), scheme=SCHEME)
     found.update_batch(sorted(runs))
     return [_hash(b"%d:" % start + found.hashvalues[start:end].tobytes()) for start, end in bands]
 
@@ -71,7 +72,7 @@ def _bands(text: str, bands: Sequence[tuple[int, int]]) -> list[int]:
 def _permutations() -> Any:
     from datasketch import MinHash
 
-    return MinHash(NUM_PERM, seed=1, hashfunc=zlib.crc32).permutations
+    return MinHash(NUM_PERM, seed=1, hashfunc=zlib.crc32, scheme=SCHEME).permutations
 
 
 def _hash(data: bytes) -> int:
