@@ -15,7 +15,8 @@ from generating import random_params
 from programs import ROOT
 from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast
 
-from olmo_fn.data.template import ChatTemplate, encode_chat, load_template
+from olmo_fn.data.conversations import pieces
+from olmo_fn.data.template import ChatTemplate, encode_chat, encode_parts, load_template
 from olmo_fn.data.tokenizer import load as load_tokenizer
 from olmo_fn.data.tokenizer import train_bpe
 from olmo_fn.generate.config import Sampling
@@ -202,6 +203,27 @@ def test_a_conversation_is_what_transformers_makes_of_it(name: str, talk: list[d
 def file_with(folder: Path, text: str) -> str:
     (folder / "given.jinja").write_text(text)
     return str(folder / "given.jinja")
+
+
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% generation %}{{ m.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def test_the_ids_and_masks_of_conversations_are_those_of_transformers(folder: Path) -> None:
+    """Where special tokens are around what was said, and the template marks it."""
+    peer = PreTrainedTokenizerFast.from_pretrained(folder)
+    peer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    peer.backend_tokenizer.save(str(folder / "more.json"))
+    tokenizer = load_tokenizer(folder / "more.json", peer.eos_token)
+    talk = [{"role": role, "content": f"{role} says {i} \n"} for i, role in enumerate(["user", "assistant"] * 3)]
+    found = pieces(ChatTemplate(MARKED, {"eos_token": peer.eos_token}), talk, "assistant", "here")
+    ids, mask = encode_parts(tokenizer, found)
+    theirs = peer.apply_chat_template(talk, chat_template=MARKED, return_assistant_tokens_mask=True, return_dict=True)
+    assert ids == theirs["input_ids"]
+    assert [*map(int, mask)] == theirs["assistant_masks"]
+    assert 0 < sum(mask) < len(mask)
 
 
 def test_what_is_said_holds_no_special_tokens(folder: Path) -> None:
