@@ -9,6 +9,7 @@ import torch
 
 from olmo_fn.core.chain import IGNORE, Batch
 from olmo_fn.data.instances import Instances, Origin
+from olmo_fn.data.instances.operators import Concatenated
 from olmo_fn.data.mixing import Mixture
 from olmo_fn.data.shuffle import Order, shuffled
 from olmo_fn.data.sizes import Sizes
@@ -56,6 +57,12 @@ class Loader:
         if self.mixture:
             return self.mixture(first, many)
         return shuffled(first, many, self.num_instances, sizes.largest, self.seed, self.order)
+
+    def sources(self, step: int) -> np.ndarray:
+        """The number of the source that each row of the batch of ``step`` is from: (rows,) int64; 0 where there is but one."""
+        numbers, per = self.numbers(step), self.sizes.rows_per_window(step)
+        part = self.instances.part_of(numbers)[0] if isinstance(self.instances, Concatenated) else np.zeros_like(numbers)
+        return np.repeat(part.astype(np.int64), per)
 
     def rows(self, step: int) -> int:
         """Rows of the batch of ``step``, over all ranks."""

@@ -10,12 +10,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from olmo_fn.data.instances.operators import Concatenated
-from olmo_fn.data.loader import Loader
 from olmo_fn.data.mixing import Mixture
-from olmo_fn.data.settings import Data
 from olmo_fn.data.sizes import Sizes, constant_sizes
-from olmo_fn.data.source import open_data
 from olmo_fn.fields import AT_LEAST_ONE
 from olmo_fn.picture import figure
 
@@ -96,6 +92,11 @@ def draw(names: Sequence[str], mixture: Mixture, sizes: Sizes, steps: int, outpu
 
 def run(args: ShowMix) -> int:
     """The command."""
+    from olmo_fn.data.instances.operators import Concatenated
+    from olmo_fn.data.loader import Loader
+    from olmo_fn.data.settings import Data
+    from olmo_fn.data.source import open_data
+
     last = args.last or args.steps
     if not 0 <= args.first < last <= args.steps:
         raise ValueError(f"--first {args.first} and --last {last} must be steps of the run, the first before the last")

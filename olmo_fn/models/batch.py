@@ -14,7 +14,7 @@ from olmo_fn.core.check import check_batch
 from olmo_fn.kernels.attention import document_starts
 from olmo_fn.kernels.packing import NAMES, Packing
 
-TAKES = ("input_ids", "labels", "documents", "rows", "loss_tokens")
+TAKES = ("input_ids", "labels", "documents", "rows", "sources", "loss_tokens")
 INSTEAD = {
     "attention_mask": "padding goes behind the tokens of a row, where nothing attends to it, with labels -100 there; documents "
     "(B, T), numbers that tell the texts of a row apart, keep them from attending to each other",
@@ -71,9 +71,10 @@ class TokenBatch:
                 instead = INSTEAD.get(name, f"it takes {', '.join(TAKES)}")
                 raise ValueError(f"batch[{name!r}] is nothing that the model knows; {instead}")
         ids = batch["input_ids"]
-        if "rows" in batch and (batch["rows"].shape != ids.shape[:1] or batch["rows"].dtype != torch.int64):
-            kind = str(batch["rows"].dtype).removeprefix("torch.")
-            raise ValueError(f"rows is {tuple(batch['rows'].shape)} {kind}, and must be {tuple(ids.shape[:1])} int64")
+        for name in ("rows", "sources"):
+            if name in batch and (batch[name].shape != ids.shape[:1] or batch[name].dtype != torch.int64):
+                kind = str(batch[name].dtype).removeprefix("torch.")
+                raise ValueError(f"{name} is {tuple(batch[name].shape)} {kind}, and must be {tuple(ids.shape[:1])} int64")
         for name in ("input_ids", "labels", "documents"):
             x = batch.get(name, ids)
             whole = x.dtype == torch.int64 or (name == "documents" and not x.is_floating_point())

@@ -95,12 +95,14 @@ def _embed_init(cfg: Model) -> Init:
     return Init("normal", cfg.d_model**-0.5 if cfg.init_method == "normalized" else 1.0)
 
 
-def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
+def loss(cfg: Model, *, z_loss: float = 0.0, sources: int = 0) -> Chain:
     """The training loss as a chain: ``(params, batch) -> (sum of losses, metrics)``.
 
     ``batch`` holds ``input_ids`` and ``labels`` (B, T) int64, and optionally ``documents`` (B, T): numbers that tell the
     documents of a row apart. With them attention stays inside a document and positions restart in each. A model with dropout
-    drops where the batch has ``rows`` (B,) int64, numbers that no other sequence of the run has.
+    drops where the batch has ``rows`` (B,) int64, numbers that no other sequence of the run has. With ``sources``, a number of
+    them, the batch says by ``sources`` (B,) int64 which one each sequence is from, and the metrics ``source_ce`` and
+    ``source_tokens`` (sources,) have the sum of the cross entropy and the labels of each.
 
     With tensor parallelism the stream between stages is a rank's part of the sequence (Korthikanti et al. 2022, sequence
     parallelism), with context parallelism everything but the mixing of positions is. The sum is that of this rank's tokens.
@@ -115,6 +117,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
     rest = tuple((name, f"head.{name}") for name in declared["head"] if name != "w_out")
     more = (("mtp", "mtp"), ("embed", "embed")) if cfg.multi_token.depth else ()
     w_out = "embed" if cfg.tie_embeddings else "head.w_out"
+    by_source = dict.fromkeys(("source_ce", "source_tokens"), Metric("sum", (sources,))) if sources else {}
     norm, reported = cfg.norm.build(cfg.norm_eps), ("ce", "z", *(["mtp"] if more else []))
 
     def embed(p: Tree, x: None, ctx: Context) -> tuple[Tensor, Aux]:
@@ -124,7 +127,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
         assert ctx.labels is not None
         h = all_gather(norm.once(ctx, p["norm"], x) if cfg.head.norm else x, 1, ctx.backend.axes.tp)
         matrix, h = with_bias_and_scales(p, h)
-        loss, metrics = cross_entropy(ctx, matrix, h, ctx.labels, cfg.vocab_size, z_loss, cfg.head.cap)
+        loss, metrics = cross_entropy(ctx, matrix, h, ctx.labels, cfg.vocab_size, z_loss, cfg.head.cap, sources)
         if not more:
             return None, Aux(loss, metrics)
         aux = multi_token.further(cfg, built[-1], p, x, ctx)
@@ -136,7 +139,7 @@ def loss(cfg: Model, *, z_loss: float = 0.0) -> Chain:
         (
             Stage("embed", tuple((name, name) for name in ("embed", "embed_norm") if name in declared), embed),
             *blocks,
-            Stage("head", (*rest, ("w_out", w_out), *more), head, metrics=dict.fromkeys(reported, Metric())),
+            Stage("head", (*rest, ("w_out", w_out), *more), head, metrics=dict.fromkeys(reported, Metric()) | by_source),
         ),
         empty=partial(_empty, cfg.d_model),
         uncast=frozenset({"embed", w_out}),
@@ -219,7 +222,9 @@ def context(cfg: Model, built: tuple[Layer, ...], batch: Batch, backend: Backend
     ahead = tuple(multi_token.Ahead(*(x[:, local] for x in part)) for part in multi_token.ahead(batch, depth)) if depth else ()
     ids, rows, tables = batch["input_ids"][:, local], batch.get("rows"), tables_of(built, positions)
     packing = Packing.in_batch(batch)
-    return Context(backend, ids, labels, positions, documents, rows, local, ahead, tables, packing=packing)
+    return Context(
+        backend, ids, labels, positions, documents, rows, local, ahead, batch.get("sources"), tables, packing=packing
+    )
 
 
 def tables_of(built: tuple[Layer, ...], positions: Tensor) -> dict[Any, Any]:

@@ -34,6 +34,7 @@ class Context:
     rows: Tensor | None = None
     columns: Tensor | None = None
     ahead: tuple[Any, ...] = ()
+    sources: Tensor | None = None
     tables: Mapping[Any, Any] = field(default_factory=dict)
     start: int = 0
     padding: Tensor | None = None

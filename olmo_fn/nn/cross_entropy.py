@@ -36,13 +36,15 @@ def cross_entropy(
     vocab_size: int,
     z_loss: float = 0.0,
     cap: float | None = None,
+    sources: int = 0,
 ) -> tuple[Tensor, Metrics]:
     """Summed cross entropy plus ``z_loss · logsumexp²`` (PaLM, section 5) over the labels that count.
 
     ``matrix`` (V, D) in any dtype, ``h`` (B, T, D) after the final norm in that of the products, ``labels`` (B, T), `IGNORE`
     where there is no loss. Returns the sum (0-d, fp32) and its two parts ``ce`` and ``z``. On an axis ``tp`` each rank has some
     rows of the vocabulary, and the same ``h``; the sum is the whole one on all of them, the gradient of ``h`` a rank's share.
-    With a ``cap`` logits are `capped`.
+    With a ``cap`` logits are `capped`. With ``sources`` the metrics have ``source_ce`` and ``source_tokens`` (sources,),
+    sums over the sequences that ``ctx.sources`` says are from each.
 
     >>> from olmo_fn.core.chain import Backend
     >>> h, labels = torch.tensor([[[2.0, 0.0, 0.0]]]), torch.tensor([[0]])
@@ -53,13 +55,31 @@ def cross_entropy(
     """
     backend, tp, w_out = ctx.backend, ctx.backend.axes.tp, merged(matrix)
     rows, inside = local_rows(labels, vocab_size, tp)
+    of = None if not sources or ctx.sources is None else of_sources(ctx.sources, labels, sources)
     if not backend.primitive:
-        return plain_cross_entropy(w_out, h, labels, rows, inside, z_loss, tp, cap)
+        return plain_cross_entropy(w_out, h, labels, rows, inside, z_loss, tp, cap, of)
     if backend.loss_weight is None:  # there will be no backward
         return _by_rows(w_out, h, labels, rows, inside, z_loss, tp, cap)
-    vjp = _cross_entropy_vjp(labels, rows, inside, z_loss, tp, backend, cap)
-    total, ce, z = backend.primitive(vjp, [w_out], [h], backend.weight_grads)
-    return total, {"ce": ce.detach(), "z": z.detach()}
+    vjp = _cross_entropy_vjp(labels, rows, inside, z_loss, tp, backend, cap, of)
+    total, ce, z, *by_source = backend.primitive(vjp, [w_out], [h], backend.weight_grads)
+    return total, {"ce": ce.detach(), "z": z.detach(), **_source_metrics(of, *(x.detach() for x in by_source))}
+
+
+def of_sources(source: Tensor, labels: Tensor, sources: int) -> Tensor:
+    """Which positions of ``labels`` (B, T) count for which source, given that of each sequence (B,): (sources, B·T) bool.
+
+    >>> of_sources(torch.tensor([1, 0]), torch.tensor([[5, 6], [7, IGNORE]]), 2).int()
+    tensor([[0, 0, 1, 0],
+            [1, 1, 0, 0]], dtype=torch.int32)
+    """
+    inside = (source[:, None].expand_as(labels) == torch.arange(sources, device=labels.device)[:, None, None]) & (
+        labels != IGNORE
+    )
+    return inside.flatten(1)
+
+
+def _source_metrics(of: Tensor | None, *ce: Tensor) -> Metrics:
+    return {} if of is None else {"source_ce": ce[0], "source_tokens": of.sum(1).to(ce[0].dtype)}
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:
@@ -80,6 +100,7 @@ def plain_cross_entropy(
     z_loss: float,
     tp: Axis,
     cap: float | None = None,
+    of: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """The definition, in plain differentiable operations; ``rows`` and ``inside`` are `local_rows` of the labels."""
     logits = h @ w_out.to(h.dtype).T
@@ -90,9 +111,10 @@ def plain_cross_entropy(
     lse = top + psum((logits - top[..., None]).exp().sum(-1), tp).log()
     target = logits.gather(-1, rows[..., None])[..., 0]
     target = target if inside is None else psum(target.where(inside, 0.0), tp)
-    ce = (lse - target).where(counts, 0.0).sum()
-    z = z_loss * lse.square().where(counts, 0.0).sum()
-    return ce + z, {"ce": ce.detach(), "z": z.detach()}
+    each = (lse - target).where(counts, 0.0)
+    ce, z = each.sum(), z_loss * lse.square().where(counts, 0.0).sum()
+    by_source = [] if of is None else [of.to(each.dtype) @ each.detach().flatten()]
+    return ce + z, {"ce": ce.detach(), "z": z.detach(), **_source_metrics(of, *by_source)}
 
 
 @torch.no_grad()
@@ -127,6 +149,7 @@ def _cross_entropy_vjp(
     tp: Axis,
     backend: Backend,
     cap: float | None,
+    of: Tensor | None = None,
 ) -> VJP:
     """Gradients of the logits are formed in place while the logits of a chunk of positions are in memory.
 
@@ -146,8 +169,9 @@ def _cross_entropy_vjp(
         w, d_w = to_large(w_out, h.dtype), None
         d_h = torch.empty_like(h)
         buffer = new_large(h, many, V)
-        written = _one_pass(backend.kernel, buffer, tp)
+        written = None if of is not None else _one_pass(backend.kernel, buffer, tp)
         sums = torch.zeros(2, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)  # ce, z
+        by_source = [] if of is None else [sums.new_zeros(len(of))]
         for start in range(0, N, many):
             part = slice(start, min(start + many, N))
             logits = torch.mm(h[part], w.T, out=buffer[: part.stop - start])
@@ -155,7 +179,10 @@ def _cross_entropy_vjp(
             if written:
                 sums += written(logits, target[part], weight, z_loss, cap)
             else:
-                sums += _through_cap(logits, cap, *some, z_loss, weight, backend.kernel, tp)
+                each = _through_cap(logits, cap, *some, z_loss, weight, backend.kernel, tp)
+                sums += each.sum((1, 2))
+                if of is not None:
+                    by_source[0] += of[:, part].to(each.dtype) @ each[0, :, 0]
             torch.mm(logits, w, out=d_h[part])
             if part.stop == N:
                 del w  # a copy, or not, in whose place its gradient may lie
@@ -172,7 +199,7 @@ def _cross_entropy_vjp(
             times = c / weight  # another cotangent than was expected
             return (lambda: gradient.to(c.dtype) * times,), ((d_h.to(c.dtype) * times).to(d_h.dtype).view(shape),)
 
-        return (ce + z, ce.clone(), z.clone()), pullback
+        return (ce + z, ce.clone(), z.clone(), *by_source), pullback
 
     return vjp
 
@@ -189,10 +216,10 @@ def _one_pass(kernel: Kernel, logits: Tensor, tp: Axis) -> Callable[..., Tensor]
 def _through_cap(logits: Tensor, cap: float | None, *rest: Any) -> Tensor:
     """`_to_gradient` of logits before they are capped."""
     slope = None if cap is None else _cap(logits, cap)
-    sums = _to_gradient(logits, *rest)
+    each = _to_gradient(logits, *rest)
     if slope is not None:
         logits.mul_(slope)
-    return sums
+    return each
 
 
 def rows_at_once(N: int, row_bytes: int, cuda: bool) -> int:
@@ -223,7 +250,7 @@ def _to_gradient(
     kernel: Kernel,
     tp: Axis,
 ) -> Tensor:
-    """Overwrite ``logits`` (R, V) by the loss's gradient with respect to them; return the sums of ce and z, (2,).
+    """Overwrite ``logits`` (R, V) by the loss's gradient with respect to them; return ce and z of each row, (2, R, 1).
 
     d/dlogits = weight · (softmax · (1 + 2 z_loss · logsumexp) - onehot(target)), 0 in rows without a label.
     """
@@ -245,7 +272,7 @@ def _to_gradient(
     rows = torch.arange(len(target), device=target.device)
     logits.index_put_((rows, index[:, 0]), at_label[:, 0])  # scatter_ in bf16 would copy all logits there and back
     ce, z = lse - psum(label.where(here, 0.0), tp), z_loss * lse.square()
-    return torch.stack((ce, z)).where(counts, 0.0).sum((1, 2))
+    return torch.stack((ce, z)).where(counts, 0.0)
 
 
 def _softmax_times(logits: Tensor, weights: Tensor, z_loss: float) -> Tensor:

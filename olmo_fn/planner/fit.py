@@ -27,7 +27,7 @@ def check_memory(cfg: Config, mesh: Mesh, dtype: str, memory: float, device: str
     >>> check_memory(CONFIGS["olmo2-tiny"], Mesh(), "float32", 2e9)
     >>> check_memory(CONFIGS["olmo2-190m"], Mesh(), "bfloat16", 16e9)
     Traceback (most recent call last):
-    ValueError: a step needs 743.1 GiB, for 512 sequences of 4,096 at once; there are 14.9. This fits: --recipe.accumulate 128
+    ValueError: a step needs 740.1 GiB, for 512 sequences of 4,096 at once; there are 14.9. This fits: --recipe.accumulate 128
     """
     plan = PlanInput(cfg, mesh, device).changed(dtype=dtype)
     if cfg.recipe.engine != "tape" or reserved(device) + formulas.WITHIN * formulas.memory(plan) <= memory:

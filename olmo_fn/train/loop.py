@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -158,6 +159,7 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
             lost = streak(lost, values["loss"])
             if lost == NOT_FINITE or (lost > 1 and arrived.step == run.steps):
                 stop.ask(Failure(f"the loss is not finite since step {arrived.step - lost + 1}; {LOST}"))
+            values = with_source_losses(values, session.reported_sources)
             yield Stepped(arrived.step, meter.metrics(arrived.step, values, arrived.done))
             if values["loss"] == 0 and values["skipped"]:
                 unlabeled += 1
@@ -232,6 +234,17 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
         if not asked():
             yield from evaluated(session, state, asked)
     yield Stopped(n, stop.reason)
+
+
+def with_source_losses(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The metrics with the loss a token of each source that the step saw, as ``loss/NAME``, for the sums by source.
+
+    >>> with_source_losses({"loss": 2.0, "source_ce": [3.0, 0.0], "source_tokens": [2.0, 0.0]}, ["web", "code"])
+    {'loss': 2.0, 'loss/web': 1.5}
+    """
+    sums, tokens = (values.get(name, []) for name in ("source_ce", "source_tokens"))
+    found = {f"loss/{name}": ce / n for name, ce, n in zip(names, sums, tokens, strict=False) if n}
+    return {name: value for name, value in values.items() if not name.startswith("source_")} | found
 
 
 def due(step: int, last: int, *every: int) -> bool:

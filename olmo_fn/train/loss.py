@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Suppress
 
+from olmo_fn.fields import Range
+
 if TYPE_CHECKING:
     from olmo_fn.models.config import Model
 
@@ -32,10 +34,13 @@ class CrossEntropy(LossSettings):
     z_loss: Annotated[float, tyro.conf.arg(aliases=["--recipe.z-loss"])] = 1e-5
     """Weight of the squared log-partition in the loss."""
 
+    sources: Annotated[int, Range(0, 1 << 16)] = 0
+    """Report the loss of each of so many sources of --data.mix, which are all that it has, as loss/NAME; 0: of none."""
+
     def build(self, model: Model) -> Any:
         from olmo_fn.models import transformer
 
-        return transformer.loss(model, z_loss=self.z_loss)
+        return transformer.loss(model, z_loss=self.z_loss, sources=self.sources)
 
 
 LOSSES = (CrossEntropy,)

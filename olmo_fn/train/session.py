@@ -108,7 +108,20 @@ class Session:
         if self.cfg.model.drops:
             for part, rows in zip(parts, slices, strict=True):
                 part["rows"] = row_numbers(self.cfg.run.seed, step, rows.start, len(part["input_ids"]))
+        if self.reported_sources:
+            sources = torch.from_numpy(read.sources(step))
+            for part, rows in zip(parts, slices, strict=True):
+                part["sources"] = sources[rows]
         return with_packing({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, self.process.device)
+
+    @cached_property
+    def reported_sources(self) -> tuple[str, ...]:
+        """Names of the sources whose losses are reported; ValueError if the data has others."""
+        count = getattr(self.cfg.loss, "sources", 0)
+        if count and count != len(names := self.source.sources):
+            there = f"{len(names)}" if names else "no sources: it names none without --data.mix"
+            raise ValueError(f"--loss.sources is {count}, and the data has {there}; give --loss.sources {len(names)}")
+        return self.source.sources if count else ()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

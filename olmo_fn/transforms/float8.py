@@ -62,7 +62,7 @@ def forms_of(specs: Tree, recipe: Recipe, skip: Sequence[str] = (), patterns: Se
 
     >>> from olmo_fn.spec import Init
     >>> w = Spec((64, 32), ("embed", "mlp"), Init("zeros"))
-    >>> forms_of({"blocks": {"0": {"feed_forward": {"w_up": w}}}}, "rowwise")
+    >>> forms_of({"blocks": {"0": {"attention": {"w_q": w}, "feed_forward": {"w_up": w}}}}, "rowwise", skip=["*.w_q"])
     {'blocks.0.feed_forward.w_up': Form(recipe='rowwise', dim=0)}
     """
     chosen = tree.flatten(tree.partition(specs, patterns)[0])

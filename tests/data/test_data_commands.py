@@ -1,5 +1,6 @@
 """The commands that look at data: what a file is, what a mixture holds, what a step trains on."""
 
+import json
 import re
 
 import numpy as np
@@ -115,7 +116,27 @@ def test_show_prints_what_a_step_trains_on(tokenized, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 2: 2 sequences of 32 tokens, 62 in the loss" in out
     assert len(re.findall(r"part-00000\.npy from token [\d,]+ on", out)) == 2
-    assert "of the corpus" in out
+    assert "corpusdocument" in out
     assert cli.main(["data", "show", str(run), "--step", "4"]) == 2
     assert "the steps of this run are 1 to 3" in capsys.readouterr().err
     assert cli.main(["data", "shwo"]) == 2
+
+
+def test_a_run_of_a_mixture_reports_the_loss_of_each_source(tokenized, tmp_path, capsys):
+    (tmp_path / "b.npy").write_bytes((tokenized / "part-00000.npy").read_bytes())
+    sources = ((name, f"{folder}.npy") for name, folder in (("a", f"{tokenized}/part-00000"), ("b", f"{tmp_path}/b")))
+    lines = [f"- {{name: {name}, paths: [{path}], ratio: 0.5}}\n" for name, path in sources]
+    (tmp_path / "mix.yaml").write_text("sources:\n" + "".join(lines))
+    small = "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.vocab-size 257 --recipe.no-compile"
+    small += " --recipe.batch-size 4 --recipe.sequence-length 32 --run.steps 3 --schedule.warmup 1 --run.eval-tokens 0"
+    words = ["train", "olmo2-tiny", *small.split(), "--data.mix", f"{tmp_path}/mix.yaml", "--data.eos-id", "256"]
+    words += ["--data.dtype", "uint16"]
+    assert cli.main([*words, "--loss.sources", "2", "--run.folder", str(tmp_path / "run")]) == 0
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for step in metrics:
+        if "ce" in step:
+            a, b = step["loss/a"], step["loss/b"]
+            assert any(abs(n / 4 * a + (1 - n / 4) * b - step["ce"]) < 1e-3 for n in (1, 2, 3))  # n rows of 4 are from a
+            assert "source_ce" not in step
+    assert cli.main([*words, "--loss.sources", "3", "--run.folder", str(tmp_path / "other")]) == 2
+    assert "give --loss.sources 2" in capsys.readouterr().err

@@ -186,7 +186,8 @@ def test_a_run_whose_data_vanishes_saves_its_state_and_names_the_file(server, tm
     objects, address = server
     monkeypatch.setattr(stores, "PAGE", 1 << 10)  # so that every batch asks for more
     small = "--model.n-layers 1 --model.d-model 16 --model.n-heads 2 --model.vocab-size 65536 --recipe.no-compile"
-    small += " --recipe.batch-size 2 --recipe.sequence-length 32 --run.steps 400 --schedule.warmup 3 --run.eval-tokens 0 --data.heldout-fraction 0"
+    small += " --recipe.batch-size 2 --recipe.sequence-length 32 --run.steps 400 --schedule.warmup 3"
+    small += " --run.eval-tokens 0 --data.heldout-fraction 0"
     words = ["train", "olmo2-tiny", *small.split(), "--data.paths", f"{address}/a.npy", "--data.dtype", "uint16"]
     words += ["--data.eos-id", "0", "--data.cache-dir", str(tmp_path / "cache"), "--run.folder", str(tmp_path / "run")]
     monkeypatch.setattr(objects, "vanish_after", 60)

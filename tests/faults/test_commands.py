@@ -161,7 +161,7 @@ OTHERS = {
         ["runs/x"],
         "runs/x is not there; give the folder of a run, or one of its checkpoints; there are",
     ),
-    "plan-gpus": ("plan", [T, "--gpus", "1000000000"], "--gpus is 1000000000; it must be at least 1 and at most 262,144"),
+    "plan-gpus": ("plan", [T, "--gpus", "1000000000"], "--gpus is 1000000000; it must be at least 0 and at most 262,144"),
     "plan-preset": (
         "plan",
         ["olmo2_7b", "--gpus", "8"],
@@ -399,6 +399,7 @@ def flags_of(name):
     from olmo_fn.average import Soup
     from olmo_fn.checkpoints import Arguments as Checkpoints
     from olmo_fn.convert.command import ToHF
+    from olmo_fn.data.inspect import Inspect
     from olmo_fn.data.tokenize import Tokenize
     from olmo_fn.evaluate import Evaluate
     from olmo_fn.generate.chat_command import Chat
@@ -417,6 +418,7 @@ def flags_of(name):
         "pipeline": Show,
         "evaluate": Evaluate,
         "convert": ToHF,
+        "data": Inspect,
     }
     classes |= {"evaluate": Evaluate, "plan": Plan, "plot": PlotSchedule, "replay": Arguments, "train": Config}
     options = {"default": TINY} if name == "train" else {}

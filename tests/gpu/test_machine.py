@@ -104,10 +104,10 @@ def test_what_triton_compiles_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_recompilations_are_not_limited_by_older_versions(monkeypatch: pytest.MonkeyPatch):
     assert compiling.isolated() == {"isolate_recompiles": True}
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", lambda model, *, fullgraph: model)
-    assert compiling.isolated() == {}
-    assert torch._dynamo.config.recompile_limit == 64
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would delete what is not set by itself
+        assert compiling.isolated() == {}
+        assert torch._dynamo.config.recompile_limit == 64
 
 
 def test_nccl_connects_a_job_at_once(monkeypatch: pytest.MonkeyPatch):

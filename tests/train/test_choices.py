@@ -295,6 +295,7 @@ def test_files_of_version_0_1_are_read():
     """Written by that version's own code."""
     old = {name: read_config(OLD / f"{name}.yaml") for name in ("adamw", "muon", "sgd")}
     tiny = replace(TINY, optim=AdamW(lr=3e-2), recipe=replace(TINY.recipe, sequence_length=256))  # the preset was this
+    tiny = replace(tiny, data=replace(tiny.data, order="olmo-core"))
     assert old["adamw"] == replace(tiny, run=replace(TINY.run, folder="runs/olmo2-tiny"))
     assert old["muon"].optim == Muon(lr=2e-3, adamw_lr=1e-3, betas=(0.8, 0.9), nesterov=False, moments="bfloat16")
     assert (old["muon"].schedule.lengths, old["muon"].schedule.warmup) == ((100, 200), 0.05)

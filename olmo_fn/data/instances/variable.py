@@ -152,6 +152,10 @@ class BucketLoader:
         """Rows of the batch of ``step``, over all ranks."""
         return self.batch_tokens // self.length(step)
 
+    def sources(self, step: int) -> np.ndarray:
+        """Zeros (rows,): there is one source."""
+        return np.zeros(self.rows(step), np.int64)
+
     def numbers(self, step: int) -> np.ndarray:
         """The instances of the whole batch of ``step``."""
         length, batch, epoch = self._place(step)
