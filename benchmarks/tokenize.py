@@ -34,24 +34,26 @@ def corpus(path: Path, mb: float) -> None:
             out.write(json.dumps({"text": " ".join(drawn[start : start + rng.randrange(50, 500)]) + "."}) + "\n")
 
 
-def command(path: Path, tokenizer: Path, out: Path, workers: int) -> float:
-    """Seconds of ``olmo-fn tokenize``, the starts of all processes included."""
+def command(path: Path, tokenizer: Path, out: Path, workers: int) -> tuple[float, float]:
+    """Seconds, and those of all processors, of ``olmo-fn tokenize``, the starts of all processes included."""
     words = [sys.executable, "-m", "olmo_fn", "tokenize", str(path), "--output", str(out), "--tokenizer", str(tokenizer)]
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*words, "--overwrite", "--workers", str(workers)], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - begin
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - begin, busy
 
 
-def library(path: Path, tokenizer: Path) -> float:
-    """Seconds of the library alone, in batches of 1,000 texts."""
+def library(path: Path, tokenizer: Path) -> tuple[float, float]:
+    """Seconds, and those of all processors, of the library alone, in batches of 1,000 texts."""
     import tokenizers
 
     texts = [json.loads(line)["text"] for line in path.open()]
     backend = tokenizers.Tokenizer.from_file(str(tokenizer))
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     for start in range(0, len(texts), 1000):
         backend.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False)
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, time.process_time() - busy
 
 
 def main() -> None:
@@ -69,13 +71,16 @@ def main() -> None:
         train_bpe(texts, 8000).save(tokenizer)
         size, ratios = path.stat().st_size / 1e6, []
         for _ in range(args.rounds):
-            ours, theirs = command(path, tokenizer, out, args.workers), library(path, tokenizer)
+            (ours, our_busy), (theirs, their_busy) = command(path, tokenizer, out, args.workers), library(path, tokenizer)
             ratios.append(theirs / ours)
-            print(f"command {size / ours:.1f} MB/s, library {size / theirs:.1f} MB/s, ratio {ratios[-1]:.2f}")
+            print(
+                f"command {size / ours:.1f} MB/s, library {size / theirs:.1f} MB/s, ratio {ratios[-1]:.2f}; "
+                f"processor time {our_busy:.1f} s and {their_busy:.1f} s, ratio {their_busy / our_busy:.2f}"
+            )
         if ratios:
             print(f"median ratio {median(ratios):.2f} of {args.rounds} rounds, {args.workers} workers, {size:.0f} MB")
         else:
-            seconds = command(path, tokenizer, out, args.workers)
+            seconds, _ = command(path, tokenizer, out, args.workers)
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
             print(f"{size:.0f} MB in {seconds:.0f} s, {size / seconds:.1f} MB/s; the largest process had {peak:.0f} MB")
 

@@ -30,7 +30,9 @@ class Table(NamedTuple):
             batch = self.reader.get_batch(group)
         else:  # a stream; it is mapped into memory, so that what is passed over is not read
             batch = next(islice(self.reader, group, None))
-        return list(batch.column(batch.schema.get_field_index(name)).to_pylist())
+        column = batch.column(batch.schema.get_field_index(name))
+        column.validate(full=True)  # or what is damaged might be read beyond its end
+        return list(column.to_pylist())
 
 
 @contextmanager

@@ -646,6 +646,14 @@ def jsonl_small(folder):
     return folder / "z.jsonl.xz"
 
 
+def arrow(texts, new):
+    out = pa.BufferOutputStream()
+    found = pa.table({"text": texts})
+    with new(out, found.schema) as file:
+        file.write_table(found, max_chunksize=2)
+    return out.getvalue().to_pybytes()
+
+
 WHOLE = {
     "a.jsonl": LINES,
     "b.jsonl.gz": gzip.compress(LINES, mtime=0),
@@ -654,6 +662,9 @@ WHOLE = {
     "e.jsonl.zst": zstd(LINES),
     "f.parquet": table(text=TEXTS),
     "g.txt": "".join(TEXTS).encode(),
+    "h.csv": b"id,text\r\n" + b"".join(b'%d,"a, ""b""\nc"\r\n' % i for i in range(20)),
+    "i.arrow": arrow(TEXTS, pa.ipc.new_file),
+    "j.feather": arrow(TEXTS, pa.ipc.new_stream),
 }
 
 
