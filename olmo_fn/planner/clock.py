@@ -153,6 +153,8 @@ def _wire(mesh: Mesh, traffic: Traffic, gpu: Accelerator) -> dict[str, float]:
     for (axis, kind, unit), n in traffic.items():
         if mesh.degree(axis) > 1:
             calls, size = (n, 0) if unit == "calls" else (0, n)
+            if kind == "all_gather" and axis in OVERLAPPED:
+                calls = min(calls, 1)  # NCCL takes those of a segment as one (`olmo_fn.mesh.collectives.gather_each`)
             found[axis] = found.get(axis, 0.0) + collective(mesh, axis, kind, calls, size, gpu)
     return found
 

@@ -30,6 +30,6 @@ def test_the_command(capsys, monkeypatch):
     assert cli.main(["plan", "--published"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert "--recipe.remat full" in lines[1]  # 32B does not fit without
+    assert "--recipe.remat selective" in lines[1]  # 32B does not fit without
     assert cli.main(["plan"]) == 2
     assert "Type a preset and --gpus" in capsys.readouterr().err
