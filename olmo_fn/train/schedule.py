@@ -47,7 +47,7 @@ def _parts(cfg: Config) -> int:
     parts = longest // r.sequence_length
     if longest % r.sequence_length or r.batch_size % parts or cfg.growth.batch_sizes or cfg.growth.min_length:
         raise ValueError(
-            f"--data.instances.longest {longest} must be a multiple of --recipe.sequence-length {r.sequence_length}, "
+            f"--data.longest {longest} must be a multiple of --recipe.sequence-length {r.sequence_length}, "
             f"--recipe.batch-size {r.batch_size} a multiple of how often, and there can be no --growth"
         )
     return parts

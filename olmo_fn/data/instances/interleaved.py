@@ -34,7 +34,7 @@ class Interleaved(InstancesSettings):
         """The instances: first those of ``exempt_paths``, then the others."""
         if min(self.docs, self.chunks) < 1 or self.docs > tokens.sequence_length:
             raise ValueError(
-                f"--data.instances.docs is {self.docs} and --data.instances.chunks {self.chunks}; both must be at least 1, "
+                f"--data.docs is {self.docs} and --data.chunks {self.chunks}; both must be at least 1, "
                 f"and no more documents than --recipe.sequence-length {tokens.sequence_length}"
             )
         where = per_file(
@@ -42,7 +42,7 @@ class Interleaved(InstancesSettings):
         )
         exempt = {Path(path).resolve() for path in self.exempt_paths}
         if missing := exempt - {Path(file.path).resolve() for file in tokens.files}:
-            raise ValueError(f"--data.instances.exempt-paths {str(min(missing))!r} is not among the --data.paths")
+            raise ValueError(f"--data.exempt-paths {str(min(missing))!r} is not among the --data.paths")
         alone = np.isin(where[:, 0], [i for i, file in enumerate(tokens.files) if Path(file.path).resolve() in exempt])
         mixed = np.random.Generator(np.random.PCG64(self.seed)).permutation(np.flatnonzero(~alone))
         documents = tokens.pieces(where, np.arange(len(where) + 1))

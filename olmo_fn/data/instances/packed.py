@@ -35,7 +35,7 @@ class Packed(InstancesSettings):
     def build(self, tokens: TokenData) -> Pieces:
         """The packed instances, group after group of files. ValueError without an end-of-document token."""
         if self.files_together < 0:
-            raise ValueError(f"--data.instances.files-together must be 0 or more, it is {self.files_together}")
+            raise ValueError(f"--data.files-together must be 0 or more, it is {self.files_together}")
         length, bounds = tokens.sequence_length, tokens.all_bounds(self.name)
         step = self.files_together or max(1, len(bounds))
         wheres, firsts, count = [np.zeros((0, 3), np.int64)], [np.zeros(1, np.int64)], 0

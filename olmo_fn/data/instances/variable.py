@@ -42,8 +42,8 @@ class VariableLength(InstancesSettings):
         longest = tokens.sequence_length
         if any(n < 1 or n & (n - 1) for n in (self.shortest, longest)) or not 2 <= self.shortest < longest or self.cycles < 1:
             raise ValueError(
-                f"--data.instances.shortest {self.shortest} and --recipe.sequence-length {longest} must be powers of 2, the "
-                f"first from 2 to below the second, and --data.instances.cycles {self.cycles} at least 1"
+                f"--data.shortest {self.shortest} and --recipe.sequence-length {longest} must be powers of 2, the "
+                f"first from 2 to below the second, and --data.cycles {self.cycles} at least 1"
             )
         where = per_file([powers_of_two(bounds, self.shortest, longest) for bounds in tokens.all_bounds(self.name)])
         return Buckets(tokens.pieces(where, np.arange(len(where) + 1)), self)
@@ -119,7 +119,7 @@ class BucketLoader:
             cycles = "" if s.curriculum == "natural" else f" for each of {s.cycles} cycles"
             raise ValueError(
                 f"no length has a whole batch of {self.batch_tokens:,} tokens{cycles}; use a smaller --recipe.batch-size, "
-                "fewer --data.instances.cycles, another --data.instances.shortest, or more data"
+                "fewer --data.cycles, another --data.shortest, or more data"
             )
 
     @property
