@@ -66,7 +66,7 @@ BATCHES = {
         "'attention_mask'] is nothing that the model knows; padding goes",
     ),
     "use-4 position_ids": ({**BATCH, "position_ids": IDS}, "positions begin at 0"),
-    "use-4 another key": ({**BATCH, "extra": IDS}, "it takes input_ids, labels, documents, rows, loss_tokens"),
+    "use-4 another key": ({**BATCH, "extra": IDS}, "it takes input_ids, labels, documents, rows, sources, loss_tokens"),
     "use-4 no labels": ({"input_ids": IDS}, "a batch has input_ids and labels (B, T) int64; this one has input_ids"),
     "use-4 a misspelt key": (
         {"input_ids": IDS, "label": LABELS},
