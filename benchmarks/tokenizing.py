@@ -1,7 +1,7 @@
 """Tokenizing beside the batch encoding of ``tokenizers`` on all cores, in turn; and the memory that a large corpus takes.
 
-    python benchmarks/tokenize.py                     # the ratio of both speeds, on 20 MB
-    python benchmarks/tokenize.py --mb 300 --rounds 0 # the memory and the speed of the whole command on 300 MB
+    python benchmarks/tokenizing.py                     # the ratio of both speeds, on 20 MB
+    python benchmarks/tokenizing.py --mb 300 --rounds 0 # the memory and the speed of the whole command on 300 MB
 
 The other side has the texts in memory already, and throws its ids away.
 """
