@@ -24,7 +24,7 @@ from olmo_fn.testing.object_server import serving
 
 VOCAB = 50_000
 PEER = """
-import json, sys, time
+import json, os, sys, time
 folder, length, batch, batches, count = sys.argv[1], *map(int, sys.argv[2:])
 import torch
 from olmo_core.data import NumpyDataLoaderConfig, NumpyFSLDataset, TokenizerConfig
@@ -38,7 +38,8 @@ next(it)
 start = time.perf_counter()
 for _ in range(batches):
     next(it)
-print(json.dumps(batches * batch * length / (time.perf_counter() - start)))
+print(json.dumps(batches * batch * length / (time.perf_counter() - start)), flush=True)
+os._exit(0)  # its threads may still read, and end the process with an error
 """
 
 
@@ -48,9 +49,11 @@ def ours(folder: Path, length: int, batch: int, batches: int) -> float:
     from olmo_fn.data.settings import Data
     from olmo_fn.data.sizes import constant_sizes
     from olmo_fn.data.source import open_data
+    from olmo_fn.train.machine import keep_freed_memory
 
     data = Data((f"{folder}/*.npy",), dtype="uint16", eos_id=0, heldout_fraction=0.0, cache_dir=str(folder / "cache"))
     source = open_data(data, VOCAB, constant_sizes(batch, length))
+    keep_freed_memory()  # as a run does after its first step
     steps = prefetch(source.train, 0, batches + 1)
     next(steps)
     start = time.perf_counter()
