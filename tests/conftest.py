@@ -4,6 +4,7 @@ For tensors of the tests' size more threads are slower, above all on a busy mach
 """
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -43,6 +44,8 @@ def fake_cuda():
     """A process with a GPU that is not there, started when first asked for and kept: see `olmo_fn.testing.FakeCuda`."""
     if torch.version.cuda:
         pytest.skip("a GPU is emulated where torch has none: this is a build for CUDA")
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("the emulated GPU is built with a C++ compiler, and there is none")
     with FakeCuda() as process:
         yield process
 
