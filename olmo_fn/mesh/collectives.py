@@ -115,9 +115,7 @@ def gather_each(outs: Sequence[Tensor], xs: Sequence[Tensor], axis: Axis) -> Cal
 
     NCCL (``axis.coalesces``) is given all at once, and makes one kernel of them; gloo one after the other.
     """
-    pairs = [
-        (out.view(-1).view(torch.uint8), x.contiguous().view(-1).view(torch.uint8)) for out, x in zip(outs, xs, strict=True)
-    ]
+    pairs = [(_as_bytes(out), _as_bytes(x.contiguous())) for out, x in zip(outs, xs, strict=True)]
     if axis.coalesces:
         group = _resolve_process_group(GroupName(axis.group))
         with _coalescing_manager(group, async_ops=True) as work:
