@@ -26,7 +26,6 @@ from olmo_fn.core.primitive import primitive
 from olmo_fn.core.tape import LOCAL_SWEEP, remat_policy
 from olmo_fn.kernels.attention_backend import AttentionBackend, Need
 from olmo_fn.kernels.attention_table import Choose
-from olmo_fn.kernels.launches import noted_launches
 from olmo_fn.mesh.axis import NAMES, Axes, Axis
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
@@ -171,7 +170,7 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, device: str 
         execution = replace(execution, fuse=lambda fn, *constants: trace.stage(bind(fn, *constants)), kernel=trace.kernel)
     step = replace(step, execution=execution)
     ids = torch.empty(rows, cfg.recipe.sequence_length, dtype=torch.int64, device="meta")
-    with noted_launches(trace.launched), trace, watch.on_gpu or nullcontext():
+    with trace, watch.on_gpu or nullcontext():
         with trace.purpose("parameters"):
             params = tree.map(lambda shape: torch.empty(shape, device="meta"), watch.shapes())
         with trace.purpose("optimizer"):

@@ -251,11 +251,6 @@ class Trace(TorchDispatchMode):
 
         return run
 
-    def launched(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """A kernel of our own, which reads or writes each of these once."""
-        self.seen.launches["eager"] += not self._on_chip
-        self._moved(tensors, ())
-
     def _called(self, inputs: Any, outputs: Any) -> None:
         self.seen.launches["compiled"] += not self._on_chip
         self._moved(inputs, outputs)

@@ -10,7 +10,7 @@ import math
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import olmo_fn
 from olmo_fn.core.step import Step
-from olmo_fn.kernels.launches import noted_launches
 
 aten = torch.ops.aten
 PACKAGE, TORCH = Path(olmo_fn.__file__).parent, Path(torch.__file__).parent
@@ -192,22 +191,13 @@ class Trace(TorchDispatchMode):
             return out
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
-        self._triton = noted_launches(self._launched)
-        self._triton.__enter__()
         self._eager = torch.compiler.set_stance("force_eager")  # what compiles itself is seen as it is
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         self._eager.__exit__(None, None, None)
-        self._triton.__exit__(None, None, None)
         super().__exit__(*exception)
-
-    def _launched(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """A kernel of our own, which reads or writes each of these once."""
-        if not self._inside:
-            self.seen.launches[name] += 1
-            self._moved(tensors)
 
     # --- compiled calls -----------------------------------------------------------------------------------------------
 
