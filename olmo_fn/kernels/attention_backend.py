@@ -107,6 +107,25 @@ def row_products(d_out: Tensor, out: Tensor) -> Tensor:
     return (d_out.to(torch.promote_types(out.dtype, torch.float32)) * out).sum(-1)
 
 
+def lacks_on_gpu(need: Need, most_dims: int) -> str:
+    """What kernels in half precision for GPUs since the A100 cannot do of ``need``, with heads of up to ``most_dims``.
+
+    >>> lacks_on_gpu(Need("cuda", torch.bfloat16, 96, capability=(9, 0)), 128)
+    ''
+    >>> lacks_on_gpu(Need("cuda", torch.float32, 96, capability=(9, 0)), 128)
+    'computes in bfloat16 or float16, not in float32'
+    """
+    if need.device != "cuda":
+        return "needs a GPU"
+    if need.capability < (8, 0):
+        return f"needs a GPU of compute capability 8.0, and this one has {'.'.join(map(str, need.capability))}"
+    if need.dtype not in HALF:
+        return f"computes in bfloat16 or float16, not in {str(need.dtype).removeprefix('torch.')}"
+    if need.head_dim % 8 or need.head_dim > most_dims:
+        return f"takes heads of a multiple of 8 up to {most_dims} dims, not of {need.head_dim}"
+    return ""
+
+
 def need_of(
     q: Tensor,
     k: Tensor,

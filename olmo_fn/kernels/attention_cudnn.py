@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_fn.kernels.attention_backend import HALF, AttentionBackend, Need, Scores
+from olmo_fn.kernels.attention_backend import AttentionBackend, Need, Scores, lacks_on_gpu
 
 _aten = torch.ops.aten
 
@@ -39,14 +39,8 @@ def _causal(scores: Scores, q: Tensor, k: Tensor) -> bool:
 
 
 def _lacks(need: Need) -> str:
-    if need.device != "cuda":
-        return "needs a GPU"
-    if need.capability < (8, 0):
-        return f"needs a GPU of compute capability 8.0, and this one has {'.'.join(map(str, need.capability))}"
-    if need.dtype not in HALF:
-        return f"computes in bfloat16 or float16, not in {str(need.dtype).removeprefix('torch.')}"
-    if need.head_dim % 8 or need.head_dim > 128:
-        return f"takes heads of a multiple of 8 up to 128 dims, not of {need.head_dim}"
+    if lacks := lacks_on_gpu(need, 128):
+        return lacks
     for wanted, what in ((need.window, "windows"), (need.documents, "documents"), (need.cap, "soft-capped scores")):
         if wanted:
             return f"has no {what}"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmo_fn.kernels.attention_backend import HALF, AttentionBackend, Need, Scores
+from olmo_fn.kernels.attention_backend import AttentionBackend, Need, Scores, lacks_on_gpu
 from olmo_fn.kernels.attention_sight import FAR, Sight
 from olmo_fn.kernels.packing import Packing
 
@@ -220,16 +220,10 @@ def _lengths(q: Tensor, k: Tensor, lengths: Lengths | None) -> tuple[tuple[Tenso
     return (lengths.queries, lengths.keys), (lengths.longest_queries, lengths.longest_keys)
 
 
-def lacks_on_gpu(need: Need) -> str:
+def flash_lacks(need: Need) -> str:
     """What FlashAttention 2 cannot do of ``need``, but for soft-caps."""
-    if need.device != "cuda":
-        return "needs a GPU"
-    if need.capability < (8, 0):
-        return f"needs a GPU of compute capability 8.0, and this one has {'.'.join(map(str, need.capability))}"
-    if need.dtype not in HALF:
-        return f"computes in bfloat16 or float16, not in {str(need.dtype).removeprefix('torch.')}"
-    if need.head_dim % 8 or need.head_dim > 256:
-        return f"takes heads of a multiple of 8 up to 256 dims, not of {need.head_dim}"
+    if lacks := lacks_on_gpu(need, 256):
+        return lacks
     if need.head_dim > 192 and need.capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
         return f"has no backward pass for heads of {need.head_dim} dims on this GPU"
     if need.part == "ring" and need.documents and need.window:
@@ -238,7 +232,7 @@ def lacks_on_gpu(need: Need) -> str:
 
 
 def _lacks(need: Need) -> str:
-    return lacks_on_gpu(need) or ("has no soft-capped scores" if need.cap else "")
+    return flash_lacks(need) or ("has no soft-capped scores" if need.cap else "")
 
 
 ATEN = FlashKernels(_aten_forward, _aten_backward)

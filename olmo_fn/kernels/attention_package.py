@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.kernels.attention_backend import Need
-from olmo_fn.kernels.attention_flash import FlashKernels, Lengths, Window, flash_backend, lacks_on_gpu
+from olmo_fn.kernels.attention_flash import FlashKernels, Lengths, Window, flash_backend, flash_lacks
 
 
 @cache
@@ -62,7 +62,7 @@ def _how(q: Tensor, window: Window, cap: float | None) -> dict[str, Any]:
 def _lacks(need: Need) -> str:
     if importlib.util.find_spec("flash_attn") is None:
         return "is not installed: pip install 'olmo-fn[flash]'"
-    return lacks_on_gpu(need)
+    return flash_lacks(need)
 
 
 PACKAGE = flash_backend("flash-attn", _lacks, FlashKernels(_forward, _backward))

@@ -114,13 +114,12 @@ def _adapted(backend: Backend, x: Tensor, weight: Weight, gather: Axis, scatter:
 
 def _linear_vjp(gather: Axis, scatter: Axis, kernel: Kernel, weights: Sequence[Weight]) -> VJP:
     """Gradients of quantised weights are those of whole ones: products of what is not quantised."""
-    quantised = isinstance(weights[0], Float8)
 
     def vjp(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., Any]]:
         (x,) = inputs
         B = x.shape[0]
         h = all_gather(x, 1, gather).flatten(0, 1)
-        y = times(kernel, h, weights) if quantised else [h @ w for w in weights]  # type: ignore[operator]
+        y = times(kernel, h, weights)
         out = tuple(reduce_scatter(part.unflatten(0, (B, -1)), 1, scatter) for part in y)
 
         def pullback(*cotangents: Tensor) -> tuple[Sequence[Callable[[], Tensor]], Sequence[Tensor]]:
