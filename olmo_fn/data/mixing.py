@@ -132,7 +132,7 @@ def apportion(wanted: Sequence[int], most: Sequence[int], sequence_length: int, 
 
 
 @dataclass(frozen=True)
-class Phase:
+class MixPhase:
     """From instance ``first`` of the run on, the ``ratios`` of all sources."""
 
     first: int
@@ -148,7 +148,7 @@ class Mixture:
     """
 
     sizes: tuple[int, ...]
-    phases: tuple[Phase, ...]
+    phases: tuple[MixPhase, ...]
     seed: int
 
     @cached_property

@@ -15,7 +15,7 @@ from olmo_fn.data.instances.operators import Concatenated, Slice
 from olmo_fn.data.instances.variable import BucketLoader, Buckets
 from olmo_fn.data.loader import Loader
 from olmo_fn.data.mix import Mix
-from olmo_fn.data.mixing import Mixture, Phase
+from olmo_fn.data.mixing import MixPhase, Mixture
 from olmo_fn.data.settings import Data
 from olmo_fn.data.sizes import Sizes
 from olmo_fn.data.tokens import smallest_dtype
@@ -76,7 +76,7 @@ def mixed(data: Data, tokens: TokenData, mix: Mix, counts: Sequence[int], sizes:
     if mix.ratios is None:
         return Training(Loader(everything, sizes, data.order_seed, len(everything), data.order), heldout)
     starts = [(int(at) if at >= 1 else int(at * steps), ratios) for at, ratios in ((0, mix.ratios), *mix.schedule)]
-    phases = tuple(Phase(sizes.first_window(step), ratios) for step, ratios in starts)
+    phases = tuple(MixPhase(sizes.first_window(step), ratios) for step, ratios in starts)
     mixture = Mixture(tuple(map(len, parts)), phases, data.order_seed)
     check_enough(mix, mixture, sizes, steps)
     return Training(Loader(everything, sizes, data.order_seed, len(everything), data.order, mixture), heldout)

@@ -31,7 +31,9 @@ from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.models.transformer import layers
 from olmo_fn.parallel.buckets import row_bytes
-from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, ShardedPlacement, ShardedWeights
+from olmo_fn.parallel.owners import MatrixOwners
+from olmo_fn.parallel.sharded import RankSharing, ShardedWeights
+from olmo_fn.parallel.sharded_placement import ShardedPlacement
 from olmo_fn.planner import attention
 from olmo_fn.planner.accelerators import ATTENTION as RATES
 from olmo_fn.planner.plan_input import Label, by_label, labels, owners

@@ -20,7 +20,7 @@ from olmo_fn.mesh.placement import Rules, rows_are_less
 from olmo_fn.models import transformer
 from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.parallel.shard import shard
-from olmo_fn.parallel.sharded import ShardedPlacement
+from olmo_fn.parallel.sharded_placement import ShardedPlacement
 from olmo_fn.spec import Box, Spec, init_leaf
 from olmo_fn.train.config import Config
 from olmo_fn.train.schedule import schedule

@@ -14,8 +14,8 @@ from olmo_fn.data.instances.operators import Concatenated, concatenate, mix, res
 from olmo_fn.data.mix import find_mix, read_mix
 from olmo_fn.data.mixing import (
     TURN,
+    MixPhase,
     Mixture,
-    Phase,
     apportion,
     sample_documents,
     sample_sizes,
@@ -177,7 +177,7 @@ def mixtures(draw):
     phases = []
     for start in starts:
         weights = draw(st.lists(st.integers(0, 9), min_size=count, max_size=count).filter(any))
-        phases.append(Phase(start, tuple(w / sum(weights) for w in weights)))
+        phases.append(MixPhase(start, tuple(w / sum(weights) for w in weights)))
     return Mixture(
         tuple(draw(st.lists(st.integers(1, 50), min_size=count, max_size=count))), tuple(phases), draw(st.integers(0, 9))
     )
@@ -200,7 +200,7 @@ def test_a_mixture_is_what_its_table_says_at_every_instance(mixture, first, coun
 
 def test_any_stretch_of_a_mixture_is_close_to_its_ratios():
     ratios = (0.5, 0.3, 0.15, 0.05)
-    mixture = Mixture((10**6,) * 4, (Phase(0, ratios),), 0)
+    mixture = Mixture((10**6,) * 4, (MixPhase(0, ratios),), 0)
     for n in (10, 100, 1000, 10**4, 10**6, 10**9):
         assert np.abs(mixture.counts(n) - np.array(ratios) * n).max() < 4 + n / TURN * 4
     steps = np.array([mixture.counts(512 * (s + 1)) - mixture.counts(512 * s) for s in range(200)])

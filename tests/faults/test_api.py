@@ -481,7 +481,7 @@ def no_entries(self, path, local):
 
 
 def test_noise_in_layouts_catches(pool):
-    broken = Broken(pool, "olmo_fn.parallel.sharded.ShardedPlacement.entries", no_entries)
+    broken = Broken(pool, "olmo_fn.parallel.sharded_placement.ShardedPlacement.entries", no_entries)
     with pytest.raises(AssertionError):
         assert_equivalent(partial(noisy, MODEL), SPECS, [LAYOUTS["dp_shard"]], [BATCH], pool=broken)
 

@@ -19,7 +19,7 @@ from olmo_fn.checkpoint import shards
 from olmo_fn.cli.main import main
 from olmo_fn.mesh.connect import Connection, connect
 from olmo_fn.mesh.mesh import Mesh
-from olmo_fn.parallel.sharded import ShardedPlacement
+from olmo_fn.parallel.sharded_placement import ShardedPlacement
 from olmo_fn.testing import Seen, Trace
 from olmo_fn.testing.emulated_cuda import CudaTensor
 from olmo_fn.train import machine

@@ -164,7 +164,7 @@ def as_if_used_whole(self, mesh):
 @pytest.mark.parametrize(
     ("target", "mutant"),
     [
-        ("olmo_fn.parallel.sharded.ShardedPlacement.sum_axes", also_over_what_shards_it),
+        ("olmo_fn.parallel.sharded_placement.ShardedPlacement.sum_axes", also_over_what_shards_it),
         ("olmo_fn.mesh.placement.Placed.copies", as_if_used_whole),
     ],
     ids=["gradients summed over the ranks of other experts", "a norm that takes experts for copies"],

@@ -11,9 +11,11 @@ from olmo_fn import tree
 from olmo_fn.core.layout import Layout, Sweep, arrive
 from olmo_fn.mesh.connect import Connection
 from olmo_fn.mesh.placement import Rules
+from olmo_fn.parallel.owners import MatrixOwners
 from olmo_fn.parallel.pipeline.stages import Cut
 from olmo_fn.parallel.pipeline.sweep import pipeline_forward, pipeline_sweep
-from olmo_fn.parallel.sharded import MatrixOwners, RankSharing, Rows, ShardedPlacement, ShardedWeights, axes_in_use, summing
+from olmo_fn.parallel.sharded import RankSharing, Rows, ShardedWeights, axes_in_use, summing
+from olmo_fn.parallel.sharded_placement import ShardedPlacement
 from olmo_fn.tree import Tree
 
 
