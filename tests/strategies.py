@@ -16,7 +16,22 @@ from olmo_fn.parallel.pipeline.stages import Pipeline
 from olmo_fn.spec import Box
 
 degree = st.integers(1, 3)
-meshes = st.builds(Mesh, degree, degree, degree, degree, degree)
+
+
+@st.composite
+def meshes(draw: st.DrawFn) -> Mesh:
+    """Small meshes, of up to 4 ``dp_shard``, so that ``ep`` may be all of it, half, or none."""
+    pp, dp_replicate, cp, tp = (draw(degree) for _ in range(4))
+    dp_shard = draw(st.integers(1, 4))
+    ep = draw(st.sampled_from([n for n in range(1, dp_shard + 1) if dp_shard % n == 0]))
+    return Mesh(pp, dp_replicate, dp_shard, cp, tp, ep)
+
+
+def finest(mesh: Mesh, rank: int) -> dict[str, int]:
+    """Where a rank stands, ``dp_shard`` in its two parts."""
+    here = mesh.coordinates(rank)
+    outer, ep = divmod(here.pop("dp_shard"), mesh.ep)
+    return {**here, "dp_outer": outer, "ep": ep}
 
 
 @st.composite

@@ -34,7 +34,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Axes:
-    """Every axis of a rank: the five of the mesh, and those flattened from them (`olmo_fn.mesh.mesh.FLATTENED`); and how
+    """Every axis of a rank: those of the mesh, and those flattened from them (`olmo_fn.mesh.mesh.FLATTENED`); and how
     attention uses ``cp``.
     """
 
@@ -44,6 +44,9 @@ class Axes:
     cp: Axis = Axis()
     tp: Axis = Axis()
     fsdp: Axis = Axis()
+    ep: Axis = Axis()
+    edp: Axis = Axis()
+    dp_outer: Axis = Axis()
     data: Axis = Axis()
     tokens: Axis = Axis()
     world: Axis = Axis()

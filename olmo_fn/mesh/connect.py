@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from olmo_fn.mesh.axis import NAMES, Axes, Axis
-from olmo_fn.mesh.mesh import AXES, Mesh, members
+from olmo_fn.mesh.mesh import FINEST, Mesh, members
 
-AT_REST = (("dp_replicate", "fsdp", "tp"), AXES[1:])
-"""The dims of the device meshes on which parameters and state live, see `olmo_fn.mesh.placement.Placed.at_rest`."""
+AT_REST = (("dp_replicate", "fsdp", "tp"), ("dp_replicate", "dp_shard", "cp", "tp"), ("dp_replicate", "ep", "edp", "tp"))
+"""The dims of the device meshes on which parameters and state live, see `olmo_fn.mesh.placement.Placed.at_rest`; the last one
+only where there is an ``ep``."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,16 @@ def connect(mesh: Mesh, device_type: str = "cpu") -> Connection:
 
     every: dict[str, Any] = {name: axis(name) for name in NAMES}
     axes = Axes(**every)
-    stage = torch.tensor(mesh.ranks(AXES[1:], rank))
+    stage = torch.tensor(mesh.ranks(FINEST[1:], rank)).view([mesh.degree(name) for name in FINEST[1:]])
 
     def device_mesh(dims: tuple[str, ...]) -> DeviceMesh:
         groups = [group(members(name)) for name in dims]
-        ranks = stage.view([mesh.degree(name) for name in dims])
+        order = [FINEST[1:].index(part) for name in dims for part in members(name)]
+        ranks = stage.permute(order).reshape([mesh.degree(name) for name in dims])
         return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=dims)
 
-    return Connection(mesh, rank, axes, {dims: device_mesh(dims) for dims in AT_REST})
+    meshes = AT_REST if mesh.ep > 1 else AT_REST[:-1]
+    return Connection(mesh, rank, axes, {dims: device_mesh(dims) for dims in meshes})
 
 
 def backend_of(device_type: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The mesh on paper: five degrees, and which ranks stand on which axis. Imports no torch."""
+"""The mesh on paper: its degrees, and which ranks stand on which axis. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,30 +6,38 @@ from dataclasses import dataclass
 from math import prod
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-"""Outermost first: ranks that are neighbours on ``tp`` are neighbours in number, and so on one machine."""
+"""The degrees whose product is the world, outermost first: ranks that are neighbours on ``tp`` are neighbours in number, and so
+on one machine."""
+
+FINEST = ("pp", "dp_replicate", "dp_outer", "ep", "cp", "tp")
+"""What the axes are made of: ``ep`` is the inner part of ``dp_shard``, whose ranks share the experts, ``dp_outer`` the rest."""
 
 FLATTENED: dict[str, tuple[str, ...]] = {
-    "fsdp": ("dp_shard", "cp"),
-    "data": ("dp_replicate", "dp_shard"),
-    "tokens": ("dp_replicate", "dp_shard", "cp"),
-    "world": AXES,
+    "dp_shard": ("dp_outer", "ep"),
+    "edp": ("dp_outer", "cp"),
+    "fsdp": ("dp_outer", "ep", "cp"),
+    "data": ("dp_replicate", "dp_outer", "ep"),
+    "tokens": ("dp_replicate", "dp_outer", "ep", "cp"),
+    "world": FINEST,
 }
-"""Axes made of several: ``fsdp``, which parameters at rest are sharded over; ``data``, the ranks with different
-sequences; ``tokens``, the ranks with different tokens, which gradients are summed over; ``world``."""
+"""Axes made of several: ``fsdp``, which parameters at rest are sharded over, and ``edp``, what of it is left to experts, which
+are sharded over ``ep`` already; ``data``, the ranks with different sequences; ``tokens``, the ranks with different tokens,
+which gradients are summed over; ``world``."""
 
 
 def members(axis: str) -> tuple[str, ...]:
-    """The axes of the mesh that an axis is made of: itself, if it is one of them.
+    """What an axis is made of, of `FINEST`: itself, if it is one of them.
 
     >>> members("fsdp"), members("tp")
-    (('dp_shard', 'cp'), ('tp',))
+    (('dp_outer', 'ep', 'cp'), ('tp',))
     """
     return FLATTENED.get(axis, (axis,))
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Degrees of parallelism, outermost first; their product is the number of processes.
+    """Degrees of parallelism, outermost first; their product is the number of processes. ``ep`` of the ``dp_shard`` ranks share
+    the experts, each with its own tokens, and divides it.
 
     >>> mesh = Mesh(dp_shard=2, tp=2)
     >>> mesh.size, mesh.coordinates(2)
@@ -43,21 +51,33 @@ class Mesh:
     dp_shard: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
 
     def __post_init__(self) -> None:
-        for axis in AXES:
+        for axis in (*AXES, "ep"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"{flag(axis)} is {getattr(self, axis)}; it must be at least 1")
+        if self.dp_shard % self.ep:
+            fits = ", ".join(str(d) for d in range(1, self.dp_shard + 1) if self.dp_shard % d == 0)
+            raise ValueError(
+                f"{flag('ep')} {self.ep} does not divide {flag('dp_shard')} {self.dp_shard}, of whose ranks it is; "
+                f"choose {fits}"
+            )
+
+    @property
+    def dp_outer(self) -> int:
+        """Ranks of ``dp_shard`` that have the same experts."""
+        return self.dp_shard // self.ep
 
     @property
     def size(self) -> int:
         """The number of processes."""
-        return prod(self.degrees.values())
+        return prod(getattr(self, axis) for axis in AXES)
 
     @property
     def degrees(self) -> dict[str, int]:
-        """The five degrees by name, outermost first."""
-        return {axis: getattr(self, axis) for axis in AXES}
+        """The degrees by name, outermost first, of which the product is the size; and ``ep`` behind them, if it is not 1."""
+        return {axis: getattr(self, axis) for axis in AXES} | ({"ep": self.ep} if self.ep > 1 else {})
 
     def degree(self, axis: str) -> int:
         """Ranks on an axis, a flattened one perhaps.
@@ -87,13 +107,15 @@ class Mesh:
         return found
 
     def ranks(self, axes: tuple[str, ...], rank: int) -> tuple[int, ...]:
-        """The ranks that agree with ``rank`` on every axis but ``axes``, row-major over these in the order of `AXES`."""
-        here = self.coordinates(rank)
-        lines = [here]
-        for axis in AXES:
-            if axis in axes:
-                lines = [{**line, axis: i} for line in lines for i in range(getattr(self, axis))]
-        return tuple(self.rank(line) for line in lines)
+        """The ranks that agree with ``rank`` on every axis but ``axes``, row-major over these in the order of `FINEST`."""
+        free = {name for axis in axes for name in members(axis)}
+        lines, width = [0], self.size
+        for axis in FINEST:
+            n = getattr(self, axis)
+            width //= n
+            here = rank // width % n
+            lines = [line + i * width for line in lines for i in (range(n) if axis in free else [here])]
+        return tuple(lines)
 
 
 def solve(
@@ -104,6 +126,7 @@ def solve(
     dp_shard: int | None = None,
     cp: int = 1,
     tp: int = 1,
+    ep: int = 1,
 ) -> Mesh:
     """The mesh of ``processes`` ranks with these degrees; the data-parallel degree that is left out takes what is left.
 
@@ -139,7 +162,7 @@ def solve(
             f"{shown}, but there are {processes} processes; start {product}, or leave out --mesh.dp-shard, "
             f"which would be {dp_shard * processes // product}"
         )
-    return Mesh(**degrees)
+    return Mesh(**degrees, ep=ep)
 
 
 def describe(mesh: Mesh) -> str:

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 from olmo_fn import tree
 from olmo_fn.mesh.axis import CPMethod, ReduceDtype, chunk
-from olmo_fn.mesh.mesh import AXES, Mesh, members
+from olmo_fn.mesh.mesh import AXES, FLATTENED, Mesh, members
 from olmo_fn.spec import Box, Spec
 from olmo_fn.tree import Tree
 
 TENSOR = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
-TOKENS = ("dp_replicate", "dp_shard", "cp")
+EXPERTS = {"experts": "ep"}
+TOKENS = members("tokens")
 """The axes whose ranks have different tokens."""
 
 
@@ -28,13 +29,13 @@ class Rules:
     FSDP is that the two differ: an axis stored over ``fsdp`` is gathered for use. ``keep_gathered``: from the forward sweep
     to the backward one (ZeRO-2) instead of gathering twice (ZeRO-3). Logical axes that are not named stay whole.
 
-    A logical axis may be stored and used over ``dp_shard`` (or ``cp``) itself: its parts stay on ranks that have different
-    tokens, and the sublayer brings tokens and parts together (experts). What else of the parameter is stored over ``fsdp`` is
-    then stored over the rest of it, if there is any.
+    A logical axis may be stored and used over ``ep`` (or ``dp_shard``, or ``cp``) itself: its parts stay on ranks that have
+    different tokens, and the sublayer brings tokens and parts together (experts). What else of the parameter is stored over
+    ``fsdp`` is then stored over the rest of it, if there is any.
     """
 
-    store: Mapping[str, str] = field(default_factory=lambda: {"embed": "fsdp", **TENSOR})
-    use: Mapping[str, str] = field(default_factory=lambda: dict(TENSOR))
+    store: Mapping[str, str] = field(default_factory=lambda: {"embed": "fsdp", **TENSOR, **EXPERTS})
+    use: Mapping[str, str] = field(default_factory=lambda: {**TENSOR, **EXPERTS})
     keep_gathered: bool = False
     cp_method: CPMethod = "gather"
     prefetch: int = 1
@@ -72,10 +73,10 @@ class Placed(NamedTuple):
 
     @property
     def summed(self) -> tuple[str, ...]:
-        """The axes of the mesh over which its gradient is summed: those with different tokens, less those that shard it.
+        """The axes, of `TOKENS`, over which its gradient is summed: those with different tokens, less those that shard it.
 
-        >>> Placed((8,), (("fsdp", 0),)).summed, Placed((8,), (("dp_shard", 0),), ("dp_shard",)).summed
-        (('dp_replicate',), ('dp_replicate', 'cp'))
+        >>> Placed((8,), (("fsdp", 0),)).summed, Placed((8,), (("ep", 0),), ("ep",)).summed
+        (('dp_replicate',), ('dp_replicate', 'dp_outer', 'cp'))
         """
         sharding = {name for axis, _ in self.dims for name in members(axis)}
         return tuple(axis for axis in TOKENS if axis not in sharding)
@@ -83,8 +84,10 @@ class Placed(NamedTuple):
     @property
     def at_rest(self) -> tuple[str, ...]:
         """The dims of the device mesh on which it lies: the axes of a pipeline stage."""
-        split = any(axis in members("fsdp") for axis, _ in self.dims)
-        return AXES[1:] if split else ("dp_replicate", "fsdp", "tp")
+        over = {axis for axis, _ in self.dims}
+        if over & {"ep", "edp"}:
+            return ("dp_replicate", "ep", "edp", "tp")
+        return AXES[1:] if over & {"dp_shard", "cp"} else ("dp_replicate", "fsdp", "tp")
 
     def box(self, where: Mapping[str, tuple[int, int]]) -> Box:
         """Offset and shape of the part at ``(index, size)`` of each axis. Chunks are ceil-sized, the last smaller.
@@ -110,7 +113,7 @@ def placements(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:
     {'w': Placed(shape=(8, 6), dims=(('fsdp', 0), ('tp', 1)), used=('tp',))}
     """
     known = {axis for _, spec in tree.items(specs) for axis in spec.axes}
-    allowed = ("fsdp", "tp", "dp_shard", "cp")
+    allowed = ("fsdp", "tp", "ep", "dp_shard", "cp")
     for table in (rules.store, rules.use):
         for logical, axis in table.items():
             if axis not in allowed:
@@ -123,18 +126,19 @@ def placements(specs: Tree, rules: Rules, mesh: Mesh) -> dict[str, Placed]:
                 f"--mesh.tp is {mesh.tp}, but the rules do not use {logical!r} over 'tp', so that each of its ranks would add "
                 f"the same; store and use {logical!r} over 'tp', or leave --mesh.tp at 1"
             )
-    found = {path: _placed(path, spec, rules) for path, spec in tree.items(specs)}
+    store, use = ({k: v for k, v in t.items() if v != "ep" or mesh.ep > 1} for t in (rules.store, rules.use))
+    found = {path: _placed(path, spec, store, use) for path, spec in tree.items(specs)}
     for path in rules.exchanged:
         if path not in found or found[path].dim("fsdp") != 1:
             raise ValueError(f"a rule exchanges the rows of {path!r}, which is no table with columns stored over 'fsdp'")
     return found
 
 
-def _placed(path: str, spec: Spec, rules: Rules) -> Placed:
-    used = tuple(dict.fromkeys(rules.use[logical] for logical in spec.axes if logical in rules.use))
+def _placed(path: str, spec: Spec, store: Mapping[str, str], uses: Mapping[str, str]) -> Placed:
+    used = tuple(dict.fromkeys(uses[logical] for logical in spec.axes if logical in uses))
     dims: dict[str, int] = {}
     for dim, logical in enumerate(spec.axes):
-        stored, use = rules.store.get(logical), rules.use.get(logical)
+        stored, use = store.get(logical), uses.get(logical)
         if use not in (None, stored):
             raise ValueError(f"{path}: {logical!r} is used over {use!r}, but stored over {stored!r}; store it as it is used")
         if stored == "tp" and use != "tp":
@@ -143,10 +147,10 @@ def _placed(path: str, spec: Spec, rules: Rules) -> Placed:
             continue
         if stored == "fsdp" and use is None:  # the rest of it, where a part of it shards the parameter in use
             taken = {name for axis in used for name in members(axis)}
-            left = [axis for axis in members("fsdp") if axis not in taken]
+            left = tuple(axis for axis in members("fsdp") if axis not in taken)
             if not left:
                 continue
-            stored = left[0] if len(left) == 1 else stored
+            stored = next((name for name, parts in FLATTENED.items() if parts == left), left[0])
         for axis, other in dims.items():
             if {*members(axis)} & {*members(stored)}:
                 over = repr(stored) if axis == stored else f"{axis!r}, which shares ranks with {stored!r}"

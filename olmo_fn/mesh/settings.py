@@ -27,6 +27,8 @@ class MeshConfig:
     """Processes that share each sequence (context parallelism); parameters are sharded over them as well."""
     tp: Annotated[int, DEGREE] = 1
     """Processes that share each matrix product (tensor parallelism, with sequence-parallel norms)."""
+    ep: Annotated[int, DEGREE] = 1
+    """Of the --mesh.dp-shard processes, how many share the experts, to which tokens then travel (expert parallelism)."""
     weights: Literal["zero-3", "zero-2", "auto"] = "zero-3"
     """zero-3: gathered parameters are given back after the forward sweep and gathered again; zero-2: they are kept, for less
     traffic and more memory; auto: kept where that fits into the memory there is."""
@@ -62,4 +64,4 @@ class MeshConfig:
         >>> MeshConfig(tp=2).on(8).dp_shard
         4
         """
-        return solve(processes, **{axis: getattr(self, axis) for axis in AXES})
+        return solve(processes, **{axis: getattr(self, axis) for axis in (*AXES, "ep")})

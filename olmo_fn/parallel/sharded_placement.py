@@ -18,7 +18,8 @@ from olmo_fn.core.layout import Placement
 from olmo_fn.core.update import same_memory
 from olmo_fn.mesh.axis import Axes, Axis
 from olmo_fn.mesh.connect import Connection
-from olmo_fn.mesh.placement import DEFAULT, Placed, Rules, placements
+from olmo_fn.mesh.mesh import FLATTENED
+from olmo_fn.mesh.placement import DEFAULT, TOKENS, Placed, Rules, placements
 from olmo_fn.parallel import buckets
 from olmo_fn.spec import Box, Spec, init_leaf
 from olmo_fn.tree import Tree
@@ -160,9 +161,14 @@ class ShardedPlacement(Placement):
 
     def sum_axes(self, path: str) -> list[Axis]:
         """The axes over which a gradient is summed that is not scattered: flattened to one where there is such an axis."""
-        names = tuple(name for name in self.placed[path].summed if self.axis(name).size > 1)
-        everything = tuple(name for name in ("dp_replicate", "dp_shard", "cp") if self.axis(name).size > 1)
-        return [self.axes.tokens] if names == everything and len(names) > 1 else [self.axis(name) for name in names]
+        names = {name for name in self.placed[path].summed if self.axis(name).size > 1}
+        found: list[Axis] = []
+        for axis, parts in (*sorted(FLATTENED.items(), key=lambda item: -len(item[1])), *((name, (name,)) for name in TOKENS)):
+            there = {part for part in parts if self.axis(part).size > 1}
+            if there and there <= names:
+                found.append(self.axis(axis))
+                names -= there
+        return found
 
     def copies(self, path: str) -> int:
         """How many ranks have the same shard of the parameter."""

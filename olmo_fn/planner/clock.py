@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import log2, prod
 
-from olmo_fn.mesh.mesh import AXES, Mesh, members
+from olmo_fn.mesh.mesh import FINEST, Mesh, members
 from olmo_fn.models.count import flops_per_sequence
 from olmo_fn.planner.accelerators import (
     ATTENTION,
@@ -183,5 +183,5 @@ def link(mesh: Mesh, axis: str, gpu: Accelerator) -> str:
 
 def _inside(mesh: Mesh, axis: str, gpu: Accelerator) -> tuple[int, int]:
     """How many ranks are from one of an axis to the next, and how many of the axis are in a machine."""
-    stride = prod(getattr(mesh, name) for name in AXES[AXES.index(members(axis)[-1]) + 1 :])
+    stride = prod(getattr(mesh, name) for name in FINEST[FINEST.index(members(axis)[-1]) + 1 :])
     return stride, max(1, min(mesh.degree(axis), gpu.node // stride))

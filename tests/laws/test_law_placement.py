@@ -19,7 +19,7 @@ import tyro
 from helpers import Broken, batch_of, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import meshes
+from strategies import finest, meshes
 from torch.distributed import FileStore
 
 from olmo_fn import tree
@@ -124,6 +124,12 @@ LAYOUTS = {
     "over cp, the rest over dp_shard": (model_of(axis="cp"), Layout(Mesh(dp_shard=2, cp=2), over("cp"))),
     "over cp alone": (model_of(axis="cp"), Layout(Mesh(cp=2), over("cp"))),
     "over both": (model_of(axis="fsdp"), Layout(Mesh(dp_shard=2, cp=2), over("fsdp"))),
+    "over ep": (model_of(axis="ep"), Layout(Mesh(dp_shard=2, ep=2))),
+    "over ep, the rest over dp_outer": (model_of(axis="ep"), Layout(Mesh(dp_shard=4, ep=2))),
+    "over ep, the rest over cp": (model_of(axis="ep"), Layout(Mesh(dp_shard=2, cp=2, ep=2))),
+    "over ep, uneven": (model_of(axis="ep", count=3, exchange=False), Layout(Mesh(dp_shard=2, ep=2))),
+    "over ep, whole on tp": (model_of(axis="ep"), Layout(Mesh(dp_shard=2, tp=2, ep=2))),
+    "no ep": (model_of(axis="ep"), Layout(Mesh(dp_shard=2))),
     "whole on tp": (EXCHANGED, Layout(Mesh(dp_shard=2, tp=2), over("dp_shard"))),
     "in a pipeline": (EXCHANGED, Layout(Mesh(pp=2, dp_shard=2), over("dp_shard"))),
     "nobody to exchange with": (EXCHANGED, Layout(Mesh(dp_replicate=2), over("dp_shard"))),
@@ -137,7 +143,16 @@ def test_steps_are_those_of_one_process(pool: Pool, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["exchanged", "everywhere, uneven", "replicated twice", "the rest over cp", "over cp, the rest over dp_shard"]
+    "name",
+    [
+        "exchanged",
+        "everywhere, uneven",
+        "replicated twice",
+        "the rest over cp",
+        "over cp, the rest over dp_shard",
+        "over ep, the rest over dp_outer",
+        "over ep, the rest over cp",
+    ],
 )
 def test_with_an_optimizer_of_whole_matrices(pool: Pool, name: str) -> None:
     model, layout = LAYOUTS[name]
@@ -206,7 +221,7 @@ def test_a_checkpoint_of_two_ranks_is_one_of_any(pool: Pool, tmp_path: Path, opt
     (path,) = tmp_path.glob("*1")
     alone, _ = load(path)
     assert same_bits(alone, wanted)
-    for mesh in (Mesh(), Mesh(dp_shard=2, cp=2)):
+    for mesh in (Mesh(), Mesh(dp_shard=2, cp=2), Mesh(dp_shard=4, ep=2)):
         assert all(pool.run(load_and_compare, model, rules, optim, str(path), wanted, mesh=mesh))
 
 
@@ -231,8 +246,8 @@ def some_rules(draw: st.DrawFn) -> Rules:
     """Rules that may make no sense together: what is legal must be right, all else be refused by name."""
     store, use = dict(TENSOR), dict(TENSOR)
     if draw(st.booleans()):
-        store["embed"] = draw(st.sampled_from(["fsdp", "dp_shard", "cp"]))
-    axis = draw(st.sampled_from(["", "fsdp", "dp_shard", "cp"]))
+        store["embed"] = draw(st.sampled_from(["fsdp", "dp_shard", "cp", "ep"]))
+    axis = draw(st.sampled_from(["", "fsdp", "dp_shard", "cp", "ep"]))
     if axis:
         store["experts"] = axis
         if draw(st.booleans()):
@@ -240,7 +255,7 @@ def some_rules(draw: st.DrawFn) -> Rules:
     return Rules(store, use)
 
 
-@given(parameters(), some_rules(), meshes)
+@given(parameters(), some_rules(), meshes())
 def test_every_parameter_is_covered_by_the_right_number_of_copies(specs: dict[str, Spec], rules: Rules, mesh: Mesh) -> None:
     """Boxes of all ranks tile each parameter, at rest and in use, and axes neither shard nor sum anything twice."""
     known = {axis for spec in specs.values() for axis in spec.axes}
@@ -253,7 +268,7 @@ def test_every_parameter_is_covered_by_the_right_number_of_copies(specs: dict[st
             raise
         return
     assert placed.keys() == specs.keys()
-    stage = [mesh.coordinates(rank) for rank in range(mesh.size) if mesh.coordinates(rank)["pp"] == 0]
+    stage = [finest(mesh, rank) for rank in range(mesh.size) if mesh.coordinates(rank)["pp"] == 0]
     for place in placed.values():
         sharding = [name for axis, _ in place.dims for name in members(axis)]
         assert len(sharding) == len(set(sharding)), "no axis shards two dims"
@@ -287,8 +302,8 @@ def spot(mesh: Mesh, where: dict[str, int], axis: str) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        (Rules({"embed": "ep"}), "a rule shards 'embed' over 'ep'; parameters are sharded over fsdp, tp, dp_shard, cp"),
-        (Rules({"experts": "dp_shard"}), "a rule names the logical axis 'experts'; the parameters have embed, mlp"),
+        (Rules({"embed": "pp"}), "a rule shards 'embed' over 'pp'; parameters are sharded over fsdp, tp, ep, dp_shard, cp"),
+        (Rules({"layers": "dp_shard"}), "a rule names the logical axis 'layers'; the parameters have embed, mlp"),
         (
             Rules({"embed": "fsdp", "mlp": "fsdp"}, {}),
             "w: both 'embed' and 'mlp' are stored over 'fsdp'; give one of them another axis",

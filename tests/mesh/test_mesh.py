@@ -11,33 +11,35 @@ import torch
 from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import meshes
+from strategies import finest, meshes
 from torch.distributed.tensor import DTensor, Shard
 
 from olmo_fn.mesh.axis import NAMES, SINGLE_DEVICE, Axes
 from olmo_fn.mesh.collectives import all_gather
-from olmo_fn.mesh.mesh import AXES, Mesh, members, solve
+from olmo_fn.mesh.mesh import AXES, FINEST, Mesh, members, solve
 from olmo_fn.mesh.settings import MeshConfig
 
 few = examples(40)
 
 
 @few
-@given(meshes, st.data())
+@given(meshes(), st.data())
 def test_ranks_partition_the_world(mesh: Mesh, data: st.DataObject) -> None:
-    axes = tuple(data.draw(st.sets(st.sampled_from(AXES))))
+    axes = tuple(data.draw(st.sets(st.sampled_from(AXES))) if mesh.ep == 1 else data.draw(st.sets(st.sampled_from(FINEST))))
     lines = {mesh.ranks(axes, rank) for rank in range(mesh.size)}
     assert sorted(rank for line in lines for rank in line) == list(range(mesh.size))
     for line in lines:
-        assert len(line) == prod(mesh.degrees[axis] for axis in axes)
+        assert len(line) == prod(mesh.degree(axis) for axis in axes)
         assert sorted(line) == list(line), "row-major with the innermost axis last is ascending"
-        others = [{k: v for k, v in mesh.coordinates(rank).items() if k not in axes} for rank in line]
+        others = [
+            {k: v for k, v in finest(mesh, rank).items() if k not in {m for a in axes for m in members(a)}} for rank in line
+        ]
         assert others == others[:1] * len(line)
     assert [mesh.rank(mesh.coordinates(rank)) for rank in range(mesh.size)] == list(range(mesh.size))
 
 
 @few
-@given(meshes, st.sampled_from([(), ("dp_shard",), ("dp_replicate",)]))
+@given(meshes(), st.sampled_from([(), ("dp_shard",), ("dp_replicate",)]))
 def test_the_degree_left_out_is_derived(mesh: Mesh, left_out: tuple[str, ...]) -> None:
     given_degrees = {axis: None if axis in left_out else n for axis, n in mesh.degrees.items()}
     assert solve(mesh.size, **given_degrees) == mesh
@@ -79,7 +81,16 @@ def everything(connection):
 
 
 @pytest.mark.parametrize(
-    "mesh", [Mesh(pp=2, tp=2), Mesh(dp_replicate=2, dp_shard=2), Mesh(dp_shard=2, cp=2), Mesh(dp_shard=3), Mesh()]
+    "mesh",
+    [
+        Mesh(pp=2, tp=2),
+        Mesh(dp_replicate=2, dp_shard=2),
+        Mesh(dp_shard=2, cp=2),
+        Mesh(dp_shard=2, cp=2, ep=2),
+        Mesh(dp_shard=4, ep=2),
+        Mesh(dp_shard=3),
+        Mesh(),
+    ],
 )
 def test_connected_axes_reach_the_ranks_on_paper(pool, mesh: Mesh) -> None:
     for rank, (gathered, whole, table, coordinate) in enumerate(pool.run(everything, mesh=mesh)):
