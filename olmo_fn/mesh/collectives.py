@@ -8,6 +8,7 @@ one's gradient being the other:
     all_gather                                                                       reduce_scatter
     gather_replicated   parts become a value that all ranks go on with alike         take_part       a rank's part of it
     all_to_all(split, concat)                                                        all_to_all(concat, split)
+    exchange(sent, received)                                                         exchange(received, sent)
     ring_shift(by)                                                                   ring_shift(-by)
 
 The convention for gradients: a value that is replicated over the axis has a gradient that is replicated too, and a value
@@ -18,12 +19,14 @@ Shoeybi et al. 2019, arXiv 1909.08053, figure 3). Shards are even.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.distributed.distributed_c10d import GroupName, _coalescing_manager, _resolve_process_group
 
 from olmo_fn.mesh.axis import Axis
@@ -81,6 +84,18 @@ def all_to_all(x: Tensor, split_dim: int, concat_dim: int, axis: Axis) -> Tensor
         return x
     _check_even(x, split_dim, axis)
     return _AllToAll.apply(x, split_dim % x.ndim, concat_dim % x.ndim, axis.size, axis.group)
+
+
+def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Callable[[], Tensor]:
+    """Rows go to other ranks: the first ``sent[0]`` of ``x`` to rank 0, the next to rank 1, and so on; ``received`` says how
+    many come from each. Call the result to wait for them, one rank's behind the other's; what is computed meanwhile, forward
+    and, by autograd, backward, hides the way. Differentiable once.
+    """
+    if axis.size == 1:
+        return lambda: x
+    route = _Route([*sent], [*received], axis.group)
+    begun = _Exchange.apply(x, route)
+    return lambda: _Exchanged.apply(begun, route)
 
 
 def ring_shift(x: Tensor, axis: Axis, by: int = 1) -> Tensor:
@@ -261,6 +276,53 @@ class _AllToAll(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         return _AllToAll.apply(g, ctx.concat_dim, ctx.split_dim, *ctx.axis), None, None, None, None
+
+
+@dataclass
+class _Route:
+    """What both ends of an exchange know, and in the backward sweep the tensor that is under way."""
+
+    sent: list[int]
+    received: list[int]
+    group: str
+    under_way: Tensor | None = None
+
+
+class _Exchange(Function):
+    """Begins; in backward waits for what `_Exchanged` has begun."""
+
+    @staticmethod
+    def forward(x: Tensor, route: _Route) -> Tensor:
+        return _c10d.all_to_all_single(x.contiguous(), route.received, route.sent, route.group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.route = inputs[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        found, ctx.route.under_way = _c10d.wait_tensor(ctx.route.under_way), None
+        return found, None
+
+
+class _Exchanged(Function):
+    """Waits; in backward begins."""
+
+    @staticmethod
+    def forward(begun: Tensor, route: _Route) -> Tensor:
+        return _c10d.wait_tensor(begun).view_as(begun)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.route = inputs[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        route = ctx.route
+        route.under_way = _c10d.all_to_all_single(g.contiguous(), route.sent, route.received, route.group)
+        return g, None
 
 
 class _Shift(Function):

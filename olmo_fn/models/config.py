@@ -110,7 +110,12 @@ class Model:
     @property
     def drops(self) -> bool:
         """Whether training wants to know the numbers of sequences, by which entries are dropped."""
-        return any(getattr(block, "dropout", 0) for block in self.pattern or (self.block,))
+        return any(getattr(block, "dropout", 0) or block.feed_forward.drops for block in self.pattern or (self.block,))
+
+    @property
+    def balance_rate(self) -> float:
+        """How far biases of experts move in a step (`olmo_fn.transforms.balance`); 0 without any."""
+        return max(getattr(block.feed_forward, "balance_rate", 0.0) for block in self.pattern or (self.block,))
 
     def deviations(self, layer: int) -> tuple[float, float]:
         """Standard deviations of the initial matrices of a block: of those that read the stream, and of those that add to it.
@@ -131,9 +136,12 @@ class Model:
             block.mixer.check(self)
             block.feed_forward.check(self)
 
-    def check_mesh(self, tp: int, cp: int, cp_method: str) -> None:
+    def check_mesh(self, tp: int, cp: int, cp_method: str, ep: int = 1) -> None:
         """ValueError, with the flags and a way out, if ranks of these degrees cannot share the blocks."""
+        if ep > 1 and not any(block.feed_forward.num_experts for block in self.pattern or (self.block,)):
+            raise ValueError(f"--mesh.ep is {ep}, and the model has no experts; leave --mesh.ep at 1")
         for block in self.pattern or (self.block,):
+            block.feed_forward.check_experts(ep)
             block.mixer.check_mesh(self, tp, cp, cp_method)
             block.feed_forward.check_mesh(self, tp, cp, cp_method)
 

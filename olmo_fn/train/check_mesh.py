@@ -28,7 +28,7 @@ def check_layout(model: Model, mesh: Mesh, rules: Method, batch_size: int, seque
     Traceback (most recent call last):
     ValueError: --mesh.tp 4 does not divide --model.n-kv-heads 2, and a head stays on one rank; choose --mesh.tp 1, 2
     """
-    model.check_mesh(mesh.tp, mesh.cp, rules.cp_method)
+    model.check_mesh(mesh.tp, mesh.cp, rules.cp_method, mesh.ep)
     _check_vocabulary(model, mesh)
     _check_tokens(mesh, batch_size, sequence_length, accumulate)
 

@@ -27,6 +27,7 @@ from olmo_fn.train.schedule import schedule
 from olmo_fn.transforms import (
     accumulate_measured,
     attention,
+    balance_experts,
     clip_value,
     dims_of,
     freeze,
@@ -37,6 +38,7 @@ from olmo_fn.transforms import (
     train_only,
     unit_params,
 )
+from olmo_fn.transforms.balance import BIAS
 from olmo_fn.transforms.float8 import float8
 from olmo_fn.transforms.lora import lora, lora_specs
 from olmo_fn.tree import Tree
@@ -56,6 +58,7 @@ def recipe(cfg: Config, dtype: torch.dtype = torch.float32, connection: Connecti
         *given(r.clip_value, clip_value),
         *given(r.clip, clip),
         cfg.optim.build(schedule(cfg), specs, dtype),
+        *given(cfg.model.balance_rate, balance_experts),
         *given(r.normalize, lambda _: normalize(dims_of(transformer.specs(cfg.model)))),
         *given(r.skip_sigma, skip_spikes),
         *given(r.skip_steps, skip_steps),
@@ -111,7 +114,9 @@ def parameters(cfg: Config) -> Tree:
 
 
 def is_trained(cfg: Config, path: str) -> bool:
-    """Whether the parameter at ``path`` is trained, and has slots; the others are frozen."""
+    """Whether the parameter at ``path`` is trained, and has slots; the others are frozen, or moved without a gradient."""
+    if path.endswith(BIAS):
+        return False
     return (not cfg.lora.rank or path.startswith("lora.")) and not tree.matches(path, cfg.recipe.freeze)
 
 

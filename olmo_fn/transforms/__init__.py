@@ -2,6 +2,7 @@
 
 from olmo_fn.core.pipe import accumulate, clip, donate, ema, grad, skip_spikes
 from olmo_fn.transforms.attention import attention
+from olmo_fn.transforms.balance import balance_experts
 from olmo_fn.transforms.bias import first_step_bias
 from olmo_fn.transforms.clipping import clip_groups, clip_value
 from olmo_fn.transforms.freeze import freeze, train_only
@@ -15,6 +16,7 @@ __all__ = [
     "accumulate",
     "accumulate_measured",
     "attention",
+    "balance_experts",
     "clip",
     "clip_groups",
     "clip_value",

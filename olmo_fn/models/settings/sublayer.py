@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import tyro
 
@@ -37,6 +37,17 @@ class MixerSettings:
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardSettings(MixerSettings):
     """What the settings of a feed-forward network must have: the same as a mixer's."""
+
+    num_experts: ClassVar[int] = 0
+    """Those of a mixture of experts."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether training wants to know the numbers of sequences, by which it draws."""
+        return False
+
+    def check_experts(self, ep: int) -> None:
+        """ValueError, with the arithmetic, if ``ep`` ranks cannot share its experts."""
 
 
 def check_positive(settings: Any, *names: str, above: float | None = None) -> None:
