@@ -89,7 +89,7 @@ def route(ctx: Context, form: RouterForm, p: Tree, x: Tensor) -> Routed:
     if form.weight_scale != 1:
         weights = weights * form.weight_scale
     share = scores if form.gating == "softmax" else scores / scores.sum(-1, keepdim=True)
-    loads = torch.zeros_like(scores).scatter_(-1, experts, 1.0).sum(1)  # (B, E) of this rank's positions
+    loads = torch.zeros_like(scores).scatter(-1, experts, torch.ones_like(weights)).sum(1)  # (B, E) of this rank's positions
     metrics = {"load": psum(loads.sum(0), axes.tp), "router_entropy": psum(_entropy(share.detach()), axes.tp)}
     losses = {}
     if form.balance:
@@ -112,8 +112,8 @@ def choose(form: RouterForm, scores: Tensor) -> Tensor:
         grouped = scores.unflatten(-1, (form.groups, -1))
         best = grouped.sort(-1, descending=True).values[..., :2].sum(-1)
         kept = _largest(best, form.top_groups)
-        inside = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, kept, value=True)
-        scores = grouped.masked_fill(~inside[..., None], -torch.inf).flatten(-2)
+        outside = torch.ones_like(best).scatter(-1, kept, torch.zeros_like(best[..., : form.top_groups])) > 0
+        scores = grouped.masked_fill(outside[..., None], -torch.inf).flatten(-2)
     return _largest(scores, form.top_k)
 
 
@@ -171,7 +171,7 @@ def within_capacity(ctx: Context, form: RouterForm, experts: Tensor) -> tuple[Te
     columns = ctx.columns if ctx.columns is not None else ctx.positions
     if axes.cp.size > 1:  # ranks have pieces of the sequence that are no neighbours
         at = all_gather(columns, 0, axes.cp)
-        every = torch.empty_like(every.repeat(1, axes.cp.size, 1)).index_copy_(1, at, all_gather(every, 1, axes.cp))
+        every = torch.zeros_like(every.repeat(1, axes.cp.size, 1)).index_copy(1, at, all_gather(every, 1, axes.cp))
     groups = every.flatten(1)
     if form.capacity_over == "batch":
         groups = all_gather(every, 0, axes.data).flatten()[None]
@@ -193,8 +193,7 @@ def ranks_of(experts: Tensor, E: int) -> Tensor:
     G, M = experts.shape
     keys = (torch.arange(G, device=experts.device)[:, None] * E + experts).flatten()
     order = keys.argsort(stable=True)
-    counts = torch.zeros(G * E, dtype=torch.int64, device=experts.device).index_add_(0, keys, torch.ones_like(keys))
+    counts = torch.zeros(G * E, dtype=torch.int64, device=experts.device).index_add(0, keys, torch.ones_like(keys))
     starts = counts.cumsum(0) - counts
-    found = torch.empty_like(keys)
-    found[order] = torch.arange(G * M, device=experts.device) - starts[keys[order]]
-    return found.view(G, M)
+    places = torch.arange(G * M, device=experts.device) - starts[keys[order]]
+    return torch.zeros_like(keys).scatter(0, order, places).view(G, M)
