@@ -202,6 +202,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
     if cfg.dry_run:
         report.say(tables.report(cfg))
         return 0
+    from olmo_fn.train.loads import plot_loads
     from olmo_fn.train.loop import train
     from olmo_fn.train.process import join
     from olmo_fn.train.session import open_run
@@ -225,5 +226,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
             report.say(sample_run(session.folder, cfg.run.sample))
             picture = plot_loss(session.folder)
             report.say(f"loss curve:    {picture}" if picture else "")
+            loads = plot_loads(session.folder)
+            report.say(f"experts:       {loads}" if loads else "")
             report.say(report.next_commands(result))
     return result.exit_code

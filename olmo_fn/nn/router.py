@@ -46,8 +46,8 @@ class RouterForm:
 
 
 class Routed(NamedTuple):
-    """What a router says of N tokens: ``experts`` (N, k) int64 and ``weights`` (N, k) in at least fp32; ``loss``, a sum over
-    the tokens, or None; ``loads`` (E,), how many tokens went to each; and ``entropy``, the sum of that of the tokens' scores.
+    """What a router says of its tokens: ``experts`` (B, R, k) int64 and ``weights`` (B, R, k) in at least fp32; ``loss``, a sum
+    over them, or None; and what it reports.
     """
 
     experts: Tensor
@@ -56,8 +56,9 @@ class Routed(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-METRICS = {"router_entropy": Metric("sum"), "router_balance": Metric(), "router_z": Metric()}
-"""Those of every router, added up over the layers; ``load``, of each layer, is beside them."""
+METRICS = {"routed": Metric("sum"), "router_entropy": Metric("sum"), "router_balance": Metric(), "router_z": Metric()}
+"""Those of every router, added up over the layers: tokens, the entropy of their scores, and what it adds to the loss. Beside
+them is ``load``, of each layer."""
 
 
 def route(ctx: Context, form: RouterForm, p: Tree, x: Tensor) -> Routed:
@@ -90,7 +91,11 @@ def route(ctx: Context, form: RouterForm, p: Tree, x: Tensor) -> Routed:
         weights = weights * form.weight_scale
     share = scores if form.gating == "softmax" else scores / scores.sum(-1, keepdim=True)
     loads = torch.zeros_like(scores).scatter(-1, experts, torch.ones_like(weights)).sum(1)  # (B, E) of this rank's positions
-    metrics = {"load": psum(loads.sum(0), axes.tp), "router_entropy": psum(_entropy(share.detach()), axes.tp)}
+    metrics = {
+        "load": psum(loads.sum(0), axes.tp),
+        "router_entropy": psum(_entropy(share.detach()), axes.tp),
+        "routed": loads.new_full((), x.shape[0] * x.shape[1] * axes.tp.size),
+    }
     losses = {}
     if form.balance:
         losses["router_balance"] = psum(form.balance * balance(form, share, loads, axes), axes.tp)

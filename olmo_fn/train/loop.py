@@ -24,6 +24,7 @@ from olmo_fn.train.config import Config
 from olmo_fn.train.evals import Heldout
 from olmo_fn.train.events import Evaluated, Event, Failure, Observer, RunInfo, Said, Started, Stepped, Stopped
 from olmo_fn.train.export import Exporter
+from olmo_fn.train.loads import with_loads
 from olmo_fn.train.meter import InFlight, Meter, Moment
 from olmo_fn.train.neighbours import Neighbours
 from olmo_fn.train.observers import Console, Jsonl, build_observers, close_observers, fan_out
@@ -160,6 +161,7 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
             if lost == NOT_FINITE or (lost > 1 and arrived.step == run.steps):
                 stop.ask(Failure(f"the loss is not finite since step {arrived.step - lost + 1}; {LOST}"))
             values = with_source_losses(values, session.reported_sources)
+            values = with_loads(values, every_layer=due(arrived.step, run.steps, run.log_every))
             yield Stepped(arrived.step, meter.metrics(arrived.step, values, arrived.done))
             if values["loss"] == 0 and values["skipped"]:
                 unlabeled += 1

@@ -19,7 +19,7 @@ from olmo_fn.presets import CONFIGS
 def olmo_fn(*words, cwd=ROOT, path=ROOT):
     command = [sys.executable, "-m", "olmo_fn", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(path)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_it_names_its_commands_and_its_version(capsys):

@@ -240,7 +240,7 @@ def tiny(tokens, folder, *more):
 def test_a_run_from_the_command_line(tmp_path, tokens):
     folder = tmp_path / "run"
     command = [sys.executable, "train.py", *map(str, tiny(tokens, folder))]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert first.returncode == 0, first.stderr
     assert "step 6/6  loss" in first.stdout
     assert "held-out after step 6" in first.stdout
@@ -320,7 +320,7 @@ def test_a_full_disk_while_saving(tmp_path, tokens):
     limit += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += f"sys.argv = ['train.py', {str(folder / 'config.yaml')!r}, '--run.steps', '9', '--run.start-from', "
     limit += f"{str(folder)!r}, '--run.folder', {str(tmp_path / 'more')!r}]; runpy.run_path('train.py', run_name='__main__')"
-    found = subprocess.run([sys.executable, "-c", limit], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    found = subprocess.run([sys.executable, "-c", limit], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert found.returncode == 2, found.stderr
     assert "Traceback" not in found.stderr
     assert steps(tmp_path / "more" / "checkpoints") == []
