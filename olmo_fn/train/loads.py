@@ -79,7 +79,7 @@ def edges(steps: Sequence[float]) -> list[float]:
     return [steps[0] - (between[0] - steps[0]), *between, steps[-1] + (steps[-1] - between[-1])]
 
 
-def _image(lines: list[Mapping[str, Any]], layer: str) -> list[list[float]]:
+def _image(lines: Sequence[Mapping[str, Any]], layer: str) -> list[list[float]]:
     """A row an expert, a column a step: loads over the even one."""
     E = len(lines[0][layer])
     return [[E * line[layer][e] for line in lines] for e in range(E)]

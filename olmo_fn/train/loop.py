@@ -161,7 +161,7 @@ def events(session: Session, stop: Stop) -> Generator[Event]:
             if lost == NOT_FINITE or (lost > 1 and arrived.step == run.steps):
                 stop.ask(Failure(f"the loss is not finite since step {arrived.step - lost + 1}; {LOST}"))
             values = with_source_losses(values, session.reported_sources)
-            values = with_loads(values, every_layer=due(arrived.step, run.steps, run.log_every))
+            values = with_loads(values, every_layer=due(arrived.step, run.steps, max(1, run.steps // 100)))
             yield Stepped(arrived.step, meter.metrics(arrived.step, values, arrived.done))
             if values["loss"] == 0 and values["skipped"]:
                 unlabeled += 1
