@@ -133,7 +133,7 @@ def solve(
     ``dp_shard`` is derived; where it is given, ``dp_replicate`` is. ValueError, with the arithmetic, if it cannot be.
 
     >>> solve(16, tp=2)
-    Mesh(pp=1, dp_replicate=1, dp_shard=8, cp=1, tp=2)
+    Mesh(pp=1, dp_replicate=1, dp_shard=8, cp=1, tp=2, ep=1)
     >>> solve(16, dp_shard=4, tp=2).dp_replicate
     2
     >>> solve(8, pp=2, tp=3)
