@@ -202,7 +202,7 @@ def run(cfg: Config, command: Sequence[str]) -> int:
     if cfg.dry_run:
         report.say(tables.report(cfg))
         return 0
-    from olmo_fn.train.loads import plot_loads
+    from olmo_fn.plot_loads import plot_loads
     from olmo_fn.train.loop import train
     from olmo_fn.train.process import join
     from olmo_fn.train.session import open_run

@@ -15,8 +15,8 @@ from olmo_fn.checkpoint import load, newest_whole
 from olmo_fn.data.settings import Data
 from olmo_fn.models.config import Attention, Block, Model
 from olmo_fn.models.settings.moe import MoE
+from olmo_fn.plot_loads import plot_loads
 from olmo_fn.train.config import Config, Recipe, Run
-from olmo_fn.train.loads import plot_loads
 from olmo_fn.train.observers import read_metrics
 from olmo_fn.train.optimizers import AdamW
 from olmo_fn.train.schedules import Constant
