@@ -49,7 +49,21 @@ KNOWS: dict[str, set[str]] = {
     "evaluate": RUN | {"progress"},
     "show": RUN,
     "plot": RUN | {"picture"},
-    "cli": RUN | {"presets", "planner", "replay", "generate", "average", "checkpoints", "evaluate", "plot", "convert", "show"},
+    "plot_loads": {"picture", "train"},
+    "cli": RUN
+    | {
+        "presets",
+        "planner",
+        "replay",
+        "generate",
+        "average",
+        "checkpoints",
+        "evaluate",
+        "plot",
+        "plot_loads",
+        "convert",
+        "show",
+    },
     "__main__": {"cli"},
 }
 """A folder, or a file at the top, and what it may import besides itself and the version in ``olmo_fn``."""
