@@ -15,6 +15,7 @@ from olmo_fn.fields import POSITIVE, Range
 from olmo_fn.models.settings.attention import Attention
 from olmo_fn.models.settings.block import Block, InPlace, Normalized, PeriNorm, PreNorm, ScaledNorm
 from olmo_fn.models.settings.feed_forward import GELU, GeGLU, ScaledSwiGLU, SwiGLU
+from olmo_fn.models.settings.gated_delta import GatedDelta
 from olmo_fn.models.settings.norm import LayerNorm, NormSettings, RMSNorm
 from olmo_fn.models.settings.sublayer import WIDTH, FeedForwardSettings, MixerSettings, check_positive
 
@@ -23,6 +24,7 @@ __all__ = [
     "Attention",
     "Block",
     "FeedForwardSettings",
+    "GatedDelta",
     "GeGLU",
     "Head",
     "LayerNorm",
