@@ -136,8 +136,8 @@ class Model:
         check_positive(self, "d_model", "n_layers", "vocab_size")
         if self.pattern and self.block not in (*self.pattern, Block()):
             raise ValueError(
-                f"the model repeats a pattern of {len(self.pattern)} blocks, of which flags of one block, such as --model.n-heads, "
-                "change none; write a pattern of your own in YAML or in Python"
+                f"the model repeats a pattern of {len(self.pattern)} blocks, of which flags of one block, such as "
+                "--model.n-heads, change none; write a pattern of your own in YAML or in Python"
             )
         for block in self.pattern or (self.block,):
             block.mixer.check(self)
