@@ -36,28 +36,28 @@ NORMS = {
 
 
 class Rows(NamedTuple):
-    """Which rows of a tensor are a parameter: ``count`` of them from ``first`` on, and again in each further ``stride`` rows.
+    """Which rows of a tensor are a parameter: ``height`` of them from ``first`` on, and again in each further ``stride`` rows.
 
     >>> list(Rows(2, 2, 6).runs(1, 3))
     [(3, 1, 1), (8, 2, 2)]
     """
 
     first: int
-    count: int
+    height: int
     stride: int
 
     def runs(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
         """Where ``length`` of its rows from ``start`` on are: the row there, the row here, and how many follow each other."""
         at, stop = start, start + length
         while at < stop:
-            turn, offset = divmod(at, self.count)
-            n = min(self.count - offset, stop - at)
+            turn, offset = divmod(at, self.height)
+            n = min(self.height - offset, stop - at)
             yield turn * self.stride + self.first + offset, at, n
             at += n
 
     def of(self, tensor: Tensor) -> Tensor:
-        """These rows of a tensor (turns, count, …), a view of it."""
-        return tensor.unflatten(0, (-1, self.stride))[:, self.first : self.first + self.count]
+        """These rows of a tensor (turns, height, …), a view of it."""
+        return tensor.unflatten(0, (-1, self.stride))[:, self.first : self.first + self.height]
 
 
 class Stored(NamedTuple):
@@ -81,7 +81,7 @@ class Stored(NamedTuple):
         """The shape there of what of the tensor is the parameter."""
         if self.rows is None:
             return self.shape
-        return (self.shape[0] // self.rows.stride * self.rows.count, *self.shape[1:])
+        return (self.shape[0] // self.rows.stride * self.rows.height, *self.shape[1:])
 
     def ours(self, theirs: Tensor) -> Tensor:
         """The parameter out of the file's tensor: a view of it without an ``offset``.
