@@ -102,16 +102,15 @@ def chunks(
     q, k = (cut(x.to(wide), 2)[:, :, None] for x in (q, k))  # (B, N, 1, n, C, K)
     v, g, beta = (cut(x.to(wide), 2).unflatten(1, (N, -1)) for x in (v, g, beta))
     sums = g.double().cumsum(-1)  # differences of large ones are taken
-    between = sums[..., :, None] - sums[..., None, :]
+    between = (sums[..., :, None] - sums[..., None, :]).to(wide)
     sight = torch.ones(C, C, dtype=torch.bool, device=v.device).tril()
-    from_start = sums.exp()
+    from_start = sums.to(wide).exp()
     if age is not None:
         index = torch.arange(C, device=v.device)
         starts = index - cut_ages(age, n, C)  # of the document of each position, in its chunk; below 0: before it
         sight = (sight & (index >= starts[..., None]))[:, None, None]
         from_start = from_start.where((starts < 0)[:, None, None], 0)
-    decay = between.masked_fill(~sight, -torch.inf).exp().to(wide)
-    from_start = from_start.to(wide)
+    decay = between.masked_fill(~sight, -torch.inf).exp()
     system = decay * (beta[..., None] * (k @ k.mT))
     right = torch.cat((beta[..., None] * v, (beta * from_start)[..., None] * k), -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
