@@ -7,9 +7,24 @@ in between for the sizes that OLMo-core has for experiments. Imports no torch, s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from olmo_fn.models.config import Model, dense
-from olmo_fn.models.families import GEMMA3, LLAMA2, LLAMA3, NGPT, OLMO2, OLMO3, OLMO3_LONG, QWEN3, SMOLLM2
+from olmo_fn.models.families import (
+    GEMMA3,
+    LLAMA2,
+    LLAMA3,
+    NGPT,
+    OLMO2,
+    OLMO3,
+    OLMO3_LONG,
+    OLMO_HYBRID,
+    OLMO_HYBRID_LONG,
+    QWEN3,
+    QWEN3_5,
+    SMOLLM2,
+    olmo_hybrid,
+)
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.optimizers import AdamW, Muon
 from olmo_fn.train.schedules import Cosine, Linear
@@ -22,6 +37,9 @@ TINY = Config(
     run=Run(steps=1000, checkpoint_every=250, log_every=50),
 )
 """Learns Python from the standard library's sources in a few minutes on two cores."""
+
+HYBRID_TINY = replace(TINY, model=olmo_hybrid(192, 4, 3, 512, vocab_size=4096, init_method="llama"))
+"""The same with a state in three of its four blocks."""
 
 LEARNING_RATES = {"760m": 4e-4, "1b": 4e-4, "1b-18l": 4e-4, "3b": 4e-4, "7b": 3e-4, "13b": 9e-4, "32b": 6e-4}
 """Of OLMo's larger sizes, as its reports have them."""
@@ -67,4 +85,8 @@ CONFIGS: dict[str, Config] = {
     **pretraining(GEMMA3, "gemma3", 8192),
     **pretraining(NGPT, "ngpt", 4096),
     **pretraining(SMOLLM2, "smollm2", 2048),
+    "olmo-hybrid-tiny": HYBRID_TINY,
+    **pretraining(OLMO_HYBRID, "olmo-hybrid", 8192),
+    **pretraining(OLMO_HYBRID_LONG, "olmo-hybrid", 65_536),
+    **pretraining(QWEN3_5, "qwen3.5", 8192),
 }

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from olmo_fn.fields import values
-from olmo_fn.formats.families import FAMILIES, Family
+from olmo_fn.formats.families import Family
+from olmo_fn.formats.hybrids import EVERY
 from olmo_fn.formats.keys import Keys
-from olmo_fn.models.config import Attention, Block, Model
+from olmo_fn.models.config import Attention, Block, GatedDelta, Model
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, NoScaling, YaRN
 
 CONFIG = "config.json"
@@ -72,10 +73,10 @@ def family_of(keys: Keys) -> Family:
     names, kind = keys.get("architectures", []), keys.get("model_type")
     if not isinstance(names, list):
         raise keys.refused("architectures", "it must be a list")
-    for family in FAMILIES:
+    for family in EVERY:
         if family.architecture in names if names else family.model_type == kind:
             return family
-    known = ", ".join(family.architecture for family in FAMILIES)
+    known = ", ".join(family.architecture for family in EVERY)
     raise ValueError(f"{keys.where}: the architecture {', '.join(map(str, names)) or kind} is not read here; there are {known}")
 
 
@@ -85,7 +86,7 @@ def json_of(model: Model) -> dict[str, Any]:
     ValueError, with what differs from the nearest one, if there is none.
     """
     nearest: list[str] | None = None
-    for family in FAMILIES:
+    for family in EVERY:
         try:
             raw = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(model), **NO_IDS}
             differ = differences(model_of(raw), model)
@@ -129,15 +130,23 @@ def canonical(model: Model) -> Model:
     >>> canonical(dense(8, 2, 2, 16)) == canonical(dense(8, 2, 2, 16, n_kv_heads=2, window_pattern=(-1,), init_std=0.1))
     True
     """
-    blocks = tuple(
-        replace(block, mixer=_mixer(block.mixer, model, layer), dropout=0.0) if isinstance(block.mixer, Attention) else block
-        for layer, block in enumerate(model.layers)
-    )
+    blocks = tuple(_block(block, model, layer) for layer, block in enumerate(model.layers))
     scale = 1.0 if model.embed_scale is None else model.embed_scale
     return replace(model, block=Block(), pattern=blocks, embed_scale=scale, init_method="normal", init_std=0.02)
 
 
-def _mixer(mixer: Attention, model: Model, layer: int) -> Attention:
+def _block(block: Any, model: Model, layer: int) -> Any:
+    if isinstance(block.mixer, Attention):
+        return replace(block, mixer=_attention(block.mixer, model, layer), dropout=0.0)
+    return replace(block, mixer=_recurrent(block.mixer, model), dropout=0.0) if isinstance(block.mixer, GatedDelta) else block
+
+
+def _recurrent(mixer: GatedDelta, model: Model) -> GatedDelta:
+    key, value = mixer.width(model.d_model), mixer.value_width(model.d_model)
+    return replace(mixer, n_value_heads=mixer.value_heads, head_dim=key, value_head_dim=value, rule="auto")
+
+
+def _attention(mixer: Attention, model: Model, layer: int) -> Attention:
     window = mixer.window(layer, model.n_layers)
     rotated = mixer.rope_layers == "all" or (mixer.rope_layers == "windowed" and window is not None)
     theta = mixer.local_rope_theta if window is not None and mixer.local_rope_theta is not None else mixer.rope_theta

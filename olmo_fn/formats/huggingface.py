@@ -8,7 +8,7 @@ directory.parameter("blocks.0.attention.w_q")       # in our form, fp32
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from olmo_fn.checkpoint.stored import some
-from olmo_fn.formats.config_json import CONFIG, differences, json_of, model_of, read_json, write_json
+from olmo_fn.formats.config_json import CONFIG, differences, family_of, json_of, model_of, read_json, write_json
 from olmo_fn.formats.draft import drafting
-from olmo_fn.formats.names import ENDS, Stored, stored
-from olmo_fn.formats.tensors import SHARD_BYTES, StoredTensor, Target, open_tensors, write_tensors
+from olmo_fn.formats.families import Family
+from olmo_fn.formats.keys import Keys
+from olmo_fn.formats.names import ENDS, Stored, assembled, in_files, stored
+from olmo_fn.formats.tensors import SHARD_BYTES, Joined, StoredTensor, Target, divided, open_tensors, write_tensors
 from olmo_fn.models.config import Model
 from olmo_fn.spec import Box
 
@@ -41,7 +43,7 @@ class Directory:
     model: Model
     names: Mapping[str, Stored] = field(repr=False)
     """Each parameter by its path, as the files have it."""
-    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    tensors: Mapping[str, StoredTensor | Joined] = field(repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,16 +61,18 @@ class Directory:
         """A parameter, or the ``box`` of it, in our form, fp32. Of the file only the rows are read that hold it."""
         name = self.names[path]
         tensor = self.tensors[name.name]
-        offset, shape = box or Box.whole(name.shape[::-1] if name.transposed else name.shape)
+        offset, shape = box or Box.whole(name.own_shape[::-1] if name.transposed else name.own_shape)
         out = torch.empty(shape, dtype=torch.float32)
         (top, *left), (height, *width) = (offset[::-1], shape[::-1]) if name.transposed else (offset, shape)
         columns = tuple(slice(at, at + n) for at, n in zip(left, width, strict=True))
-        for first, rows in tensor.rows(top, height):
-            part, at = rows[(slice(None), *columns)], slice(first - top, first - top + len(rows))
-            if name.transposed:
-                out[:, at] = part.T.contiguous()  # turned as it is, and cast then: three times as fast
-            else:
-                out[at] = part
+        for there, here, n in name.rows.runs(top, height) if name.rows else [(top, top, height)]:
+            for first, rows in tensor.rows(there, n):
+                start = here - top + first - there
+                part, at = rows[(slice(None), *columns)], slice(start, start + len(rows))
+                if name.transposed:
+                    out[:, at] = part.T.contiguous()  # turned as it is, and cast then: three times as fast
+                else:
+                    out[at] = part
         return out.add_(name.offset) if name.offset else out
 
 
@@ -83,8 +87,35 @@ def open_directory(path: str | Path, model: Model | None = None) -> Directory:
     there = model_of(raw, str(folder / CONFIG))
     if model is not None and (differ := differences(there, model)):
         raise ValueError(f"{folder} holds another model: {', '.join(differ)}")
-    found = Directory(folder, raw, there, stored(there, "huggingface"), open_tensors(folder))
+    names = names_in(raw, there)
+    tensors = as_named(open_tensors(folder), names, family_of(Keys(raw, str(folder / CONFIG))))
+    found = Directory(folder, raw, there, names, tensors)
     check_tensors(found)
+    return found
+
+
+def names_in(raw: Mapping[str, Any], model: Model) -> dict[str, Stored]:
+    """Where each parameter of a model is in the files of the architecture that its config.json, ``raw``, names."""
+    names, family = stored(model, "huggingface"), family_of(Keys(raw, CONFIG))
+    return family.tensors(model, names) if family.tensors else names
+
+
+def as_named(
+    tensors: Mapping[str, StoredTensor], names: Mapping[str, Stored], family: Family
+) -> dict[str, StoredTensor | Joined]:
+    """The tensors under the names that are looked for, where they have an alias, and divided as the model's are."""
+    found: dict[str, StoredTensor | Joined] = dict(tensors)
+    wanted = {one.name: one.shape for one in names.values()}
+    for name in wanted.keys() - tensors.keys():
+        others = {name.replace(a, b) for pair in family.aliases for a, b in (pair, pair[::-1])}
+        for other in (others & tensors.keys()) - {name}:
+            found[name] = found.pop(other)
+    for name in (name for name in wanted if family.joined and name.endswith(family.joined[0])):
+        parts = [name.removesuffix(family.joined[0]) + end for end in family.joined]
+        heights = [wanted[part][0] for part in parts]
+        there = [tensors[part] for part in parts if part in tensors and len(tensors[part].shape) == len(wanted[part])]
+        if len(there) == len(parts) and sum(tensor.shape[0] for tensor in there) == sum(heights):
+            found |= zip(parts, divided(there, heights), strict=True)
     return found
 
 
@@ -133,24 +164,19 @@ def write_directory(
     config = dict(config or json_of(model))
     config.pop("torch_dtype", None)
     config |= {"dtype": READ[dtype], "torch_dtype": READ[dtype]}  # of transformers 5, and of 4
-    names = stored(model, "huggingface")
-    targets = [Target(name.name, dtype, name.shape) for name in names.values()]
-
-    def tensors() -> Iterator[Tensor]:
-        for (path, name), (given, tensor) in zip(names.items(), parameters, strict=True):
-            assert path == given, (path, given)
-            yield name.theirs(tensor)
+    names = names_in(config, model)
+    targets = [Target(name.name, dtype, name.shape) for name in in_files(names)]
 
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
     with drafting(target, sum(one.nbytes for one in targets)) as draft:
         draft.mkdir()
-        write_tensors(draft, targets, tensors(), shard_bytes, advance)
+        write_tensors(draft, targets, (tensor for _, tensor in assembled(names, parameters)), shard_bytes, advance)
         write_json(draft / CONFIG, config)
         more(draft)
 
 
-def _same(a: StoredTensor, b: StoredTensor) -> bool:
+def _same(a: StoredTensor | Joined, b: StoredTensor | Joined) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     integers = torch.uint8

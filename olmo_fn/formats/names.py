@@ -6,7 +6,8 @@ are declared (`olmo_fn.nn.sublayer.Names`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -34,19 +35,53 @@ NORMS = {
 """Norms that are no part of a block, by their gains."""
 
 
+class Rows(NamedTuple):
+    """Which rows of a tensor are a parameter: ``height`` of them from ``first`` on, and again in each further ``stride`` rows.
+
+    >>> list(Rows(2, 2, 6).runs(1, 3))
+    [(3, 1, 1), (8, 2, 2)]
+    """
+
+    first: int
+    height: int
+    stride: int
+
+    def runs(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Where ``length`` of its rows from ``start`` on are: the row there, the row here, and how many follow each other."""
+        at, stop = start, start + length
+        while at < stop:
+            turn, offset = divmod(at, self.height)
+            n = min(self.height - offset, stop - at)
+            yield turn * self.stride + self.first + offset, at, n
+            at += n
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor (turns, height, …), a view of it."""
+        return tensor.unflatten(0, (-1, self.stride))[:, self.first : self.first + self.height]
+
+
 class Stored(NamedTuple):
     """A parameter as another program's file has it."""
 
     name: str
-    """Its name there."""
+    """The name of its tensor there."""
     shape: tuple[int, ...]
-    """Its shape there."""
+    """The shape of that tensor."""
     transposed: bool = False
     """It is a matrix (out, in) there, and (in, out) here."""
     offset: float = 0.0
     """What is added to it to get ours: 1 for a gain that is kept around 0 there."""
     flat: bool = False
     """It has dims there, and is flat here."""
+    rows: Rows | None = None
+    """Which rows of the tensor it is, if it is not all of it."""
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape there of what of the tensor is the parameter."""
+        if self.rows is None:
+            return self.shape
+        return (self.shape[0] // self.rows.stride * self.rows.height, *self.shape[1:])
 
     def ours(self, theirs: Tensor) -> Tensor:
         """The parameter out of the file's tensor: a view of it without an ``offset``.
@@ -55,13 +90,41 @@ class Stored(NamedTuple):
         >>> Stored("w", (2, 3), transposed=True).ours(torch.ones(2, 3)).shape
         torch.Size([3, 2])
         """
+        theirs = theirs if self.rows is None else self.rows.of(theirs).flatten(0, 1)
         turned = theirs.T if self.transposed else theirs.flatten() if self.flat else theirs
         return turned + self.offset if self.offset else turned
 
     def theirs(self, ours: Tensor) -> Tensor:
-        """The file's tensor out of the parameter; the inverse of `ours`."""
+        """The file's tensor, or its rows of it, out of the parameter; the inverse of `ours`."""
         turned = ours - self.offset if self.offset else ours
         return turned.T if self.transposed else turned.view(self.shape) if self.flat else turned
+
+
+def assembled(names: Mapping[str, Stored], parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[Stored, Tensor]]:
+    """The tensors of a file out of the parameters, each once all of its rows are there; ``names`` and ``parameters`` are in the
+    same order.
+    """
+    missing = Counter(one.name for one in names.values())
+    begun: dict[str, Tensor] = {}
+    for (path, one), (given, tensor) in zip(names.items(), parameters, strict=True):
+        assert path == given, (path, given)
+        theirs = one.theirs(tensor)
+        if one.rows is not None:
+            whole = begun.setdefault(one.name, theirs.new_empty(one.shape))
+            rows = one.rows.of(whole)
+            rows.copy_(theirs.view(rows.shape) if theirs.is_contiguous() else theirs.unflatten(0, rows.shape[:2]))
+            theirs = whole
+        missing[one.name] -= 1
+        if not missing[one.name]:
+            begun.pop(one.name, None)
+            yield one, theirs
+
+
+def in_files(names: Mapping[str, Stored]) -> list[Stored]:
+    """One parameter of each tensor, in the order in which `assembled` gives them: that of their last rows."""
+    last = {one.name: one for one in names.values()}
+    order = {one.name: i for i, one in enumerate(names.values())}
+    return sorted(last.values(), key=lambda one: order[one.name])
 
 
 def stored(cfg: Model, program: Program) -> dict[str, Stored]:
@@ -71,7 +134,7 @@ def stored(cfg: Model, program: Program) -> dict[str, Stored]:
 
     >>> from olmo_fn.models.config import dense
     >>> stored(dense(8, 1, 2, 16), "huggingface")["blocks.0.attention.w_q"]
-    Stored(name='model.layers.0.self_attn.q_proj.weight', shape=(8, 8), transposed=True, offset=0.0, flat=False)
+    Stored(name='model.layers.0.self_attn.q_proj.weight', shape=(8, 8), transposed=True, offset=0.0, flat=False, rows=None)
     >>> stored(dense(8, 1, 2, 16), "olmo_core")["blocks.0.feed_forward.w_up"].name
     'blocks.0.feed_forward.w3.weight'
     """

@@ -43,6 +43,13 @@ PLAIN = {"rope_type": "default", "rope_theta": 5e5}
 LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
 LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
 WINDOWS = {"layer_types": LAYERS, "sliding_window": 5}
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+}
 
 CASES = {
     "olmo2": ("olmo2", {"rope_parameters": PLAIN}),
@@ -67,6 +74,10 @@ CASES = {
         },
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "olmo_hybrid": ("olmo_hybrid", HYBRID | {"rope_parameters": PLAIN, "linear_num_value_heads": 4}),
+    "olmo_hybrid-nope": ("olmo_hybrid", HYBRID | {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
+    "qwen3_5": ("qwen3_5_text", HYBRID | {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}),
+    "qwen3_5-tied": ("qwen3_5_text", HYBRID | {"linear_num_value_heads": 6, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 

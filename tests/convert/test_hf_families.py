@@ -16,12 +16,41 @@ from olmo_fn.cli import main as cli
 from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.formats.huggingface import open_directory
+from olmo_fn.formats.hybrids import NORMS
 from olmo_fn.models import transformer
 
 
 def params_of(folder):
     found = open_directory(folder)
     return found, tree.unflatten((path, found.parameter(path)) for path in found.names)
+
+
+def in_files(found, tensors):
+    """Tensors of transformers' modules, under the names and in the parts that files have."""
+    tensors = dict(tensors)
+    for one in {one.name: one for one in found.names.values()}.values():
+        if one.name not in tensors and "_layer_norm" in one.name:
+            module = next(module for theirs, module in NORMS if theirs in one.name)
+            tensors[one.name] = tensors[".".join([*one.name.split(".")[:3], module, "weight"])]
+        elif one.name not in tensors and one.name.endswith("q_conv1d.weight"):
+            parts = [one.name.replace("q_conv1d", f"{x}_conv1d") for x in "qkv"]
+            heights = [found.tensors[part].shape[0] for part in parts]
+            tensors |= zip(parts, tensors[one.name.replace("q_conv1d", "conv1d")].split(heights), strict=True)
+    return tensors
+
+
+def of_modules(tensors):
+    """The inverse, whatever the parts are."""
+    found = {}
+    for name, tensor in tensors.items():
+        for theirs, module in NORMS:
+            name = name.replace(theirs, module)
+        if "q_conv1d" in name:
+            parts = [tensors[name.replace("q_conv1d", f"{x}_conv1d")] for x in "qkv"]
+            found[name.replace("q_conv1d", "conv1d")] = torch.cat(parts)
+        elif "_conv1d" not in name:
+            found[name] = tensor
+    return found
 
 
 def relative(found, expected):
@@ -51,9 +80,9 @@ def test_a_directory_with_the_weights_of_olmo_core_computes_its_numbers(name, tm
 
 
 def test_all_families_are_among_the_cases():
-    from olmo_fn.formats.families import FAMILIES
+    from olmo_fn.formats.hybrids import EVERY
 
-    assert {family.model_type for family in FAMILIES} == {kind for kind, _ in CASES.values()}
+    assert {family.model_type for family in EVERY} == {kind for kind, _ in CASES.values()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,11 +100,13 @@ def test_logits_loss_and_gradients_are_those_of_transformers(case, tmp_path):
     assert relative(transformer.logits(found.model, params, {"input_ids": ids}), out.logits.detach()) < 1e-5
     grads, metrics = pipe(transformer.loss(found.model), grad())(params, {"input_ids": ids, "labels": labels})
     assert float(metrics["loss"]) == pytest.approx(out.loss.item(), rel=1e-5)
-    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    expected = in_files(found, {name: p.grad for name, p in theirs.named_parameters()})
     largest = max(float(g.abs().max()) for g in expected.values())
+    # In fp32 both sides are 1e-5 to 3e-5 from the gradients in fp64 where layers are recurrent (the gated norm amplifies).
+    tolerance = 1e-4 if "linear_attention" in found.raw.get("layer_types", []) else 1e-5
     for path, g in tree.items(grads):
         there = found.names[path].ours(expected[found.names[path].name])
-        assert float((g - there).abs().max()) <= 1e-5 * max(float(there.abs().max()), 1e-2 * largest), path
+        assert float((g - there).abs().max()) <= tolerance * max(float(there.abs().max()), 1e-2 * largest), path
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -85,7 +116,7 @@ def test_from_and_to_keeps_the_bytes_of_every_tensor(case, dtype, tmp_path, caps
     assert cli.main(["convert", "from-hf", str(source), str(tmp_path / "run")]) == 0
     assert cli.main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     capsys.readouterr()
-    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (of_modules(load_file(folder / "model.safetensors")) for folder in (source, tmp_path / "out"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert (tensor.dtype, tensor.shape) == (after[name].dtype, after[name].shape), name

@@ -19,6 +19,7 @@ from olmo_fn.models.config import (
     GELU,
     Attention,
     Block,
+    GatedDelta,
     GeGLU,
     Head,
     LayerNorm,
@@ -28,6 +29,7 @@ from olmo_fn.models.config import (
     PreNorm,
     RMSNorm,
     ScaledNorm,
+    SwiGLU,
     modified,
 )
 from olmo_fn.models.families import ngpt
@@ -83,6 +85,17 @@ MODELS = {
     "multi-token": model(Block, tie_embeddings=True, multi_token=MultiToken(depth=2)),
     "multi-token-untied": model(PreNorm, {"qk_norm": "head"}, multi_token=MultiToken(depth=1, weight=0.5)),
     "ngpt": ngpt(16, 2, 4, 24, vocab_size=32, n_kv_heads=2),
+    "gated-delta": replace(
+        model(PreNorm),
+        pattern=(
+            PreNorm(mixer=GatedDelta(n_heads=2, n_value_heads=4, head_dim=6), feed_forward=SwiGLU(hidden_size=24)),
+            Block(mixer=Attention(**HEADS), feed_forward=SwiGLU(hidden_size=24)),
+        ),
+    ),
+    "gated-delta-looks-far-back": replace(
+        model(PreNorm),
+        block=PreNorm(mixer=GatedDelta(n_heads=4, conv_size=8, negative_eigenvalues=False), feed_forward=GELU(hidden_size=24)),
+    ),
 }
 LAYOUTS = {
     "fsdp": Layout(Mesh(dp_shard=2), DEFAULT),

@@ -141,6 +141,8 @@ RELEASED = {
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
+    "olmo-hybrid-7b": 7_430_870_688,
+    "qwen3.5-9b": 8_953_803_264,
 }
 """Parameters of the released models (of OLMo 3 with the vocabulary padded as here), and OLMo-core's of its own sizes."""
 
