@@ -23,6 +23,7 @@ def parse() -> argparse.Namespace:
     for name, default in {"d-model": 192, "n-layers": 4, "n-heads": 3, "hidden-size": 512, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--eager", action="store_true", help="do not compile, which takes half a minute for each length")
     return parser.parse_args()
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     prepare_environment()
     import torch
 
+    from olmo_fn.core.compile import compile
     from olmo_fn.core.pipe import clip, donate, grad, pipe
     from olmo_fn.models import transformer
     from olmo_fn.models.config import Attention, Block, GatedDelta, Model, PreNorm, SwiGLU
@@ -50,8 +52,8 @@ def main() -> None:
         "hybrid 3 : 1": replace(base, pattern=(recurrent, recurrent, recurrent, attention)),
         "Gated DeltaNet": replace(base, pattern=(recurrent,)),
     }
-    dtype = getattr(torch, args.dtype)
-    steps = {name: pipe(transformer.loss(m), grad(dtype=dtype), clip(1.0), adamw(1e-3), donate()) for name, m in models.items()}
+    dtype, more = getattr(torch, args.dtype), (donate(),) if args.eager else (donate(), compile())
+    steps = {name: pipe(transformer.loss(m), grad(dtype=dtype), clip(1.0), adamw(1e-3), *more) for name, m in models.items()}
     states = {name: step.init(init(transformer.specs(models[name]), 0)) for name, step in steps.items()}
 
     print("".join(f"{word:>16}" for word in ("length", *models)))
@@ -59,7 +61,7 @@ def main() -> None:
         ids = torch.randint(4096, (max(1, args.tokens // length), length), generator=torch.Generator().manual_seed(0))
         batch = {"input_ids": ids, "labels": ids.roll(-1, dims=1)}
         best = dict.fromkeys(models, float("inf"))
-        for _ in range(args.rounds):
+        for _ in range(args.rounds + 1):  # the first compiles
             for name, step in steps.items():
                 start = time.process_time()
                 states[name], _ = step(states[name], batch)

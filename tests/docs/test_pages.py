@@ -11,7 +11,7 @@ from programs import ROOT
 
 from olmo_fn.cli import main as cli
 
-PAGES = ("models", "your-data", "your-model", "configs", "many-gpus", "hugging-face", "datasets")
+PAGES = ("models", "your-data", "your-model", "configs", "many-gpus", "hugging-face", "datasets", "hybrids")
 SAID = {
     "models": "loss ",
     "your-data": "perplexity",
@@ -20,10 +20,13 @@ SAID = {
     "many-gpus": "fits",
     "hugging-face": "the same model",
     "datasets": "repeats",
+    "hybrids": "qwen3.5-9b 81 305 2,097",
 }
 SMALL = """--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.hidden-size 32 --recipe.no-compile
 --recipe.sequence-length 16 --recipe.batch-size 4 --recipe.dtype float32 --run.threads 1 --run.steps 6 --schedule.warmup 2
 --run.eval-tokens 500 --run.sample="""
+HYBRID = """--model.d-model 24 --recipe.no-compile --recipe.sequence-length 16 --recipe.batch-size 4 --recipe.dtype float32
+--run.threads 1 --run.steps 6 --schedule.warmup 2 --run.eval-tokens 500 --run.sample="""
 FEW = "--recipe.no-compile --recipe.sequence-length 16 --recipe.dtype float32 --run.threads 1 --run.steps 6 --run.sample="
 TOKENS = "--model.vocab-size 300 --data.paths tokens/part-*.npy --data.tokenizer tokens/tokenizer.json"
 
@@ -65,6 +68,8 @@ def command(line):
     words = [small.get(word, word) for word in rest] if {"--mesh.dp-shard", "--gpus"} & {*rest} else rest
     if name == "train" and {"olmo2-tiny", "mine"} & {*words} and "--help" not in words:
         words += shlex.split(SMALL) + ([] if {"--data.paths", "--data.mix"} & {*words} else shlex.split(TOKENS))
+    if name == "train" and "olmo-hybrid-tiny" in words:
+        words += shlex.split(f"{HYBRID} {TOKENS}")
     if "--init.from-hf" in words:
         words += shlex.split(FEW)
     if "--mesh.dp-shard" in words or "--nproc" in words:
