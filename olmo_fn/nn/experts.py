@@ -74,7 +74,7 @@ def slots_of(experts: Tensor, E: int, kept: Tensor, most: int) -> Rows:
 
 
 def _with_room(experts: Tensor, order: Tensor, counts: Tensor, sizes: Tensor, R: int) -> Rows:
-    """R rows, ``sizes`` (E,) of each expert, the first ``counts`` (E,) of which are its choices; ``order`` is the sorted one."""
+    """R rows, ``sizes`` (E,) of each expert, the first ``counts`` (E,) of which are its choices, in their ``order``."""
     shift = torch.cat((sizes.cumsum(0) - sizes - (counts.cumsum(0) - counts), sizes.new_full((1,), R)))
     places = torch.arange(len(order), device=order.device)
     slot = (places + shift[experts[order]]).clamp(max=R)

@@ -173,8 +173,8 @@ def test_traffic_and_memory_of_ranks(pool, mesh, options, fields):
 
 
 def test_uneven_loads_are_those_of_the_plan_together(pool):
-    """Dropless, a rank receives what the router happens to send it. Each sends as many rows as it has choices, so that all ranks
-    together send what they would if loads were even.
+    """Dropless, a rank receives what the router happens to send it. Each sends as many rows as it has choices, so that all
+    ranks together send what they would if loads were even.
     """
     mesh = Mesh(dp_shard=2, ep=2)
     plan = plan_of(mesh, moe={"dispatch": "exchange"})
