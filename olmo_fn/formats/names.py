@@ -35,33 +35,52 @@ NORMS = {
 
 
 class Stored(NamedTuple):
-    """A parameter as another program's file has it."""
+    """A parameter as another program's file has it: one tensor, or one for each entry of the first dim if ``split``."""
 
     name: str
-    """Its name there."""
+    """Its name there; with ``{}`` for a number where it is split."""
     shape: tuple[int, ...]
-    """Its shape there."""
+    """Its shape there; that of each where it is split."""
+    here: tuple[int, ...]
+    """Its shape here."""
     transposed: bool = False
-    """It is a matrix (out, in) there, and (in, out) here."""
+    """Its matrices are (out, in) there, and (in, out) here."""
     offset: float = 0.0
     """What is added to it to get ours: 1 for a gain that is kept around 0 there."""
-    flat: bool = False
-    """It has dims there, and is flat here."""
+    split: bool = False
+    """Matrices that are stacked here are tensors of their own there."""
+    first: int = 0
+    """It is the rows of each matrix there from this one on; there may be more than its own."""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all tensors that it is made of.
+
+        >>> Stored("experts.{}.w", (4, 2), (3, 2, 4), transposed=True, split=True).tensors
+        ('experts.0.w', 'experts.1.w', 'experts.2.w')
+        """
+        return tuple(self.name.format(i) for i in range(self.here[0])) if self.split else (self.name,)
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """Its shape here with its matrices as they are there."""
+        return (*self.here[:-2], *self.here[:-3:-1]) if self.transposed else self.here
 
     def ours(self, theirs: Tensor) -> Tensor:
-        """The parameter out of the file's tensor: a view of it without an ``offset``.
+        """The parameter out of the file's one tensor: a view of it without an ``offset``.
 
         >>> import torch
-        >>> Stored("w", (2, 3), transposed=True).ours(torch.ones(2, 3)).shape
+        >>> Stored("w", (2, 3), (3, 2), transposed=True).ours(torch.ones(2, 3)).shape
         torch.Size([3, 2])
         """
-        turned = theirs.T if self.transposed else theirs.flatten() if self.flat else theirs
+        viewed = theirs.reshape(self.seen)
+        turned = viewed.mT if self.transposed else viewed
         return turned + self.offset if self.offset else turned
 
     def theirs(self, ours: Tensor) -> Tensor:
-        """The file's tensor out of the parameter; the inverse of `ours`."""
+        """The file's tensor out of the parameter, or out of one entry of it where it is split; the inverse of `ours`."""
         turned = ours - self.offset if self.offset else ours
-        return turned.T if self.transposed else turned.view(self.shape) if self.flat else turned
+        return (turned.mT if self.transposed else turned).reshape(self.shape)
 
 
 def stored(cfg: Model, program: Program) -> dict[str, Stored]:
@@ -70,8 +89,9 @@ def stored(cfg: Model, program: Program) -> dict[str, Stored]:
     ValueError, with the path, for a parameter that has no name there.
 
     >>> from olmo_fn.models.config import dense
-    >>> stored(dense(8, 1, 2, 16), "huggingface")["blocks.0.attention.w_q"]
-    Stored(name='model.layers.0.self_attn.q_proj.weight', shape=(8, 8), transposed=True, offset=0.0, flat=False)
+    >>> found = stored(dense(8, 1, 2, 16), "huggingface")["blocks.0.feed_forward.w_up"]
+    >>> found.name, found.shape, found.here
+    ('model.layers.0.mlp.up_proj.weight', (16, 8), (8, 16))
     >>> stored(dense(8, 1, 2, 16), "olmo_core")["blocks.0.feed_forward.w_up"].name
     'blocks.0.feed_forward.w3.weight'
     """
@@ -88,10 +108,18 @@ def stored(cfg: Model, program: Program) -> dict[str, Stored]:
         if path not in names:
             raise ValueError(f"{path} has no name in the files of {program}")
         block, name = names[path]
-        transposed, flat = bool(block) and len(spec.shape) == 2, program == "olmo_core" and bool(name.shape)
-        shape = name.shape if flat else spec.shape[::-1] if transposed else spec.shape
-        found[path] = Stored(block + getattr(name, program), shape, transposed, getattr(name, f"{program}_offset"), flat)
+        found[path] = _stored(block, name, spec.shape, program)
     return found
+
+
+def _stored(block: str, name: Names, here: tuple[int, ...], program: Program) -> Stored:
+    """A parameter of the shape ``here``; matrices of a ``block`` are (out, in) there."""
+    transposed = bool(block) and len(here) > 1 and (program == "huggingface" or name.turned)
+    split = program == "huggingface" and "{}" in name.huggingface
+    shape = (*here[:-2], *here[:-3:-1]) if transposed else here
+    shape = shape[1:] if split else name.shape if program == "olmo_core" and name.shape else shape
+    offset = getattr(name, f"{program}_offset")
+    return Stored(block + getattr(name, program), shape, here, transposed, offset, split)
 
 
 def _norms(norm: Norm, gains: Mapping[str, Names]) -> dict[str, Names]:

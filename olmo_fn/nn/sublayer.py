@@ -23,8 +23,9 @@ Result: TypeAlias = "Tensor | tuple[Tensor, Aux]"
 class Names(NamedTuple):
     """What a parameter is called in other programs' files, relative to its block; matrices are (out, in) there.
 
-    The offsets are what is added to theirs to get ours: 1 for a gain that is kept around 0 there, and around 1 here. ``shape``:
-    of OLMo-core's, where ours is flat.
+    Of matrices that are stacked here (E, in, out) Hugging Face has one tensor each, whose name has its number for ``{}``. The
+    offsets are what is added to theirs to get ours: 1 for a gain that is kept around 0 there, and around 1 here. ``shape``: of
+    OLMo-core's, where it has the same entries in another number of dims. ``turned``: OLMo-core too has matrices (out, in).
     """
 
     huggingface: str
@@ -32,6 +33,7 @@ class Names(NamedTuple):
     huggingface_offset: float = 0.0
     olmo_core_offset: float = 0.0
     shape: tuple[int, ...] = ()
+    turned: bool = True
 
 
 def no_cache(rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> Tree:
