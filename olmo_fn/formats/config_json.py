@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from olmo_fn.fields import values
-from olmo_fn.formats.families import FAMILIES, Family
+from olmo_fn.formats.families import FAMILIES as DENSE
+from olmo_fn.formats.families import Family
+from olmo_fn.formats.families_moe import MOE_FAMILIES, feed_forward
 from olmo_fn.formats.keys import Keys
-from olmo_fn.models.config import Attention, Block, Model
+from olmo_fn.models.config import Attention, Block, Model, MoE
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, NoScaling, YaRN
 
 CONFIG = "config.json"
+FAMILIES = (*DENSE, *MOE_FAMILIES)
 NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 """transformers' defaults of these are of the tokenizers of its first models."""
 LARGEST = 10 << 20
@@ -129,12 +132,28 @@ def canonical(model: Model) -> Model:
     >>> canonical(dense(8, 2, 2, 16)) == canonical(dense(8, 2, 2, 16, n_kv_heads=2, window_pattern=(-1,), init_std=0.1))
     True
     """
+    found = (replace(block, feed_forward=_experts(feed_forward(model, i))) for i, block in enumerate(model.layers))
     blocks = tuple(
         replace(block, mixer=_mixer(block.mixer, model, layer), dropout=0.0) if isinstance(block.mixer, Attention) else block
-        for layer, block in enumerate(model.layers)
+        for layer, block in enumerate(found)
     )
     scale = 1.0 if model.embed_scale is None else model.embed_scale
     return replace(model, block=Block(), pattern=blocks, embed_scale=scale, init_method="normal", init_std=0.02)
+
+
+def _experts(network: Any) -> Any:
+    """Experts without what is about training: losses, jitter, a capacity, and how fast biases move, if there are any."""
+    if not isinstance(network, MoE):
+        return network
+    plain = MoE()
+    training = ("balance_loss", "balance_over", "router_z_loss", "jitter", "dispatch", "capacity_factor", "capacity_over")
+    of_parts = (
+        ("shared_mix", network.shared_size),
+        ("latent_norm", network.latent_size),
+        ("top_groups", network.expert_groups > 1),
+    )
+    unused = (*(name for name, used in of_parts if not used), "dense_layers", "dense_size", *training)
+    return replace(network, balance_rate=float(network.balance_rate > 0), **{name: getattr(plain, name) for name in unused})
 
 
 def _mixer(mixer: Attention, model: Model, layer: int) -> Attention:

@@ -8,7 +8,7 @@ directory.parameter("blocks.0.attention.w_q")       # in our form, fp32
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from olmo_fn.checkpoint.stored import some
-from olmo_fn.formats.config_json import CONFIG, differences, json_of, model_of, read_json, write_json
+from olmo_fn.formats.config_json import CONFIG, differences, family_of, json_of, model_of, read_json, write_json
 from olmo_fn.formats.draft import drafting
+from olmo_fn.formats.keys import Keys
 from olmo_fn.formats.names import ENDS, Stored, stored
 from olmo_fn.formats.tensors import SHARD_BYTES, StoredTensor, Target, open_tensors, write_tensors
 from olmo_fn.models.config import Model
@@ -46,7 +47,7 @@ class Directory:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all of its weights; fp32 where they are not all of one."""
-        dtypes = {self.tensors[name.name].dtype for name in self.names.values()}
+        dtypes = {self.tensors[tensor].dtype for name in self.names.values() for tensor in name.tensors}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     @property
@@ -56,20 +57,31 @@ class Directory:
         return found if type(found) is int else None
 
     def parameter(self, path: str, box: Box | None = None) -> Tensor:
-        """A parameter, or the ``box`` of it, in our form, fp32. Of the file only the rows are read that hold it."""
+        """A parameter, or the ``box`` of it, in our form, fp32. Of the files only the rows are read that hold it."""
         name = self.names[path]
-        tensor = self.tensors[name.name]
-        offset, shape = box or Box.whole(name.shape[::-1] if name.transposed else name.shape)
+        offset, shape = box or Box.whole(name.here)
         out = torch.empty(shape, dtype=torch.float32)
-        (top, *left), (height, *width) = (offset[::-1], shape[::-1]) if name.transposed else (offset, shape)
-        columns = tuple(slice(at, at + n) for at, n in zip(left, width, strict=True))
-        for first, rows in tensor.rows(top, height):
-            part, at = rows[(slice(None), *columns)], slice(first - top, first - top + len(rows))
-            if name.transposed:
-                out[:, at] = part.T.contiguous()  # turned as it is, and cast then: three times as fast
-            else:
-                out[at] = part
+        if len(name.here) < 3:
+            read(self.tensors[name.name], 0, name.transposed, Box(offset, shape), out)
+        for i in range(shape[0] if len(name.here) > 2 else 0):  # a matrix after the other, each from tensor or rows of its own
+            tensor, first = self.tensors[name.name.format(offset[0] + i)], name.first
+            if not name.split:
+                first += (offset[0] + i) * name.shape[1]
+                tensor = tensor._replace(shape=(name.shape[0] * name.shape[1], name.shape[2]))
+            read(tensor, first, name.transposed, Box(offset[1:], shape[1:]), out[i])
         return out.add_(name.offset) if name.offset else out
+
+
+def read(tensor: StoredTensor, first: int, transposed: bool, box: Box, out: Tensor) -> None:
+    """Fill ``out`` with the ``box`` of a matrix, or vector, which is the rows from ``first`` on of a file's tensor."""
+    (top, *left), (height, *width) = (box.offset[::-1], box.shape[::-1]) if transposed else box
+    columns = tuple(slice(at, at + n) for at, n in zip(left, width, strict=True))
+    for row, rows in tensor.rows(first + top, height):
+        part, at = rows[(slice(None), *columns)], slice(row - first - top, row - first - top + len(rows))
+        if transposed:
+            out[:, at] = part.T.contiguous()  # turned as it is, and cast then: three times as fast
+        else:
+            out[at] = part
 
 
 def open_directory(path: str | Path, model: Model | None = None) -> Directory:
@@ -82,15 +94,42 @@ def open_directory(path: str | Path, model: Model | None = None) -> Directory:
     raw = read_json(folder)
     there = model_of(raw, str(folder / CONFIG))
     if model is not None and (differ := differences(there, model)):
-        raise ValueError(f"{folder} holds another model: {', '.join(differ)}")
-    found = Directory(folder, raw, there, stored(there, "huggingface"), open_tensors(folder))
+        dense = bool(num_experts(model)) and not num_experts(there)
+        hint = "; olmo-fn convert upcycle makes a model with experts of a dense one" if dense else ""
+        raise ValueError(f"{folder} holds another model: {', '.join(differ)}{hint}")
+    tensors = open_tensors(folder)
+    found = Directory(folder, raw, there, names_in(raw, there, tensors), tensors)
     check_tensors(found)
+    return found
+
+
+def names_in(raw: Mapping[str, Any], model: Model, tensors: Container[str] = ()) -> dict[str, Stored]:
+    """Each parameter of a ``model``, by its path, as a directory with this config.json has it.
+
+    Experts are a tensor each for gate, up and down, as transformers saves them, or, where ``tensors`` has the names of that,
+    all in two: ``gate_up_proj`` (E, 2 F, D) and ``down_proj`` (E, D, F), as transformers 5 has them in memory.
+    """
+    names, found = family_of(Keys(raw, CONFIG)).names, {}
+    for path, one in stored(model, "huggingface").items():
+        start, matched, end = one.name.partition("experts.{}.")
+        fused = f"{start}experts.{'down_proj' if end.startswith('down') else 'gate_up_proj'}"
+        if matched and fused in tensors:
+            E, rows, columns = one.seen
+            both = 2 if fused.endswith("gate_up_proj") else 1
+            first = rows if end.startswith("up") else 0
+            found[path] = one._replace(name=fused, shape=(E, both * rows, columns), split=False, first=first)
+        else:
+            found[path] = one
+    if any(one.split for one in found.values()):
+        for ours, theirs in names:
+            found = {path: one._replace(name=one.name.replace(ours, theirs)) for path, one in found.items()}
     return found
 
 
 def check_tensors(directory: Directory) -> None:
     """ValueError unless the tensors are those of the model, with their shapes and dtypes that are read."""
-    wanted, tensors = {name.name: name.shape for name in directory.names.values()}, directory.tensors
+    wanted = {tensor: name.shape for name in directory.names.values() for tensor in name.tensors}
+    tensors = directory.tensors
     missing = [name for name in wanted if name not in tensors]
     extra = [name for name in tensors if name not in wanted and not name.endswith(BUFFER)]
     head, embed = ENDS["head.w_out"].huggingface, ENDS["embed"].huggingface
@@ -133,13 +172,13 @@ def write_directory(
     config = dict(config or json_of(model))
     config.pop("torch_dtype", None)
     config |= {"dtype": READ[dtype], "torch_dtype": READ[dtype]}  # of transformers 5, and of 4
-    names = stored(model, "huggingface")
-    targets = [Target(name.name, dtype, name.shape) for name in names.values()]
+    names = names_in(config, model)
+    targets = [Target(tensor, dtype, name.shape) for name in names.values() for tensor in name.tensors]
 
     def tensors() -> Iterator[Tensor]:
         for (path, name), (given, tensor) in zip(names.items(), parameters, strict=True):
             assert path == given, (path, given)
-            yield name.theirs(tensor)
+            yield from map(name.theirs, tensor if name.split else [tensor])
 
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
@@ -148,6 +187,11 @@ def write_directory(
         write_tensors(draft, targets, tensors(), shard_bytes, advance)
         write_json(draft / CONFIG, config)
         more(draft)
+
+
+def num_experts(model: Model) -> int:
+    """The most that a layer has."""
+    return max(block.feed_forward.num_experts for block in model.layers)
 
 
 def _same(a: StoredTensor, b: StoredTensor) -> bool:

@@ -44,6 +44,8 @@ LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
 LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
 WINDOWS = {"layer_types": LAYERS, "sliding_window": 5}
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+
 CASES = {
     "olmo2": ("olmo2", {"rope_parameters": PLAIN}),
     "olmo2-mha-tied": ("olmo2", {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": PLAIN}),
@@ -67,6 +69,13 @@ CASES = {
         },
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "rope_parameters": PLAIN}),
+    "olmoe-bias-norm": ("olmoe", {"num_experts": 4, "norm_topk_prob": True, "attention_bias": True, "num_experts_per_tok": 3}),
+    "flex-olmo": ("flex_olmo", {"num_experts": 5, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.0}),
+    "qwen3-moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True, "tie_word_embeddings": True}),
+    "qwen3-moe-mixed": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 5}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": None}),
+    "mixtral-window": ("mixtral", {"num_local_experts": 3, "sliding_window": 5, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from olmo_fn.formats.config_json import canonical, differences, json_of, model_of
 from olmo_fn.models import families
-from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, PeriNorm, PreNorm, RMSNorm, SwiGLU, dense, modified
+from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, MoE, PeriNorm, PreNorm, RMSNorm, SwiGLU, dense, modified
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, Stepwise, YaRN
 
 PRESETS = {
@@ -140,6 +140,65 @@ def models(draw) -> Model:
         tie_embeddings=draw(st.booleans()),
         init_std=draw(some([0.02, 0.3])),
     )
+
+
+@st.composite
+def sparse_models(draw) -> Model:
+    """Models with experts, each of which some architecture computes; what is about training alone is drawn as well."""
+    name = draw(some(["olmoe", "flex", "qwen", "qwen-mixed", "mixtral"]))
+    heads, kind = draw(some([2, 4])), Block if name == "flex" else PreNorm
+    plain = name in ("olmoe", "flex")
+    mixer = Attention(
+        n_heads=heads,
+        n_kv_heads=draw(some([None, 1, 2])),
+        head_dim=None if plain else draw(some([None, 6])),
+        qk_norm="full" if plain else "none" if name == "mixtral" else "head",
+        attention_bias=name != "mixtral" and draw(some([False, False, True])),
+        rope_theta=draw(some([1e4, 5e5])),
+        rope_scaling=draw(some(SCALINGS)),
+        rope_scaled_layers="all",
+        window_pattern=() if plain else draw(some([(), (5,)])),
+        last_layer_full=False,
+    )
+    number = draw(st.integers(2, 5))
+    moe = MoE(
+        num_experts=number,
+        top_k=draw(st.integers(1, number)),
+        expert_size=draw(some([4, 8])),
+        weight_norm=1.0 if name == "mixtral" else draw(some([None, 1.0])),
+        balance_loss=draw(some([0.0, 0.02])),
+        balance_over=draw(some(["batch", "sequence"])),
+        router_z_loss=draw(some([0.0, 0.001])),
+        capacity_factor=draw(some([None, None, 1.0])),
+        jitter=draw(some([0.0, 0.1])),
+        dispatch=draw(some(["auto", "gather"])),
+        dense_layers=draw(some([0, 1, 2])) if name == "qwen-mixed" else 0,
+        dense_size=12,
+    )
+    block = kind(mixer=mixer, feed_forward=moe)
+    size = {"d_model": 8, "n_layers": draw(st.integers(1, 4)), "vocab_size": draw(some([20, 33]))}
+    found = Model(**size, block=block, norm_eps=draw(some([1e-5, 1e-6])), tie_embeddings=draw(st.booleans()))
+    if name != "qwen-mixed" or moe.dense_layers:
+        return found
+    return replace(found, pattern=draw(some([(block, replace(block, feed_forward=SwiGLU(hidden_size=12)))])))
+
+
+@given(sparse_models())
+@examples(60)
+def test_every_such_model_with_experts_has_a_config_json(model):
+    assert differences(model_of(json.loads(json.dumps(json_of(model)))), model) == []
+
+
+def test_what_no_architecture_computes_of_experts_is_named():
+    moe = Block(mixer=Attention(n_heads=2), feed_forward=MoE(num_experts=4, top_k=2, expert_size=8))
+    for change, said in (
+        ({"balance_rate": 0.1}, "balance-rate 1.0"),
+        ({"gating": "sigmoid"}, "gating sigmoid"),
+        ({"shared_size": 8}, "shared-size 8"),
+        ({"weight_scale": 2.0}, "weight-scale 2.0"),
+    ):
+        with pytest.raises(ValueError, match=f"FlexOlmoForCausalLM it would differ in .*--model.{said}"):
+            json_of(modified(Model(8, 1, 20, moe), **change))
 
 
 @given(models())
