@@ -232,11 +232,11 @@ def updates(found: Checkpoint, state: TrainState, optim: AdamW, names: Mapping[s
 def summary(run: Path, made: Model, cfg: Config, found: Checkpoint) -> str:
     """What was read, and what to type next."""
     from olmo_fn.convert.olmo_core_training import lost
-    from olmo_fn.models.count import num_params
+    from olmo_fn.models.count import in_words
 
     state = found.state
     name = shlex.quote(str(run))
-    what = f"{run}: {num_params(made):,} parameters"
+    what = f"{run}: {in_words(made)}"
     if state is None:
         start = f"--run.start-from {name} --run.start-with params --run.folder {name}-2"
         return f"{what}\ntrain on:      olmo-fn train {name} {start} --data.paths 'tokens/part-*.npy'"

@@ -132,6 +132,7 @@ def moe_sublayer(form: MoEForm) -> Sublayer:
         divided=("tp", "cp"),
         metrics={**METRICS, "load": Metric("sum", (E,)), "dropped": Metric("sum")},
         names=names_of(form),
+        idle=(E - router.top_k) * 3 * width * F,
     )
 
 

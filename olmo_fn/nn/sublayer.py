@@ -59,6 +59,7 @@ class Sublayer:
       each rank; over ``cp`` they are refused by name.
     - ``metrics``: those that its `Aux` reports. Scalars are added up over the layers; of vectors each layer has its own.
     - ``names``: what its parameters are called in other programs' files.
+    - ``idle``: entries of its parameters that a token does not meet: those of the experts that it is not sent to.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Sublayer:
     divided: tuple[str, ...] = ()
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     names: Mapping[str, Names] = field(default_factory=dict)
+    idle: int = 0
 
     def on(self, tp: Axis) -> Callable[[Tree, Tensor, Context], Result]:
         """``apply``; on ranks of ``tp``, if it is not written for them, whole on each."""

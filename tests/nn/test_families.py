@@ -17,7 +17,7 @@ from olmo_fn.formats.names import stored
 from olmo_fn.formats.olmo_core_model import model
 from olmo_fn.generate.decode import empty_cache, extend
 from olmo_fn.models import count, transformer
-from olmo_fn.models.config import Hybrid, Model, modified
+from olmo_fn.models.config import Attention, Block, Hybrid, Model, MoE, MultiToken, modified
 from olmo_fn.models.families import FAMILIES, LLAMA3, OLMO3
 from olmo_fn.models.settings.rope_scaling import Stepwise, YaRN
 from olmo_fn.nn import router
@@ -194,6 +194,10 @@ def test_counts(case):
     biases = sum(x.numel() for path, x in tree.items(params) if path.endswith("router_bias"))  # OLMo-core's are buffers
     assert count.num_params(cfg) == facts["counts"]["num_params"] + biases
     vectors = sum(x.numel() for path, x in tree.items(params) if x.ndim == 1)
+    without = count.num_params(cfg) - count.num_active_params(cfg)
+    assert without == facts["counts"]["num_params"] - facts["counts"].get(
+        "config_num_active_params", facts["counts"]["num_params"]
+    )
     beside = 6 * 3 * cfg.d_model * cfg.block.dense.hidden_size * cfg.n_layers if isinstance(cfg.block, Hybrid) else 0
     for length, theirs in facts["counts"]["flops_per_token"].items():
         theirs += beside  # OLMo-core leaves the dense network of hybrid blocks out
@@ -229,6 +233,15 @@ RELEASED = {
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
+    "olmoe-1b-7b": 6_919_161_856,
+    "olmo3moe-275m": 1_134_875_136,
+    "olmo3moe-480m": 2_559_334_400,
+    "olmo3moe-810m": 4_927_618_560,
+    "olmo3moe-1.2b": 7_758_270_976,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
 }
 """Parameters of the released models (of OLMo 3 with the vocabulary padded as here), and OLMo-core's of its own sizes."""
 
@@ -290,13 +303,31 @@ def test_wrong_settings_are_refused(change, message):
 
 
 def test_sizes_and_flops_of_every_preset():
-    """A golden table: parameters, and training FLOPs a token at 4,096, of all presets."""
+    """A golden table: parameters, those that a token meets, and training FLOPs a token at 4,096, of all presets."""
     rows = [
-        f"{name:<15} {count.num_params(cfg):>15,} {count.flops_per_sequence(cfg, 4096) // 4096:>19,}"
+        f"{name:<16} {count.num_params(cfg):>15,} {count.num_active_params(cfg):>15,} "
+        f"{count.flops_per_sequence(cfg, 4096) // 4096:>19,}"
         for models in FAMILIES.values()
         for name, cfg in models.items()
     ]
     assert "\n".join(rows) + "\n" == (FIXTURES.parents[1] / "golden" / "models.txt").read_text()
+
+
+@pytest.mark.parametrize(("name", "said"), [("275m", 0.28), ("480m", 0.48), ("810m", 0.82), ("1.2b", 1.22)])
+def test_the_ladder_meets_as_many_parameters_as_its_runs_say(name, said):
+    """The names of AI2's runs have both numbers, such as 0.28@1.13B; a first layer sees all, and every other one after it."""
+    cfg = FAMILIES["olmo3moe"][f"olmo3moe-{name}"]
+    assert round(count.num_active_params(cfg) / 1e9, 2) == said
+    assert [cfg.block.mixer.window(layer, cfg.n_layers) for layer in range(5)] == [None, None, 2048, None, 2048]
+    assert [layer.sublayers[1].name for layer in transformer.layers(cfg)[:2]] == ["feed_forward", "moe"]
+
+
+def test_a_token_meets_its_experts_the_router_and_all_that_is_dense():
+    """Written out for a model with a latent width, a shared network, a dense first layer and a module for the token after."""
+    moe = MoE(num_experts=6, top_k=2, expert_size=5, shared_size=3, latent_size=4, dense_layers=1, dense_size=7)
+    block = Block(mixer=Attention(n_heads=2), feed_forward=moe)
+    cfg = Model(8, 3, 20, block, multi_token=MultiToken(depth=1))
+    assert count.num_params(cfg) - count.num_active_params(cfg) == 3 * 4 * 3 * 4 * 5  # 2 blocks and the module's
 
 
 def test_flops_are_six_for_an_entry_of_a_matrix_and_twelve_for_a_pair_and_a_dim():
