@@ -10,7 +10,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from olmo_fn.models.config import Model, dense
-from olmo_fn.models.families import GEMMA3, LLAMA2, LLAMA3, NGPT, OLMO2, OLMO3, OLMO3_LONG, QWEN3, SMOLLM2
+from olmo_fn.models.families import (
+    GEMMA3,
+    LLAMA2,
+    LLAMA3,
+    NGPT,
+    OLMO2,
+    OLMO3,
+    OLMO3_LONG,
+    OLMO_HYBRID,
+    OLMO_HYBRID_LONG,
+    QWEN3,
+    QWEN3_5,
+    SMOLLM2,
+    olmo_hybrid,
+)
 from olmo_fn.models.families_moe import MIXTRAL, OLMO3MOE, OLMOE, QWEN3MOE, SMALLMOE
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.loss import CrossEntropy
@@ -28,6 +42,9 @@ TINY = Config(
 
 TINY_EXPERTS = replace(TINY, model=OLMOE["olmoe-tiny"])
 """The same with experts in the place of each feed-forward network, of which a token meets as many numbers."""
+
+HYBRID_TINY = replace(TINY, model=olmo_hybrid(192, 4, 3, 512, vocab_size=4096, init_method="llama"))
+"""The same with a state in three of its four blocks."""
 
 LEARNING_RATES = {"760m": 4e-4, "1b": 4e-4, "1b-18l": 4e-4, "3b": 4e-4, "7b": 3e-4, "13b": 9e-4, "32b": 6e-4}
 """Of OLMo's larger sizes, as its reports have them."""
@@ -96,4 +113,8 @@ CONFIGS: dict[str, Config] = {
     **{name: ladder(OLMO3MOE[name], *facts) for name, facts in LADDER.items()},
     **pretraining(QWEN3MOE, "qwen3moe", 4096),
     **pretraining(MIXTRAL, "mixtral", 4096),
+    "olmo-hybrid-tiny": HYBRID_TINY,
+    **pretraining(OLMO_HYBRID, "olmo-hybrid", 8192),
+    **pretraining(OLMO_HYBRID_LONG, "olmo-hybrid", 65_536),
+    **pretraining(QWEN3_5, "qwen3.5", 8192),
 }

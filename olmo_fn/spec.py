@@ -55,11 +55,17 @@ class Box(NamedTuple):
 
 
 class Init(NamedTuple):
-    """How to fill a parameter: ``trunc_normal`` is cut at ±3 std (not rescaled, as in OLMo-core), ``constant`` is ``value``."""
+    """How to fill a parameter: ``trunc_normal`` is cut at ±3 std (not rescaled, as in OLMo-core), ``constant`` is ``value``.
 
-    kind: Literal["trunc_normal", "normal", "ones", "zeros", "constant"]
+    ``log_uniform``: logarithms of numbers that are uniform between ``low`` and ``high``. ``step_size``: numbers whose softplus
+    lies between these, its logarithm uniform (Gu & Dao 2023, arXiv 2312.00752, section 3.6).
+    """
+
+    kind: Literal["trunc_normal", "normal", "ones", "zeros", "constant", "log_uniform", "step_size"]
     std: float = 0.0
     value: float = 0.0
+    low: float = 0.0
+    high: float = 1.0
 
 
 class Spec(NamedTuple):
@@ -124,10 +130,20 @@ def init_leaf(spec: Spec, seed: int, path: str, box: Box | None = None) -> Tenso
     for first in range(0, shape[0] if out.numel() else 0, many):
         rows = min(many, shape[0] - first)
         start = (offset[0] + first) * row
-        p = _uniform(seed, path, start, start + rows * row).mul_(1 - 2 * tail).add_(tail)
-        normal = torch.erfinv(p.mul_(2).sub_(1)).mul_(spec.init.std * math.sqrt(2))
-        out[first : first + rows] = normal.view(rows, *spec.shape[1:])[(slice(None), *columns)]
+        p = _uniform(seed, path, start, start + rows * row)
+        drawn = _of_uniform(spec.init, p.mul_(1 - 2 * tail).add_(tail))
+        out[first : first + rows] = drawn.view(rows, *spec.shape[1:])[(slice(None), *columns)]
     return out
+
+
+def _of_uniform(init: Init, p: Tensor) -> Tensor:
+    """Numbers of that kind, out of uniform ones in the open interval (0, 1)."""
+    if init.kind == "log_uniform":
+        return p.mul_(init.high - init.low).add_(init.low).log_()
+    if init.kind == "step_size":
+        low, high = math.log(init.low), math.log(init.high)
+        return p.mul_(high - low).add_(low).exp_().expm1_().log_()  # the inverse of softplus is log(exp(x) - 1)
+    return torch.erfinv(p.mul_(2).sub_(1)).mul_(init.std * math.sqrt(2))
 
 
 def _uniform(seed: int, path: str, start: int, stop: int) -> Tensor:

@@ -135,6 +135,19 @@ def partition(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[Tree, T
     return yes, no
 
 
+def present(tree: Mapping[str, Any], patterns: Iterable[str]) -> tuple[str, ...]:
+    """The patterns that match something; ValueError if none does.
+
+    >>> present({"a": {"x": 1}}, ["a.*", "b.*"])
+    ('a.*',)
+    """
+    patterns, paths = tuple(patterns), flatten(tree)
+    found = tuple(pattern for pattern in patterns if any(fnmatchcase(path, pattern) for path in paths))
+    if not found:
+        raise ValueError(f"none of the patterns {', '.join(patterns)} matches a parameter; there are {_describe(paths)}")
+    return found
+
+
 def split(tree: Mapping[str, Any], chooses: Callable[[str], bool]) -> tuple[Tree, Tree]:
     """Two trees: the leaves whose path ``chooses`` says yes to, and the others; like `partition`.
 

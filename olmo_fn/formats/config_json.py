@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from olmo_fn.fields import values
-from olmo_fn.formats.families import FAMILIES as DENSE
 from olmo_fn.formats.families import Family
-from olmo_fn.formats.families_moe import MOE_FAMILIES, feed_forward
+from olmo_fn.formats.families_moe import MOE_FAMILIES, feed_forward, spelled_out
+from olmo_fn.formats.hybrids import EVERY as DENSE
 from olmo_fn.formats.keys import Keys
-from olmo_fn.models.config import Attention, Block, Model, MoE
+from olmo_fn.models.config import Attention, Block, GatedDelta, Model, MoE
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, NoScaling, YaRN
 
 CONFIG = "config.json"
-FAMILIES = (*DENSE, *MOE_FAMILIES)
+EVERY = (*DENSE, *MOE_FAMILIES)
+"""Every architecture that is read and written."""
 NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 """transformers' defaults of these are of the tokenizers of its first models."""
 LARGEST = 10 << 20
@@ -75,10 +76,10 @@ def family_of(keys: Keys) -> Family:
     names, kind = keys.get("architectures", []), keys.get("model_type")
     if not isinstance(names, list):
         raise keys.refused("architectures", "it must be a list")
-    for family in FAMILIES:
+    for family in EVERY:
         if family.architecture in names if names else family.model_type == kind:
             return family
-    known = ", ".join(family.architecture for family in FAMILIES)
+    known = ", ".join(family.architecture for family in EVERY)
     raise ValueError(f"{keys.where}: the architecture {', '.join(map(str, names)) or kind} is not read here; there are {known}")
 
 
@@ -88,7 +89,8 @@ def json_of(model: Model) -> dict[str, Any]:
     ValueError, with what differs from the nearest one, if there is none.
     """
     nearest: list[str] | None = None
-    for family in FAMILIES:
+    model = spelled_out(model)
+    for family in EVERY:
         try:
             raw = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(model), **NO_IDS}
             differ = differences(model_of(raw), model)
@@ -132,31 +134,36 @@ def canonical(model: Model) -> Model:
     >>> canonical(dense(8, 2, 2, 16)) == canonical(dense(8, 2, 2, 16, n_kv_heads=2, window_pattern=(-1,), init_std=0.1))
     True
     """
-    found = (replace(block, feed_forward=_experts(feed_forward(model, i))) for i, block in enumerate(model.layers))
-    blocks = tuple(
-        replace(block, mixer=_mixer(block.mixer, model, layer), dropout=0.0) if isinstance(block.mixer, Attention) else block
-        for layer, block in enumerate(found)
-    )
+    blocks = tuple(_block(block, model, layer) for layer, block in enumerate(model.layers))
     scale = 1.0 if model.embed_scale is None else model.embed_scale
     return replace(model, block=Block(), pattern=blocks, embed_scale=scale, init_method="normal", init_std=0.02)
+
+
+def _block(block: Any, model: Model, layer: int) -> Any:
+    block = replace(block, feed_forward=_experts(feed_forward(model, layer)))
+    if isinstance(block.mixer, Attention):
+        return replace(block, mixer=_attention(block.mixer, model, layer), dropout=0.0)
+    return replace(block, mixer=_recurrent(block.mixer, model), dropout=0.0) if isinstance(block.mixer, GatedDelta) else block
 
 
 def _experts(network: Any) -> Any:
     """Experts without what is about training: losses, jitter, a capacity, and how fast biases move, if there are any."""
     if not isinstance(network, MoE):
         return network
-    plain = MoE()
+    plain, groups = MoE(), network.expert_groups > 1
     training = ("balance_loss", "balance_over", "router_z_loss", "jitter", "dispatch", "capacity_factor", "capacity_over")
-    of_parts = (
-        ("shared_mix", network.shared_size),
-        ("latent_norm", network.latent_size),
-        ("top_groups", network.expert_groups > 1),
-    )
+    of_parts = (("shared_mix", network.shared_size), ("latent_norm", network.latent_size), ("top_groups", groups))
     unused = (*(name for name, used in of_parts if not used), "dense_layers", "dense_size", *training)
-    return replace(network, balance_rate=float(network.balance_rate > 0), **{name: getattr(plain, name) for name in unused})
+    rate = float(network.balance_rate > 0)
+    return replace(network, balance_rate=rate, **{name: getattr(plain, name) for name in unused})
 
 
-def _mixer(mixer: Attention, model: Model, layer: int) -> Attention:
+def _recurrent(mixer: GatedDelta, model: Model) -> GatedDelta:
+    key, value = mixer.width(model.d_model), mixer.value_width(model.d_model)
+    return replace(mixer, n_value_heads=mixer.value_heads, head_dim=key, value_head_dim=value, rule="auto")
+
+
+def _attention(mixer: Attention, model: Model, layer: int) -> Attention:
     window = mixer.window(layer, model.n_layers)
     rotated = mixer.rope_layers == "all" or (mixer.rope_layers == "windowed" and window is not None)
     theta = mixer.local_rope_theta if window is not None and mixer.local_rope_theta is not None else mixer.rope_theta

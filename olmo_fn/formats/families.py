@@ -6,9 +6,9 @@ What `Family.write` gives need not be right for every model: it is read back, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from olmo_fn.formats.keys import Keys
 from olmo_fn.formats.rope import FULL, SLIDING, Rotation, one_rope, rope_json, ropes_by_layer_type, ropes_json
@@ -26,18 +26,25 @@ from olmo_fn.models.config import (
 )
 from olmo_fn.models.settings.rope_scaling import NoScaling
 
+if TYPE_CHECKING:
+    from olmo_fn.formats.names import Stored
+
 
 class Family(NamedTuple):
     """An architecture: its class in transformers, its ``model_type``, and the two directions.
 
-    ``names``: parts of tensors' names, and what stands for them in files of this one, where it has not the usual names.
+    ``tensors``: from a model and its parameters under their usual names, where they are in its files, if they are elsewhere.
+    ``aliases``: pairs of parts of tensors' names that stand for each other in its files. ``joined``: ends of the names of
+    tensors that together are right, but may be divided at other rows than the model's.
     """
 
     architecture: str
     model_type: str
     read: Callable[[Keys], Model]
     write: Callable[[Model], dict[str, Any]]
-    names: tuple[tuple[str, str], ...] = ()
+    tensors: Callable[[Model, Mapping[str, Stored]], dict[str, Stored]] | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
+    joined: tuple[str, ...] = ()
 
 
 def read_olmo2(keys: Keys) -> Model:

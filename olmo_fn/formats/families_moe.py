@@ -6,8 +6,9 @@ other keys that start a training; what is written has it from the model's settin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olmo_fn.formats.families import (
     Family,
@@ -23,7 +24,10 @@ from olmo_fn.formats.keys import Keys
 from olmo_fn.formats.rope import one_rope, rope_json
 from olmo_fn.models.config import Block, Model, MoE, PreNorm, SwiGLU
 
-MIXTRAL = (
+if TYPE_CHECKING:
+    from olmo_fn.formats.names import Stored
+
+NAMES_OF_MIXTRAL = (
     ("mlp.gate.", "block_sparse_moe.gate."),
     ("mlp.experts.{}.gate_proj.", "block_sparse_moe.experts.{}.w1."),
     ("mlp.experts.{}.up_proj.", "block_sparse_moe.experts.{}.w3."),
@@ -66,9 +70,9 @@ def read_qwen3_moe(keys: Keys) -> Model:
 
 def write_qwen3_moe(m: Model) -> dict[str, Any]:
     """The keys of a Qwen 3 with experts."""
-    dense = [layer for layer in range(m.n_layers) if not feed_forward(m, layer).num_experts]
+    dense = [layer for layer, block in enumerate(m.layers) if not block.feed_forward.num_experts]
     window = m.layers[0].mixer.window(0, m.n_layers)
-    inner = feed_forward(m, dense[0]).hidden_size if dense else moe_of(m).expert_size
+    inner = m.layers[dense[0]].feed_forward.hidden_size if dense else moe_of(m).expert_size
     return {
         **moe_sizes(m),
         **rope_json(m),
@@ -98,11 +102,24 @@ def write_mixtral(m: Model) -> dict[str, Any]:
     return {name: value for name, value in keys.items() if name not in ("attention_bias", "norm_topk_prob")}
 
 
+def mixtral_tensors(m: Model, names: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Its experts have names of their own, but where they are stacked."""
+    if not any(one.split for one in names.values()):
+        return dict(names)
+
+    def renamed(name: str) -> str:
+        for ours, theirs in NAMES_OF_MIXTRAL:
+            name = name.replace(ours, theirs)
+        return name
+
+    return {path: one._replace(name=renamed(one.name)) for path, one in names.items()}
+
+
 MOE_FAMILIES = (
     Family("OlmoeForCausalLM", "olmoe", read_olmoe, write_olmoe),
     Family("FlexOlmoForCausalLM", "flex_olmo", read_flex_olmo, write_olmoe),
     Family("Qwen3MoeForCausalLM", "qwen3_moe", read_qwen3_moe, write_qwen3_moe),
-    Family("MixtralForCausalLM", "mixtral", read_mixtral, write_mixtral, MIXTRAL),
+    Family("MixtralForCausalLM", "mixtral", read_mixtral, write_mixtral, mixtral_tensors),
 )
 
 
@@ -143,6 +160,12 @@ def feed_forward(m: Model, layer: int) -> Any:
     """The settings of a layer's network, which of the first layers may be a dense one in place of experts."""
     found = m.layers[layer].feed_forward
     return SwiGLU(hidden_size=found.dense_size) if layer < getattr(found, "dense_layers", 0) else found
+
+
+def spelled_out(m: Model) -> Model:
+    """The same model with each layer's own network, where some of the first have a dense one in place of experts."""
+    found = [replace(block, feed_forward=feed_forward(m, layer)) for layer, block in enumerate(m.layers)]
+    return m if found == list(m.layers) else replace(m, block=found[-1], pattern=tuple(shortest(found)))
 
 
 def moe_sizes(m: Model) -> dict[str, Any]:

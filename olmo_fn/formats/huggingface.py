@@ -8,7 +8,7 @@ directory.parameter("blocks.0.attention.w_q")       # in our form, fp32
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor
 from olmo_fn.checkpoint.stored import some
 from olmo_fn.formats.config_json import CONFIG, differences, family_of, json_of, model_of, read_json, write_json
 from olmo_fn.formats.draft import drafting
+from olmo_fn.formats.families import Family
 from olmo_fn.formats.keys import Keys
-from olmo_fn.formats.names import ENDS, Stored, stored
-from olmo_fn.formats.tensors import SHARD_BYTES, StoredTensor, Target, open_tensors, write_tensors
+from olmo_fn.formats.names import ENDS, Rows, Stored, assembled, in_files, stored
+from olmo_fn.formats.tensors import SHARD_BYTES, Joined, StoredTensor, Target, divided, open_tensors, write_tensors
 from olmo_fn.models.config import Model
 from olmo_fn.spec import Box
 
@@ -42,7 +43,7 @@ class Directory:
     model: Model
     names: Mapping[str, Stored] = field(repr=False)
     """Each parameter by its path, as the files have it."""
-    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    tensors: Mapping[str, StoredTensor | Joined] = field(repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,27 +62,37 @@ class Directory:
         name = self.names[path]
         offset, shape = box or Box.whole(name.here)
         out = torch.empty(shape, dtype=torch.float32)
-        if len(name.here) < 3:
-            read(self.tensors[name.name], 0, name.transposed, Box(offset, shape), out)
-        for i in range(shape[0] if len(name.here) > 2 else 0):  # a matrix after the other, each from tensor or rows of its own
-            tensor, first = self.tensors[name.name.format(offset[0] + i)], name.first
-            if not name.split:
-                first += (offset[0] + i) * name.shape[1]
-                tensor = tensor._replace(shape=(name.shape[0] * name.shape[1], name.shape[2]))
-            read(tensor, first, name.transposed, Box(offset[1:], shape[1:]), out[i])
+        if not name.stacked:
+            read(self.tensors[name.name], name, 0, Box(offset, shape), out)
+        for i in range(shape[0] if name.stacked else 0):  # a matrix after the other: of a tensor of its own, or below others
+            number = offset[0] + i
+            tensor, before = self.tensors[name.name.format(number)], 0 if name.split else number * name.seen[1]
+            read(below_each_other(tensor), name, before, Box(offset[1:], shape[1:]), out[i])
         return out.add_(name.offset) if name.offset else out
 
 
-def read(tensor: StoredTensor, first: int, transposed: bool, box: Box, out: Tensor) -> None:
-    """Fill ``out`` with the ``box`` of a matrix, or vector, which is the rows from ``first`` on of a file's tensor."""
-    (top, *left), (height, *width) = (box.offset[::-1], box.shape[::-1]) if transposed else box
+def read(tensor: StoredTensor | Joined, name: Stored, before: int, box: Box, out: Tensor) -> None:
+    """Fill ``out`` with the ``box`` of a parameter, or of one of its matrices, whose rows in the tensor have ``before`` before
+    them.
+    """
+    (top, *left), (height, *width) = (box.offset[::-1], box.shape[::-1]) if name.transposed else box
     columns = tuple(slice(at, at + n) for at, n in zip(left, width, strict=True))
-    for row, rows in tensor.rows(first + top, height):
-        part, at = rows[(slice(None), *columns)], slice(row - first - top, row - first - top + len(rows))
-        if transposed:
-            out[:, at] = part.T.contiguous()  # turned as it is, and cast then: three times as fast
-        else:
-            out[at] = part
+    top += before
+    for there, here, n in name.rows.runs(top, height) if name.rows else [(top, top, height)]:
+        for first, rows in tensor.rows(there, n):
+            start = here - top + first - there
+            part, at = rows[(slice(None), *columns)], slice(start, start + len(rows))
+            if name.transposed:
+                out[:, at] = part.T.contiguous()  # turned as it is, and cast then: three times as fast
+            else:
+                out[at] = part
+
+
+def below_each_other(tensor: StoredTensor | Joined) -> StoredTensor | Joined:
+    """The matrices of a tensor with three dims as one."""
+    if isinstance(tensor, Joined) or len(tensor.shape) < 3:
+        return tensor
+    return tensor._replace(shape=(tensor.shape[0] * tensor.shape[1], *tensor.shape[2:]))
 
 
 def open_directory(path: str | Path, model: Model | None = None) -> Directory:
@@ -97,32 +108,55 @@ def open_directory(path: str | Path, model: Model | None = None) -> Directory:
         dense = bool(num_experts(model)) and not num_experts(there)
         hint = "; olmo-fn convert upcycle makes a model with experts of a dense one" if dense else ""
         raise ValueError(f"{folder} holds another model: {', '.join(differ)}{hint}")
-    tensors = open_tensors(folder)
-    found = Directory(folder, raw, there, names_in(raw, there, tensors), tensors)
+    files = open_tensors(folder)
+    names = names_in(raw, there, files)
+    tensors = as_named(files, names, family_of(Keys(raw, str(folder / CONFIG))))
+    found = Directory(folder, raw, there, names, tensors)
     check_tensors(found)
     return found
 
 
 def names_in(raw: Mapping[str, Any], model: Model, tensors: Container[str] = ()) -> dict[str, Stored]:
-    """Each parameter of a ``model``, by its path, as a directory with this config.json has it.
+    """Where each parameter of a model is in the files of the architecture that its config.json, ``raw``, names.
 
     Experts are a tensor each for gate, up and down, as transformers saves them, or, where ``tensors`` has the names of that,
     all in two: ``gate_up_proj`` (E, 2 F, D) and ``down_proj`` (E, D, F), as transformers 5 has them in memory.
     """
-    names, found = family_of(Keys(raw, CONFIG)).names, {}
-    for path, one in stored(model, "huggingface").items():
-        start, matched, end = one.name.partition("experts.{}.")
-        fused = f"{start}experts.{'down_proj' if end.startswith('down') else 'gate_up_proj'}"
-        if matched and fused in tensors:
-            E, rows, columns = one.seen
-            both = 2 if fused.endswith("gate_up_proj") else 1
-            first = rows if end.startswith("up") else 0
-            found[path] = one._replace(name=fused, shape=(E, both * rows, columns), split=False, first=first)
-        else:
-            found[path] = one
-    if any(one.split for one in found.values()):
-        for ours, theirs in names:
-            found = {path: one._replace(name=one.name.replace(ours, theirs)) for path, one in found.items()}
+    names, family = stored(model, "huggingface"), family_of(Keys(raw, CONFIG))
+    names = {path: together(one, tensors) for path, one in names.items()}
+    return family.tensors(model, names) if family.tensors else names
+
+
+def together(one: Stored, tensors: Container[str]) -> Stored:
+    """Experts as they are stacked in ``tensors``, if they are; else as they were."""
+    start, matched, end = one.name.partition("experts.{}.")
+    down = end.startswith("down")
+    name = f"{start}experts.{'down_proj' if down else 'gate_up_proj'}"
+    if not matched or name not in tensors:
+        return one
+    E, height, width = one.seen
+    if down:
+        return one._replace(name=name, shape=one.seen, split=False)
+    rows = Rows(height if end.startswith("up") else 0, height, 2 * height)
+    return one._replace(name=name, shape=(E, 2 * height, width), split=False, rows=rows)
+
+
+def as_named(
+    tensors: Mapping[str, StoredTensor], names: Mapping[str, Stored], family: Family
+) -> dict[str, StoredTensor | Joined]:
+    """The tensors under the names that are looked for, where they have an alias, and divided as the model's are."""
+    found: dict[str, StoredTensor | Joined] = dict(tensors)
+    wanted = {one.name: one.shape for one in names.values()}
+    for name in wanted.keys() - tensors.keys():
+        others = {name.replace(a, b) for pair in family.aliases for a, b in (pair, pair[::-1])}
+        for other in (others & tensors.keys()) - {name}:
+            found[name] = found.pop(other)
+    for name in (name for name in wanted if family.joined and name.endswith(family.joined[0])):
+        parts = [name.removesuffix(family.joined[0]) + end for end in family.joined]
+        heights = [wanted[part][0] for part in parts]
+        there = [tensors[part] for part in parts if part in tensors and len(tensors[part].shape) == len(wanted[part])]
+        if len(there) == len(parts) and sum(tensor.shape[0] for tensor in there) == sum(heights):
+            found |= zip(parts, divided(there, heights), strict=True)
     return found
 
 
@@ -173,18 +207,13 @@ def write_directory(
     config.pop("torch_dtype", None)
     config |= {"dtype": READ[dtype], "torch_dtype": READ[dtype]}  # of transformers 5, and of 4
     names = names_in(config, model)
-    targets = [Target(tensor, dtype, name.shape) for name in names.values() for tensor in name.tensors]
-
-    def tensors() -> Iterator[Tensor]:
-        for (path, name), (given, tensor) in zip(names.items(), parameters, strict=True):
-            assert path == given, (path, given)
-            yield from map(name.theirs, tensor if name.split else [tensor])
+    targets = [Target(tensor, dtype, name.shape) for name in in_files(names) for tensor in name.tensors]
 
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
     with drafting(target, sum(one.nbytes for one in targets)) as draft:
         draft.mkdir()
-        write_tensors(draft, targets, tensors(), shard_bytes, advance)
+        write_tensors(draft, targets, (tensor for _, tensor in assembled(names, parameters)), shard_bytes, advance)
         write_json(draft / CONFIG, config)
         more(draft)
 
@@ -194,7 +223,7 @@ def num_experts(model: Model) -> int:
     return max(block.feed_forward.num_experts for block in model.layers)
 
 
-def _same(a: StoredTensor, b: StoredTensor) -> bool:
+def _same(a: StoredTensor | Joined, b: StoredTensor | Joined) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     integers = torch.uint8

@@ -6,7 +6,8 @@ are declared (`olmo_fn.nn.sublayer.Names`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -34,13 +35,38 @@ NORMS = {
 """Norms that are no part of a block, by their gains."""
 
 
+class Rows(NamedTuple):
+    """Which rows of a tensor are a parameter: ``height`` of them from ``first`` on, and again in each further ``stride`` rows.
+
+    >>> list(Rows(2, 2, 6).runs(1, 3))
+    [(3, 1, 1), (8, 2, 2)]
+    """
+
+    first: int
+    height: int
+    stride: int
+
+    def runs(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Where ``length`` of its rows from ``start`` on are: the row there, the row here, and how many follow each other."""
+        at, stop = start, start + length
+        while at < stop:
+            turn, offset = divmod(at, self.height)
+            n = min(self.height - offset, stop - at)
+            yield turn * self.stride + self.first + offset, at, n
+            at += n
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor (turns, height, …), a view of it."""
+        return tensor.unflatten(0, (-1, self.stride))[:, self.first : self.first + self.height]
+
+
 class Stored(NamedTuple):
     """A parameter as another program's file has it: one tensor, or one for each entry of the first dim if ``split``."""
 
     name: str
-    """Its name there; with ``{}`` for a number where it is split."""
+    """The name of its tensor there; with ``{}`` for a number where it is split."""
     shape: tuple[int, ...]
-    """Its shape there; that of each where it is split."""
+    """The shape of that tensor; of each where it is split."""
     here: tuple[int, ...]
     """Its shape here."""
     transposed: bool = False
@@ -49,8 +75,8 @@ class Stored(NamedTuple):
     """What is added to it to get ours: 1 for a gain that is kept around 0 there."""
     split: bool = False
     """Matrices that are stacked here are tensors of their own there."""
-    first: int = 0
-    """It is the rows of each matrix there from this one on; there may be more than its own."""
+    rows: Rows | None = None
+    """Which rows of the tensor it is, if it is not all of it; of one with more dims, of its matrices below each other."""
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -66,6 +92,11 @@ class Stored(NamedTuple):
         """Its shape here with its matrices as they are there."""
         return (*self.here[:-2], *self.here[:-3:-1]) if self.transposed else self.here
 
+    @property
+    def stacked(self) -> bool:
+        """It is several matrices here."""
+        return self.transposed and len(self.here) == 3
+
     def ours(self, theirs: Tensor) -> Tensor:
         """The parameter out of the file's one tensor: a view of it without an ``offset``.
 
@@ -73,14 +104,46 @@ class Stored(NamedTuple):
         >>> Stored("w", (2, 3), (3, 2), transposed=True).ours(torch.ones(2, 3)).shape
         torch.Size([3, 2])
         """
+        if self.rows is not None:
+            theirs = self.rows.of(theirs.flatten(0, 1) if self.stacked else theirs)
         viewed = theirs.reshape(self.seen)
         turned = viewed.mT if self.transposed else viewed
         return turned + self.offset if self.offset else turned
 
     def theirs(self, ours: Tensor) -> Tensor:
-        """The file's tensor out of the parameter, or out of one entry of it where it is split; the inverse of `ours`."""
+        """The file's tensor, or its rows of it, out of the parameter, or out of one entry of it where it is split; the inverse
+        of `ours`.
+        """
         turned = ours - self.offset if self.offset else ours
-        return (turned.mT if self.transposed else turned).reshape(self.shape)
+        turned = turned.mT if self.transposed else turned
+        return turned if self.rows else turned.reshape(self.shape)
+
+
+def assembled(names: Mapping[str, Stored], parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[Stored, Tensor]]:
+    """The tensors of a file out of the parameters, each once all of its rows are there; ``names`` and ``parameters`` are in the
+    same order.
+    """
+    missing = Counter(one.name for one in names.values())
+    begun: dict[str, Tensor] = {}
+    for (path, one), (given, tensor) in zip(names.items(), parameters, strict=True):
+        assert path == given, (path, given)
+        theirs = tensor if one.split else one.theirs(tensor)
+        if one.rows is not None:
+            whole = begun.setdefault(one.name, theirs.new_empty(one.shape))
+            rows = one.rows.of(whole)
+            rows.copy_(theirs.view(rows.shape) if theirs.is_contiguous() else theirs.unflatten(0, rows.shape[:2]))
+            theirs = whole
+        missing[one.name] -= 1
+        if not missing[one.name]:
+            begun.pop(one.name, None)
+            yield from ((one, one.theirs(matrix)) for matrix in tensor) if one.split else [(one, theirs)]
+
+
+def in_files(names: Mapping[str, Stored]) -> list[Stored]:
+    """One parameter of each tensor, in the order in which `assembled` gives them: that of their last rows."""
+    last = {one.name: one for one in names.values()}
+    order = {one.name: i for i, one in enumerate(names.values())}
+    return sorted(last.values(), key=lambda one: order[one.name])
 
 
 def stored(cfg: Model, program: Program) -> dict[str, Stored]:
@@ -114,12 +177,12 @@ def stored(cfg: Model, program: Program) -> dict[str, Stored]:
 
 def _stored(block: str, name: Names, here: tuple[int, ...], program: Program) -> Stored:
     """A parameter of the shape ``here``; matrices of a ``block`` are (out, in) there."""
-    transposed = bool(block) and len(here) > 1 and (program == "huggingface" or name.turned)
-    split = program == "huggingface" and "{}" in name.huggingface
+    stack, there = "{}" in name.huggingface, program == "huggingface"
+    transposed = bool(block) and (len(here) == 2 or stack) and (there or name.turned)
     shape = (*here[:-2], *here[:-3:-1]) if transposed else here
-    shape = shape[1:] if split else name.shape if program == "olmo_core" and name.shape else shape
+    shape = shape[1:] if stack and there else name.shape if not there and name.shape else shape
     offset = getattr(name, f"{program}_offset")
-    return Stored(block + getattr(name, program), shape, here, transposed, offset, split)
+    return Stored(block + getattr(name, program), shape, here, transposed, offset, stack and there)
 
 
 def _norms(norm: Norm, gains: Mapping[str, Names]) -> dict[str, Names]:

@@ -16,6 +16,7 @@ from olmo_fn.models.config import (
     Attention,
     Block,
     FeedForwardSettings,
+    GatedDelta,
     GeGLU,
     Head,
     Hybrid,
@@ -133,7 +134,7 @@ def _block(fields: Group, d_model: int, n_layers: int, norms: Norms) -> Block:
     kinds: dict[str, Any] = {**BLOCKS, **SPARSE}
     name = fields.one_of("name", *kinds)
     kind, more = kinds[name], {}
-    mixer = _attention(fields.group("sequence_mixer", "attention"), d_model, norms)
+    mixer = _mixer(fields.group("sequence_mixer", "attention"), d_model, norms)
     feed_forward: FeedForwardSettings
     if name in SPARSE:
         feed_forward = _experts(fields.group("feed_forward_moe"), n_layers, norms)
@@ -143,7 +144,7 @@ def _block(fields: Group, d_model: int, n_layers: int, norms: Norms) -> Block:
         more["dense"] = _feed_forward(fields.group("feed_forward"))
     if kind is not Normalized:
         _norm(fields.group("layer_norm"), norms)
-    unit = kind is Normalized, mixer.qk_norm == "unit", isinstance(feed_forward, ScaledSwiGLU)
+    unit = kind is Normalized, getattr(mixer, "qk_norm", "none") == "unit", isinstance(feed_forward, ScaledSwiGLU)
     if len(set(unit)) > 1:
         raise ValueError(f"{fields.path}: block, attention and feed-forward network must be normalized all three, or none")
     fields.one_of("dropout", 0.0)
@@ -223,10 +224,33 @@ def _latent(fields: Group, norms: Norms) -> dict[str, Any]:
     return found
 
 
-def _attention(fields: Group, d_model: int, norms: Norms) -> Attention:
+def _mixer(fields: Group, d_model: int, norms: Norms) -> Attention | GatedDelta:
     kind = str(fields.values.get("type") or fields.values.get("_CLASS_") or "attention").rpartition(".")[2]
-    if "ttention" not in kind:
-        raise ValueError(f"{fields.path} is a {kind[:60]}, and of hybrid models none is read; only attention is")
+    if kind in ("gated_delta_net", "GatedDeltaNetConfig"):
+        return _gated_delta(fields, d_model)
+    if kind not in ("attention", "AttentionConfig"):
+        raise ValueError(f"{fields.path} is a {kind[:60]}, and of mixers only attention and gated_delta_net are read")
+    return _attention(fields, d_model, norms)
+
+
+def _gated_delta(fields: Group, d_model: int) -> GatedDelta:
+    fields.one_of("conv_bias", False)
+    n_heads, head_dim = fields.take("n_heads", int, 16), fields.maybe("head_dim", int)
+    expand = fields.take("expand_v", float, 2.0)
+    found = GatedDelta(
+        n_heads=n_heads,
+        n_value_heads=fields.maybe("n_v_heads", int),
+        head_dim=head_dim,
+        value_head_dim=None if expand == 2 else int((head_dim or d_model // max(n_heads, 1)) * expand),
+        conv_size=fields.take("conv_size", int, 4),
+        negative_eigenvalues=fields.take("allow_neg_eigval", bool, True),
+        gate_norm_eps=fields.take("norm_eps", float, 1e-5),
+    )
+    fields.end()
+    return found
+
+
+def _attention(fields: Group, d_model: int, norms: Norms) -> Attention:
     name = fields.one_of("name", "default", "normalized")
     fields.one_of("dropout", 0.0)
     for flag in EIGHT_BITS:
@@ -360,6 +384,8 @@ def _simplest(made: Model) -> Model:
     """
     if len(set(made.layers)) == 1:
         return replace(made, block=made.layers[0], pattern=())
+    if not all(isinstance(block.mixer, Attention) for block in made.layers):
+        return made
     scaled = next((block for block in made.layers if block.mixer.rope_scaling != NoScaling()), made.layers[0])
     block = replace(scaled, mixer=replace(scaled.mixer, rope_scaled_layers="full"))
     one = replace(made, block=block, pattern=())

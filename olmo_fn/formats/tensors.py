@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -50,6 +50,53 @@ class StoredTensor(NamedTuple):
                 out = torch.empty((n, *row), dtype=self.dtype)
                 _read_into(file, host_bytes(out), self.start + at * size, self.file)
                 yield at, out
+
+
+class Joined(NamedTuple):
+    """Rows of several tensors behind each other, as if they were one: ``pieces`` are a tensor, its first row, and how many."""
+
+    pieces: tuple[tuple[StoredTensor, int, int], ...]
+
+    @property
+    def file(self) -> Path:
+        """The file of the first piece."""
+        return self.pieces[0][0].file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first piece."""
+        return self.pieces[0][0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of all together."""
+        return (sum(count for _, _, count in self.pieces), *self.pieces[0][0].shape[1:])
+
+    def rows(self, first: int = 0, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """As `StoredTensor.rows`."""
+        last, start = self.shape[0] if count is None else first + count, 0
+        for tensor, top, height in self.pieces:
+            low, high = max(first, start), min(last, start + height)
+            if low < high:
+                for at, part in tensor.rows(top + low - start, high - low):
+                    yield at - top + start, part
+            start += height
+
+
+def divided(tensors: Sequence[StoredTensor], heights: Sequence[int]) -> list[Joined]:
+    """Tensors, which are behind each other, divided at other rows: into parts of these heights, which are as many in all."""
+    left, found = [(tensor, 0, tensor.shape[0]) for tensor in tensors], []
+    for height in heights:
+        pieces: list[tuple[StoredTensor, int, int]] = []
+        while height:
+            tensor, top, rest = left.pop(0)
+            n = min(height, rest)
+            pieces.append((tensor, top, n))
+            if n < rest:
+                left.insert(0, (tensor, top + n, rest - n))
+            height -= n
+        found.append(Joined(tuple(pieces)))
+    return found
 
 
 def open_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -67,11 +67,15 @@ def enlarged(cfg: Model, cache: Cache, capacity: int) -> Cache:
     """The same columns in a cache for ``capacity`` of them, which are at least as many."""
     leaves = tree.flatten(cache.blocks)
     some = next(iter(leaves.values()))
-    options = {"dtype": some.dtype, "device": some.device}
-    new = empty_cache(cfg, some.shape[0], capacity, cache.padding, **options)
-    for path, leaf in tree.items(new.blocks):
-        leaf[tuple(map(slice, leaves[path].shape))] = leaves[path]
-    return new._replace(length=cache.length)
+    new = empty_cache(cfg, some.shape[0], capacity, cache.padding, device=some.device)
+
+    def filled(path: str, leaf: Tensor) -> Tensor:
+        old = leaves[path]
+        leaf = leaf.to(old.dtype)  # a state may be kept in another than keys and values
+        leaf[tuple(map(slice, old.shape))] = old
+        return leaf
+
+    return new._replace(blocks=tree.map_with_path(filled, new.blocks), length=cache.length)
 
 
 def extend(cfg: Model, params: Tree, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache]:

@@ -15,6 +15,7 @@ from olmo_fn.fields import POSITIVE, Range
 from olmo_fn.models.settings.attention import Attention
 from olmo_fn.models.settings.block import Block, Hybrid, InPlace, Normalized, PeriNorm, PreNorm, ScaledNorm
 from olmo_fn.models.settings.feed_forward import GELU, GeGLU, ScaledSwiGLU, SwiGLU
+from olmo_fn.models.settings.gated_delta import GatedDelta
 from olmo_fn.models.settings.moe import MoE
 from olmo_fn.models.settings.norm import LayerNorm, NormSettings, RMSNorm
 from olmo_fn.models.settings.sublayer import WIDTH, FeedForwardSettings, MixerSettings, check_positive
@@ -24,6 +25,7 @@ __all__ = [
     "Attention",
     "Block",
     "FeedForwardSettings",
+    "GatedDelta",
     "GeGLU",
     "Head",
     "Hybrid",
@@ -135,6 +137,11 @@ class Model:
     def check(self) -> None:
         """Raise ValueError, in one line with the fix, if the numbers do not fit together."""
         check_positive(self, "d_model", "n_layers", "vocab_size")
+        if self.pattern and self.block not in (*self.pattern, Block()):
+            raise ValueError(
+                f"the model repeats a pattern of {len(self.pattern)} blocks, of which flags of one block, such as "
+                "--model.n-heads, change none; write a pattern of your own in YAML or in Python"
+            )
         for block in self.pattern or (self.block,):
             block.mixer.check(self)
             block.feed_forward.check(self)

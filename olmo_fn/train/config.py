@@ -18,6 +18,7 @@ from olmo_fn.models.config import Model
 from olmo_fn.models.settings.attention import Attention
 from olmo_fn.models.settings.block import BLOCKS, Block
 from olmo_fn.models.settings.feed_forward import FEED_FORWARDS
+from olmo_fn.models.settings.gated_delta import GatedDelta
 from olmo_fn.models.settings.moe import MoE
 from olmo_fn.models.settings.norm import NORMS, NormSettings
 from olmo_fn.models.settings.rope_scaling import SCALINGS, RopeScaling
@@ -37,7 +38,7 @@ CHOICES: Choices = {
     LossSettings: named(*LOSSES),
     NormSettings: named(*NORMS),
     RopeScaling: named(*SCALINGS),
-    MixerSettings: named(Attention),
+    MixerSettings: named(Attention, GatedDelta),
     FeedForwardSettings: named(*FEED_FORWARDS, MoE),
     Block: named(*BLOCKS),
     InstancesSettings: named(*KINDS),
@@ -79,7 +80,7 @@ class Lora:
     """Rank of the changes; 0 trains the whole model."""
     alpha: float = 16.0
     """The change is multiplied by alpha / rank."""
-    patterns: tuple[str, ...] = ("*.attention.w_*", "*.feed_forward.w_*")
+    patterns: tuple[str, ...] = ("*.attention.w_*", "*.feed_forward.w_*", "*.moe.shared.w_[gud]*")
     """Patterns of the matrices to adapt."""
 
 

@@ -20,8 +20,9 @@ from olmo_fn.mesh.axis import Axes, CPMethod
 from olmo_fn.spec import Spec
 from olmo_fn.tree import Tree
 
-LINEAR = ("blocks.*.attention.w_*", "blocks.*.feed_forward.w_*")
-"""The matrices of the blocks that are used in products only: not those of embedding and head."""
+LINEAR = ("blocks.*.attention.w_*", "blocks.*.feed_forward.w_*", "blocks.*.moe.shared.w_[gud]*")
+"""The matrices of the blocks that are used in products only, and that all tokens meet: what a model has of them. Not those of
+embedding and head, and not experts', whose products are of groups."""
 DIVIDED = ("heads", "kv_heads", "mlp")  # logical axes that are sharded over tp in use
 
 
@@ -65,6 +66,7 @@ def forms_of(specs: Tree, recipe: Recipe, skip: Sequence[str] = (), patterns: Se
     >>> forms_of({"blocks": {"0": {"attention": {"w_q": w}, "feed_forward": {"w_up": w}}}}, "rowwise", skip=["*.w_q"])
     {'blocks.0.feed_forward.w_up': Form(recipe='rowwise', dim=0)}
     """
+    patterns = tree.present(specs, LINEAR) if tuple(patterns) == LINEAR else patterns
     chosen = tree.flatten(tree.partition(specs, patterns)[0])
     left_out = set(tree.flatten(tree.partition(specs, skip)[0])) if skip else set()
     forms = {path: form for path, spec in chosen.items() if path not in left_out and (form := _form(spec, recipe))}

@@ -27,21 +27,22 @@ from olmo_fn.nn.linear import Adapted
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
-LINEAR = ("*.attention.w_*", "*.feed_forward.w_*")
-"""The matrices of the blocks."""
+LINEAR = ("*.attention.w_*", "*.feed_forward.w_*", "*.moe.shared.w_[gud]*")
+"""The matrices of the blocks that all tokens meet: what a model has of them."""
 
 
 def lora_specs(specs: Tree, rank: int, patterns: Sequence[str] = LINEAR) -> Tree:
     """Adapters of rank ``rank`` for the matrices whose path matches: ``lora.<path>.a`` (..., r, n) and ``.b`` (..., m, r).
 
-    ``a`` is normal with variance 1 / n, ``b`` is zero. Leading dims, of stacked matrices, are kept. ValueError for a
-    pattern that matches nothing, for what is no matrix, and for a rank that is not lower than full.
+    ``a`` is normal with variance 1 / n, ``b`` is zero. Leading dims, of stacked matrices such as experts, are kept. ValueError
+    for a pattern that matches nothing, for what is no matrix, and for a rank that is not lower than full.
 
     >>> ones = Init("ones")
     >>> adapters = lora_specs({"w": Spec((4, 6), ("embed", "mlp"), ones)}, rank=2, patterns=["w"])
     >>> [(path, spec.shape) for path, spec in tree.items(adapters)]
     [('lora.w.a', (2, 6)), ('lora.w.b', (4, 2))]
     """
+    patterns = tree.present(specs, LINEAR) if tuple(patterns) == LINEAR else patterns
     adapters: dict[str, Spec] = {}
     for path, spec in tree.items(tree.partition(specs, patterns)[0]):
         if len(spec.shape) < 2:

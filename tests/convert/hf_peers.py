@@ -43,6 +43,13 @@ PLAIN = {"rope_type": "default", "rope_theta": 5e5}
 LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
 LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
 WINDOWS = {"layer_types": LAYERS, "sliding_window": 5}
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+}
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
@@ -76,6 +83,10 @@ CASES = {
     "qwen3-moe-mixed": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 5}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": None}),
     "mixtral-window": ("mixtral", {"num_local_experts": 3, "sliding_window": 5, "tie_word_embeddings": True}),
+    "olmo_hybrid": ("olmo_hybrid", HYBRID | {"rope_parameters": PLAIN, "linear_num_value_heads": 4}),
+    "olmo_hybrid-nope": ("olmo_hybrid", HYBRID | {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
+    "qwen3_5": ("qwen3_5_text", HYBRID | {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}),
+    "qwen3_5-tied": ("qwen3_5_text", HYBRID | {"linear_num_value_heads": 6, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 

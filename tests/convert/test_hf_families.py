@@ -19,6 +19,7 @@ from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import grad, pipe
 from olmo_fn.formats import tensors
 from olmo_fn.formats.huggingface import names_in, open_directory
+from olmo_fn.formats.hybrids import NORMS
 from olmo_fn.models import transformer
 from olmo_fn.spec import Box
 
@@ -26,13 +27,6 @@ from olmo_fn.spec import Box
 def params_of(folder):
     found = open_directory(folder)
     return found, tree.unflatten((path, found.parameter(path)) for path in found.names)
-
-
-def in_our_form(one, tensors):
-    """A parameter out of tensors in memory, which has all experts' matrices in one, and the gates above what goes up."""
-    if len(one.here) < 3:
-        return one.ours(tensors[one.name])
-    return tensors[one.name][:, one.first : one.first + one.seen[1]].mT
 
 
 def of_tokens(model):
@@ -43,6 +37,34 @@ def of_tokens(model):
         return replace(one, feed_forward=replace(network, balance_loss=0.0)) if network.num_experts else one
 
     return replace(model, block=block(model.block), pattern=tuple(map(block, model.pattern)))
+
+
+def in_files(found, tensors):
+    """Tensors of transformers' modules, under the names and in the parts that files have."""
+    tensors = dict(tensors)
+    for one in {one.name: one for one in found.names.values()}.values():
+        if one.name not in tensors and "_layer_norm" in one.name:
+            module = next(module for theirs, module in NORMS if theirs in one.name)
+            tensors[one.name] = tensors[".".join([*one.name.split(".")[:3], module, "weight"])]
+        elif one.name not in tensors and one.name.endswith("q_conv1d.weight"):
+            parts = [one.name.replace("q_conv1d", f"{x}_conv1d") for x in "qkv"]
+            heights = [found.tensors[part].shape[0] for part in parts]
+            tensors |= zip(parts, tensors[one.name.replace("q_conv1d", "conv1d")].split(heights), strict=True)
+    return tensors
+
+
+def of_modules(tensors):
+    """The inverse, whatever the parts are."""
+    found = {}
+    for name, tensor in tensors.items():
+        for theirs, module in NORMS:
+            name = name.replace(theirs, module)
+        if "q_conv1d" in name:
+            parts = [tensors[name.replace("q_conv1d", f"{x}_conv1d")] for x in "qkv"]
+            found[name.replace("q_conv1d", "conv1d")] = torch.cat(parts)
+        elif "_conv1d" not in name:
+            found[name] = tensor
+    return found
 
 
 def relative(found, expected):
@@ -87,9 +109,9 @@ def test_a_directory_with_the_weights_of_olmo_core_computes_its_numbers(name, tm
 
 
 def test_all_families_are_among_the_cases():
-    from olmo_fn.formats.config_json import FAMILIES
+    from olmo_fn.formats.config_json import EVERY
 
-    assert {family.model_type for family in FAMILIES} == {kind for kind, _ in CASES.values()}
+    assert {family.model_type for family in EVERY} == {kind for kind, _ in CASES.values()}
 
 
 STACKED = [case for case in CASES if "moe" in case or case.startswith(("mixtral", "flex"))]
@@ -141,12 +163,14 @@ def test_logits_loss_and_gradients_are_those_of_transformers(case, tmp_path):
     assert relative(transformer.logits(found.model, params, {"input_ids": ids}), out.logits.detach()) < 1e-5
     grads, metrics = pipe(transformer.loss(of_tokens(found.model)), grad())(params, {"input_ids": ids, "labels": labels})
     assert float(metrics["loss"]) == pytest.approx(out.loss.item(), rel=1e-5)
-    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    expected = in_files(found, {name: p.grad for name, p in theirs.named_parameters()})
     largest = max(float(g.abs().max()) for g in expected.values())
     names = names_in(found.raw, found.model, expected)  # in memory experts are stacked
+    # In fp32 both sides are 1e-5 to 3e-5 from the gradients in fp64 where layers are recurrent (the gated norm amplifies).
+    tolerance = 1e-4 if "linear_attention" in found.raw.get("layer_types", []) else 1e-5
     for path, g in tree.items(grads):
-        there = in_our_form(names[path], expected)
-        assert float((g - there).abs().max()) <= 1e-5 * max(float(there.abs().max()), 1e-2 * largest), path
+        there = names[path].ours(expected[names[path].name])
+        assert float((g - there).abs().max()) <= tolerance * max(float(there.abs().max()), 1e-2 * largest), path
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -156,7 +180,7 @@ def test_from_and_to_keeps_the_bytes_of_every_tensor(case, dtype, tmp_path, caps
     assert cli.main(["convert", "from-hf", str(source), str(tmp_path / "run")]) == 0
     assert cli.main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     capsys.readouterr()
-    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (of_modules(load_file(folder / "model.safetensors")) for folder in (source, tmp_path / "out"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert (tensor.dtype, tensor.shape) == (after[name].dtype, after[name].shape), name

@@ -15,12 +15,12 @@ from test_hf_config_json import models, sparse_models
 from transformers import AutoModelForCausalLM
 
 from olmo_fn import spec, tree
-from olmo_fn.formats import families_moe
+from olmo_fn.formats import families_moe, hybrids
 from olmo_fn.formats.config_json import differences, json_of
 from olmo_fn.formats.huggingface import open_directory, write_directory
 from olmo_fn.formats.names import Stored
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Attention, Model, MoE, PreNorm, dense
+from olmo_fn.models.config import Attention, Block, GatedDelta, Model, MoE, PreNorm, RMSNorm, SwiGLU, dense
 from olmo_fn.nn import feed_forward
 
 GQA = dense(8, 2, 4, 12, n_kv_heads=2, vocab_size=20, init_std=0.3)
@@ -92,6 +92,63 @@ def test_the_law_of_experts_bites(way: str) -> None:
 
         with patch.object(Stored, "theirs", turned), patch.object(Stored, "ours", ours):
             caught(law, SPARSE, 0, torch.float32)
+
+
+FEED_FORWARD = SwiGLU(hidden_size=12)
+QWEN = {"value_head_dim": 5, "negative_eigenvalues": False, "gate_norm_eps": 1e-6}
+GATED = {"qk_norm": "head", "zero_centred": True, "gate": "element", "rope_fraction": 0.5}
+HYBRIDS = {
+    "olmo-hybrid": (
+        PreNorm(mixer=GatedDelta(n_heads=2, head_dim=3, conv_size=3), feed_forward=FEED_FORWARD),
+        Block(mixer=Attention(n_heads=4, n_kv_heads=2, last_layer_full=False), feed_forward=FEED_FORWARD),
+    ),
+    "olmo-hybrid, no rotation": (
+        PreNorm(mixer=GatedDelta(n_heads=2, n_value_heads=4, negative_eigenvalues=False), feed_forward=FEED_FORWARD),
+        Block(mixer=Attention(n_heads=2, rope_layers="none"), feed_forward=FEED_FORWARD),
+    ),
+    "qwen3.5": (
+        PreNorm(
+            mixer=GatedDelta(n_heads=2, n_value_heads=6, head_dim=3, **QWEN),
+            feed_forward=FEED_FORWARD,
+        ),
+        PreNorm(
+            mixer=Attention(n_heads=4, n_kv_heads=2, head_dim=8, **GATED),
+            feed_forward=FEED_FORWARD,
+        ),
+    ),
+}
+
+
+def hybrid(name: str) -> Model:
+    """A model whose files have tensors that are several parameters, or names of their own."""
+    recurrent, attention = HYBRIDS[name]
+    norm = RMSNorm(zero_centred=name == "qwen3.5")
+    return Model(8, 3, 20, attention, (recurrent, attention), norm, tie_embeddings=norm.zero_centred, init_std=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_law_11_of_hybrids(name: str, dtype: torch.dtype) -> None:
+    law(hybrid(name), 0, dtype)
+
+
+def test_the_law_of_hybrids_bites() -> None:
+    """Rows of a fused tensor in another order, both ways alike: the bits come back, and transformers computes another thing."""
+    real = hybrids.qwen3_5_tensors
+
+    def swapped(m, names):
+        found = real(m, names)
+        for layer in range(m.n_layers):
+            at = f"blocks.{layer}.attention."
+            for one, other in (("w_q", "w_k"), ("w_q", "w_gate")):
+                a, b = found[at + one], found.get(at + other)
+                if b and b.rows and a.name == b.name:
+                    found[at + one], found[at + other] = a._replace(rows=b.rows), b._replace(rows=a.rows)
+        return found
+
+    families = tuple(f._replace(tensors=swapped) if f.tensors is real else f for f in hybrids.EVERY)
+    with patch("olmo_fn.formats.config_json.EVERY", families):
+        caught(law, hybrid("qwen3.5"), 0, torch.float32)
 
 
 @pytest.mark.parametrize("way", ["up and gate", "not transposed", "another window"])

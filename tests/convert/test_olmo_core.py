@@ -259,7 +259,8 @@ def test_counts_that_do_not_agree(copy, tmp_path, capsys):
             lambda c: experts(c),
             "lacks model.blocks.0.feed_forward_moe.router.weight [32]",
         ),
-        (lambda c: attention(c).update(type="gated_delta_net"), "a gated_delta_net, and of hybrid models none is read"),
+        (lambda c: attention(c).update(type="nemotron_mamba2"), "a nemotron_mamba2, and of mixers only attention and gated"),
+        (lambda c: attention(c).update(type="gated_delta_net", conv_bias=True), "conv_bias is True, and only False is read"),
         (lambda c: attention(c).update(dropout=0.1), "model.block.sequence_mixer.dropout is 0.1, and only 0.0 is read"),
         (lambda c: attention(c).update(soft_cap=30.0), "sequence_mixer.soft_cap is 30.0, which is not read, and would be lost"),
         (

@@ -11,7 +11,7 @@ from programs import ROOT
 
 from olmo_fn.cli import main as cli
 
-PAGES = ("models", "your-data", "your-model", "configs", "many-gpus", "hugging-face", "datasets")
+PAGES = ("models", "your-data", "your-model", "configs", "many-gpus", "hugging-face", "datasets", "experts")
 SAID = {
     "models": "loss ",
     "your-data": "perplexity",
@@ -20,6 +20,7 @@ SAID = {
     "many-gpus": "fits",
     "hugging-face": "the same model",
     "datasets": "repeats",
+    "experts": "loads of layer 0",
 }
 SMALL = """--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.hidden-size 32 --recipe.no-compile
 --recipe.sequence-length 16 --recipe.batch-size 4 --recipe.dtype float32 --run.threads 1 --run.steps 6 --schedule.warmup 2
@@ -64,7 +65,8 @@ def command(line):
     small = {"olmo2-7b": "olmo2-tiny", "olmo2-1b": "olmo2-tiny", "16": "2", "8": "2"}
     words = [small.get(word, word) for word in rest] if {"--mesh.dp-shard", "--gpus"} & {*rest} else rest
     if name == "train" and {"olmo2-tiny", "mine"} & {*words} and "--help" not in words:
-        words += shlex.split(SMALL) + ([] if {"--data.paths", "--data.mix"} & {*words} else shlex.split(TOKENS))
+        small = SMALL.replace("--model.hidden-size 32", "") if "moe" in words else SMALL
+        words += shlex.split(small) + ([] if {"--data.paths", "--data.mix"} & {*words} else shlex.split(TOKENS))
     if "--init.from-hf" in words:
         words += shlex.split(FEW)
     if "--mesh.dp-shard" in words or "--nproc" in words:

@@ -19,6 +19,7 @@ from olmo_fn.models.config import (
     GELU,
     Attention,
     Block,
+    GatedDelta,
     GeGLU,
     Head,
     Hybrid,
@@ -95,6 +96,17 @@ MODELS = {
     "hybrid": sparse(Hybrid, qk_norm="full", dropout=0.25),
     "hybrid-pre-norm": sparse(partial(Hybrid, norms="input", feed_forward_factor=0.7), capacity_factor=0.8),
     "ngpt": ngpt(16, 2, 4, 24, vocab_size=32, n_kv_heads=2),
+    "gated-delta": replace(
+        model(PreNorm),
+        pattern=(
+            PreNorm(mixer=GatedDelta(n_heads=2, n_value_heads=4, head_dim=6), feed_forward=SwiGLU(hidden_size=24)),
+            Block(mixer=Attention(**HEADS), feed_forward=SwiGLU(hidden_size=24)),
+        ),
+    ),
+    "gated-delta-looks-far-back": replace(
+        model(PreNorm),
+        block=PreNorm(mixer=GatedDelta(n_heads=4, conv_size=8, negative_eigenvalues=False), feed_forward=GELU(hidden_size=24)),
+    ),
 }
 LAYOUTS = {
     "fsdp": Layout(Mesh(dp_shard=2), DEFAULT),

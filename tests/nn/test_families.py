@@ -242,6 +242,8 @@ RELEASED = {
     "qwen3-235b-a22b": 235_093_634_560,
     "mixtral-8x7b": 46_702_792_704,
     "mixtral-8x22b": 140_620_634_112,
+    "olmo-hybrid-7b": 7_430_870_688,
+    "qwen3.5-9b": 8_953_803_264,
 }
 """Parameters of the released models (of OLMo 3 with the vocabulary padded as here), and OLMo-core's of its own sizes."""
 
@@ -305,7 +307,7 @@ def test_wrong_settings_are_refused(change, message):
 def test_sizes_and_flops_of_every_preset():
     """A golden table: parameters, those that a token meets, and training FLOPs a token at 4,096, of all presets."""
     rows = [
-        f"{name:<16} {count.num_params(cfg):>15,} {count.num_active_params(cfg):>15,} "
+        f"{name:<19} {count.num_params(cfg):>15,} {count.num_active_params(cfg):>15,} "
         f"{count.flops_per_sequence(cfg, 4096) // 4096:>19,}"
         for models in FAMILIES.values()
         for name, cfg in models.items()

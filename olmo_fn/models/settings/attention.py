@@ -59,7 +59,7 @@ class Attention(MixerSettings):
     rope_layers: Literal["all", "windowed", "none"] = "all"
     """Layers with rotary positions; windowed: those with full attention have none."""
     rope_fraction: Annotated[float, Range(0, 1, above=True)] = 1.0
-    """Which part of each head is rotated."""
+    """Which part of each head is rotated; where that is an odd number of dims, one more (as in transformers)."""
     rope_interleaved: bool = False
     """Rotate pairs of neighbours (the complex form), not of both halves."""
     window_pattern: Annotated[tuple[int, ...], SIGNED] = ()
@@ -158,9 +158,10 @@ class Attention(MixerSettings):
                 f"--model.n-heads {self.n_heads} does not divide --model.d-model {model.d_model}; "
                 f"choose one of {divisors(model.d_model)}, or give --model.head-dim"
             )
-        if self.rope_layers != "none" and (self.rotated(model.d_model) % 2 or not self.rotated(model.d_model)):
+        dims = self.rotated(model.d_model)
+        if self.rope_layers != "none" and not 0 < dims + dims % 2 <= self.width(model.d_model):
             raise ValueError(
-                f"the head width is {self.width(model.d_model)}, of which {self.rotated(model.d_model)} are rotated; rotary "
+                f"the head width is {self.width(model.d_model)}, of which {dims} are rotated; rotary "
                 "positions need an even number (--model.head-dim, --model.rope-fraction)"
             )
         if self.n_heads % self.kv_heads:

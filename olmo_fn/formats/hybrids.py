@@ -1,0 +1,197 @@
+"""The architectures of transformers with recurrent layers, and `EVERY` one that is read and written. Imports no torch.
+
+A layer is ``linear_attention`` or ``full_attention`` by ``layer_types``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from olmo_fn.formats.families import FAMILIES, Family, attention, depth, model, shortest, silu, sizes
+from olmo_fn.formats.keys import Keys
+from olmo_fn.formats.rope import FULL, Rotation, full_json, one_rope, rotation
+from olmo_fn.models.config import Attention, Block, GatedDelta, Model, PreNorm, RMSNorm
+
+if TYPE_CHECKING:
+    from olmo_fn.formats.names import Stored
+
+LINEAR = "linear_attention"
+ONLY_AT_FIRST = ("linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min")
+"""Keys about initial values."""
+
+
+def read_olmo_hybrid(keys: Keys) -> Model:
+    """Gated DeltaNet in blocks with norms on the inputs, beside blocks of OLMo 2. A ``rope_theta`` of null is no rotation."""
+    heads = keys.whole("num_attention_heads")
+    width = keys.whole("linear_key_head_dim", 3 * keys.whole("hidden_size") // (4 * keys.whole("linear_num_key_heads", heads)))
+    for name in ONLY_AT_FIRST:
+        keys.get(name)
+    mixer = GatedDelta(
+        n_heads=keys.whole("linear_num_key_heads", heads),
+        n_value_heads=keys.whole("linear_num_value_heads", heads),
+        head_dim=width,
+        value_head_dim=keys.whole("linear_value_head_dim", 2 * width),
+        conv_size=keys.whole("linear_conv_kernel_dim", 4),
+        negative_eigenvalues=keys.flag("linear_allow_neg_eigval", True),
+    )
+    turned = "rope_theta" not in (rope := keys.object("rope_parameters")) or rope["rope_theta"] is not None
+    full = attention(keys, one_rope(keys)) if turned else replace(attention(keys, Rotation(1.0)), rope_layers="none")
+    return of_layers(keys, PreNorm(mixer=mixer), Block(mixer=full))
+
+
+def write_olmo_hybrid(m: Model) -> dict[str, Any]:
+    """The keys of an OLMo-hybrid."""
+    mixer, full = recurrent(m), with_attention(m)
+    rope = full_json(full)[2] if full.block.mixer.rope_layers != "none" else {"rope_type": "default", "rope_theta": None}
+    more = {"linear_allow_neg_eigval": mixer.negative_eigenvalues, "rope_parameters": rope, "layer_types": types(m)}
+    return {**sizes(full), **linear_json(m, mixer), **more}
+
+
+def olmo_hybrid_tensors(m: Model, names: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The norms of recurrent layers have names of their own in the released files."""
+    found = dict(names)
+    for layer, block in enumerate(m.layers):
+        if isinstance(block.mixer, GatedDelta):
+            for norm, (theirs, module) in zip(("attention_norm", "feed_forward_norm"), NORMS, strict=True):
+                path = f"blocks.{layer}.{norm}"
+                found[path] = names[path]._replace(name=names[path].name.replace(module, theirs))
+    return found
+
+
+NORMS = (("attention_layer_norm", "input_layernorm"), ("feedforward_layer_norm", "post_attention_layernorm"))
+"""What norms are called in the released files of OLMo-hybrid, and in its modules. transformers reads both, and writes the first
+in layers of attention, too."""
+CONVOLUTIONS = tuple(f"linear_attn.{one}_conv1d.weight" for one in "qkv")
+"""transformers (5.24) has them as one, and when it saves them divides it in three equal parts, whatever they are."""
+
+
+def read_qwen3_5(keys: Keys) -> Model:
+    """Gated DeltaNet and gated attention, whose heads are rotated in part; gains around 0. The language model alone."""
+    keys.must_be("attn_output_gate", True)
+    keys.must_be("mlp_only_layers", [])
+    keys.must_be("mtp_num_hidden_layers", 0)
+    keys.get("mamba_ssm_dtype")  # of a cache
+    mixer = GatedDelta(
+        n_heads=keys.whole("linear_num_key_heads", 16),
+        n_value_heads=keys.whole("linear_num_value_heads", 32),
+        head_dim=keys.whole("linear_key_head_dim", 128),
+        value_head_dim=keys.whole("linear_value_head_dim", 128),
+        conv_size=keys.whole("linear_conv_kernel_dim", 4),
+        negative_eigenvalues=False,
+        gate_norm_eps=keys.number("rms_norm_eps"),
+    )
+    rope = dict(keys.object("rope_parameters"))
+    fraction = rope.pop("partial_rotary_factor", keys.get("partial_rotary_factor", 0.25))
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        raise keys.refused("rope_parameters", "partial_rotary_factor must be above 0 and at most 1")
+    for name in ("mrope_section", "mrope_interleaved"):  # of positions in images; those of a text are the same in all sections
+        rope.pop(name, None)
+    turned = rotation(keys, rope, "rope_parameters", keys.number("rope_theta", 10_000.0))
+    more: dict[str, Any] = {"qk_norm": "head", "zero_centred": True, "gate": "element", "rope_fraction": float(fraction)}
+    full = attention(keys, turned, head_dim=256, kv_heads=4, **more)
+    return replace(of_layers(keys, PreNorm(mixer=mixer), PreNorm(mixer=full)), norm=RMSNorm(zero_centred=True))
+
+
+def write_qwen3_5(m: Model) -> dict[str, Any]:
+    """The keys of a Qwen 3.5."""
+    mixer, full = recurrent(m), with_attention(m)
+    rope = {**full_json(full)[2], "partial_rotary_factor": full.block.mixer.rope_fraction}
+    return {**sizes(full), **linear_json(m, mixer), "rope_parameters": rope, "layer_types": types(m)}
+
+
+def qwen3_5_tensors(m: Model, names: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Queries, keys and values are one matrix there, and one convolution; each head of attention has its gate behind it."""
+    from olmo_fn.formats.names import Rows
+
+    found = dict(names)
+    for layer, block in enumerate(m.layers):
+        at, inside = f"blocks.{layer}.attention.", f"model.layers.{layer}."
+        if isinstance(block.mixer, GatedDelta):
+            for name, theirs in QWEN3_5.items():
+                found[at + name] = names[at + name]._replace(name=f"{inside}linear_attn.{theirs}")
+            for kind, theirs in ((f"{at}w_{{}}", "in_proj_qkv"), (f"{at}{{}}_conv", "conv1d")):
+                parts = [names[kind.format(one)] for one in "qkv"]
+                first, height = 0, sum(part.shape[0] for part in parts)
+                for one, part in zip("qkv", parts, strict=True):
+                    found[kind.format(one)] = part._replace(
+                        name=f"{inside}linear_attn.{theirs}.weight",
+                        shape=(height, *part.shape[1:]),
+                        rows=Rows(first, part.shape[0], height),
+                    )
+                    first += part.shape[0]
+        else:
+            k, query = block.mixer.width(m.d_model), names[f"{at}w_q"]
+            for first, name in ((0, "w_q"), (k, "w_gate")):
+                shape = (2 * query.shape[0], query.shape[1])
+                found[at + name] = query._replace(shape=shape, rows=Rows(first, k, 2 * k))
+    return found
+
+
+QWEN3_5 = {
+    "w_gate": "in_proj_z.weight",
+    "to_decay": "in_proj_a.weight",
+    "to_beta": "in_proj_b.weight",
+    "out_norm": "norm.weight",
+    "w_out": "out_proj.weight",
+}
+
+EVERY = (
+    *FAMILIES,
+    Family(
+        "OlmoHybridForCausalLM",
+        "olmo_hybrid",
+        read_olmo_hybrid,
+        write_olmo_hybrid,
+        tensors=olmo_hybrid_tensors,
+        aliases=NORMS,
+        joined=CONVOLUTIONS,
+    ),
+    Family("Qwen3_5ForCausalLM", "qwen3_5_text", read_qwen3_5, write_qwen3_5, qwen3_5_tensors),
+)
+"""Those, and the dense ones."""
+
+
+def of_layers(keys: Keys, linear: Block, full: Block) -> Model:
+    """A model of such blocks in the order of ``layer_types``."""
+    n, interval = depth(keys), keys.whole("full_attention_interval", 4)
+    found = keys.get("layer_types", [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(n)])
+    if not isinstance(found, list) or len(found) != n or {FULL, LINEAR} != {str(kind) for kind in found}:
+        raise keys.refused("layer_types", f"it must name {FULL} or {LINEAR} for each of the {n} layers, and both of them")
+    feed_forward = silu(keys)
+    blocks = {LINEAR: replace(linear, feed_forward=feed_forward), FULL: replace(full, feed_forward=feed_forward)}
+    pattern = tuple(blocks[kind] for kind in shortest(found))
+    return replace(model(keys, full.mixer, feed_forward), block=pattern[-1], pattern=pattern)
+
+
+def recurrent(m: Model) -> GatedDelta:
+    """The first of its recurrent mixers; ValueError if there is none."""
+    found = next((block.mixer for block in m.layers if isinstance(block.mixer, GatedDelta)), None)
+    if found is None:
+        raise ValueError("no layer is recurrent")
+    return found
+
+
+def with_attention(m: Model) -> Model:
+    """The model as if all its layers were its first with attention; ValueError if there is none."""
+    found = next((block for block in m.layers if isinstance(block.mixer, Attention)), None)
+    if found is None:
+        raise ValueError("no layer has attention")
+    return replace(m, block=found, pattern=())
+
+
+def linear_json(m: Model, mixer: GatedDelta) -> dict[str, Any]:
+    """The sizes of recurrent layers."""
+    return {
+        "linear_num_key_heads": mixer.n_heads,
+        "linear_num_value_heads": mixer.value_heads,
+        "linear_key_head_dim": mixer.width(m.d_model),
+        "linear_value_head_dim": mixer.value_width(m.d_model),
+        "linear_conv_kernel_dim": mixer.conv_size,
+    }
+
+
+def types(m: Model) -> list[str]:
+    """The ``layer_types`` of a model."""
+    return [LINEAR if isinstance(block.mixer, GatedDelta) else FULL for block in m.layers]
