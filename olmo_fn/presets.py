@@ -25,7 +25,9 @@ from olmo_fn.models.families import (
     SMOLLM2,
     olmo_hybrid,
 )
+from olmo_fn.models.families_moe import MIXTRAL, OLMO3MOE, OLMOE, QWEN3MOE, SMALLMOE
 from olmo_fn.train.config import Config, Recipe, Run
+from olmo_fn.train.loss import CrossEntropy
 from olmo_fn.train.optimizers import AdamW, Muon
 from olmo_fn.train.schedules import Cosine, Linear
 
@@ -37,6 +39,9 @@ TINY = Config(
     run=Run(steps=1000, checkpoint_every=250, log_every=50),
 )
 """Learns Python from the standard library's sources in a few minutes on two cores."""
+
+TINY_EXPERTS = replace(TINY, model=OLMOE["olmoe-tiny"])
+"""The same with experts in the place of each feed-forward network, of which a token meets as many numbers."""
 
 HYBRID_TINY = replace(TINY, model=olmo_hybrid(192, 4, 3, 512, vocab_size=4096, init_method="llama"))
 """The same with a state in three of its four blocks."""
@@ -74,8 +79,26 @@ def pretraining(models: Mapping[str, Model], family: str, sequence_length: int) 
     }
 
 
+LADDER = {"olmo3moe-275m": (2e-3, 15_365), "olmo3moe-480m": (1.2e-3, 29_022), "olmo3moe-810m": (6e-4, 52_648)}
+LADDER["olmo3moe-1.2b"] = (4e-4, 81_190)
+"""Rates and steps of AI2's runs of its ladder, with batches of 32 sequences."""
+
+
+def ladder(model: Model, lr: float, steps: int) -> Config:
+    """A run of the ladder: about 20 tokens for each parameter that is no embedding and that a token meets."""
+    return Config(
+        model=model,
+        loss=CrossEntropy(z_loss=1e-5),
+        optim=AdamW(lr=lr, betas=(0.9, 0.95), weight_decay=0.1),
+        schedule=Cosine(warmup=0.1, final=0.1),
+        recipe=Recipe(batch_size=32, sequence_length=8192, micro_batch=4, clip=1.0, skip_sigma=12.0),
+        run=Run(steps=steps, checkpoint_every=1000, keep_last=3, keep_every=10_000),
+    )
+
+
 CONFIGS: dict[str, Config] = {
     "olmo2-tiny": TINY,
+    "olmoe-tiny": TINY_EXPERTS,
     **pretraining(OLMO2, "olmo2", 4096),
     **pretraining(OLMO3, "olmo3", 8192),
     **pretraining(OLMO3_LONG, "olmo3", 65_536),
@@ -85,6 +108,11 @@ CONFIGS: dict[str, Config] = {
     **pretraining(GEMMA3, "gemma3", 8192),
     **pretraining(NGPT, "ngpt", 4096),
     **pretraining(SMOLLM2, "smollm2", 2048),
+    **pretraining({name: model for name, model in OLMOE.items() if name != "olmoe-tiny"}, "olmoe", 4096),
+    **pretraining(SMALLMOE, "smallmoe", 4096),
+    **{name: ladder(OLMO3MOE[name], *facts) for name, facts in LADDER.items()},
+    **pretraining(QWEN3MOE, "qwen3moe", 4096),
+    **pretraining(MIXTRAL, "mixtral", 4096),
     "olmo-hybrid-tiny": HYBRID_TINY,
     **pretraining(OLMO_HYBRID, "olmo-hybrid", 8192),
     **pretraining(OLMO_HYBRID_LONG, "olmo-hybrid", 65_536),

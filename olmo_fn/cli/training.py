@@ -19,6 +19,7 @@ from olmo_fn.fields import get, values
 from olmo_fn.launch.place import place_from_env
 from olmo_fn.models.config import Attention, GatedDelta, Model
 from olmo_fn.models.settings.feed_forward import GELU, Gated
+from olmo_fn.models.settings.moe import MoE
 from olmo_fn.train.choices import Choices, choosable, choose, classes_of, describe, locate, with_files
 from olmo_fn.train.config import CHOICES, Config
 from olmo_fn.train.finetune import check_model, data_of, described, finetuning
@@ -145,7 +146,7 @@ def take(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
 
 def overview(presets: Mapping[str, Config], prog: str) -> str:
     """The presets, in words."""
-    rows = [("preset", "parameters", "width x layers", "vocabulary", "batch x length", "lr")]
+    rows = [("preset", "parameters", "width x layers", "vocab", "batch x length", "lr")]
     for name, config in presets.items():
         m, r = config.model, config.recipe
         shape, batch = f"{m.d_model:,} x {m.n_layers}", f"{r.batch_size:,} x {r.sequence_length:,}"
@@ -161,18 +162,30 @@ def overview(presets: Mapping[str, Config], prog: str) -> str:
 def parameters(model: Model) -> str:
     """The number of parameters in three digits; nothing where the blocks are of somebody's own."""
     entries = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
-    for block in model.layers:
-        a, f = block.mixer, block.feed_forward
-        if type(a) not in (Attention, GatedDelta) or not isinstance(f, Gated | GELU):
+    for layer, block in enumerate(model.layers):
+        a, hidden = block.mixer, [rows(getattr(block, name, None), layer) for name in ("feed_forward", "dense")]
+        if type(a) not in (Attention, GatedDelta) or None in hidden:
             return ""
-        matrices, width = 3 if isinstance(f, Gated) else 2, a.width(model.d_model)
+        width = a.width(model.d_model)
         if isinstance(a, GatedDelta):
             mixer = 2 * width * a.n_heads + (3 * a.value_width(model.d_model) + 2) * a.value_heads
         else:
             mixer = 2 * width * (a.n_heads + a.kv_heads) + (width * a.n_heads if a.gate == "element" else 0)
-        entries += model.d_model * (mixer + matrices * f.hidden_size)
+        entries += model.d_model * (mixer + sum(filter(None, hidden)))
     exponent = 9 if entries >= 999.5e6 else 6
     return f"{entries / 10**exponent:.3g} {'B' if exponent == 9 else 'M'}"
+
+
+def rows(network: object, layer: int) -> int | None:
+    """The rows, as wide as the stream, of the matrices of a feed-forward network; None of one of somebody's own."""
+    if network is None:
+        return 0
+    if isinstance(network, MoE):
+        if layer < network.dense_layers:
+            return 3 * network.dense_size
+        inner = network.num_experts * network.expert_size
+        return network.num_experts + 3 * (inner + network.shared_size)
+    return (3 if isinstance(network, Gated) else 2) * network.hidden_size if isinstance(network, Gated | GELU) else None
 
 
 def check_start(cfg: Config) -> None:

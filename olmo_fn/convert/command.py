@@ -45,14 +45,14 @@ def from_hf(args: FromHF) -> int:
     """Make the run, whole or not at all, and say what to type next."""
     from olmo_fn.convert.run import check_new, write_run
     from olmo_fn.formats.huggingface import READ, open_directory
-    from olmo_fn.models.count import num_params
+    from olmo_fn.models.count import in_words
 
     check_new(args.run)
     directory = open_directory(args.directory)
     dtype = READ[directory.dtype]
     meta = {"converted": str(args.directory.resolve()), "dtype": dtype}
     said = write_run(args.directory, args.run, directory.parameter, dtype, meta)
-    print(f"{args.run}: {directory.raw['architectures'][0]}, {num_params(directory.model):,} parameters, from {dtype}")
+    print(f"{args.run}: {directory.raw['architectures'][0]}, {in_words(directory.model)}, from {dtype}")
     print(said)
     return 0
 

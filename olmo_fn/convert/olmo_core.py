@@ -149,6 +149,7 @@ def gone_on(
     """The config of a run that goes on; ValueError for what cannot."""
     from olmo_fn.convert.olmo_core_training import training
 
+    names = trained(names)
     wanted = {f"optim.state.{n.name}.{slot}": tuple(n.shape) for n in names.values() for slot in MOMENTS.values()}
     check_tensors(found, "optim.state.", wanted | {f"optim.state.{n.name}.step": () for n in names.values()})
     cfg = training(found.config, made, {path: name.name for path, name in names.items()}, state.max_steps)
@@ -181,6 +182,7 @@ def whole_state(
     optim: Any = cfg.optim
     yield "step", torch.tensor(state.step)
     yield from parameters(found, cfg.model, names)
+    names = trained(names)
     yield "slots.adamw.count", torch.tensor(updates(found, state, optim, names))
     moments = {path: name._replace(offset=0.0) for path, name in names.items()}
     for slot, theirs in MOMENTS.items():
@@ -200,7 +202,15 @@ def _turned(
         return Deferred(shape, dtype, lambda: name.ours(found.tensors[place.format(name.name)].make().to(dtype)))
 
     for path, spec in tree.items(specs(made)):
-        yield path, leaf(spec.shape, names[path])
+        if path in names:
+            yield path, leaf(spec.shape, names[path])
+
+
+def trained(names: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Those of the parameters that AdamW moves: experts' biases are moved by their loads, and are buffers there."""
+    from olmo_fn.transforms.balance import BIAS
+
+    return {path: name for path, name in names.items() if not path.endswith(BIAS)}
 
 
 def updates(found: Checkpoint, state: TrainState, optim: AdamW, names: Mapping[str, Stored]) -> int:
@@ -222,11 +232,11 @@ def updates(found: Checkpoint, state: TrainState, optim: AdamW, names: Mapping[s
 def summary(run: Path, made: Model, cfg: Config, found: Checkpoint) -> str:
     """What was read, and what to type next."""
     from olmo_fn.convert.olmo_core_training import lost
-    from olmo_fn.models.count import num_params
+    from olmo_fn.models.count import in_words
 
     state = found.state
     name = shlex.quote(str(run))
-    what = f"{run}: {num_params(made):,} parameters"
+    what = f"{run}: {in_words(made)}"
     if state is None:
         start = f"--run.start-from {name} --run.start-with params --run.folder {name}-2"
         return f"{what}\ntrain on:      olmo-fn train {name} {start} --data.paths 'tokens/part-*.npy'"

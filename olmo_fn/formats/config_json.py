@@ -11,12 +11,15 @@ from typing import Any
 
 from olmo_fn.fields import values
 from olmo_fn.formats.families import Family
-from olmo_fn.formats.hybrids import EVERY
+from olmo_fn.formats.families_moe import MOE_FAMILIES, feed_forward, spelled_out
+from olmo_fn.formats.hybrids import EVERY as DENSE
 from olmo_fn.formats.keys import Keys
-from olmo_fn.models.config import Attention, Block, GatedDelta, Model
+from olmo_fn.models.config import Attention, Block, GatedDelta, Model, MoE
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, NoScaling, YaRN
 
 CONFIG = "config.json"
+EVERY = (*DENSE, *MOE_FAMILIES)
+"""Every architecture that is read and written."""
 NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 """transformers' defaults of these are of the tokenizers of its first models."""
 LARGEST = 10 << 20
@@ -86,6 +89,7 @@ def json_of(model: Model) -> dict[str, Any]:
     ValueError, with what differs from the nearest one, if there is none.
     """
     nearest: list[str] | None = None
+    model = spelled_out(model)
     for family in EVERY:
         try:
             raw = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(model), **NO_IDS}
@@ -136,9 +140,22 @@ def canonical(model: Model) -> Model:
 
 
 def _block(block: Any, model: Model, layer: int) -> Any:
+    block = replace(block, feed_forward=_experts(feed_forward(model, layer)))
     if isinstance(block.mixer, Attention):
         return replace(block, mixer=_attention(block.mixer, model, layer), dropout=0.0)
     return replace(block, mixer=_recurrent(block.mixer, model), dropout=0.0) if isinstance(block.mixer, GatedDelta) else block
+
+
+def _experts(network: Any) -> Any:
+    """Experts without what is about training: losses, jitter, a capacity, and how fast biases move, if there are any."""
+    if not isinstance(network, MoE):
+        return network
+    plain, groups = MoE(), network.expert_groups > 1
+    training = ("balance_loss", "balance_over", "router_z_loss", "jitter", "dispatch", "capacity_factor", "capacity_over")
+    of_parts = (("shared_mix", network.shared_size), ("latent_norm", network.latent_size), ("top_groups", groups))
+    unused = (*(name for name, used in of_parts if not used), "dense_layers", "dense_size", *training)
+    rate = float(network.balance_rate > 0)
+    return replace(network, balance_rate=rate, **{name: getattr(plain, name) for name in unused})
 
 
 def _recurrent(mixer: GatedDelta, model: Model) -> GatedDelta:

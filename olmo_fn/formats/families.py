@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from olmo_fn.formats.keys import Keys
 from olmo_fn.formats.rope import FULL, SLIDING, Rotation, one_rope, rope_json, ropes_by_layer_type, ropes_json
-from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, PeriNorm, PreNorm, RMSNorm, SwiGLU
-from olmo_fn.models.settings.feed_forward import Gated
+from olmo_fn.models.config import (
+    Attention,
+    Block,
+    FeedForwardSettings,
+    GeGLU,
+    Head,
+    Model,
+    PeriNorm,
+    PreNorm,
+    RMSNorm,
+    SwiGLU,
+)
 from olmo_fn.models.settings.rope_scaling import NoScaling
 
 if TYPE_CHECKING:
@@ -166,7 +176,9 @@ FAMILIES = (
 )
 
 
-def model(keys: Keys, mixer: Attention, feed_forward: Gated, kind: type[Block] = Block, tie: bool = False) -> Model:
+def model(
+    keys: Keys, mixer: Attention, feed_forward: FeedForwardSettings, kind: type[Block] = Block, tie: bool = False
+) -> Model:
     """A model of one kind of block; ``tie``: whether the head is the embedding where the keys do not say it."""
     return Model(
         d_model=keys.whole("hidden_size"),

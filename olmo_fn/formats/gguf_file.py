@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
         Pairs of a head's dims that are rotated together are dims i and i + head_dim/2 there, and neighbours here.
 
-        >>> Place(Stored("", (8,)), heads=2).order()
+        >>> Place(Stored("", (8,), (8,)), heads=2).order()
         tensor([0, 2, 1, 3, 4, 6, 5, 7])
         """
         rows = torch.arange(self.stored.shape[0])
@@ -109,7 +109,7 @@ class File:
         """A parameter in our form, fp32; `READ_BYTES` of it are turned at a time."""
         place = self.places[path]
         name, tensor = place.stored, self.tensors[place.stored.name]
-        out = torch.empty(name.shape[::-1] if name.transposed else name.shape)
+        out = torch.empty(name.here)
         theirs, order = (out.T if name.transposed else out).numpy(), place.order().numpy()
         step = max(1, READ_BYTES // (4 * math.prod(name.shape[1:])))
         for first in range(0, name.shape[0], step):

@@ -8,7 +8,7 @@ directory.parameter("blocks.0.attention.w_q")       # in our form, fp32
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from olmo_fn.formats.config_json import CONFIG, differences, family_of, json_of,
 from olmo_fn.formats.draft import drafting
 from olmo_fn.formats.families import Family
 from olmo_fn.formats.keys import Keys
-from olmo_fn.formats.names import ENDS, Stored, assembled, in_files, stored
+from olmo_fn.formats.names import ENDS, Rows, Stored, assembled, in_files, stored
 from olmo_fn.formats.tensors import SHARD_BYTES, Joined, StoredTensor, Target, divided, open_tensors, write_tensors
 from olmo_fn.models.config import Model
 from olmo_fn.spec import Box
@@ -48,7 +48,7 @@ class Directory:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all of its weights; fp32 where they are not all of one."""
-        dtypes = {self.tensors[name.name].dtype for name in self.names.values()}
+        dtypes = {self.tensors[tensor].dtype for name in self.names.values() for tensor in name.tensors}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     @property
@@ -58,22 +58,41 @@ class Directory:
         return found if type(found) is int else None
 
     def parameter(self, path: str, box: Box | None = None) -> Tensor:
-        """A parameter, or the ``box`` of it, in our form, fp32. Of the file only the rows are read that hold it."""
+        """A parameter, or the ``box`` of it, in our form, fp32. Of the files only the rows are read that hold it."""
         name = self.names[path]
-        tensor = self.tensors[name.name]
-        offset, shape = box or Box.whole(name.own_shape[::-1] if name.transposed else name.own_shape)
+        offset, shape = box or Box.whole(name.here)
         out = torch.empty(shape, dtype=torch.float32)
-        (top, *left), (height, *width) = (offset[::-1], shape[::-1]) if name.transposed else (offset, shape)
-        columns = tuple(slice(at, at + n) for at, n in zip(left, width, strict=True))
-        for there, here, n in name.rows.runs(top, height) if name.rows else [(top, top, height)]:
-            for first, rows in tensor.rows(there, n):
-                start = here - top + first - there
-                part, at = rows[(slice(None), *columns)], slice(start, start + len(rows))
-                if name.transposed:
-                    out[:, at] = part.T.contiguous()  # turned as it is, and cast then: three times as fast
-                else:
-                    out[at] = part
+        if not name.stacked:
+            read(self.tensors[name.name], name, 0, Box(offset, shape), out)
+        for i in range(shape[0] if name.stacked else 0):  # a matrix after the other: of a tensor of its own, or below others
+            number = offset[0] + i
+            tensor, before = self.tensors[name.name.format(number)], 0 if name.split else number * name.seen[1]
+            read(below_each_other(tensor), name, before, Box(offset[1:], shape[1:]), out[i])
         return out.add_(name.offset) if name.offset else out
+
+
+def read(tensor: StoredTensor | Joined, name: Stored, before: int, box: Box, out: Tensor) -> None:
+    """Fill ``out`` with the ``box`` of a parameter, or of one of its matrices, whose rows in the tensor have ``before`` before
+    them.
+    """
+    (top, *left), (height, *width) = (box.offset[::-1], box.shape[::-1]) if name.transposed else box
+    columns = tuple(slice(at, at + n) for at, n in zip(left, width, strict=True))
+    top += before
+    for there, here, n in name.rows.runs(top, height) if name.rows else [(top, top, height)]:
+        for first, rows in tensor.rows(there, n):
+            start = here - top + first - there
+            part, at = rows[(slice(None), *columns)], slice(start, start + len(rows))
+            if name.transposed:
+                out[:, at] = part.T.contiguous()  # turned as it is, and cast then: three times as fast
+            else:
+                out[at] = part
+
+
+def below_each_other(tensor: StoredTensor | Joined) -> StoredTensor | Joined:
+    """The matrices of a tensor with three dims as one."""
+    if isinstance(tensor, Joined) or len(tensor.shape) < 3:
+        return tensor
+    return tensor._replace(shape=(tensor.shape[0] * tensor.shape[1], *tensor.shape[2:]))
 
 
 def open_directory(path: str | Path, model: Model | None = None) -> Directory:
@@ -86,18 +105,40 @@ def open_directory(path: str | Path, model: Model | None = None) -> Directory:
     raw = read_json(folder)
     there = model_of(raw, str(folder / CONFIG))
     if model is not None and (differ := differences(there, model)):
-        raise ValueError(f"{folder} holds another model: {', '.join(differ)}")
-    names = names_in(raw, there)
-    tensors = as_named(open_tensors(folder), names, family_of(Keys(raw, str(folder / CONFIG))))
+        dense = bool(num_experts(model)) and not num_experts(there)
+        hint = "; olmo-fn convert upcycle makes a model with experts of a dense one" if dense else ""
+        raise ValueError(f"{folder} holds another model: {', '.join(differ)}{hint}")
+    files = open_tensors(folder)
+    names = names_in(raw, there, files)
+    tensors = as_named(files, names, family_of(Keys(raw, str(folder / CONFIG))))
     found = Directory(folder, raw, there, names, tensors)
     check_tensors(found)
     return found
 
 
-def names_in(raw: Mapping[str, Any], model: Model) -> dict[str, Stored]:
-    """Where each parameter of a model is in the files of the architecture that its config.json, ``raw``, names."""
+def names_in(raw: Mapping[str, Any], model: Model, tensors: Container[str] = ()) -> dict[str, Stored]:
+    """Where each parameter of a model is in the files of the architecture that its config.json, ``raw``, names.
+
+    Experts are a tensor each for gate, up and down, as transformers saves them, or, where ``tensors`` has the names of that,
+    all in two: ``gate_up_proj`` (E, 2 F, D) and ``down_proj`` (E, D, F), as transformers 5 has them in memory.
+    """
     names, family = stored(model, "huggingface"), family_of(Keys(raw, CONFIG))
+    names = {path: together(one, tensors) for path, one in names.items()}
     return family.tensors(model, names) if family.tensors else names
+
+
+def together(one: Stored, tensors: Container[str]) -> Stored:
+    """Experts as they are stacked in ``tensors``, if they are; else as they were."""
+    start, matched, end = one.name.partition("experts.{}.")
+    down = end.startswith("down")
+    name = f"{start}experts.{'down_proj' if down else 'gate_up_proj'}"
+    if not matched or name not in tensors:
+        return one
+    E, height, width = one.seen
+    if down:
+        return one._replace(name=name, shape=one.seen, split=False)
+    rows = Rows(height if end.startswith("up") else 0, height, 2 * height)
+    return one._replace(name=name, shape=(E, 2 * height, width), split=False, rows=rows)
 
 
 def as_named(
@@ -121,7 +162,8 @@ def as_named(
 
 def check_tensors(directory: Directory) -> None:
     """ValueError unless the tensors are those of the model, with their shapes and dtypes that are read."""
-    wanted, tensors = {name.name: name.shape for name in directory.names.values()}, directory.tensors
+    wanted = {tensor: name.shape for name in directory.names.values() for tensor in name.tensors}
+    tensors = directory.tensors
     missing = [name for name in wanted if name not in tensors]
     extra = [name for name in tensors if name not in wanted and not name.endswith(BUFFER)]
     head, embed = ENDS["head.w_out"].huggingface, ENDS["embed"].huggingface
@@ -165,7 +207,7 @@ def write_directory(
     config.pop("torch_dtype", None)
     config |= {"dtype": READ[dtype], "torch_dtype": READ[dtype]}  # of transformers 5, and of 4
     names = names_in(config, model)
-    targets = [Target(name.name, dtype, name.shape) for name in in_files(names)]
+    targets = [Target(tensor, dtype, name.shape) for name in in_files(names) for tensor in name.tensors]
 
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
@@ -174,6 +216,11 @@ def write_directory(
         write_tensors(draft, targets, (tensor for _, tensor in assembled(names, parameters)), shard_bytes, advance)
         write_json(draft / CONFIG, config)
         more(draft)
+
+
+def num_experts(model: Model) -> int:
+    """The most that a layer has."""
+    return max(block.feed_forward.num_experts for block in model.layers)
 
 
 def _same(a: StoredTensor | Joined, b: StoredTensor | Joined) -> bool:

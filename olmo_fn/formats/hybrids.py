@@ -150,7 +150,7 @@ EVERY = (
     ),
     Family("Qwen3_5ForCausalLM", "qwen3_5_text", read_qwen3_5, write_qwen3_5, qwen3_5_tensors),
 )
-"""Every architecture that is read and written."""
+"""Those, and the dense ones."""
 
 
 def of_layers(keys: Keys, linear: Block, full: Block) -> Model:

@@ -61,43 +61,62 @@ class Rows(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A parameter as another program's file has it."""
+    """A parameter as another program's file has it: one tensor, or one for each entry of the first dim if ``split``."""
 
     name: str
-    """The name of its tensor there."""
+    """The name of its tensor there; with ``{}`` for a number where it is split."""
     shape: tuple[int, ...]
-    """The shape of that tensor."""
+    """The shape of that tensor; of each where it is split."""
+    here: tuple[int, ...]
+    """Its shape here."""
     transposed: bool = False
-    """It is a matrix (out, in) there, and (in, out) here."""
+    """Its matrices are (out, in) there, and (in, out) here."""
     offset: float = 0.0
     """What is added to it to get ours: 1 for a gain that is kept around 0 there."""
-    flat: bool = False
-    """It has dims there, and is flat here."""
+    split: bool = False
+    """Matrices that are stacked here are tensors of their own there."""
     rows: Rows | None = None
-    """Which rows of the tensor it is, if it is not all of it."""
+    """Which rows of the tensor it is, if it is not all of it; of one with more dims, of its matrices below each other."""
 
     @property
-    def own_shape(self) -> tuple[int, ...]:
-        """The shape there of what of the tensor is the parameter."""
-        if self.rows is None:
-            return self.shape
-        return (self.shape[0] // self.rows.stride * self.rows.height, *self.shape[1:])
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all tensors that it is made of.
+
+        >>> Stored("experts.{}.w", (4, 2), (3, 2, 4), transposed=True, split=True).tensors
+        ('experts.0.w', 'experts.1.w', 'experts.2.w')
+        """
+        return tuple(self.name.format(i) for i in range(self.here[0])) if self.split else (self.name,)
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """Its shape here with its matrices as they are there."""
+        return (*self.here[:-2], *self.here[:-3:-1]) if self.transposed else self.here
+
+    @property
+    def stacked(self) -> bool:
+        """It is several matrices here."""
+        return self.transposed and len(self.here) == 3
 
     def ours(self, theirs: Tensor) -> Tensor:
-        """The parameter out of the file's tensor: a view of it without an ``offset``.
+        """The parameter out of the file's one tensor: a view of it without an ``offset``.
 
         >>> import torch
-        >>> Stored("w", (2, 3), transposed=True).ours(torch.ones(2, 3)).shape
+        >>> Stored("w", (2, 3), (3, 2), transposed=True).ours(torch.ones(2, 3)).shape
         torch.Size([3, 2])
         """
-        theirs = theirs if self.rows is None else self.rows.of(theirs).flatten(0, 1)
-        turned = theirs.T if self.transposed else theirs.flatten() if self.flat else theirs
+        if self.rows is not None:
+            theirs = self.rows.of(theirs.flatten(0, 1) if self.stacked else theirs)
+        viewed = theirs.reshape(self.seen)
+        turned = viewed.mT if self.transposed else viewed
         return turned + self.offset if self.offset else turned
 
     def theirs(self, ours: Tensor) -> Tensor:
-        """The file's tensor, or its rows of it, out of the parameter; the inverse of `ours`."""
+        """The file's tensor, or its rows of it, out of the parameter, or out of one entry of it where it is split; the inverse
+        of `ours`.
+        """
         turned = ours - self.offset if self.offset else ours
-        return turned.T if self.transposed else turned.view(self.shape) if self.flat else turned
+        turned = turned.mT if self.transposed else turned
+        return turned if self.rows else turned.reshape(self.shape)
 
 
 def assembled(names: Mapping[str, Stored], parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[Stored, Tensor]]:
@@ -108,7 +127,7 @@ def assembled(names: Mapping[str, Stored], parameters: Iterable[tuple[str, Tenso
     begun: dict[str, Tensor] = {}
     for (path, one), (given, tensor) in zip(names.items(), parameters, strict=True):
         assert path == given, (path, given)
-        theirs = one.theirs(tensor)
+        theirs = tensor if one.split else one.theirs(tensor)
         if one.rows is not None:
             whole = begun.setdefault(one.name, theirs.new_empty(one.shape))
             rows = one.rows.of(whole)
@@ -117,7 +136,7 @@ def assembled(names: Mapping[str, Stored], parameters: Iterable[tuple[str, Tenso
         missing[one.name] -= 1
         if not missing[one.name]:
             begun.pop(one.name, None)
-            yield one, theirs
+            yield from ((one, one.theirs(matrix)) for matrix in tensor) if one.split else [(one, theirs)]
 
 
 def in_files(names: Mapping[str, Stored]) -> list[Stored]:
@@ -133,8 +152,9 @@ def stored(cfg: Model, program: Program) -> dict[str, Stored]:
     ValueError, with the path, for a parameter that has no name there.
 
     >>> from olmo_fn.models.config import dense
-    >>> stored(dense(8, 1, 2, 16), "huggingface")["blocks.0.attention.w_q"]
-    Stored(name='model.layers.0.self_attn.q_proj.weight', shape=(8, 8), transposed=True, offset=0.0, flat=False, rows=None)
+    >>> found = stored(dense(8, 1, 2, 16), "huggingface")["blocks.0.feed_forward.w_up"]
+    >>> found.name, found.shape, found.here
+    ('model.layers.0.mlp.up_proj.weight', (16, 8), (8, 16))
     >>> stored(dense(8, 1, 2, 16), "olmo_core")["blocks.0.feed_forward.w_up"].name
     'blocks.0.feed_forward.w3.weight'
     """
@@ -151,10 +171,18 @@ def stored(cfg: Model, program: Program) -> dict[str, Stored]:
         if path not in names:
             raise ValueError(f"{path} has no name in the files of {program}")
         block, name = names[path]
-        transposed, flat = bool(block) and len(spec.shape) == 2, program == "olmo_core" and bool(name.shape)
-        shape = name.shape if flat else spec.shape[::-1] if transposed else spec.shape
-        found[path] = Stored(block + getattr(name, program), shape, transposed, getattr(name, f"{program}_offset"), flat)
+        found[path] = _stored(block, name, spec.shape, program)
     return found
+
+
+def _stored(block: str, name: Names, here: tuple[int, ...], program: Program) -> Stored:
+    """A parameter of the shape ``here``; matrices of a ``block`` are (out, in) there."""
+    stack, there = "{}" in name.huggingface, program == "huggingface"
+    transposed = bool(block) and (len(here) == 2 or stack) and (there or name.turned)
+    shape = (*here[:-2], *here[:-3:-1]) if transposed else here
+    shape = shape[1:] if stack and there else name.shape if not there and name.shape else shape
+    offset = getattr(name, f"{program}_offset")
+    return Stored(block + getattr(name, program), shape, here, transposed, offset, stack and there)
 
 
 def _norms(norm: Norm, gains: Mapping[str, Names]) -> dict[str, Names]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from olmo_fn.formats.groups import Group, shown
@@ -18,8 +19,10 @@ from olmo_fn.models.config import (
     GatedDelta,
     GeGLU,
     Head,
+    Hybrid,
     LayerNorm,
     Model,
+    MoE,
     Normalized,
     NormSettings,
     PeriNorm,
@@ -45,6 +48,13 @@ BLOCKS = {
     "peri_norm": PeriNorm,
     "normalized": Normalized,
 }
+SPARSE = {
+    "moe": PreNorm,
+    "moe_reordered_norm": Block,
+    "moe_hybrid": partial(Hybrid, norms="input"),
+    "moe_hybrid_reordered_norm": partial(Hybrid, norms="output"),
+}
+"""Blocks with experts; hybrid ones have a dense network beside them."""
 RMS = ("rms", "fused_rms", "cute_rms", "qwen_rms", "nemotron_rms")
 """Norms that differ in their rounding alone."""
 Norms = set[tuple[NormSettings, float]]
@@ -63,8 +73,7 @@ def model(config: Mapping[str, Any]) -> Model:
     (10000.0, 24)
     """
     fields = Group(config.get("model"), "model", HOW)
-    _refuse_experts(fields)
-    fields.one_of("name", "default", "normalized")
+    fields.one_of("name", "default", "normalized", "moe")
     d_model, n_layers = fields.take("d_model", int), fields.take("n_layers", int)
     if not 1 <= n_layers <= 1024:
         raise ValueError(f"model.n_layers is {n_layers}; it must be from 1 to 1024")
@@ -99,30 +108,17 @@ def model(config: Mapping[str, Any]) -> Model:
     return _simplest(made)
 
 
-def _refuse_experts(fields: Group) -> None:
-    """ValueError for a model that is not dense, with what is."""
-    block = fields.left.get("block")
-    groups: list[Any] = [fields.values, block, *(block.values() if isinstance(block, dict) else ())]
-    groups = [group for group in groups if isinstance(group, dict)]
-    found = [name for group in groups if (name := str(group.get("name"))).startswith("moe")]
-    found += ["feed_forward_moe" for group in groups if group.get("feed_forward_moe")]
-    if found:
-        raise ValueError(
-            f"model: a mixture of experts ({found[0]}) is not read; dense models are, with blocks {', '.join(BLOCKS)}"
-        )
-
-
 def _pattern(fields: Group, n_layers: int, d_model: int, norms: Norms) -> tuple[Block, ...]:
     """Blocks that are repeated over the depth."""
     pattern, overrides = fields.maybe("block_pattern", list), fields.maybe("block_overrides", dict) or {}
     if pattern:
         kinds = fields.group("block")
-        named = {name: _block(kinds.group(name), d_model, norms) for name in list(kinds.left)}
+        named = {name: _block(kinds.group(name), d_model, n_layers, norms) for name in list(kinds.left)}
         if not all(isinstance(name, str) and name in named for name in pattern):
             raise ValueError(f"model.block_pattern must name blocks of model.block, {', '.join(named)}")
         found = tuple(named[name] for name in pattern)
     else:
-        found = (_block(fields.group("block"), d_model, norms),)
+        found = (_block(fields.group("block"), d_model, n_layers, norms),)
     if not overrides:
         return found
     layers = [found[i % len(found)] for i in range(n_layers)]
@@ -130,21 +126,30 @@ def _pattern(fields: Group, n_layers: int, d_model: int, norms: Norms) -> tuple[
         path = f"model.block_overrides.{key}"
         if not key.isdecimal() or int(key) >= n_layers:
             raise ValueError(f"{path}: there is no such layer, but {n_layers}")
-        layers[int(key)] = _block(Group(value, path, HOW), d_model, norms)
+        layers[int(key)] = _block(Group(value, path, HOW), d_model, n_layers, norms)
     return tuple(layers)
 
 
-def _block(fields: Group, d_model: int, norms: Norms) -> Block:
-    kind = BLOCKS[fields.one_of("name", *BLOCKS)]
+def _block(fields: Group, d_model: int, n_layers: int, norms: Norms) -> Block:
+    kinds: dict[str, Any] = {**BLOCKS, **SPARSE}
+    name = fields.one_of("name", *kinds)
+    kind, more = kinds[name], {}
     mixer = _mixer(fields.group("sequence_mixer", "attention"), d_model, norms)
-    feed_forward = _feed_forward(fields.group("feed_forward"))
+    feed_forward: FeedForwardSettings
+    if name in SPARSE:
+        feed_forward = _experts(fields.group("feed_forward_moe"), n_layers, norms)
+    else:
+        feed_forward = _feed_forward(fields.group("feed_forward"))
+    if "hybrid" in name:
+        more["dense"] = _feed_forward(fields.group("feed_forward"))
     if kind is not Normalized:
         _norm(fields.group("layer_norm"), norms)
     unit = kind is Normalized, getattr(mixer, "qk_norm", "none") == "unit", isinstance(feed_forward, ScaledSwiGLU)
     if len(set(unit)) > 1:
         raise ValueError(f"{fields.path}: block, attention and feed-forward network must be normalized all three, or none")
     fields.one_of("dropout", 0.0)
-    found = kind(
+    found: Block = kind(
+        **more,
         mixer=mixer,
         feed_forward=feed_forward,
         attention_factor=fields.take("attention_residual_alpha", float, 1.0),
@@ -162,6 +167,60 @@ def _feed_forward(fields: Group) -> FeedForwardSettings:
         raise ValueError(f"{fields.path} is normalized, and then only silu without biases is read")
     kind: Any = ScaledSwiGLU if name == "normalized" else GeGLU if activation == "gelu_tanh" else SwiGLU
     found: FeedForwardSettings = kind(hidden_size=hidden, feed_forward_bias=bias)
+    return found
+
+
+def _experts(fields: Group, n_layers: int, norms: Norms) -> MoE:
+    """Those of a block. Their capacity, and the loss over all tokens, are those of what a rank computes at once there."""
+    bounded = fields.one_of("name", "default", "dropless") == "default"
+    shared = _feed_forward(fields.group("shared_mlp")) if "shared_mlp" in fields.left else None
+    shared_size = 0 if shared is None else getattr(shared, "hidden_size", 0)
+    if shared not in (None, SwiGLU(hidden_size=shared_size)):
+        raise ValueError(f"{fields.path}.shared_mlp is not the kind that is read: silu, without biases")
+    by_instance = fields.one_of("lb_loss_granularity", "local_batch", "instance") == "instance"
+    per_layer = 1 if fields.take("scale_loss_by_num_layers", bool, True) else n_layers
+    no_loss = "lb_loss_weight" in fields.values and fields.values["lb_loss_weight"] is None
+    capacity = fields.take("capacity_factor", float, 1.2)
+    router = fields.group("router") if "router" in fields.left else Group({}, f"{fields.path}.router", fields.ignored)
+    router.one_of("name", "default")
+    for flag in ("uniform_expert_assignment", "random_expert_assignment"):
+        router.one_of(flag, False)
+    found = MoE(
+        num_experts=fields.take("num_experts", int, 1),
+        top_k=router.take("top_k", int, 1),
+        expert_size=fields.take("hidden_size", int, 256),
+        shared_size=shared_size,
+        shared_mix="average",
+        gating=router.one_of("gating_function", "softmax", "sigmoid"),
+        weight_norm=router.maybe("normalize_expert_weights", float),
+        jitter=router.take("jitter_eps", float, 0.0),
+        capacity_factor=capacity if bounded else None,
+        capacity_over="batch",
+        balance_loss=0.0 if no_loss else fields.take("lb_loss_weight", float, 0.01) * per_layer,
+        balance_over="sequence" if by_instance else "batch",
+        router_z_loss=fields.take("z_loss_weight", float, 0.0) * per_layer,
+        balance_rate=router.take("bias_gamma", float, 0.0),
+        **_latent(fields, norms),
+    )
+    router.end()
+    fields.end()
+    return found
+
+
+def _latent(fields: Group, norms: Norms) -> dict[str, Any]:
+    if "latent_moe" not in fields.left:
+        return {}
+    latent = fields.group("latent_moe")
+    found = {
+        "latent_size": latent.take("latent_dim", int),
+        "latent_norm": latent.take("up_proj_input_norm_enabled", bool, False),
+    }
+    latent.one_of("bias", False)
+    if found["latent_norm"]:
+        given = latent.group("up_proj_input_norm") if "up_proj_input_norm" in latent.left else None
+        _norm(given or Group({"name": "rms", "bias": False}, latent.path), norms)
+    latent.ignore("up_proj_input_norm")
+    latent.end()
     return found
 
 

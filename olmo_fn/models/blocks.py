@@ -108,6 +108,43 @@ def peri_norm(mixer: Sublayer, feed_forward: Sublayer, norm: Norm, residuals: Re
     )
 
 
+Three: TypeAlias = tuple[Residual, Residual, Residual]
+"""Those of the mixer, of the dense network, and of the experts."""
+MOE_NAMES = Names("post_moe_layernorm.weight", "feed_forward_moe_norm.weight")
+
+
+def hybrid(mixer: Sublayer, dense: Sublayer, experts: Sublayer, norm: Norm, residuals: Three) -> tuple[Part, ...]:
+    """``h = x + norm(mixer(x)); h + norm(dense(h)) + norm(experts(x))``: the experts see what comes into the block, so that
+    they need not wait for the rest of it, and all is one part.
+    """
+    first, second, third = (f"{f.name}_norm" for f in (mixer, dense, experts))
+
+    def fn(p: Tree, x: Tensor, run: Run, ctx: Context) -> Tensor:
+        sparse = run(experts, x)
+        h = residuals[0].add_normed(ctx, norm, p[first], x, run(mixer, x))
+        h = residuals[1].add_normed(ctx, norm, p[second], h, run(dense, h))
+        return residuals[2].add_normed(ctx, norm, p[third], h, sparse)
+
+    names = Names("post_attention_layernorm.weight", f"{mixer.name}_norm.weight")
+    dense_names = Names("post_feedforward_layernorm.weight", "feed_forward_norm.weight")
+    return (Part("hybrid", fn, (mixer, dense, experts), {first: names, second: dense_names, third: MOE_NAMES}),)
+
+
+def hybrid_pre_norm(mixer: Sublayer, dense: Sublayer, experts: Sublayer, norm: Norm, residuals: Three) -> tuple[Part, ...]:
+    """``h = x + mixer(norm(x)); h + dense(norm(h)) + experts(norm(x))``: the same with the norms on the inputs."""
+    first, second, third = (f"{f.name}_norm" for f in (mixer, dense, experts))
+
+    def fn(p: Tree, x: Tensor, run: Run, ctx: Context) -> Tensor:
+        sparse = run(experts, norm(ctx, p[third], x))
+        h = residuals[0].add(ctx, x, run(mixer, norm(ctx, p[first], x)))
+        h = residuals[1].add(ctx, h, run(dense, norm(ctx, p[second], h)))
+        return residuals[2].add(ctx, h, sparse)
+
+    names = Names("input_layernorm.weight", f"{mixer.name}_norm.weight")
+    dense_names = Names("post_attention_layernorm.weight", "feed_forward_norm.weight")
+    return (Part("hybrid", fn, (mixer, dense, experts), {first: names, second: dense_names, third: MOE_NAMES}),)
+
+
 def normalized(mixer: Sublayer, feed_forward: Sublayer, d_model: int, step: float = 0.05) -> tuple[Part, ...]:
     """``unit(x + a · (unit(f(x)) - x))`` for each: the stream stays on the unit sphere (nGPT, Loshchilov et al. 2024).
 

@@ -13,9 +13,10 @@ import tyro
 
 from olmo_fn.fields import POSITIVE, Range
 from olmo_fn.models.settings.attention import Attention
-from olmo_fn.models.settings.block import Block, InPlace, Normalized, PeriNorm, PreNorm, ScaledNorm
+from olmo_fn.models.settings.block import Block, Hybrid, InPlace, Normalized, PeriNorm, PreNorm, ScaledNorm
 from olmo_fn.models.settings.feed_forward import GELU, GeGLU, ScaledSwiGLU, SwiGLU
 from olmo_fn.models.settings.gated_delta import GatedDelta
+from olmo_fn.models.settings.moe import MoE
 from olmo_fn.models.settings.norm import LayerNorm, NormSettings, RMSNorm
 from olmo_fn.models.settings.sublayer import WIDTH, FeedForwardSettings, MixerSettings, check_positive
 
@@ -27,8 +28,10 @@ __all__ = [
     "GatedDelta",
     "GeGLU",
     "Head",
+    "Hybrid",
     "LayerNorm",
     "MixerSettings",
+    "MoE",
     "Model",
     "MultiToken",
     "NormSettings",
@@ -137,6 +140,9 @@ class Model:
         for block in self.pattern or (self.block,):
             block.mixer.check(self)
             block.feed_forward.check(self)
+            if isinstance(block, Hybrid):
+                block.dense.check(self)
+                block.check()
 
     def check_mesh(self, tp: int, cp: int, cp_method: str, ep: int = 1) -> None:
         """ValueError, with the flags and a way out, if ranks of these degrees cannot share the blocks."""
@@ -146,6 +152,8 @@ class Model:
             block.feed_forward.check_experts(ep)
             block.mixer.check_mesh(self, tp, cp, cp_method)
             block.feed_forward.check_mesh(self, tp, cp, cp_method)
+            if isinstance(block, Hybrid):
+                block.dense.check_mesh(self, tp, cp, cp_method)
 
 
 def dense(d_model: int, n_layers: int, n_heads: int, hidden_size: int, **changes: Any) -> Model:
@@ -169,7 +177,9 @@ def modified(model: Model, **changes: Any) -> Model:
         return replace(settings, **mine)
 
     model = take(model)
-    mixer, feed_forward = take(model.block.mixer), take(model.block.feed_forward)
+    parts = {
+        name: take(getattr(model.block, name)) for name in ("mixer", "feed_forward", "dense") if hasattr(model.block, name)
+    }
     if changes:
         raise ValueError(f"the model has no {', '.join(changes)}")
-    return replace(model, block=replace(model.block, mixer=mixer, feed_forward=feed_forward))
+    return replace(model, block=replace(model.block, **parts))

@@ -28,6 +28,29 @@ def num_non_embedding_params(cfg: Model) -> int:
     return num_params(cfg) - cfg.vocab_size * cfg.d_model
 
 
+def num_active_params(cfg: Model) -> int:
+    """Entries of the parameters that a token meets: without those of the experts that it is not sent to.
+
+    >>> from olmo_fn.models.families import OLMOE
+    >>> f"{num_active_params(OLMOE['olmoe-1b-7b']):,}"
+    '1,282,017,280'
+    """
+    built = layers(cfg)
+    idle = sum(sub.idle for layer in built for sub in layer.sublayers)
+    return num_params(cfg) - idle - cfg.multi_token.depth * sum(sub.idle for sub in built[-1].sublayers)
+
+
+def in_words(cfg: Model) -> str:
+    """How many parameters there are, and of a model with experts, how many of them a token meets.
+
+    >>> from olmo_fn.models.families import OLMO2, OLMOE
+    >>> in_words(OLMO2["olmo2-1b"]), in_words(OLMOE["olmoe-1b-7b"])
+    ('1,484,916,736 parameters', '6,919,161,856 parameters (1,282,017,280 for a token)')
+    """
+    total, active = num_params(cfg), num_active_params(cfg)
+    return f"{total:,} parameters" + (f" ({active:,} for a token)" if active < total else "")
+
+
 def flops_per_sequence(cfg: Model, sequence_length: int) -> int:
     """Training FLOPs of one sequence of S tokens, an exact integer: forward, and twice that for backward.
 

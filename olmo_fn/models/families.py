@@ -26,6 +26,7 @@ from olmo_fn.models.config import (
     dense,
     modified,
 )
+from olmo_fn.models.families_moe import MIXTRAL, OLMO3MOE, OLMOE, QWEN3MOE, SMALLMOE
 from olmo_fn.models.settings.rope_scaling import Interpolation, NoScaling, Stepwise, YaRN
 
 
@@ -286,6 +287,11 @@ FAMILIES: dict[str, dict[str, Model]] = {
     "gemma3": GEMMA3,
     "ngpt": NGPT,
     "smollm2": SMOLLM2,
+    "olmoe": OLMOE,
+    "smallmoe": SMALLMOE,
+    "olmo3moe": OLMO3MOE,
+    "qwen3moe": QWEN3MOE,
+    "mixtral": MIXTRAL,
     "olmo-hybrid": {**OLMO_HYBRID, **OLMO_HYBRID_LONG},
     "qwen3.5": QWEN3_5,
 }

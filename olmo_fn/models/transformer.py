@@ -234,10 +234,10 @@ def tables_of(built: tuple[Layer, ...], positions: Tensor) -> dict[Any, Any]:
 
 
 def logits(cfg: Model, params: Tree, batch: Batch, backend: Backend = PLAIN) -> Tensor:
-    """Logits (B, T, V) of ``batch["input_ids"]`` (B, T)."""
+    """Logits (B, T, V) of ``batch["input_ids"]`` (B, T); as in decoding, experts drop nothing (`olmo_fn.nn.moe`)."""
     TokenBatch(cfg.vocab_size, labels=False)(batch)
     chain, x = loss(cfg), None
-    ctx = chain.context(batch, backend)
+    ctx = chain.context({name: given for name, given in batch.items() if name != "labels"}, backend)
     for stage in chain.stages[:-1]:
         x, _ = stage.fn({key: tree.at(params, path) for key, path in stage.params}, x, ctx)
     assert x is not None

@@ -54,13 +54,17 @@ def moe_sublayer(form: MoEForm) -> Sublayer:
     ``w_router`` (D, E); ``experts``: ``w_gate`` (E, D, F), ``w_up`` (E, D, F), ``w_down`` (E, F, D); ``router_bias`` (E,),
     which no gradient moves (`olmo_fn.transforms.balance`); ``shared``: those of a gated network. With a latent width (NVIDIA
     2025, LatentMoE) ``w_latent_in`` (D, L) makes what goes to the experts, and ``w_latent_out`` (L, D) of what comes back.
+
+    A capacity holds where there is a loss, in training and evaluation. Where there are no labels, in decoding and logits, every
+    expert takes all that is sent to it: an expert's even share of what is decoded at once says nothing about a sequence.
     """
     D, E, F, width, router = form.d_model, form.router.experts, form.hidden, form.width, form.router
 
     def apply(p: Tree, x: Tensor, ctx: Context) -> Result:
         axes, B = ctx.backend.axes, len(x)
         routed = route(ctx, router, p, x)
-        kept, most = (None, 0) if router.capacity_factor is None else within_capacity(ctx, router, routed.experts)
+        drops = router.capacity_factor is not None and ctx.labels is not None
+        kept, most = within_capacity(ctx, router, routed.experts) if drops else (None, 0)
         h = x if not form.latent else x @ enter(merged(p["w_latent_in"]), axes.tp)
         h, weights = all_gather(h, 1, axes.tp), all_gather(routed.weights, 1, axes.tp)
         experts = all_gather(routed.experts, 1, axes.tp)
@@ -127,7 +131,8 @@ def moe_sublayer(form: MoEForm) -> Sublayer:
         flops=lambda length: 2 * length * active(form),
         divided=("tp", "cp"),
         metrics={**METRICS, "load": Metric("sum", (E,)), "dropped": Metric("sum")},
-        names=MOE_NAMES,
+        names=names_of(form),
+        idle=(E - router.top_k) * 3 * width * F,
     )
 
 
@@ -143,4 +148,32 @@ def _dropped(kept: Tensor | None, work: Work, load: Tensor) -> Tensor:
     return load.new_zeros(()) if kept is None else (~kept).sum().to(load.dtype)
 
 
-MOE_NAMES: dict[str, Names] = {}
+MOE_NAMES = {
+    "w_router": Names("mlp.gate.weight", "feed_forward_moe.router.weight"),
+    "router_bias": Names("mlp.gate.e_score_correction_bias", "feed_forward_moe.router.score_bias"),
+    "experts.w_gate": Names("mlp.experts.{}.gate_proj.weight", "feed_forward_moe.experts.mlp.w1"),
+    "experts.w_up": Names("mlp.experts.{}.up_proj.weight", "feed_forward_moe.experts.mlp.w3"),
+    "experts.w_down": Names("mlp.experts.{}.down_proj.weight", "feed_forward_moe.experts.mlp.w2"),
+    "shared.w_gate": Names("mlp.shared_expert.gate_proj.weight", "feed_forward_moe.shared_mlp.w1.weight"),
+    "shared.w_up": Names("mlp.shared_expert.up_proj.weight", "feed_forward_moe.shared_mlp.w3.weight"),
+    "shared.w_down": Names("mlp.shared_expert.down_proj.weight", "feed_forward_moe.shared_mlp.w2.weight"),
+    "shared.w_mix": Names("mlp.shared_expert_gate.weight", "feed_forward_moe.shared_gate.weight"),
+    "w_latent_in": Names("mlp.latent_in.weight", "feed_forward_moe.latent_down_proj.weight"),
+    "w_latent_out": Names("mlp.latent_out.weight", "feed_forward_moe.latent_up_proj.weight"),
+    "latent_norm": Names("mlp.latent_norm.weight", "feed_forward_moe.latent_up_proj_input_norm.weight"),
+}
+
+
+def names_of(form: MoEForm) -> dict[str, Names]:
+    """What the parameters are called elsewhere. OLMo-core keeps matrices of all experts in one with fewer dims; those that come
+    from the stream lie there as here where there is a capacity, and as (out, in) where there is none.
+    """
+    D, E, F, width = form.d_model, form.router.experts, form.hidden, form.width
+    whole = form.router.capacity_factor is None
+    flat = {
+        "w_router": (True, (E * D,)),
+        "experts.w_gate": (whole, (E * F, width) if whole else (E * width, F)),
+        "experts.w_up": (whole, (E * F, width) if whole else (E * width, F)),
+        "experts.w_down": (False, (E * F, width)),
+    }
+    return MOE_NAMES | {name: MOE_NAMES[name]._replace(turned=turned, shape=shape) for name, (turned, shape) in flat.items()}

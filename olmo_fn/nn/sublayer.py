@@ -23,8 +23,9 @@ Result: TypeAlias = "Tensor | tuple[Tensor, Aux]"
 class Names(NamedTuple):
     """What a parameter is called in other programs' files, relative to its block; matrices are (out, in) there.
 
-    The offsets are what is added to theirs to get ours: 1 for a gain that is kept around 0 there, and around 1 here. ``shape``:
-    of OLMo-core's, where ours is flat.
+    Of matrices that are stacked here (E, in, out) Hugging Face has one tensor each, whose name has its number for ``{}``. The
+    offsets are what is added to theirs to get ours: 1 for a gain that is kept around 0 there, and around 1 here. ``shape``: of
+    OLMo-core's, where it has the same entries in another number of dims. ``turned``: OLMo-core too has matrices (out, in).
     """
 
     huggingface: str
@@ -32,6 +33,7 @@ class Names(NamedTuple):
     huggingface_offset: float = 0.0
     olmo_core_offset: float = 0.0
     shape: tuple[int, ...] = ()
+    turned: bool = True
 
 
 def no_cache(rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> Tree:
@@ -57,6 +59,7 @@ class Sublayer:
       each rank; over ``cp`` they are refused by name.
     - ``metrics``: those that its `Aux` reports. Scalars are added up over the layers; of vectors each layer has its own.
     - ``names``: what its parameters are called in other programs' files.
+    - ``idle``: entries of its parameters that a token does not meet: those of the experts that it is not sent to.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Sublayer:
     divided: tuple[str, ...] = ()
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     names: Mapping[str, Names] = field(default_factory=dict)
+    idle: int = 0
 
     def on(self, tp: Axis) -> Callable[[Tree, Tensor, Context], Result]:
         """``apply``; on ranks of ``tp``, if it is not written for them, whole on each."""

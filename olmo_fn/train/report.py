@@ -8,7 +8,7 @@ from itertools import pairwise
 from olmo_fn import tree
 from olmo_fn.data.source import HELDOUT
 from olmo_fn.models import transformer
-from olmo_fn.models.count import flops_per_token, num_non_embedding_params, num_params
+from olmo_fn.models.count import flops_per_token, num_active_params, num_non_embedding_params, num_params
 from olmo_fn.train.config import Config
 from olmo_fn.train.loop import FAILURE, OBSERVER, Result
 from olmo_fn.train.observers.console import mute
@@ -21,6 +21,7 @@ def dry_run(cfg: Config) -> str:
     """Counts of parameters, tokens and FLOPs, and memory of the state, without allocating anything."""
     step = recipe(cfg)  # a wrong one is refused here too
     r, total, specs = cfg.recipe, num_params(cfg.model), tree.flatten(parameters(cfg))
+    active = num_active_params(cfg.model)
     trained = sum(spec.size for path, spec in specs.items() if is_trained(cfg, path))
     slots = abstract_state(step, parameters(cfg))["slots"]
     kept = {name: sum(x.nbytes for _, x in tree.items(slot)) for name, slot in slots.items()}
@@ -31,6 +32,7 @@ def dry_run(cfg: Config) -> str:
     return "\n".join(
         (
             f"parameters        {total:>20,}",
+            *([f"  for a token     {active:>20,}  all but the experts that it is not sent to"] if active != total else []),
             f"  not embedding   {num_non_embedding_params(cfg.model):>20,}",
             f"  largest         {largest[0]:>20,}  {largest[1]}",
             *([f"  trained         {trained:>20,}"] if trained != total else []),

@@ -51,6 +51,8 @@ HYBRID = {
     "linear_value_head_dim": 10,
 }
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+
 CASES = {
     "olmo2": ("olmo2", {"rope_parameters": PLAIN}),
     "olmo2-mha-tied": ("olmo2", {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": PLAIN}),
@@ -74,6 +76,13 @@ CASES = {
         },
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "rope_parameters": PLAIN}),
+    "olmoe-bias-norm": ("olmoe", {"num_experts": 4, "norm_topk_prob": True, "attention_bias": True, "num_experts_per_tok": 3}),
+    "flex-olmo": ("flex_olmo", {"num_experts": 5, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.0}),
+    "qwen3-moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True, "tie_word_embeddings": True}),
+    "qwen3-moe-mixed": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 5}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": None}),
+    "mixtral-window": ("mixtral", {"num_local_experts": 3, "sliding_window": 5, "tie_word_embeddings": True}),
     "olmo_hybrid": ("olmo_hybrid", HYBRID | {"rope_parameters": PLAIN, "linear_num_value_heads": 4}),
     "olmo_hybrid-nope": ("olmo_hybrid", HYBRID | {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
     "qwen3_5": ("qwen3_5_text", HYBRID | {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hf_peers import directory
 from safetensors.torch import load_file, save_file
 
 from olmo_fn.cli import main as cli
+from olmo_fn.formats.huggingface import open_directory
+from olmo_fn.models.config import MoE
 
 W_Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -143,6 +146,71 @@ def index_of_another(folder):
 
 def no_index(folder):
     (folder / "model.safetensors.index.json").write_text("[]")
+
+
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+
+def missing_expert(folder):
+    weights = tensors(folder)
+    one_file(folder, {name: weights[name] for name in weights if name != EXPERT})
+
+
+def expert_of_another_shape(folder):
+    weights = tensors(folder)
+    one_file(folder, weights | {EXPERT: weights[EXPERT][:24]})
+
+
+def one_expert_more(folder):
+    weights = tensors(folder)
+    one_file(folder, weights | {EXPERT.replace("2", "6"): weights[EXPERT].clone()})
+
+
+def other_number(folder):
+    change_config(folder, num_experts=4, num_local_experts=6)
+
+
+def more_than_there_are(folder):
+    change_config(folder, num_experts_per_tok=7)
+
+
+def clipped(folder):
+    change_config(folder, clip_qkv=8.0)
+
+
+def dense_network(folder):
+    weights = {name: x for name, x in tensors(folder).items() if "experts" not in name and "gate.weight" not in name}
+    names = [f"model.layers.{i}.mlp.{way}_proj.weight" for i in range(3) for way in ("gate", "up")]
+    one_file(folder, weights | {name: torch.zeros(48, 32) for name in names})
+
+
+SPOILED_EXPERTS = [
+    (missing_expert, f"missing: {EXPERT}"),
+    (expert_of_another_shape, f"{EXPERT} is [24, 32], and [48, 32] by config.json"),
+    (one_expert_more, "not of this model: model.layers.1.mlp.experts.6.up_proj.weight"),
+    (other_number, "num_experts is 4; num_local_experts, another name of the same, is 6"),
+    (more_than_there_are, "--model.top-k is 7, and there are 6 experts"),
+    (clipped, "clip_qkv is 8.0; no model here computes that, only null"),
+    (dense_network, "missing: model.layers.0.mlp.gate.weight, model.layers.0.mlp.experts.0.gate_proj.weight"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "said"), SPOILED_EXPERTS, ids=[spoil.__name__ for spoil, _ in SPOILED_EXPERTS])
+def test_experts_that_are_not_as_they_should_be(spoil, said, tmp_path, capsys):
+    folder = directory("olmoe", tmp_path / "dir", shard="20KB")
+    spoil(folder)
+    assert cli.main(["convert", "from-hf", str(folder), str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert said in line
+    assert {path.name for path in tmp_path.iterdir()} == {"dir"}
+
+
+def test_a_dense_directory_is_no_model_with_experts(good, capsys):
+    """And the other way round nothing is advised."""
+    model = open_directory(good).model
+    sparse = replace(model, block=replace(model.block, feed_forward=MoE(num_experts=4, top_k=2)))
+    with pytest.raises(ValueError, match=r"another model: .*feed-forward.name moe.*; olmo-fn convert upcycle makes a model"):
+        open_directory(good, sparse)
 
 
 SPOILED = [

@@ -11,17 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olmo_fn.formats.config_json import canonical, differences, json_of, model_of
-from olmo_fn.models import families
-from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, PeriNorm, PreNorm, RMSNorm, SwiGLU, dense, modified
+from olmo_fn.models import families, families_moe
+from olmo_fn.models.config import Attention, Block, GeGLU, Head, Model, MoE, PeriNorm, PreNorm, RMSNorm, SwiGLU, dense, modified
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, Interpolation, NoScaling, Stepwise, YaRN
 
 PRESETS = {
     name: model
-    for group in vars(families).values()
+    for group in (vars(families) | vars(families_moe)).values()
     if isinstance(group, dict)
     for name, model in group.items()
     if isinstance(model, Model)
 }
+
+NOWHERE = ("ngpt", "smallmoe", "olmo3moe")
+"""What transformers has no architecture for."""
 
 # --- released models, as their config.json says it ------------------------------------------------------------
 
@@ -71,6 +74,30 @@ RELEASED = {
         "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True, "vocab_size": 49152,
         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
     },
+    "olmoe-1b-7b": {
+        "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "attention_bias": False, "clip_qkv": None,
+        "eos_token_id": 50279, "hidden_size": 2048, "intermediate_size": 1024, "max_position_embeddings": 4096,
+        "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "num_hidden_layers": 16, "num_key_value_heads": 16, "output_router_logits": False, "pad_token_id": 1,
+        "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 50304,
+    },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False, "bos_token_id": 151643,
+        "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_size": 2048, "intermediate_size": 6144,
+        "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-6,
+        "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+        "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "mixtral-8x7b": {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 32000,
+    },
     "olmo-hybrid-7b-long": {
         "architectures": ["OlmoHybridForCausalLM"], "model_type": "olmo_hybrid", "attention_bias": False, "hidden_size": 3840,
         "intermediate_size": 11008, "layer_types": [*["linear_attention"] * 3, "full_attention"] * 8, "linear_a_log_max": 16.0,
@@ -98,7 +125,7 @@ def test_the_config_of_a_released_model_is_its_preset(name):
     assert differences(model_of({**COMMON, **RELEASED[name]}), PRESETS[name]) == []
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("ngpt")])
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith(NOWHERE)])
 def test_every_preset_has_a_config_json(name):
     raw = json.loads(json.dumps(json_of(PRESETS[name])))
     assert differences(model_of(raw), PRESETS[name]) == []
@@ -159,6 +186,65 @@ def models(draw) -> Model:
         tie_embeddings=draw(st.booleans()),
         init_std=draw(some([0.02, 0.3])),
     )
+
+
+@st.composite
+def sparse_models(draw) -> Model:
+    """Models with experts, each of which some architecture computes; what is about training alone is drawn as well."""
+    name = draw(some(["olmoe", "flex", "qwen", "qwen-mixed", "mixtral"]))
+    heads, kind = draw(some([2, 4])), Block if name == "flex" else PreNorm
+    plain = name in ("olmoe", "flex")
+    mixer = Attention(
+        n_heads=heads,
+        n_kv_heads=draw(some([None, 1, 2])),
+        head_dim=None if plain else draw(some([None, 6])),
+        qk_norm="full" if plain else "none" if name == "mixtral" else "head",
+        attention_bias=name != "mixtral" and draw(some([False, False, True])),
+        rope_theta=draw(some([1e4, 5e5])),
+        rope_scaling=draw(some(SCALINGS)),
+        rope_scaled_layers="all",
+        window_pattern=() if plain else draw(some([(), (5,)])),
+        last_layer_full=False,
+    )
+    number = draw(st.integers(2, 5))
+    moe = MoE(
+        num_experts=number,
+        top_k=draw(st.integers(1, number)),
+        expert_size=draw(some([4, 8])),
+        weight_norm=1.0 if name == "mixtral" else draw(some([None, 1.0])),
+        balance_loss=draw(some([0.0, 0.02])),
+        balance_over=draw(some(["batch", "sequence"])),
+        router_z_loss=draw(some([0.0, 0.001])),
+        capacity_factor=draw(some([None, None, 1.0])),
+        jitter=draw(some([0.0, 0.1])),
+        dispatch=draw(some(["auto", "gather"])),
+        dense_layers=draw(some([0, 1, 2])) if name == "qwen-mixed" else 0,
+        dense_size=12,
+    )
+    block = kind(mixer=mixer, feed_forward=moe)
+    size = {"d_model": 8, "n_layers": draw(st.integers(1, 4)), "vocab_size": draw(some([20, 33]))}
+    found = Model(**size, block=block, norm_eps=draw(some([1e-5, 1e-6])), tie_embeddings=draw(st.booleans()))
+    if name != "qwen-mixed" or moe.dense_layers:
+        return found
+    return replace(found, pattern=draw(some([(block, replace(block, feed_forward=SwiGLU(hidden_size=12)))])))
+
+
+@given(sparse_models())
+@examples(60)
+def test_every_such_model_with_experts_has_a_config_json(model):
+    assert differences(model_of(json.loads(json.dumps(json_of(model)))), model) == []
+
+
+def test_what_no_architecture_computes_of_experts_is_named():
+    moe = Block(mixer=Attention(n_heads=2), feed_forward=MoE(num_experts=4, top_k=2, expert_size=8))
+    for change, said in (
+        ({"balance_rate": 0.1}, "balance-rate 1.0"),
+        ({"gating": "sigmoid"}, "gating sigmoid"),
+        ({"shared_size": 8}, "shared-size 8"),
+        ({"weight_scale": 2.0}, "weight-scale 2.0"),
+    ):
+        with pytest.raises(ValueError, match=f"FlexOlmoForCausalLM it would differ in .*--model.{said}"):
+            json_of(modified(Model(8, 1, 20, moe), **change))
 
 
 @given(models())

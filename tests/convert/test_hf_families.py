@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import same_bits
 from hf_peers import CASES, directory, peer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -15,14 +17,26 @@ from olmo_fn import tree
 from olmo_fn.cli import main as cli
 from olmo_fn.core.chain import IGNORE
 from olmo_fn.core.pipe import grad, pipe
-from olmo_fn.formats.huggingface import open_directory
+from olmo_fn.formats import tensors
+from olmo_fn.formats.huggingface import names_in, open_directory
 from olmo_fn.formats.hybrids import NORMS
 from olmo_fn.models import transformer
+from olmo_fn.spec import Box
 
 
 def params_of(folder):
     found = open_directory(folder)
     return found, tree.unflatten((path, found.parameter(path)) for path in found.names)
+
+
+def of_tokens(model):
+    """The model without losses of routers, which transformers adds only where it is asked for them."""
+
+    def block(one):
+        network = one.feed_forward
+        return replace(one, feed_forward=replace(network, balance_loss=0.0)) if network.num_experts else one
+
+    return replace(model, block=block(model.block), pattern=tuple(map(block, model.pattern)))
 
 
 def in_files(found, tensors):
@@ -58,11 +72,24 @@ def relative(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+real = tensors._read_into
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
 
 
+def experts_of(tensors):
+    """Routers and experts of OLMo-core as transformers has them; its own converter turns w1 and w3 the wrong way."""
+    found, ways = {}, {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    for layer in range(2):
+        here, there = f"param.blocks.{layer}.feed_forward_moe.", f"model.layers.{layer}.mlp."
+        found[f"{there}gate.weight"] = tensors[f"{here}router.weight"].view(6, 32)
+        for ours, theirs in ways.items():
+            for i, matrix in enumerate(tensors[f"{here}experts.mlp.{ours}"].view(6, 12, 32)):
+                found[f"{there}experts.{i}.{theirs}.weight"] = matrix.T if ours == "w2" else matrix
+    return found
+
+
 @pytest.mark.parametrize(
-    "name", ["gemma3", "llama3_stepwise", "olmo2_gqa", "olmo2_mha", "olmo3_swa", "olmo3_swa_yarn", "qwen3"]
+    "name", ["gemma3", "llama3_stepwise", "olmo2_gqa", "olmo2_mha", "olmo3_swa", "olmo3_swa_yarn", "olmoe_dropless", "qwen3"]
 )
 def test_a_directory_with_the_weights_of_olmo_core_computes_its_numbers(name, tmp_path):
     """Without transformers: config.json and names are those that OLMo-core's models have there, logits and loss its own."""
@@ -70,6 +97,8 @@ def test_a_directory_with_the_weights_of_olmo_core_computes_its_numbers(name, tm
     offsets = facts["hf"]["olmo_weight_minus_hf_weight"]
     names = {here: there for here, there in facts["hf"]["names"].items() if f"param.{here}" in tensors}  # but for a tied head
     weights = {there: tensors[f"param.{here}"] - offsets.get(here, 0) for here, there in names.items()}
+    if name == "olmoe_dropless":
+        weights |= experts_of(tensors)
     save_file({there: weight.contiguous() for there, weight in weights.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(facts["hf"]["config"]))
     found, params = params_of(tmp_path)
@@ -80,9 +109,43 @@ def test_a_directory_with_the_weights_of_olmo_core_computes_its_numbers(name, tm
 
 
 def test_all_families_are_among_the_cases():
-    from olmo_fn.formats.hybrids import EVERY
+    from olmo_fn.formats.config_json import EVERY
 
     assert {family.model_type for family in EVERY} == {kind for kind, _ in CASES.values()}
+
+
+STACKED = [case for case in CASES if "moe" in case or case.startswith(("mixtral", "flex"))]
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_experts_that_are_stacked_are_the_same(case, tmp_path):
+    """As transformers 5 saves what it has in memory: the same parameters, and the same part of one."""
+    theirs = peer(case)
+    theirs.save_pretrained(tmp_path / "apart", max_shard_size="20KB")
+    theirs.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    apart, stacked = open_directory(tmp_path / "apart"), open_directory(tmp_path / "stacked")
+    assert any(name.split for name in apart.names.values())
+    assert not any(name.split for name in stacked.names.values())
+    for path, name in apart.names.items():
+        assert same_bits({path: apart.parameter(path)}, {path: stacked.parameter(path)})
+        if len(name.here) == 3:
+            box = Box((1, 2, 3), (2, 5, 7))
+            assert apart.parameter(path, box).equal(apart.parameter(path)[box.slices])
+            assert stacked.parameter(path, box).equal(apart.parameter(path)[box.slices])
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_of_experts_only_those_in_the_box_are_read(stacked, tmp_path, monkeypatch):
+    """A rank of ep reads its own experts: bytes that are read, counted."""
+    peer("olmoe").save_pretrained(tmp_path, save_original_format=not stacked)
+    found, total = open_directory(tmp_path), []
+    monkeypatch.setattr(
+        tensors, "_read_into", lambda file, out, start, path: (total.append(len(out)), real(file, out, start, path))
+    )
+    for name, (width, height) in {"w_gate": (32, 48), "w_up": (32, 48), "w_down": (48, 32)}.items():
+        total.clear()
+        found.parameter(f"blocks.1.moe.experts.{name}", Box((2, 0, 0), (2, width, height)))
+        assert sum(total) == 2 * 32 * 48 * 4
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,14 +161,15 @@ def test_logits_loss_and_gradients_are_those_of_transformers(case, tmp_path):
     out.loss.backward()
 
     assert relative(transformer.logits(found.model, params, {"input_ids": ids}), out.logits.detach()) < 1e-5
-    grads, metrics = pipe(transformer.loss(found.model), grad())(params, {"input_ids": ids, "labels": labels})
+    grads, metrics = pipe(transformer.loss(of_tokens(found.model)), grad())(params, {"input_ids": ids, "labels": labels})
     assert float(metrics["loss"]) == pytest.approx(out.loss.item(), rel=1e-5)
     expected = in_files(found, {name: p.grad for name, p in theirs.named_parameters()})
     largest = max(float(g.abs().max()) for g in expected.values())
+    names = names_in(found.raw, found.model, expected)  # in memory experts are stacked
     # In fp32 both sides are 1e-5 to 3e-5 from the gradients in fp64 where layers are recurrent (the gated norm amplifies).
     tolerance = 1e-4 if "linear_attention" in found.raw.get("layer_types", []) else 1e-5
     for path, g in tree.items(grads):
-        there = found.names[path].ours(expected[found.names[path].name])
+        there = names[path].ours(expected[names[path].name])
         assert float((g - there).abs().max()) <= tolerance * max(float(there.abs().max()), 1e-2 * largest), path
 
 

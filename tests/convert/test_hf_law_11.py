@@ -11,15 +11,16 @@ import torch
 from helpers import caught, examples, same_bits
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from test_hf_config_json import models
+from test_hf_config_json import models, sparse_models
 from transformers import AutoModelForCausalLM
 
 from olmo_fn import spec, tree
-from olmo_fn.formats import hybrids
+from olmo_fn.formats import families_moe, hybrids
 from olmo_fn.formats.config_json import differences, json_of
 from olmo_fn.formats.huggingface import open_directory, write_directory
+from olmo_fn.formats.names import Stored
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Attention, Block, GatedDelta, Model, PreNorm, RMSNorm, SwiGLU, dense
+from olmo_fn.models.config import Attention, Block, GatedDelta, Model, MoE, PreNorm, RMSNorm, SwiGLU, dense
 from olmo_fn.nn import feed_forward
 
 GQA = dense(8, 2, 4, 12, n_kv_heads=2, vocab_size=20, init_std=0.3)
@@ -59,6 +60,38 @@ def test_law_11(model: Model, seed: int, dtype: torch.dtype) -> None:
     except ValueError:
         assume(False)
     law(model, seed, dtype)
+
+
+@given(sparse_models(), st.integers(0, 2**20), st.sampled_from([torch.float32, torch.bfloat16]))
+@examples(15)
+def test_law_11_of_experts(model: Model, seed: int, dtype: torch.dtype) -> None:
+    law(model, seed, dtype)
+
+
+SPARSE = Model(
+    8, 2, 20, PreNorm(mixer=Attention(n_heads=2), feed_forward=MoE(num_experts=4, top_k=2, expert_size=8)), init_std=0.5
+)
+
+
+@pytest.mark.parametrize("way", ["experts in another order", "weights that add up to 1"])
+def test_the_law_of_experts_bites(way: str) -> None:
+    law(SPARSE, 0, torch.float32)
+    if way == "weights that add up to 1":  # in what is written
+        real = families_moe.moe_sizes
+        with (
+            patch.object(families_moe, "moe_sizes", lambda m: real(m) | {"norm_topk_prob": True}),
+            patch("olmo_fn.formats.config_json.differences", lambda *_: []),
+            patch("olmo_fn.formats.huggingface.differences", lambda *_: []),
+        ):
+            caught(law, SPARSE, 0, torch.float32)
+    else:  # both ways alike, of the router alone
+        theirs, ours = Stored.theirs, Stored.ours
+
+        def turned(one: Stored, x: torch.Tensor) -> torch.Tensor:
+            return theirs(one, x).flip(0) if one.name.endswith("mlp.gate.weight") else theirs(one, x)
+
+        with patch.object(Stored, "theirs", turned), patch.object(Stored, "ours", ours):
+            caught(law, SPARSE, 0, torch.float32)
 
 
 FEED_FORWARD = SwiGLU(hidden_size=12)

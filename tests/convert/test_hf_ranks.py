@@ -19,6 +19,10 @@ from olmo_fn.train.config import Config, Init, Lora, Recipe
 from olmo_fn.train.recipe import first_parameters, recipe
 from olmo_fn.train.schedules import Cosine
 
+EXPERTS = {
+    "ep": (Mesh(dp_shard=2, ep=2), MeshConfig(dp_shard=2, ep=2)),
+    "ep-tp": (Mesh(dp_shard=2, ep=2, tp=2), MeshConfig(dp_shard=2, ep=2, tp=2)),
+}
 MESHES = {
     "fsdp": (Mesh(dp_shard=2), MeshConfig(dp_shard=2)),
     "tp": (Mesh(tp=2), MeshConfig(tp=2)),
@@ -63,6 +67,16 @@ def wrong_shards(connection: Connection, cfg: Config, mutant: bool = False) -> l
 def test_each_rank_has_its_part(name, folder, pool):
     mesh, settings = MESHES[name]
     assert not any(pool.run(wrong_shards, config(folder, settings), mesh=mesh))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", [*MESHES, *EXPERTS])
+def test_each_rank_has_its_part_of_the_experts(name, stacked, tmp_path, pool):
+    from hf_peers import peer
+
+    peer("olmoe", num_hidden_layers=2).save_pretrained(tmp_path, save_original_format=not stacked)
+    mesh, settings = (MESHES | EXPERTS)[name]
+    assert not any(pool.run(wrong_shards, config(str(tmp_path), settings), mesh=mesh))
 
 
 def test_the_law_bites(folder, pool):

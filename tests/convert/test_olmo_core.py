@@ -66,6 +66,14 @@ def convert(*words):
     return cli.main(["convert", "from-olmo-core", *map(str, words)])
 
 
+def experts(config):
+    """The config with experts in the place of its feed-forward network, which is what they are."""
+    block = config["model"]["block"]
+    block.pop("feed_forward", None)
+    block["name"], sizes = "moe_reordered_norm", {"num_experts": 4, "hidden_size": 4}
+    return block.setdefault("feed_forward_moe", {"name": "dropless", "router": {"top_k": 2}, **sizes})
+
+
 def refused(capsys, *words):
     """The one line that a command is refused with."""
     capsys.readouterr()
@@ -226,11 +234,30 @@ def test_counts_that_do_not_agree(copy, tmp_path, capsys):
         (lambda c: c["model"].update(d_model=16), "model.embeddings.weight is [64, 8], and [64, 16] by its config.json"),
         (
             lambda c: c["model"]["block"].update(name="moe_reordered_norm"),
-            "a mixture of experts (moe_reordered_norm)",
+            "block.feed_forward_moe is null",
         ),
         (
-            lambda c: c["model"].update(name="moe"),
-            "experts (moe) is not read; dense models are, with blocks default",
+            lambda c: c["model"]["block"].update(feed_forward_moe={"name": "default"}),
+            "feed_forward_moe is a group of 1",
+        ),
+        (
+            lambda c: experts(c).update(name="dropped"),
+            "feed_forward_moe.name is 'dropped', and only 'default' or",
+        ),
+        (
+            lambda c: experts(c)["router"].update(uniform_expert_assignment=True),
+            "uniform_expert_assignment is True",
+        ),
+        (lambda c: experts(c).update(latent_moe={"latent_dim": 4, "bias": True}), "latent_moe.bias is True, and only False"),
+        (lambda c: experts(c).update(shared_mlp={"hidden_size": 8}), "shared_mlp is not the kind that is read: silu, without"),
+        (lambda c: experts(c)["router"].update(top_k=9), "--model.top-k is 9, and there are 4 experts"),
+        (
+            lambda c: experts(c)["router"].update(emo=1),
+            "feed_forward_moe.router.emo is 1, which is not read",
+        ),
+        (
+            lambda c: experts(c),
+            "lacks model.blocks.0.feed_forward_moe.router.weight [32]",
         ),
         (lambda c: attention(c).update(type="nemotron_mamba2"), "a nemotron_mamba2, and of mixers only attention and gated"),
         (lambda c: attention(c).update(type="gated_delta_net", conv_bias=True), "conv_bias is True, and only False is read"),
@@ -404,22 +431,50 @@ SMALL = json.dumps(
 )
 
 
-DENSE = [
+READ = [
     path
     for path in sorted((FIXTURES / "models").glob("*.json"))
-    if not path.stem.startswith(("moe", "olmoe")) and "hybrid" not in path.stem
+    if path.stem not in ("olmo_hybrid", "qwen3_5_hybrid", "moe_capacity")  # its logits are those of a loss, with drops
 ]
 
 
-@pytest.mark.parametrize("path", DENSE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", READ, ids=lambda path: path.stem)
 def test_models_of_every_kind_are_read(path):
     """OLMo-core's own config, weights and logits of each of the models in tests/fixtures/models."""
     made = model({"model": json.loads(path.read_text())["olmo_core_config"]})
     tensors = load_file(path.with_suffix(".safetensors"))
-    params = tree.unflatten(
-        (ours, name.ours(tensors[f"param.{name.name}"])) for ours, name in stored(made, "olmo_core").items()
-    )
+    weights = {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(("param.", "buffer."))}
+    params = tree.unflatten((ours, name.ours(weights[name.name])) for ours, name in stored(made, "olmo_core").items())
     assert_close(transformer.logits(made, params, {"input_ids": tensors["input_ids"]}), tensors["logits"], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["moe_sigmoid_bias", "moe_capacity", "moe_hybrid"])
+def test_a_run_of_experts_goes_on(name, copy, tmp_path, monkeypatch):
+    """A checkpoint with the weights of a model with experts, and moments of all but the biases, which are buffers there."""
+    tensors = load_file(FIXTURES / "models" / f"{name}.safetensors")
+    config = json.loads((FIXTURES / "models" / f"{name}.json").read_text())["olmo_core_config"]
+    weights = {key.partition(".")[2]: x for key, x in tensors.items() if key.startswith(("param.", "buffer."))}
+    moved = [key for key in weights if not key.endswith("score_bias")]
+    steps = {f"optim.state.{key}.step": torch.tensor(3.0) for key in moved}
+    moments = {f"optim.state.{key}.{slot}": 0.1 * weights[key] ** 2 for key in moved for slot in ("exp_avg", "exp_avg_sq")}
+    edit(copy, lambda c: c.update(model=config))
+    shutil.rmtree(copy / "model_and_optim")
+    every = {f"model.{key}": x for key, x in weights.items()} | steps | moments
+    dcp.save(every, checkpoint_id=copy / "model_and_optim", no_dist=True)
+    assert convert(copy, tmp_path / "run", "--data-paths", copy / "tokens.npy") == 0
+    cfg, (found, _) = read_config(tmp_path / "run"), load(tmp_path / "run" / "checkpoints" / "step3")
+    names = stored(cfg.model, "olmo_core")
+    for path, one in names.items():
+        assert one.theirs(tree.at(found["params"], path)).equal(weights[one.name]), path
+        biased = path.endswith("router_bias")
+        assert biased == (path not in tree.flatten(found["slots"]["adamw_v"]))
+        assert biased or one.theirs(tree.at(found["slots"]["adamw_v"], path)).equal(0.1 * weights[one.name] ** 2)
+    session = open_run(replace(cfg, recipe=replace(cfg.recipe, compile=False)))
+    state = session.resume().state
+    ids = tensors["input_ids"][:, :16]
+    after, metrics = session.step(state, {"input_ids": ids, "labels": ids.roll(-1, 1)})
+    assert after.step == 4
+    assert bool(metrics["router_balance"] > 0)
 
 
 RATES = json.loads((FIXTURES / "sched" / "schedulers.json").read_text())["cases"]

@@ -22,8 +22,10 @@ from olmo_fn.models.config import (
     GatedDelta,
     GeGLU,
     Head,
+    Hybrid,
     LayerNorm,
     Model,
+    MoE,
     MultiToken,
     PeriNorm,
     PreNorm,
@@ -48,6 +50,13 @@ def model(kind, mixer=None, feed_forward=None, **options) -> Model:
     ff = type(ff)(hidden_size=24, **{name: getattr(ff, name) for name in ("feed_forward_bias",) if hasattr(ff, name)})
     options = {"init_std": 0.3, **options}
     return Model(16, 2, 32, kind(mixer=Attention(**{**HEADS, **(mixer or {})}), feed_forward=ff), **options)
+
+
+def sparse(kind, qk_norm="none", dropout=0.0, **experts) -> Model:
+    """Experts beside a dense network."""
+    experts = {"num_experts": 4, "top_k": 2, "expert_size": 5, "balance_loss": 0.1, "balance_over": "sequence", **experts}
+    block = kind(mixer=Attention(qk_norm=qk_norm, **HEADS), feed_forward=MoE(**experts), dense=SwiGLU(hidden_size=24))
+    return Model(16, 2, 32, replace(block, dropout=dropout), init_std=0.3)
 
 
 MODELS = {
@@ -84,6 +93,8 @@ MODELS = {
     "dropout-reordered": model(partial(Block, dropout=0.5)),
     "multi-token": model(Block, tie_embeddings=True, multi_token=MultiToken(depth=2)),
     "multi-token-untied": model(PreNorm, {"qk_norm": "head"}, multi_token=MultiToken(depth=1, weight=0.5)),
+    "hybrid": sparse(Hybrid, qk_norm="full", dropout=0.25),
+    "hybrid-pre-norm": sparse(partial(Hybrid, norms="input", feed_forward_factor=0.7), capacity_factor=0.8),
     "ngpt": ngpt(16, 2, 4, 24, vocab_size=32, n_kv_heads=2),
     "gated-delta": replace(
         model(PreNorm),
@@ -105,6 +116,7 @@ LAYOUTS = {
     "cp-ring": Layout(Mesh(cp=2), Rules(cp_method="ring")),
     "pp": Layout(Mesh(pp=2), DEFAULT, Pipeline(microbatches=2)),
 }
+OF_EXPERTS = {"ep": Layout(Mesh(dp_shard=2, ep=2), DEFAULT), "ep-tp": Layout(Mesh(dp_shard=2, ep=2, tp=2), DEFAULT)}
 
 
 def recipe(cfg: Model) -> Step:
@@ -123,7 +135,8 @@ def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
 def test_parts_in_every_layout(pool: Pool, name: str) -> None:
     """Whole steps in fp64, with documents, on two ranks in each way; a pipeline has 2 blocks to cut."""
     cfg = MODELS[name]
-    assert_equivalent(partial(recipe, cfg), transformer.specs(cfg), list(LAYOUTS.values()), batches(), pool=pool)
+    layouts = [*LAYOUTS.values(), *(OF_EXPERTS.values() if cfg.block.feed_forward.num_experts else ())]
+    assert_equivalent(partial(recipe, cfg), transformer.specs(cfg), layouts, batches(), pool=pool)
 
 
 def changed(name: str, **fields) -> Model:
@@ -138,6 +151,8 @@ def changed(name: str, **fields) -> Model:
         ("biases-layer-norm", {"clip_qkv": 0.6}),
         ("factors-head-gate-cap", {"score_cap": 2.1}),
         ("linear-nope", {"rope_scaling": Interpolation(factor=2.1)}),
+        ("hybrid", {"top_k": 1}),
+        ("hybrid-pre-norm", {"block": replace(MODELS["hybrid-pre-norm"].block, norms="output")}),
         ("dropout", {"block": replace(MODELS["dropout"].block, dropout=0.3)}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every part of a dense model computes what OLMo-core does; the families have the released sizes."""
+"""Every part of a model computes what OLMo-core does; the families have the released sizes."""
 
 import json
 from dataclasses import replace
@@ -17,15 +17,27 @@ from olmo_fn.formats.names import stored
 from olmo_fn.formats.olmo_core_model import model
 from olmo_fn.generate.decode import empty_cache, extend
 from olmo_fn.models import count, transformer
-from olmo_fn.models.config import Model, modified
+from olmo_fn.models.config import Attention, Block, Hybrid, Model, MoE, MultiToken, modified
 from olmo_fn.models.families import FAMILIES, LLAMA3, OLMO3
 from olmo_fn.models.settings.rope_scaling import Stepwise, YaRN
+from olmo_fn.nn import router
+from olmo_fn.optim import adamw
 from olmo_fn.presets import CONFIGS
 from olmo_fn.train.recipe import first_parameters, recipe
+from olmo_fn.transforms.balance import balance_experts
 from olmo_fn.transforms.normalize import dims_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
+MOE = (
+    "moe_capacity",
+    "moe_dropless_prenorm_shared",
+    "moe_hybrid",
+    "moe_hybrid_reordered",
+    "moe_sigmoid_bias",
+    "olmoe_dropless",
+)
 NAMES = (
+    *MOE,
     "complex_rope_bias",
     "gates_nope",
     "gemma3",
@@ -41,21 +53,52 @@ NAMES = (
 )
 
 
-def load(tensors, cfg):
-    """OLMo-core's flat dict as a tree of ours; it must hold nothing else."""
+def load(tensors, cfg, without=""):
+    """OLMo-core's flat dict as a tree of ours, with 0 for what ends in ``without``; it must hold nothing else."""
     table = stored(cfg, "olmo_core")
     left = set(tensors) - {one.name for one in table.values()}
     assert not left, f"no place for {sorted(left)}"
-    return tree.map_with_path(lambda path, _: table[path].ours(tensors[table[path].name]).clone(), transformer.specs(cfg))
+
+    def leaf(path, spec):
+        if without and path.endswith(without):
+            return torch.zeros(spec.shape)
+        one = table[path]
+        ours = one.ours(tensors[one.name]).clone()
+        assert one.offset or one.theirs(ours).equal(tensors[one.name])
+        return ours
+
+    return tree.map_with_path(leaf, transformer.specs(cfg))
+
+
+def as_sorted_there(experts, E):
+    """`router.ranks_of` by a sort that is not stable, as OLMo-core has it: what it drops is not the last of a sequence."""
+    keys = experts.flatten()
+    order, counts = keys.sort()[1], torch.bincount(keys, minlength=E)
+    ranks, starts = torch.empty_like(keys), counts.cumsum(0) - counts
+    ranks[order] = torch.arange(len(keys)) - starts[keys[order]]
+    return ranks.view_as(experts)
 
 
 @pytest.fixture(params=NAMES)
-def case(request):
+def case(request, monkeypatch):
     facts = json.loads((FIXTURES / f"{request.param}.json").read_text())
     tensors = load_file(FIXTURES / f"{request.param}.safetensors")
     cfg = model({"model": facts["olmo_core_config"]})
     batch = {name: tensors[name] for name in ("input_ids", "labels")}
-    return cfg, tensors, facts, load(under("param.", tensors), cfg), batch
+    if request.param == "moe_capacity":
+        monkeypatch.setattr(router, "ranks_of", as_sorted_there)
+    weights = under("param.", tensors) | under("buffer.", tensors)
+    return cfg, tensors, facts, load(weights, cfg), batch
+
+
+def of_aux(cfg, factor):
+    """The model with the weights of its auxiliary losses times a factor."""
+    ff = cfg.block.feed_forward
+    return modified(cfg, balance_loss=ff.balance_loss * factor, router_z_loss=ff.router_z_loss * factor)
+
+
+def drops(cfg):
+    return getattr(cfg.block.feed_forward, "capacity_factor", None) is not None
 
 
 def test_logits_and_hidden_states(case):
@@ -65,19 +108,59 @@ def test_logits_and_hidden_states(case):
     context = chain.context(batch, PLAIN)
     for stage in chain.stages[:-1]:
         x, _ = stage.fn({key: tree.at(params, path) for key, path in stage.params}, x, context)
-        if stage.name == "feed_forward":
+        if stage.name in ("feed_forward", "hybrid"):
             assert_close(x, tensors[f"hidden.{stage.block}"], **CLOSE)
-    assert_close(transformer.logits(cfg, params, batch), tensors["logits"], **CLOSE)
+    assert_close(transformer.head_logits(cfg, params, x), tensors["logits"], **CLOSE)
+    if not drops(cfg):  # without labels none does
+        assert_close(transformer.logits(cfg, params, batch), tensors["logits"], **CLOSE)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_loss_and_gradients(case, engine):
     """The mean losses and the gradient of every parameter."""
     cfg, tensors, facts, params, batch = case
+    if cfg.block.feed_forward.num_experts:  # there these losses are means over all positions, and ours over those with a label
+        cfg = of_aux(cfg, facts["n_labels"] / batch["labels"].numel())
     grads, metrics = pipe(transformer.loss(cfg, z_loss=facts["z_loss_multiplier"]), grad(engine))(params, batch)
-    for ours, theirs in (("loss", "loss"), ("ce", "ce_loss"), ("z", "z_loss")):
-        assert metrics[ours].item() == pytest.approx(facts["mean"][theirs], rel=1e-5)
-    assert_grads(grads, load(under("grad.", tensors), cfg), params)
+    aux = sum(metrics[name].item() for name in ("router_balance", "router_z") if name in metrics)
+    found = {"loss": metrics["loss"].item() - aux, "ce_loss": metrics["ce"].item(), "z_loss": metrics["z"].item()}
+    for name, value in found.items():
+        assert value == pytest.approx(facts["mean"][name], rel=1e-5)
+    assert_grads(grads, load(under("grad.", tensors), cfg, without="router_bias"), params)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", MOE, indirect=True)
+def test_what_routers_report_and_their_gradients(case, engine):
+    """Auxiliary losses divided by the number of labels, as OLMo-core trains, their gradient, and the loads of the experts."""
+    cfg, tensors, facts, params, batch = case
+    grads, metrics = pipe(transformer.loss(cfg, z_loss=facts["z_loss_multiplier"]), grad(engine))(params, batch)
+    theirs = facts["sum_div_n"]["aux_metrics"]
+    assert metrics["router_balance"].item() == pytest.approx(theirs["load balancing loss"], rel=1e-5)
+    assert metrics["router_z"].item() == pytest.approx(theirs["router Z loss"], rel=1e-5)
+    for layer in range(cfg.n_layers):
+        load = metrics[f"load/{layer}"]
+        assert load.sum().item() == batch["input_ids"].numel() * cfg.block.feed_forward.top_k
+        assert (load.max() / load.mean()).item() == pytest.approx(theirs[f"block {layer:02}/load imbalance"])
+        path = f"blocks.{layer}.moe.w_router"
+        expected = tensors[f"grad_sum_div_n.blocks.{layer}.feed_forward_moe.router.weight"]
+        found = stored(cfg, "olmo_core")[path].theirs(tree.at(grads, path))
+        assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("case", ["moe_sigmoid_bias"], indirect=True)
+def test_biases_move_as_there(case):
+    """One step with balance_experts against OLMo-core's post_batch."""
+    cfg, tensors, _, params, batch = case
+    table = stored(cfg, "olmo_core")
+    step = pipe(transformer.loss(cfg), grad(), adamw(1e-3), balance_experts(cfg.balance_rate))
+    before = tree.map(torch.clone, params)
+    after, _ = step(step.init(params), batch)
+    for layer in range(cfg.n_layers):
+        path = f"blocks.{layer}.moe.router_bias"
+        expected = tensors[f"after_post_batch.{table[path].name}"]
+        assert not expected.equal(tree.at(before, path))
+        assert_close(tree.at(after.params, path), expected)
 
 
 def test_documents(case):
@@ -100,15 +183,24 @@ def test_decoding(case):
     for part in ids.split([10] + [1] * 14, dim=1):
         logits, cache = extend(cfg, params, part, cache)
         found.append(logits)
-    assert_close(torch.stack(found, 1), tensors["logits"][:, 9:], **CLOSE)
+    expected = transformer.logits(cfg, params, {"input_ids": ids})
+    assert_close(torch.stack(found, 1), expected[:, 9:], **CLOSE)
+    assert torch.allclose(expected, tensors["logits"], **CLOSE) != drops(cfg), "decoding drops nothing"
 
 
 def test_counts(case):
     """Parameters as OLMo-core counts them; FLOPs of products, to which it adds 6 for every entry of a vector."""
     cfg, _, facts, params, _ = case
-    assert count.num_params(cfg) == facts["counts"]["num_params"]
+    biases = sum(x.numel() for path, x in tree.items(params) if path.endswith("router_bias"))  # OLMo-core's are buffers
+    assert count.num_params(cfg) == facts["counts"]["num_params"] + biases
     vectors = sum(x.numel() for path, x in tree.items(params) if x.ndim == 1)
+    without = count.num_params(cfg) - count.num_active_params(cfg)
+    assert without == facts["counts"]["num_params"] - facts["counts"].get(
+        "config_num_active_params", facts["counts"]["num_params"]
+    )
+    beside = 6 * 3 * cfg.d_model * cfg.block.dense.hidden_size * cfg.n_layers if isinstance(cfg.block, Hybrid) else 0
     for length, theirs in facts["counts"]["flops_per_token"].items():
+        theirs += beside  # OLMo-core leaves the dense network of hybrid blocks out
         ours = count.flops_per_token(cfg, int(length))
         assert ours <= theirs + cfg.n_layers * 12 * 64, "its pairs are rounded down"
         assert theirs - ours <= 6 * vectors
@@ -141,6 +233,15 @@ RELEASED = {
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
+    "olmoe-1b-7b": 6_919_161_856,
+    "olmo3moe-275m": 1_134_875_136,
+    "olmo3moe-480m": 2_559_334_400,
+    "olmo3moe-810m": 4_927_618_560,
+    "olmo3moe-1.2b": 7_758_270_976,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
     "olmo-hybrid-7b": 7_430_870_688,
     "qwen3.5-9b": 8_953_803_264,
 }
@@ -204,13 +305,31 @@ def test_wrong_settings_are_refused(change, message):
 
 
 def test_sizes_and_flops_of_every_preset():
-    """A golden table: parameters, and training FLOPs a token at 4,096, of all presets."""
+    """A golden table: parameters, those that a token meets, and training FLOPs a token at 4,096, of all presets."""
     rows = [
-        f"{name:<15} {count.num_params(cfg):>15,} {count.flops_per_sequence(cfg, 4096) // 4096:>19,}"
+        f"{name:<19} {count.num_params(cfg):>15,} {count.num_active_params(cfg):>15,} "
+        f"{count.flops_per_sequence(cfg, 4096) // 4096:>19,}"
         for models in FAMILIES.values()
         for name, cfg in models.items()
     ]
     assert "\n".join(rows) + "\n" == (FIXTURES.parents[1] / "golden" / "models.txt").read_text()
+
+
+@pytest.mark.parametrize(("name", "said"), [("275m", 0.28), ("480m", 0.48), ("810m", 0.82), ("1.2b", 1.22)])
+def test_the_ladder_meets_as_many_parameters_as_its_runs_say(name, said):
+    """The names of AI2's runs have both numbers, such as 0.28@1.13B; a first layer sees all, and every other one after it."""
+    cfg = FAMILIES["olmo3moe"][f"olmo3moe-{name}"]
+    assert round(count.num_active_params(cfg) / 1e9, 2) == said
+    assert [cfg.block.mixer.window(layer, cfg.n_layers) for layer in range(5)] == [None, None, 2048, None, 2048]
+    assert [layer.sublayers[1].name for layer in transformer.layers(cfg)[:2]] == ["feed_forward", "moe"]
+
+
+def test_a_token_meets_its_experts_the_router_and_all_that_is_dense():
+    """Written out for a model with a latent width, a shared network, a dense first layer and a module for the token after."""
+    moe = MoE(num_experts=6, top_k=2, expert_size=5, shared_size=3, latent_size=4, dense_layers=1, dense_size=7)
+    block = Block(mixer=Attention(n_heads=2), feed_forward=moe)
+    cfg = Model(8, 3, 20, block, multi_token=MultiToken(depth=1))
+    assert count.num_params(cfg) - count.num_active_params(cfg) == 3 * 4 * 3 * 4 * 5  # 2 blocks and the module's
 
 
 def test_flops_are_six_for_an_entry_of_a_matrix_and_twelve_for_a_pair_and_a_dim():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from olmo_fn.fields import Range
 from olmo_fn.models.settings.attention import Attention
 from olmo_fn.models.settings.feed_forward import SwiGLU
+from olmo_fn.models.settings.moe import MoE
 
 if TYPE_CHECKING:
     from olmo_fn.models.blocks import Part, Residuals
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from olmo_fn.nn.norm import Norm
     from olmo_fn.nn.sublayer import Sublayer
 
+PLACES = 1 << 20
+"""Where the numbers of third residuals begin, behind those of the first and second ones of all blocks."""
 InPlace = tyro.conf.arg(name="")
 """The fields of a nested value are flags of their own, without its name before them: ``--model.n-heads``."""
 
@@ -113,4 +116,41 @@ class Normalized(Block):
         return normalized(self.mixer.build(model, layer), self.feed_forward.build(model, layer), model.d_model)
 
 
-BLOCKS: tuple[Any, ...] = (Block, PreNorm, PeriNorm, ScaledNorm, Normalized)
+@dataclass(frozen=True, kw_only=True)
+class Hybrid(Block):
+    """A dense and a sparse feed-forward network side by side; the experts see the block's input (OLMo-core's moe_hybrid)."""
+
+    name: tyro.conf.Suppress[str] = "hybrid"
+    feed_forward: Annotated[Any, InPlace] = field(default_factory=MoE)
+    """The sparse one, with experts."""
+    dense: Annotated[Any, InPlace] = field(default_factory=SwiGLU)
+    """The dense one."""
+    norms: Literal["output", "input"] = "output"
+    """Whether there is a norm on the output of each sublayer (OLMo 2), or on its input (Llama)."""
+
+    def parts(self, model: Model, layer: int) -> tuple[Part, ...]:
+        """The one part of block ``layer``."""
+        from olmo_fn.models.blocks import hybrid, hybrid_pre_norm
+
+        mixer, dense, experts = (one.build(model, layer) for one in (self.mixer, self.dense, self.feed_forward))
+        first, second = self.residuals(layer)
+        third = second._replace(place=PLACES + layer)
+        make = hybrid if self.norms == "output" else hybrid_pre_norm
+        return make(mixer, dense, experts, self.norm_of(model, layer), (first, second, third))
+
+    def check(self) -> None:
+        """ValueError, in one line, unless there is a dense network and one with experts."""
+        sparse = self.feed_forward
+        if not sparse.num_experts or self.dense.num_experts:
+            raise ValueError(
+                f"a hybrid block has experts (feed_forward, which is {sparse.name}) and a dense network (dense, which is "
+                f"{self.dense.name}) beside them; choose --model.feed-forward.name moe, and another for dense"
+            )
+        if getattr(sparse, "dense_layers", 0):
+            raise ValueError(
+                f"--model.dense-layers is {sparse.dense_layers}, and every hybrid block has a dense network anyway; leave "
+                "it at 0"
+            )
+
+
+BLOCKS: tuple[Any, ...] = (Block, PreNorm, PeriNorm, ScaledNorm, Normalized, Hybrid)
