@@ -110,6 +110,8 @@ def test_a_mixer_of_every_layer_is_a_flag(tokens, tmp_path, capsys):
     }.items():
         assert cli.main([*words, "--dry-run", *flags.split()]) == 2
         assert said in capsys.readouterr().err
+    assert cli.main([*words, "--run.folder", str(tmp_path / "fla"), "--model.rule", "fla"]) == 2
+    assert "--model.rule fla needs a GPU, and the tensors are on cpu; choose chunked, or auto" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--model.n-heads 4", "--model.dropout 0.1", "--model.mixer.name gated-delta"])
