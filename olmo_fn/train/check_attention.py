@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from olmo_fn.kernels.gated_delta_fla import choose_rule
 from olmo_fn.models.config import Attention, GatedDelta
 from olmo_fn.train.config import Config
 
@@ -31,7 +30,7 @@ def check_attention(cfg: Config, device: torch.device, dtype: torch.dtype) -> No
     name, r, mesh = cfg.recipe.attention, cfg.recipe, cfg.mesh
     for block in cfg.model.layers:
         if isinstance(block.mixer, GatedDelta):  # what computes its rule is a setting of its own
-            choose_rule(block.mixer.rule, torch.empty(0, device=device), mesh.cp, r.engine != "func")
+            block.mixer.check_rule(device, mesh.cp, once=r.engine != "func")
     if name == "auto":
         return
     if r.engine == "func":
