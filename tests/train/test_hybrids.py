@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +112,8 @@ def test_a_mixer_of_every_layer_is_a_flag(tokens, tmp_path, capsys):
     }.items():
         assert cli.main([*words, "--dry-run", *flags.split()]) == 2
         assert said in capsys.readouterr().err
+    assert cli.main([*words, "--run.folder", str(tmp_path / "fla"), "--model.rule", "fla"]) == 2
+    assert "--model.rule fla needs a GPU, and the tensors are on cpu; choose chunked, or auto" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--model.n-heads 4", "--model.dropout 0.1", "--model.mixer.name gated-delta"])
@@ -117,3 +121,17 @@ def test_flags_of_one_block_do_not_change_a_pattern_in_silence(flag, capsys):
     assert cli.main(["train", "olmo-hybrid-tiny", *flag.split(), "--dry-run"]) == 2
     said = capsys.readouterr().err
     assert re.search(r"error: --model\.\S+: the layers of this model repeat a pattern of 4 blocks", said), said
+
+
+def test_a_run_that_chose_a_gpus_kernels_is_read_on_a_cpu(run, tmp_path, capsys):
+    """Evaluating computes what the run computes, by what there is."""
+    text = (run / "config.yaml").read_text()
+    assert "rule: auto" in text
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "config.yaml").write_text(text.replace("rule: auto", "rule: fla"))
+    said = []
+    for folder in (run, copy):
+        assert cli.main(["evaluate", str(folder), str(Path(__file__))]) == 0
+        said.append(capsys.readouterr().out.splitlines()[-1])
+    assert said[0] == said[1]
