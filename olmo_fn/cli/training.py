@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 from olmo_fn.cli import parsing
 from olmo_fn.fields import get, values
 from olmo_fn.launch.place import place_from_env
-from olmo_fn.models.config import Attention, Model
+from olmo_fn.models.config import Attention, GatedDelta, Model
 from olmo_fn.models.settings.feed_forward import GELU, Gated
 from olmo_fn.models.settings.moe import MoE
 from olmo_fn.train.choices import Choices, choosable, choose, classes_of, describe, locate, with_files
@@ -62,13 +62,26 @@ def parse(words: Sequence[str], presets: Mapping[str, Config], prog: str) -> Con
     else:
         hint = parsing.did_you_mean(first, presets)
         raise ValueError(f"{first!r} is no preset, and no run's config.yaml or folder{hint} {prog} --help lists the presets")
+    model = config.model
     config, flags = choose(replace(config, use=tuple(dict.fromkeys((*config.use, *files)))), flags, choices)
     cls, default = group(config, flags)
     words = describe(config, choices)
     config = parsing.parse(cls, f"{prog} {first}", flags, elsewhere(config, choices), default=default, description=words)
+    check_pattern(model, config.model)
     config = with_tokenizer(one_of_both(config, flags))
     name = first if first in presets else Path(first).stem
     return config if config.run.folder else replace(config, run=replace(config.run, folder=f"runs/{name}"))
+
+
+def check_pattern(before: Model, after: Model) -> None:
+    """ValueError, with the first of them, if flags have changed the block of a model whose layers are a pattern of others."""
+    if after.pattern and after.block != before.block:
+        old, new = ({field.flag: field.value for field in values(replace(m, pattern=()))} for m in (before, after))
+        flag = next(flag for flag, value in new.items() if old.get(flag) != value).replace("--", "--model.", 1)
+        raise ValueError(
+            f"{flag}: the layers of this model repeat a pattern of {len(after.pattern)} blocks, which no flag changes; edit "
+            "model.pattern in a copy of a run's config.yaml, or write a preset in configs.py"
+        )
 
 
 def with_tokenizer(config: Config) -> Config:
@@ -151,9 +164,14 @@ def parameters(model: Model) -> str:
     entries = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
     for layer, block in enumerate(model.layers):
         a, hidden = block.mixer, [rows(getattr(block, name, None), layer) for name in ("feed_forward", "dense")]
-        if type(a) is not Attention or None in hidden:
+        if type(a) not in (Attention, GatedDelta) or None in hidden:
             return ""
-        entries += model.d_model * (2 * a.width(model.d_model) * (a.n_heads + a.kv_heads) + sum(filter(None, hidden)))
+        width = a.width(model.d_model)
+        if isinstance(a, GatedDelta):
+            mixer = 2 * width * a.n_heads + (3 * a.value_width(model.d_model) + 2) * a.value_heads
+        else:
+            mixer = 2 * width * (a.n_heads + a.kv_heads) + (width * a.n_heads if a.gate == "element" else 0)
+        entries += model.d_model * (mixer + sum(filter(None, hidden)))
     exponent = 9 if entries >= 999.5e6 else 6
     return f"{entries / 10**exponent:.3g} {'B' if exponent == 9 else 'M'}"
 

@@ -268,16 +268,16 @@ class Leaves:
         self.leaves: dict[str, Tensor] = {}
         self.late_grads: list[tuple[str, Callable[[], Tensor]]] = []
         self.grads: dict[str, Tensor] = {}
+        make = partial(self._leaf, wants)
+        self.subtrees = {top: tree.map_with_path(make, subtree, prefix=top) for top, subtree in weights.ready().items()}
 
-        def leaf(path: str, p: Any) -> Any:
-            if isinstance(p, Float8):  # its entries stand for it; their gradient never comes out of autograd, in e4m3
-                return p._replace(data=leaf(path, p.data))
-            made = p.detach()
-            if wants(path):  # or else the products for frozen weights are never computed
-                self.paths[id(made.requires_grad_())], self.leaves[path] = path, made
-            return made
-
-        self.subtrees = {top: tree.map_with_path(leaf, subtree, prefix=top) for top, subtree in weights.ready().items()}
+    def _leaf(self, wants: Callable[[str], bool], path: str, p: Any) -> Any:
+        if isinstance(p, Float8):  # its entries stand for it; their gradient never comes out of autograd, in e4m3
+            return p._replace(data=self._leaf(wants, path, p.data))
+        made = p.detach()
+        if wants(path):  # or else the products for frozen weights are never computed
+            self.paths[id(made.requires_grad_())], self.leaves[path] = path, made
+        return made
 
     def take(self, weight: Tensor, gradient: Callable[[], Tensor]) -> bool:
         """Take the gradient of a leaf from a primitive; False for other tensors."""

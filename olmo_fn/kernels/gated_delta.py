@@ -22,7 +22,7 @@ from olmo_fn.mesh.axis import Axis
 Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """q, k, v, g and beta."""
 CHUNK = 64
-"""Positions that are computed at once: measured, see docs/hybrids.md."""
+"""Positions that are computed at once, by measurement (docs/hybrids.md)."""
 
 
 def recurrent(

@@ -137,11 +137,6 @@ class Model:
     def check(self) -> None:
         """Raise ValueError, in one line with the fix, if the numbers do not fit together."""
         check_positive(self, "d_model", "n_layers", "vocab_size")
-        if self.pattern and self.block not in (*self.pattern, Block()):
-            raise ValueError(
-                f"the model repeats a pattern of {len(self.pattern)} blocks, of which flags of one block, such as "
-                "--model.n-heads, change none; write a pattern of your own in YAML or in Python"
-            )
         for block in self.pattern or (self.block,):
             block.mixer.check(self)
             block.feed_forward.check(self)

@@ -217,9 +217,11 @@ def gated_norm(eps: float, tp: Axis, heads: Tensor, gate: Tensor, gain: Tensor) 
 
 
 def rule(ctx: Context, name: Rule, heads: Inputs, age: Tensor | None) -> Tensor:
-    """The gated delta rule over this rank's positions, (B, H, R, V), by what computes it best there."""
+    """The gated delta rule over this rank's positions, (B, H, R, V), by what computes it best there. What was chosen for a GPU
+    says nothing of a CPU that reads the run (`olmo_fn.train.check_attention` refuses to train there).
+    """
     how = ctx.backend
-    if choose_rule(name, heads[0], how.axes.cp.size, bool(how.primitive)) == "fla":
+    if heads[0].is_cuda and choose_rule(name, heads[0], how.axes.cp.size, bool(how.primitive)) == "fla":
         return fla(*heads, ctx.documents, ctx.packing)
     over = partial(chunked_over, how.axes.cp)
     if not how.primitive:

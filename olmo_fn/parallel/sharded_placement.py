@@ -18,7 +18,7 @@ from olmo_fn.core.layout import Placement
 from olmo_fn.core.update import same_memory
 from olmo_fn.mesh.axis import Axes, Axis
 from olmo_fn.mesh.connect import Connection
-from olmo_fn.mesh.mesh import FLATTENED
+from olmo_fn.mesh.mesh import FLATTENED, members
 from olmo_fn.mesh.placement import DEFAULT, TOKENS, Placed, Rules, placements
 from olmo_fn.parallel import buckets
 from olmo_fn.spec import Box, Spec, init_leaf
@@ -160,15 +160,15 @@ class ShardedPlacement(Placement):
         return buckets.Shard(self.box(path, [name])[1], dim)
 
     def sum_axes(self, path: str) -> list[Axis]:
-        """The axes over which a gradient is summed that is not scattered: flattened to one where there is such an axis."""
+        """The axes over which a gradient is summed that is not scattered: several as one where there is such an axis."""
         names = {name for name in self.placed[path].summed if self.axis(name).size > 1}
         found: list[Axis] = []
-        for axis, parts in (*sorted(FLATTENED.items(), key=lambda item: -len(item[1])), *((name, (name,)) for name in TOKENS)):
-            there = {part for part in parts if self.axis(part).size > 1}
-            if there and there <= names:
+        for axis in sorted(FLATTENED, key=lambda axis: -len(FLATTENED[axis])):
+            there = {part for part in members(axis) if self.axis(part).size > 1}
+            if len(there) > 1 and there <= names and {*members(axis)} <= {*TOKENS}:
                 found.append(self.axis(axis))
                 names -= there
-        return found
+        return found + [self.axis(name) for name in TOKENS if name in names]
 
     def copies(self, path: str) -> int:
         """How many ranks have the same shard of the parameter."""

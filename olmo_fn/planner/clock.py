@@ -142,7 +142,7 @@ def _apart(plan: PlanInput, profile: Profile, gpu: Accelerator, rank: int) -> fl
 def _update(plan: PlanInput, profile: Profile, gpu: Accelerator, rank: int) -> float:
     """The optimizer reads and writes the state, reads the gradients, and does its share of what sees whole matrices."""
     state = at_rest(plan, profile, rank)
-    traffic, products = share(whole_updates(plan, profile, rank), plan.mesh.degree("fsdp"))
+    traffic, products = share(whole_updates(plan, profile, rank), plan.mesh)
     moved = 2 * state.total() + 2 * state["parameters"]
     return products / (PRODUCTS * gpu.peak) + moved / (STREAM * gpu.bandwidth) + sum(_wire(plan.mesh, traffic, gpu).values())
 

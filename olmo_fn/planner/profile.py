@@ -48,20 +48,25 @@ LAUNCHES = {"forward": 1, "backward": 3}  # of a kernel of attention; backward: 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a step: how many bytes of each purpose it leaves behind, and what `Seen` saw, relative to its start."""
+    """A part of a step: how many bytes of each purpose it leaves behind, what `Seen` saw, relative to its start, and of the
+    collectives those of its stages themselves, without what brings weights and takes gradients away.
+    """
 
     grown: Counter[str] = field(default_factory=Counter)
     seen: Seen = field(default_factory=Seen)
+    inside: Traffic = field(default_factory=Counter)
 
 
 class WholeUpdate(NamedTuple):
-    """The update of one parameter that sees its whole matrix, by one rank of ``fsdp`` if it is ``dealt``, or else by all."""
+    """The update of one parameter that sees its whole matrix, by one rank of the axis that it is ``dealt`` out over, or by all
+    if that is empty.
+    """
 
-    dealt: bool
+    dealt: str
     parts: int  # bytes of a rank's parts that go to the one that updates
     rows: int  # and of what comes back to a rank
     products: int  # FLOPs
-    over_tp: Traffic
+    inside: Traffic  # over the axes that shard it in use
 
 
 @dataclass
@@ -75,10 +80,9 @@ class Part:
     gradients: int = 0  # at rest, fp32
     swept: int = 0  # as a sweep leaves them: of one process in the dtype of the computation
     whole_gradients: int = 0  # whole but for tensor parallelism
-    late_gradients: int = 0  # those that are summed once all are there
+    late_gradients: Counter[tuple[str, ...]] = field(default_factory=Counter)  # summed once all are there, by axes
     gathered: Traffic = field(default_factory=Counter)  # by one gather of its weights
     reduced: Traffic = field(default_factory=Counter)  # by its gradients, once
-    exchanged: Traffic = field(default_factory=Counter)  # by the rows of its tables, there and back, for a micro-batch
     whole_updates: list[WholeUpdate] = field(default_factory=list)  # in the order of its parameters
 
 
@@ -92,10 +96,19 @@ class Profile:
     parts: dict[Label, Part]
     control: int  # bytes of the state that belong to no parameter
     carry: int  # bytes from one virtual stage to the next
+    reports: Counter[str]  # bytes of the metrics of all labels, of sums and of maxima, and of the loss
     alike: dict[Label, Label]  # every label -> the one that stands for it
 
     def __getitem__(self, label: Label) -> Part:
         return self.parts[self.alike[label]]
+
+
+def reports(chain: Chain) -> Counter[str]:
+    """Bytes of what a sweep reports, in fp32: as many collectives as there are kinds."""
+    found: Counter[str] = Counter(sum=4)  # the loss
+    for metric in chain.metrics.values():
+        found["max" if metric.how == "max" else "sum"] += 4 * prod(metric.shape)
+    return found
 
 
 def extrapolated(few: Any, more: Any, by: float) -> Any:
@@ -118,7 +131,8 @@ def alike(cfg: Config, chain: Chain) -> dict[Label, Label]:
     """For every label the one that stands for it.
 
     The first block and the last two stand for themselves, since what is outside the blocks is gathered and reduced during their
-    pieces (more of them if more is gathered ahead); others for all with the same functions, shapes and rematerialisation.
+    pieces (more of them if more is gathered ahead); others for all with the same functions, shapes and rematerialisation, and
+    with neighbours of the same shapes, which are gathered and reduced during theirs.
     """
     blocks_of, ahead = layers(cfg.model), cfg.mesh.prefetch
 
@@ -132,10 +146,13 @@ def alike(cfg: Config, chain: Chain) -> dict[Label, Label]:
     again, specs, first, found = remat_policy(cfg.recipe.remat), parameters(cfg), dict[Any, Label](), dict[Label, Label]()
     parts = by_label(chain.stages)
     blocks = [label for label in parts if isinstance(label, int)]
+    sizes = {}
     for label, stages in parts.items():
         leaves = [leaf for s in stages for path in s.paths for leaf in tree.items(tree.at(specs, path), path)]
-        sizes = tuple((spec.shape, is_trained(cfg, path)) for path, spec in leaves)
-        kind = (sizes, like(label), *((s.name, again(s)) for s in stages))
+        sizes[label] = tuple((spec.shape, is_trained(cfg, path)) for path, spec in leaves)
+    for label, stages in parts.items():
+        beside = range(label - ahead, label + ahead + 1) if isinstance(label, int) else (label,)
+        kind = (tuple(sizes.get(i) for i in beside), like(label), *((s.name, again(s)) for s in stages))
         itself = not isinstance(label, int) or label in (*blocks[:ahead], *blocks[-1 - ahead :])
         found[label] = label if itself else first.setdefault(kind, label)
     return found
@@ -205,9 +222,10 @@ def profile(cfg: Config, mesh: Mesh, rows: int, dtype: torch.dtype, device: str 
     count, begin, end, update = (watch.pieces[name, None] for name in ("count", "begin", "end", "update"))
     update.seen.traffic.update(count.seen.traffic)  # once a step, as the update
     end.seen.traffic.subtract(watch.late)  # of all blocks, see `Part.late_gradients`
+    end.seen.traffic.subtract(watch.totals)  # see `Profile.reports`
     for whole in (whole for part in parts.values() for whole in part.whole_updates):
-        update.seen.traffic.subtract(whole.over_tp)  # see `olmo_fn.planner.traffic.share`
-    return Profile(begin, end, update, parts, control, carry, stand_ins)
+        update.seen.traffic.subtract(whole.inside)  # see `olmo_fn.planner.traffic.share`
+    return Profile(begin, end, update, parts, control, carry, reports(chain), stand_ins)
 
 
 class Watch:
@@ -222,7 +240,7 @@ class Watch:
         self.owners = owners(chain, specs)
         mine = {path: spec for path, spec in tree.items(specs) if self.owners[path] in chosen}
         placement = WatchedPlacement(connection, tree.unflatten(mine), rules(cfg, mesh))
-        sharing = RankSharing(connection.axes, cfg.mesh.cp_method, placement, "own")
+        sharing = WatchedSharing(connection.axes, cfg.mesh.cp_method, placement, "own", watch=self)
         sweep = Sweep(self.sweep, LOCAL_SWEEP.sums)
         self.layout = Layout(placement, WatchedWeights(placement, self), WatchedOwners(placement, self), sharing, sweep)
         self.chain, self.placement = chain, placement
@@ -231,6 +249,8 @@ class Watch:
         self.parts = {label: Part() for label in by_label(chain.stages) if label in chosen}
         self.order: list[Label] = []  # of the segments that wait for their backward
         self.late: Traffic = Counter()
+        self.totals: Traffic = Counter()
+        self.apart: Traffic = Counter()  # since the last piece began: collectives for weights, gradients and metrics
 
     def shapes(self) -> Tree:
         """Of rank 0's parts of the parameters, which are the largest."""
@@ -238,7 +258,6 @@ class Watch:
 
     def measure_parameters(self, dtype: torch.dtype) -> None:
         """Sizes of the weights and of the fp32 gradients of every label."""
-        n = self.placement.axes.fsdp.size
         for path in self.placement.placed:
             exchanged = path in self.placement.rules.exchanged
             axis = Axis() if exchanged else self.placement.gather_axis(path)
@@ -246,12 +265,13 @@ class Watch:
             copy = compute_copy(torch.empty(whole, device="meta"), dtype)
             if form := self.chain.float8.get(path):
                 part.weights += prod(whole) + 4 * prod(form.scale_shape(whole))
-            elif (n > 1 and not exchanged) or not (copy.dtype == torch.float32 or path in self.chain.uncast):
+            elif axis.size > 1 or not (copy.dtype == torch.float32 or path in self.chain.uncast):
                 part.weights += copy.nbytes
             if is_trained(self.cfg, path):
                 part.gradients += 4 * prod(self.placement.box(path)[1])
                 part.whole_gradients += 4 * prod(whole)
-                part.late_gradients += 4 * prod(whole) * (n > 1 and axis.size == 1 and not exchanged)
+                if self.placement.axes.fsdp.size > 1 and axis.size == 1 and not exchanged:
+                    part.late_gradients[tuple(one.name for one in self.placement.sum_axes(path))] += 4 * prod(whole)
 
     def next(self, way: str, label: Label | None) -> None:
         """A piece ends, another begins."""
@@ -259,8 +279,8 @@ class Watch:
             return
         assert self.now not in self.pieces, f"the piece {self.now} comes twice"
         seen = self.trace.cut()
-        self.pieces[self.now] = Piece(_minus(self.trace.live, seen.start), seen)
-        self.now = (way, label)
+        self.pieces[self.now] = Piece(_minus(self.trace.live, seen.start), seen, +_minus(seen.traffic, self.apart))
+        self.now, self.apart = (way, label), Counter()
 
     def sweep(self, chain: Chain, *args: Any) -> Any:
         """The tape's own sweep through the chosen blocks alone, whose stages say when they run."""
@@ -275,11 +295,7 @@ class Watch:
         def fn(p: Tree, x: Any, ctx: Any) -> Any:
             if self.now[0] in ("begin", "forward"):
                 self.next("forward", label)
-            found = Traffic()
-            with self.adding(found):
-                out = stage.fn(p, x, ctx)
-            self.parts[label].exchanged = there_and_back(found) if self.placement.rules.exchanged else Traffic()
-            return out
+            return stage.fn(p, x, ctx)
 
         return stage._replace(fn=fn)
 
@@ -334,10 +350,12 @@ class Watch:
 
     @contextmanager
     def adding(self, total: Traffic) -> Iterator[None]:
-        """Add the collectives inside to these."""
+        """Add the collectives inside, which are no stage's, to these."""
         before = Counter(self.trace.seen.traffic)
         yield
-        total.update(_minus(self.trace.seen.traffic, before))
+        found = _minus(self.trace.seen.traffic, before)
+        total.update(found)
+        self.apart.update(found)
 
 
 class WatchedPlacement(ShardedPlacement):
@@ -362,7 +380,7 @@ class WatchedWeights(ShardedWeights):
     def fetch(self, params: Tree, paths: Iterable[str], *how: Any) -> Any:
         paths, watch = tuple(paths), self.watch
         with watch.trace.purpose("weights"), watch.adding(watch.parts[watch.owners[paths[0]]].gathered):
-            return _Weights(watch.trace, super().fetch(params, paths, *how))
+            return _Weights(watch, super().fetch(params, paths, *how))
 
     def reduce(self, grads: dict[str, Tensor]) -> Reduction:
         watch, label = self.watch, self.watch.reducing(grads)
@@ -403,35 +421,41 @@ class WatchedOwners(MatrixOwners):
             shard = place.bucket_shard(path) if dealt else None
             wholes = {k: place.over(path, x.new_empty(shard.shape) if shard else x, rest) for k, x in like.items()}
             sent = sum(row_bytes(x, shard, n) for x in like.values()) if dealt else 0
-            over_tp, products = _minus(seen.traffic, before), -seen.products
+            inside, products = _minus(seen.traffic, before), -seen.products
             slots = {name: wholes.get(name, x) for name, x in one.slots.items()}
             new_p, new_slots = one.run(wholes[""], wholes["g"], slots, one.numbers)
             back = {"": one.p, **one.slots}
             rows = sum(row_bytes(x, None if k in one.leaf.unlike else shard, n) for k, x in back.items()) if dealt else 0
-            found = WholeUpdate(dealt, sent, rows, products + seen.products, over_tp)
+            found = WholeUpdate(axis.name if dealt else "", sent, rows, products + seen.products, inside)
             self.watch.parts[self.watch.owners[path]].whole_updates.append(found)
             local = {k: x if k in one.leaf.unlike else place.local_shard(path, x) for k, x in new_slots.items()}
             yield path, place.local_shard(path, new_p), local
 
 
+@dataclass(frozen=True)
+class WatchedSharing(RankSharing):
+    """The real sums of metrics, apart: of the chosen blocks alone they are not those of the step."""
+
+    watch: Watch | None = None
+
+    def total(self, *sums: Any) -> Any:
+        assert self.watch is not None
+        with self.watch.adding(self.watch.totals):
+            return super().total(*sums)
+
+
 class _Weights:
     """`olmo_fn.core.layout.Weights`, each call under its purpose."""
 
-    def __init__(self, trace: Trace, inner: Any) -> None:
-        self.trace, self.inner = trace, inner
+    def __init__(self, watch: Watch, inner: Any) -> None:
+        self.watch, self.inner = watch, inner
 
     def __getattr__(self, name: str) -> Any:
         def call() -> Any:
-            with self.trace.purpose("weights"):
+            with self.watch.trace.purpose("weights"), self.watch.adding(Counter()):
                 return getattr(self.inner, name)()
 
         return call
-
-
-def there_and_back(traffic: Traffic) -> Traffic:
-    """What a forward sweep exchanges over ``fsdp`` besides weights: ids once, and rows, as many of which go back."""
-    over = {key: n * (2 if key[1] == "all_to_all" else 1) for key, n in traffic.items() if key[0] == "fsdp"}
-    return Traffic(over)
 
 
 def _minus(a: Counter[Any], b: Counter[Any]) -> Counter[Any]:

@@ -27,7 +27,19 @@ from olmo_fn.planner.accelerators import tiled
 
 aten = torch.ops.aten
 SCALED = (aten._scaled_mm, aten._scaled_mm_v2)  # in float8
-PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm], aten._scaled_mm_v2: flop_registry[aten.mm]}
+
+
+def _grouped_flops(a: Tensor, b: Tensor, *args: Any, **options: Any) -> int:
+    """Of the rows of groups, (R, D) by (E, D, F), or of sums over these rows, (D, R) by (R, F)."""
+    return 2 * a.numel() * b.shape[-1]
+
+
+PRODUCTS = {
+    **flop_registry,
+    aten.addmm_: flop_registry[aten.addmm],
+    aten._scaled_mm_v2: flop_registry[aten.mm],
+    aten._grouped_mm: _grouped_flops,
+}
 """How many FLOPs an operation has, of those that are counted: products of matrices, attention, convolutions."""
 PLAIN = (aten.mm, aten.addmm, aten.addmm_)
 EMPTY = {aten.new_empty.default, aten.empty_like.default, aten.empty.memory_format}

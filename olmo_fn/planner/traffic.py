@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
+from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.planner.plan_input import PlanInput, owners
 from olmo_fn.planner.profile import Profile, WholeUpdate
 from olmo_fn.planner.trace import Traffic
@@ -21,16 +23,19 @@ def traffic(plan: PlanInput, profile: Profile, rank: int = 0) -> Traffic:
             _add(total, piece.seen.traffic, times)
     else:  # what is gathered and reduced comes once, the rest for every micro-batch
         for piece in pieces:
-            _add(total, _over(piece.seen.traffic, "tp", "cp"), times * plan.microbatches)
+            _add(total, piece.inside, times * plan.microbatches)
         for part in parts:
             _add(total, part.gathered + part.reduced, times)
-            _add(total, part.exchanged, times * plan.microbatches)
         _add(total, _between_stages(plan, profile, rank), times)
-        _add(total, _over(profile.end.seen.traffic, "tokens"), times)
     _add(total, profile.update.seen.traffic, 1)
-    _add(total, share(whole_updates(plan, profile, rank), plan.mesh.degree("fsdp"))[0], 1)
-    if late := sum(part.late_gradients for part in parts):
-        _add(total, _calls("tokens", "all_reduce", 1, late), times)
+    _add(total, share(whole_updates(plan, profile, rank), plan.mesh)[0], 1)
+    for axes, size in sum((part.late_gradients for part in parts), Counter[tuple[str, ...]]()).items():
+        for axis in axes:  # one sum after the other
+            _add(total, _calls(axis, "all_reduce", 1, size), times)
+    for axis in ("tokens", "pp"):
+        if plan.mesh.degree(axis) > 1:
+            for size in profile.reports.values():
+                _add(total, _calls(axis, "all_reduce", 1, size), times)
     total = Traffic({key: n for key, n in total.items() if key[0] != "world"})
     if plan.mesh.size > 1:  # the norm of the gradient, once a step
         total += _calls("world", "all_reduce", 1, 8)
@@ -42,29 +47,25 @@ def whole_updates(plan: PlanInput, profile: Profile, rank: int) -> list[WholeUpd
     return [update for label in plan.held(rank) for update in profile[label].whole_updates]
 
 
-def share(updates: list[WholeUpdate], n: int) -> tuple[Traffic, int]:
-    """Collectives, and FLOPs of products, of the first of ``n`` ranks: it does the first of every round of ``n``.
+def share(updates: list[WholeUpdate], mesh: Mesh) -> tuple[Traffic, int]:
+    """Collectives, and FLOPs of products, of the first rank: of an axis with n it does the first of every round of n.
 
-    >>> one = WholeUpdate(dealt=True, parts=16, rows=16, products=100, over_tp=Traffic())
-    >>> traffic, products = share([one] * 3, n=2)
+    >>> one = WholeUpdate(dealt="fsdp", parts=16, rows=16, products=100, inside=Traffic())
+    >>> traffic, products = share([one] * 3, Mesh(dp_shard=2))
     >>> traffic["fsdp", "all_to_all", "calls"], traffic["fsdp", "all_to_all", "bytes"], products
     (4, 112, 200)
     """
-    dealt = [update for update in updates if update.dealt]
-    own = [*dealt[::n], *(update for update in updates if not update.dealt)]
-    traffic = sum((update.over_tp for update in own), Traffic())
-    if dealt:
+    own, traffic = [update for update in updates if not update.dealt], Traffic()
+    for axis in dict.fromkeys(update.dealt for update in updates if update.dealt):
+        dealt, n = [update for update in updates if update.dealt == axis], mesh.degree(axis)
         sent = sum(update.parts for update in dealt) + n * sum(update.rows for update in dealt[::n])
-        traffic += _calls("fsdp", "all_to_all", 2 * len(dealt[::n]), sent)
-    return traffic, sum(update.products for update in own)
+        traffic += _calls(axis, "all_to_all", 2 * len(dealt[::n]), sent)
+        own += dealt[::n]
+    return sum((update.inside for update in own), traffic), sum(update.products for update in own)
 
 
 def _add(total: Traffic, more: Mapping[tuple[str, str, str], int], times: int) -> None:
     total.update({key: n * times for key, n in more.items()})
-
-
-def _over(traffic: Traffic, *axes: str) -> Traffic:
-    return Traffic({key: n for key, n in traffic.items() if key[0] in axes})
 
 
 def _calls(axis: str, kind: str, times: int, size: int) -> Traffic:
@@ -72,12 +73,12 @@ def _calls(axis: str, kind: str, times: int, size: int) -> Traffic:
 
 
 def _between_stages(plan: PlanInput, profile: Profile, rank: int) -> Traffic:
-    """For one part of the batch: a carry each way, sums of metrics, gradients of tied weights."""
+    """For one part of the batch: a carry each way, gradients of tied weights."""
     last, sends = len(plan.labels) - 1, 0
     for action in plan.programs[rank]:
         stage = action.chunk * plan.mesh.pp + rank
         sends += (action.op == "F" and stage < last) or (action.op in "BI" and stage > 0)
-    found = _calls("pp", "send", sends, sends * profile.carry) + _calls("pp", "all_reduce", 1, 12)
+    found = _calls("pp", "send", sends, sends * profile.carry)
     first = owners(plan.cut.chain, plan.cut.specs)
     tied = {first[path] for path, ranks in plan.cut.owners.items() if len(ranks) > 1}
     return found + _calls("pp", "all_reduce", 1, sum(profile[label].state["parameters"] for label in tied)) if tied else found

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from olmo_fn.models.config import Attention
+from olmo_fn.models.config import Attention, GatedDelta
 from olmo_fn.train.config import Config
 
 
@@ -28,6 +28,9 @@ def check_attention(cfg: Config, device: torch.device, dtype: torch.dtype) -> No
     ValueError: --recipe.attention flash needs a GPU; choose tiles, or auto
     """
     name, r, mesh = cfg.recipe.attention, cfg.recipe, cfg.mesh
+    for block in cfg.model.layers:
+        if isinstance(block.mixer, GatedDelta):  # what computes its rule is a setting of its own
+            block.mixer.check_rule(device, mesh.cp, once=r.engine != "func")
     if name == "auto":
         return
     if r.engine == "func":

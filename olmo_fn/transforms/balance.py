@@ -32,10 +32,10 @@ def balance_experts(rate: float) -> Transform[Step, Step]:
         def gradients(params: Tree, batch: Batch, execution: Execution) -> Gradients:
             biases = {path: p for path, p in tree.items(params) if path.endswith(BIAS)}
             found = inner.grads.fn(params, batch, with_wants(execution, lambda path: path not in biases))
-            metrics = {"grad_norm": execution.layout.sharing.norm(found.tree), **found.metrics}
-            if found.signals.scale is not None and "grad_norm" not in found.metrics:
-                metrics["grad_norm"] = metrics["grad_norm"] * found.signals.scale
-            flat = tree.flatten(found.tree)
+            metrics, flat = found.metrics, tree.flatten(found.tree)
+            if "grad_norm" not in metrics:
+                norm = execution.layout.sharing.norm(found.tree)
+                metrics = {**metrics, "grad_norm": norm if found.signals.scale is None else norm * found.signals.scale}
             for path, p in biases.items():
                 load = metrics[f"load/{path.split('.')[1]}"]
                 flat[path] = (load - load.mean()).to(p.dtype)

@@ -12,6 +12,7 @@ from helpers import caught, examples, same_bits
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from test_hf_config_json import models, sparse_models
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from olmo_fn import spec, tree
@@ -47,8 +48,10 @@ def law(model: Model, seed: int, dtype: torch.dtype) -> None:
     ids = torch.randint(model.vocab_size, (2, 11), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         expected = theirs(ids).logits
-    difference = (transformer.logits(model, params, {"input_ids": ids}) - expected).abs().max()
-    assert float(difference) <= 1e-5 * max(1.0, float(expected.abs().max()))
+    ours = transformer.logits(model, params, {"input_ids": ids})
+    exact = transformer.logits(model, tree.map(Tensor.double, params), {"input_ids": ids})
+    lost = float((ours - exact).abs().max())  # what fp32 itself loses, which drawn weights may make large
+    assert float((ours - expected).abs().max()) <= max(1e-5 * max(1.0, float(expected.abs().max())), 3 * lost)
 
 
 @given(models(), st.integers(0, 2**20), st.sampled_from([torch.float32, torch.bfloat16]))

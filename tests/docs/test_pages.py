@@ -11,7 +11,7 @@ from programs import ROOT
 
 from olmo_fn.cli import main as cli
 
-PAGES = ("models", "your-data", "your-model", "configs", "many-gpus", "hugging-face", "datasets", "experts")
+PAGES = ("models", "your-data", "your-model", "configs", "many-gpus", "hugging-face", "datasets", "experts", "hybrids")
 SAID = {
     "models": "loss ",
     "your-data": "perplexity",
@@ -21,10 +21,13 @@ SAID = {
     "hugging-face": "the same model",
     "datasets": "repeats",
     "experts": "loads of layer 0",
+    "hybrids": "qwen3.5-9b 81 305 2,097",
 }
 SMALL = """--model.d-model 16 --model.n-layers 1 --model.n-heads 2 --model.hidden-size 32 --recipe.no-compile
 --recipe.sequence-length 16 --recipe.batch-size 4 --recipe.dtype float32 --run.threads 1 --run.steps 6 --schedule.warmup 2
 --run.eval-tokens 500 --run.sample="""
+HYBRID = """--model.d-model 24 --recipe.no-compile --recipe.sequence-length 16 --recipe.batch-size 4 --recipe.dtype float32
+--run.threads 1 --run.steps 6 --schedule.warmup 2 --run.eval-tokens 500 --run.sample="""
 FEW = "--recipe.no-compile --recipe.sequence-length 16 --recipe.dtype float32 --run.threads 1 --run.steps 6 --run.sample="
 TOKENS = "--model.vocab-size 300 --data.paths tokens/part-*.npy --data.tokenizer tokens/tokenizer.json"
 
@@ -67,6 +70,8 @@ def command(line):
     if name == "train" and {"olmo2-tiny", "mine"} & {*words} and "--help" not in words:
         small = SMALL.replace("--model.hidden-size 32", "") if "moe" in words else SMALL
         words += shlex.split(small) + ([] if {"--data.paths", "--data.mix"} & {*words} else shlex.split(TOKENS))
+    if name == "train" and "olmo-hybrid-tiny" in words:
+        words += shlex.split(f"{HYBRID} {TOKENS}")
     if "--init.from-hf" in words:
         words += shlex.split(FEW)
     if "--mesh.dp-shard" in words or "--nproc" in words:

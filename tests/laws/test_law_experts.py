@@ -110,6 +110,17 @@ def test_steps_are_those_of_one_process(pool: Pool, name: str) -> None:
     assert same(pool, layout, model) < 1e-11
 
 
+def four(x: Tensor) -> int:
+    """Rows of every expert in multiples, as bf16 on a CPU has them."""
+    return 4
+
+
+@pytest.mark.parametrize("name", ["ep 2, exchanged", "ep 2, gathered", "ep 2 x cp 2", "ep 2 x tp 2"])
+def test_rows_without_a_token_change_nothing(pool: Pool, name: str) -> None:
+    model, layout = LAYOUTS[name]
+    assert same(Broken(pool, "olmo_fn.nn.experts.rows_at_once", four), layout, model) < 1e-11
+
+
 def test_in_a_pipeline_losses_are_of_the_sequences_that_are_computed_at_once(pool: Pool) -> None:
     layout = Layout(Mesh(pp=2), pipeline=Pipeline("1f1b", 2))
     assert same(pool, layout, SIGMOID, parts=2) < 1e-11

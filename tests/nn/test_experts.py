@@ -77,7 +77,9 @@ def test_rows_and_choices_are_each_others(N: int, k: int, E: int, seed: int, sha
     kept = torch.rand(N, k, generator=generator) < share
     most = max(1, int(torch.bincount(experts[kept], minlength=E).max()) if kept.any() else 1)
     x = torch.randn(N, 2, generator=generator, dtype=torch.float64)
-    for rows in (rows_of(experts, E), rows_of_some(experts, E, kept, 0), slots_of(experts, E, kept, most)):
+    padded = rows_of_some(experts, E, kept, 4, 0)
+    assert (padded.counts % 4 == 0).all()
+    for rows in (rows_of(experts, E), rows_of_some(experts, E, kept, 1, 0), padded, slots_of(experts, E, kept, most)):
         chosen = torch.ones_like(kept) if rows.whole else kept
         of = experts.flatten()
         sizes = [rows.counts] * E if isinstance(rows.counts, int) else rows.counts.tolist()
@@ -97,9 +99,10 @@ def test_rows_and_choices_are_each_others(N: int, k: int, E: int, seed: int, sha
         torch.testing.assert_close(back, wanted)
 
 
-@pytest.mark.parametrize("limit", [None, 2], ids=["dropless", "capacity"])
-def test_the_tape_and_the_definition_agree(limit: int | None) -> None:
+@pytest.mark.parametrize(("limit", "multiple"), [(None, 1), (None, 4), (2, 1)], ids=["dropless", "padded", "capacity"])
+def test_the_tape_and_the_definition_agree(limit: int | None, multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results, and the derivatives of tokens, weights and matrices."""
+    monkeypatch.setattr("olmo_fn.nn.experts.rows_at_once", lambda x: multiple)
     generator = torch.Generator().manual_seed(0)
     N, k, E, D, H = 12, 2, 4, 6, 5
     x, weights = (torch.randn(N, n, generator=generator, dtype=torch.float64) for n in (D, k))

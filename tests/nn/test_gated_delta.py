@@ -248,12 +248,6 @@ def test_heads_that_ranks_cannot_share_are_refused():
         hybrid().check_mesh(4, 1, "gather")
 
 
-def test_fla_is_refused_where_it_cannot_be():
-    cfg = hybrid(rule="fla")
-    with pytest.raises(ValueError, match=r"--model.rule fla needs a GPU, and the tensors are on cpu; choose chunked, or auto"):
-        transformer.logits(cfg, init(transformer.specs(cfg), 0), ids_and_labels())
-
-
 # --- OLMo-core --------------------------------------------------------------------------------------------------------
 
 

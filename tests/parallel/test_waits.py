@@ -17,7 +17,8 @@ from olmo_fn.core.pipe import clip, grad, pipe
 from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.placement import Rules
 from olmo_fn.models import transformer
-from olmo_fn.models.config import dense
+from olmo_fn.models.config import Attention, Block, Model, dense
+from olmo_fn.models.settings.moe import MoE
 from olmo_fn.optim import adamw
 from olmo_fn.parallel.pipeline.execute import Sending
 from olmo_fn.parallel.shard import shard
@@ -86,6 +87,31 @@ def test_tensor_parallelism_waits_inside_of_its_layers(pool: Pool) -> None:
         inside = {"linear", "feed_forward", "norm", "cross_entropy", "transformer", "embedding", "tape"}
         assert {begun_in.split(".")[0] for _, _, begun_in in at_once} == {*inside, "sharded"}
         assert not overlapped
+
+
+def waits_of_experts(connection, shared: int) -> list[tuple[str, bool]]:
+    """Of one step: what began each exchange of a row, and whether anything was computed before it was waited for."""
+    moe = MoE(num_experts=4, top_k=2, expert_size=8, shared_size=shared, dispatch="exchange")
+    model = Model(16, 2, 32, block=Block(mixer=Attention(n_heads=2), feed_forward=moe))
+    step = pipe(transformer.loss(model), grad(), adamw(1e-2), shard(connection, transformer.specs(model)))
+    ids = torch.arange(B * (T + 1)).view(B, T + 1) % model.vocab_size
+    state = step.init(init(transformer.specs(model), 0))
+    with Waits(connection.axes) as waits:
+        step(state, {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()})
+    assert not waits.under_way
+    return [(wait.begun_in, wait.products >= 3) for wait in waits.found if wait.kind == "all_to_all"]
+
+
+@pytest.mark.parametrize("shared", [8, 0])
+def test_what_all_tokens_share_is_computed_while_they_travel(pool: Pool, shared: int) -> None:
+    """Forward rows and their weights are under way meanwhile, and backward what comes of the results; counts are not."""
+    for found in pool.run(waits_of_experts, shared, mesh=Mesh(dp_shard=2, ep=2)):
+        there = Counter(hidden for begun_in, hidden in found if begun_in == "experts.exchanged")
+        assert there == {True: 2 * 2, False: 2} if shared else {False: 3 * 2}, "of two layers: rows, weights, and counts"
+        assert [begun_in for begun_in, _ in found].count("experts.finish") == 2, "the way back"
+        back = Counter(hidden for begun_in, hidden in found if begun_in == "tape.backward")
+        assert back.total() == 3 * 2
+        assert bool(back[True]) == bool(shared)
 
 
 # --- sends of a pipeline ----------------------------------------------------------------------------------------------

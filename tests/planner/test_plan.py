@@ -14,6 +14,7 @@ from olmo_fn.mesh.mesh import Mesh, members
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import Attention, Model, SwiGLU, dense
 from olmo_fn.models.count import flops_per_sequence
+from olmo_fn.models.settings.moe import MoE
 from olmo_fn.nn.attention import causal_pairs
 from olmo_fn.nn.norm import Norm
 from olmo_fn.planner.clock import clock
@@ -33,14 +34,18 @@ CONTROL = 100  # bytes of scalars that come and go
 MODEL_FIELDS = {name for part in (Model, Attention, SwiGLU) for name in part.__dataclass_fields__}
 
 
-def plan_of(mesh=Mesh(), options=None, optim=None, lora=Lora(), **recipe):  # noqa: B008
+def plan_of(mesh=Mesh(), options=None, optim=None, lora=Lora(), moe=None, **recipe):  # noqa: B008
     fields = {"d_model": 64, "n_layers": 5, "n_heads": 4, "n_kv_heads": 2, "hidden_size": 161, "vocab_size": 501}
     fields |= {name: recipe.pop(name) for name in list(recipe) if name in MODEL_FIELDS}
     given = {"batch_size": 8, "sequence_length": 128, "compile": False, "dtype": "float32"} | recipe
     fields_of_optim = {"name": "adamw", **(optim or {})}
     optim = CHOICES[OptimizerSettings][fields_of_optim["name"]](**fields_of_optim)
     parts = {"mesh": MeshConfig(**mesh.degrees, **(options or {})), "optim": optim, "lora": lora}
-    return check(PlanInput(Config(dense(**fields), recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh, "cpu"))
+    model = dense(**fields)
+    if moe is not None:
+        experts = MoE(**{"num_experts": 8, "top_k": 2, "expert_size": 48} | moe)
+        model = replace(model, block=replace(model.block, feed_forward=experts))
+    return check(PlanInput(Config(model, recipe=Recipe(**given), run=Run(steps=5000), **parts), mesh, "cpu"))
 
 
 def dtype_of(plan):
@@ -66,6 +71,9 @@ SINGLE = {
     "wide": {"d_model": 192, "hidden_size": 500, "vocab_size": 2000, "n_layers": 2},
     "muon": {"optim": {"name": "muon"}},
     "lora": {"lora": Lora(rank=4), "accumulate": 2},
+    "experts": {"moe": {}, "accumulate": 2},
+    "experts in bf16, remat": {"moe": {"balance_rate": 0.1}, "dtype": "bfloat16", "remat": "full"},
+    "experts with a capacity": {"moe": {"capacity_factor": 1.0, "shared_size": 32}, "remat": "selective"},
     "frozen": {"freeze": ("embed", "blocks.0.*"), "accumulate": 2},
     "one of many blocks frozen": {"freeze": ("blocks.2.*",), "n_layers": 7, "accumulate": 2},
 }
@@ -93,6 +101,11 @@ def test_memory_of_one_process(fields):
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
+ALL = {"num_experts": 4, "top_k": 4}
+"""Every token goes to all experts, so that their loads are even, as a plan has them, whatever the router has learned."""
+ROOM = {"capacity_factor": 1.0}
+"""Rows have places of a fixed number, whatever the router does."""
+
 LAYOUTS = {
     "fsdp": (Mesh(dp_shard=2), {}, {}),
     "fsdp bf16, remat, accumulate": (Mesh(dp_shard=2), {}, {"dtype": "bfloat16", "remat": "full", "accumulate": 2}),
@@ -116,6 +129,26 @@ LAYOUTS = {
     "pp, tied": (Mesh(pp=2), {}, {"tie_embeddings": True, "accumulate": 2}),
     "pp x tp, zero bubble": (Mesh(pp=2, tp=2), {"pp_schedule": "zero_bubble"}, {}),
     "pp x ddp, interleaved": (Mesh(pp=2, dp_replicate=2), {"pp_schedule": "interleaved", "pp_chunks": 2}, {}),
+    "experts, fsdp": (Mesh(dp_shard=2), {}, {"moe": {}}),
+    "ep": (Mesh(dp_shard=2, ep=2), {}, {"moe": ROOM}),
+    "ep, exchange": (Mesh(dp_shard=2, ep=2), {}, {"moe": ALL | {"dispatch": "exchange"}, "accumulate": 2}),
+    "ep, gather": (Mesh(dp_shard=2, ep=2), {}, {"moe": ALL | {"dispatch": "gather"}, "dtype": "bfloat16"}),
+    "ep, a capacity of the batch": (
+        Mesh(dp_shard=2, ep=2),
+        {},
+        {"moe": ROOM | {"capacity_over": "batch", "shared_size": 32}, "dtype": "bfloat16", "remat": "full"},
+    ),
+    "ep x fsdp, a bias": (Mesh(dp_shard=4, ep=2), {}, {"moe": ROOM | {"balance_rate": 0.1}, "accumulate": 2}),
+    "ep x replicas": (Mesh(dp_replicate=2, dp_shard=2, ep=2), {}, {"moe": ROOM, "remat": "selective"}),
+    "ep x tp": (Mesh(dp_shard=2, tp=2, ep=2), {}, {"moe": ALL | {"dispatch": "exchange"}}),
+    "ep x cp": (Mesh(dp_shard=2, cp=2, ep=2), {}, {"moe": ROOM}),
+    "ep x pp, a dense layer": (Mesh(pp=2, dp_shard=2, ep=2), {}, {"moe": ROOM | {"dense_layers": 1, "dense_size": 161}}),
+    "ep x pp, zero bubble": (
+        Mesh(pp=2, dp_shard=2, ep=2),
+        {"pp_schedule": "zero_bubble"},
+        {"moe": ALL | {"balance_over": "sequence"}},
+    ),
+    "ep x fsdp, muon": (Mesh(dp_shard=4, ep=2), {}, {"moe": ROOM, "optim": {"name": "muon"}}),
 }
 
 
@@ -139,9 +172,29 @@ def test_traffic_and_memory_of_ranks(pool, mesh, options, fields):
         assert peak_memory(plan, found, rank).total == pytest.approx(measured, rel=0.1 if mesh.pp > 1 else 0.01)
 
 
+def test_uneven_loads_are_those_of_the_plan_together(pool):
+    """Dropless, a rank receives what the router happens to send it. Each sends as many rows as it has choices, so that all
+    ranks together send what they would if loads were even.
+    """
+    mesh = Mesh(dp_shard=2, ep=2)
+    plan = plan_of(mesh, moe={"dispatch": "exchange"})
+    planned = shared_groups(mesh, traffic(plan, profile_of(plan)))
+    real = pool.run(plan_ranks.rank_traffic, plan.cfg, dtype_of(plan), mesh=mesh)
+    rows = ("dp_shard", "all_to_all")
+    assert real[0][rows] != real[1][rows]
+    for axis, kind in real[0]:
+        counted = [one[axis, kind] for one in real]
+        assert {calls for calls, _ in counted} == {planned[axis, kind, "calls"]}
+        assert sum(size for _, size in counted) == 2 * planned[axis, kind, "bytes"]
+
+
 def test_a_block_stands_for_all_of_its_kind():
     """Depth is put together from pieces: tracing every block gives the same, to the byte."""
-    for fields in ({"n_layers": 9}, {"n_layers": 9, "remat": "every-3", "window_pattern": (16, -1), "accumulate": 2}):
+    for fields in (
+        {"n_layers": 9},
+        {"n_layers": 9, "remat": "every-3", "window_pattern": (16, -1), "accumulate": 2},
+        {"n_layers": 9, "moe": {"dense_layers": 2}},
+    ):
         plan = plan_of(Mesh(dp_shard=4, tp=2), batch_size=16, **fields)
         few = profile_of(plan)
         assert len(few.parts) < plan.cfg.model.n_layers + 2 == len(few.alike)
@@ -185,6 +238,27 @@ def test_an_uneven_exchange_is_no_ring_shift():
 
 def on_gpu(**fields):
     return replace(plan_of(dtype="bfloat16", **fields), device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("moe", "mesh"),
+    [
+        ({}, Mesh()),  # grouped products
+        ({"expert_size": 42}, Mesh()),  # one product an expert: rows of 84 bytes are not what torch's grouped one takes
+        (ROOM, Mesh()),  # a batch of products
+        ({"shared_size": 16, "latent_size": 32, "dense_layers": 1}, Mesh(dp_shard=4, ep=4)),
+        ({"dispatch": "gather"}, Mesh(dp_shard=2, tp=2, ep=2)),
+    ],
+    ids=str,
+)
+def test_flops_of_experts_are_those_of_the_model(moe, mesh):
+    """For even loads, however they are multiplied; the router's counts too, which each rank of ``tp`` has for its positions."""
+    plan = on_gpu(moe=moe, mesh=mesh, vocab_size=512)
+    c, m, r = clock(plan, profile_of(plan), ACCELERATORS["h100"]), plan.cfg.model, plan.cfg.recipe
+    pairs = m.n_layers * causal_pairs(r.sequence_length, None)
+    attention = 4 * m.block.mixer.n_heads * m.block.mixer.width(m.d_model) * pairs * r.batch_size
+    assert mesh.size * c.products == flops_per_sequence(m, r.sequence_length) * r.batch_size - 3 * attention
+    assert mesh.size * c.attention == 3.5 * attention
 
 
 def test_flops_are_those_of_the_model_and_what_attention_and_remat_add():

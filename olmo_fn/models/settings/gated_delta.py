@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -87,6 +87,14 @@ class GatedDelta(MixerSettings):
                 f"--model.n-value-heads {self.value_heads} is no multiple of --model.n-heads {self.n_heads}, and several "
                 f"heads of values share one of keys; choose {self.n_heads}, or {2 * self.n_heads}"
             )
+
+    def check_rule(self, device: Any, cp: int, *, once: bool) -> None:
+        """ValueError if what is to compute the rule cannot do it on a device, by ``cp`` ranks, differentiated once or more."""
+        import torch
+
+        from olmo_fn.kernels.gated_delta_fla import choose_rule
+
+        choose_rule(self.rule, torch.empty(0, device=device), cp, once)
 
     def check_mesh(self, model: Model, tp: int, cp: int, cp_method: str) -> None:
         """ValueError, with the flags and a way out, if ranks of these degrees cannot share the heads."""
