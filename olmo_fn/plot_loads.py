@@ -18,7 +18,7 @@ def plot_loads(folder: Path) -> Path | None:
     """Draw ``experts.png`` out of ``metrics.jsonl``: the load of every expert over the steps, of up to eight layers, and above
     them the largest one. None without matplotlib (extra ``plot``), or without experts.
     """
-    lines = read_metrics(folder / "metrics.jsonl", "load_excess")
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "load_excess" in line]
     drawn = [line for line in lines if any(name.startswith(PREFIX) for name in line)]
     if len(drawn) < 2:
         return None

@@ -11,6 +11,7 @@ import tyro
 
 from olmo_fn.convert.gguf import FromGGUF, ToGGUF, from_gguf, to_gguf
 from olmo_fn.convert.olmo_core import FromOlmoCore, from_olmo_core
+from olmo_fn.convert.upcycle import Upcycle, upcycle
 
 
 @dataclass(frozen=True)
@@ -98,5 +99,6 @@ DIRECTIONS: dict[str, tuple[type, Any]] = {
     "from-gguf": (FromGGUF, from_gguf),
     "to-gguf": (ToGGUF, to_gguf),
     "from-olmo-core": (FromOlmoCore, from_olmo_core),
+    "upcycle": (Upcycle, upcycle),
 }
 """What can be converted: the settings of each direction, and what carries it out."""

@@ -77,9 +77,10 @@ def test_a_run_that_goes_on_has_the_numbers_of_one_that_never_stopped(tmp_path: 
     assert [{k: line[k] for k in SAME} for line in parts[3:]] == [{k: line[k] for k in SAME} for line in whole[3:]]
 
 
-def test_a_dense_run_has_none_of_it(tmp_path: Path) -> None:
+def test_a_dense_run_has_none_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cfg = run_of(tmp_path / "run", steps=2)
     dense = MoE(dense_layers=2, dense_size=8)
     lines = trained(replace(cfg, model=replace(cfg.model, block=replace(cfg.model.block, feed_forward=dense))))
     assert not any(name.startswith(("load", "router", "dropped")) for line in lines for name in line)
     assert plot_loads(tmp_path / "run") is None
+    assert not caplog.records, "nor is any of its lines said to be left out"
