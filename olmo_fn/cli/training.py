@@ -146,7 +146,7 @@ def take(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
 
 def overview(presets: Mapping[str, Config], prog: str) -> str:
     """The presets, in words."""
-    rows = [("preset", "parameters", "width x layers", "vocab", "batch x length", "lr")]
+    rows = [("preset", "parameters", "width, depth", "vocab", "batch x length", "lr")]
     for name, config in presets.items():
         m, r = config.model, config.recipe
         shape, batch = f"{m.d_model:,} x {m.n_layers}", f"{r.batch_size:,} x {r.sequence_length:,}"
