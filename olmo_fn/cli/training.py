@@ -188,13 +188,24 @@ def rows(network: object, layer: int) -> int | None:
     return (3 if isinstance(network, Gated) else 2) * network.hidden_size if isinstance(network, Gated | GELU) else None
 
 
+def _experts(model: Model) -> int:
+    """The most experts of a layer."""
+    return max(block.feed_forward.num_experts for block in model.pattern or (model.block,))
+
+
 def check_start(cfg: Config) -> None:
     """ValueError, with the flags to take, if the run that this one starts from has a model of another shape."""
     start = Path(cfg.run.start_from)
     folder = next((path for path in (start, start.parent.parent) if (path / "config.yaml").is_file()), None)
     if not cfg.run.start_from or folder is None:
         return
-    there, differ = {one.path: one.value for one in values(read_config(folder))}, []
+    old_cfg = read_config(folder)
+    if _experts(cfg.model) and not _experts(old_cfg.model):
+        raise ValueError(
+            f"--run.start-from {str(start)!r} has no experts, and this model has; make some of its feed-forward networks with "
+            f"olmo-fn convert upcycle {shlex.quote(str(start))} RUN, and start from that"
+        )
+    there, differ = {one.path: one.value for one in values(old_cfg)}, []
     for one in values(cfg):
         old = there.get(one.path, one.value)
         if one.path[0] == "model" and one.path[-1] in SHAPE and old != one.value:

@@ -80,7 +80,7 @@ class Lora:
     """Rank of the changes; 0 trains the whole model."""
     alpha: float = 16.0
     """The change is multiplied by alpha / rank."""
-    patterns: tuple[str, ...] = ("*.attention.w_*", "*.feed_forward.w_*", "*.moe.shared.w_[gud]*")
+    patterns: tuple[str, ...] = ("*.attention.w_*", "*.feed_forward.w_*")
     """Patterns of the matrices to adapt."""
 
 

@@ -27,8 +27,8 @@ from olmo_fn.nn.linear import Adapted
 from olmo_fn.spec import Init, Spec
 from olmo_fn.tree import Tree
 
-LINEAR = ("*.attention.w_*", "*.feed_forward.w_*", "*.moe.shared.w_[gud]*")
-"""The matrices of the blocks that all tokens meet: what a model has of them."""
+LINEAR = ("*.attention.w_*", "*.feed_forward.w_*")
+"""The matrices of mixers and of dense feed-forward networks: what a model has of them."""
 
 
 def lora_specs(specs: Tree, rank: int, patterns: Sequence[str] = LINEAR) -> Tree:

@@ -167,3 +167,13 @@ def test_bad_input(published, tmp_path, capsys):
     assert "has experts already, 6 in a layer" in refused(capsys, olmoe, new)
     assert "has no config.json" in refused(capsys, tmp_path, new) or "is not there" in refused(capsys, tmp_path, new)
     assert not new.exists()
+
+
+def test_a_dense_run_is_no_start_for_one_with_experts(tmp_path, capsys):
+    run_of(tmp_path / "dense", MODELS["reordered"])
+    words = ["train", "olmo2-tiny", "--model.feed-forward.name", "moe", "--run.start-from", str(tmp_path / "dense")]
+    assert cli.main([*words, "--run.folder", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "has no experts, and this model has" in said
+    assert f"olmo-fn convert upcycle {tmp_path / 'dense'} RUN" in said
+    assert not (tmp_path / "run").exists()
