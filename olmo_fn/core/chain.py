@@ -91,7 +91,8 @@ class Backend:
     ``attention(need)`` chooses the backend of attention.
     ``weight_grads(weight, gradient)``, if given, takes from a primitive the gradient of a weight, as a function that computes
     it; False: it is not wanted there. ``loss_weight`` (0-d) is what the engine will multiply the loss by in its backward, a
-    hint for primitives that form gradients on their way forward; None where there will be no backward.
+    hint for primitives that form gradients on their way forward; None where there will be no backward. ``skew``: of rows whose
+    number only data decides, such as those for a rank's experts, a plan has so many times the even number.
     """
 
     primitive: Callable[..., Any] | None = None
@@ -103,6 +104,7 @@ class Backend:
     attention: Choose = choose_auto
     weight_grads: WeightGrads | None = None
     loss_weight: Tensor | None = None
+    skew: float = 1.0
 
 
 PLAIN = Backend()

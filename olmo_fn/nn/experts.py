@@ -63,7 +63,7 @@ def rows_of_some(experts: Tensor, E: int, kept: Tensor | None, multiple: int, us
     flat = (experts if kept is None else experts.where(kept, E)).flatten()
     order, counts = _sorted(flat, E)
     sizes = (counts + multiple - 1) // multiple * multiple
-    return _with_room(flat, order, counts, sizes, sum(numbers(sizes, usual)))
+    return _with_room(flat, order, counts, sizes, sum(-(-n // multiple) * multiple for n in numbers(sizes, usual)))
 
 
 def slots_of(experts: Tensor, E: int, kept: Tensor, most: int) -> Rows:
@@ -83,14 +83,18 @@ def _with_room(experts: Tensor, order: Tensor, counts: Tensor, sizes: Tensor, R:
     return Rows(choice[:-1], row, sizes, whole=False)
 
 
-def numbers(counts: Tensor, usual: int) -> list[int]:
-    """The entries of ``counts`` on the host, which waits for them; even ones that add up to ``usual`` where nothing has been
-    computed: in traces and plans.
+def numbers(counts: Tensor, *usual: int) -> list[int]:
+    """The entries of ``counts`` on the host, which waits for them. Where nothing has been computed, in plans, and in traces,
+    which see the wait: for each of ``usual`` as many, even ones that add up to it.
+
+    >>> numbers(torch.empty(4, device="meta"), 10, 7)
+    [5, 5, 4, 3]
     """
-    if counts.is_meta or is_fake(counts):
-        each, more = divmod(usual, counts.numel())
-        return [each + (i < more) for i in range(counts.numel())]
-    found: list[int] = counts.tolist()
+    host = counts if counts.is_meta else counts.cpu()
+    if host.is_meta or is_fake(host):
+        n = host.numel() // len(usual)
+        return [total // n + (i < total % n) for total in usual for i in range(n)]
+    found: list[int] = host.tolist()
     return found
 
 
@@ -166,15 +170,25 @@ def grouped_gradient(x: Tensor, d_y: Tensor, counts: Tensor | int, E: int) -> Te
     if isinstance(counts, int):
         return torch.bmm(x.view(E, counts, -1).mT, d_y.view(E, counts, -1))
     if _fits(x, d_y):
-        return F.grouped_mm(x.T, d_y, offs=counts.cumsum(0).int())
+        found = F.grouped_mm(x.T, d_y, offs=counts.cumsum(0).int())
+        return written(found, counts) if _leaves_gaps(x) else found
     sizes = numbers(counts, len(x))
     return torch.stack([a.T @ b for a, b in zip(x.split(sizes), d_y.split(sizes), strict=True)])
+
+
+def written(found: Tensor, counts: Tensor) -> Tensor:
+    """Gradients (E, D, F) with zeros for experts without rows, which Blackwell's kernel leaves unwritten (pytorch 172439)."""
+    return found.masked_fill_((counts == 0)[:, None, None], 0)
+
+
+def _leaves_gaps(x: Tensor) -> bool:
+    return x.is_cuda and not (x.is_meta or is_fake(x)) and torch.cuda.get_device_capability(x.device)[0] >= 10
 
 
 def _fits(x: Tensor, w: Tensor) -> bool:
     """What torch's grouped product takes (2.13): no fp64, rows of whole 16 bytes; on a GPU, or without memory, bf16 only."""
     dtypes = (torch.bfloat16,) if x.is_cuda or x.is_meta or is_fake(x) else (torch.bfloat16, torch.float32)
-    even = all(n * x.itemsize % 16 == 0 for n in (x.shape[-1], *w.shape[-2:]))
+    even = all(n * x.itemsize % 16 == 0 for n in (x.shape[-1], w.shape[-1]))  # of the number of rows nothing is asked
     return x.dtype in dtypes and x.dtype == w.dtype and even and len(x) > 0
 
 
@@ -290,7 +304,7 @@ def rows_at_once(x: Tensor) -> int:
     every number that it has not seen, in more time than the product takes: 132 ms for 8 experts of 512 x 1,024 and 4,096 rows
     in all where the numbers change, 20 where they are multiples of 64.
     """
-    return 64 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
+    return 64 if x.dtype == torch.bfloat16 and x.device.type != "cuda" else 1
 
 
 def _rows(work: Work) -> Rows:
@@ -298,15 +312,22 @@ def _rows(work: Work) -> Rows:
 
 
 def gathered(ctx: Context, work: Work, ep: Axis) -> Tensor:
-    """All tokens come to all ranks, whose sums go back. Waits for the number of those that are for this rank's experts."""
+    """All tokens come to all ranks, whose sums go back. Without a capacity it waits, once, for how many its experts get."""
     mine, k = len(work.matrices[0]), work.experts.shape[1]
     experts = all_gather(work.experts.int(), 0, ep).long() - ep.index * mine
     kept = (experts >= 0) & (experts < mine)
-    if work.kept is not None:
+    if work.kept is None:
+        rows = rows_of_some(experts, mine, kept, rows_at_once(work.x), _planned(ctx, work, ep))
+    else:
         kept = kept & all_gather(work.kept.to(torch.uint8), 0, ep).bool()
-    rows = rows_of_some(experts, mine, kept, rows_at_once(work.x), usual=work.experts.numel())
+        rows = slots_of(experts, mine, kept, ep.size * work.most)
     x, weight = take(all_gather(work.x, 0, ep), rows, k), take(all_gather(work.weights, 0, ep).flatten(), rows)
     return reduce_scatter(put(_computed(ctx, work, x, weight, rows.counts), rows, k), 0, ep)
+
+
+def _planned(ctx: Context, work: Work, ep: Axis) -> int:
+    """Rows for a rank's experts, in a plan: its even share of them, ``skew`` times, and no more than there are."""
+    return min(round(ctx.backend.skew * work.experts.numel()), ep.size * work.experts.numel())
 
 
 def exchanged(ctx: Context, work: Work, ep: Axis) -> Callable[[], Tensor]:
@@ -319,7 +340,7 @@ def exchanged(ctx: Context, work: Work, ep: Axis) -> Callable[[], Tensor]:
     else:
         theirs = rows.counts.view(ep.size, mine)
         coming = exchange(theirs, [1] * ep.size, [1] * ep.size, ep)().view(ep.size, mine)
-        both = numbers(torch.cat((theirs.sum(1), coming.sum(1))), 2 * len(rows.choice))
+        both = numbers(torch.cat((theirs.sum(1), coming.sum(1))), len(rows.choice), _planned(ctx, work, ep))
         sent, received = both[: ep.size], both[ep.size :]
         of = torch.arange(mine, device=work.x.device).repeat(ep.size)
         of = of.repeat_interleave(coming.flatten(), output_size=sum(received))

@@ -168,7 +168,8 @@ class ShardedPlacement(Placement):
             if len(there) > 1 and there <= names and {*members(axis)} <= {*TOKENS}:
                 found.append(self.axis(axis))
                 names -= there
-        return found + [self.axis(name) for name in TOKENS if name in names]
+        whole = {"dp_outer": "dp_shard"} if self.axes.ep.size == 1 else {}
+        return found + [self.axis(whole.get(name, name)) for name in TOKENS if name in names]
 
     def copies(self, path: str) -> int:
         """How many ranks have the same shard of the parameter."""

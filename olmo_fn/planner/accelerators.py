@@ -35,13 +35,18 @@ EAGER, COMPILED = 7.5e-6, 55e-6
 microseconds, and of 50 to 60."""
 
 
-def tiled(flops: int, rows: int, columns: int) -> int:
-    """FLOPs of a product, and of the multiprocessors that idle in its last round of tiles.
+def tiled(flops: int, rows: int, columns: int, groups: int = 1) -> int:
+    """FLOPs of a product, and of the multiprocessors that idle in its last round of tiles; of ``groups`` that are multiplied in
+    one call, each of so many rows, also those of the rows that their last tiles lack.
 
     >>> tiled(100, 8192, 4096)  # 15.5 rounds
     103
     >>> tiled(100, 512, 1024)  # a quarter of the multiprocessors has something to do
     412
+    >>> tiled(100, 96, 4096, groups=33)  # 8 rounds, of tiles of which a quarter is empty
+    133
     """
-    tiles = max(1, -(-rows // TILE) * -(-columns // TILE))
-    return round(flops * -(-tiles // PROCESSORS) * PROCESSORS / tiles)
+    down = -(-rows // TILE)
+    tiles = max(1, groups * down * -(-columns // TILE))
+    filled = down * TILE / rows if groups > 1 and rows else 1
+    return round(flops * filled * -(-tiles // PROCESSORS) * PROCESSORS / tiles)

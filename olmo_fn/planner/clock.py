@@ -3,17 +3,19 @@
 The assumptions, none of which has been measured by this project (it has had no GPU); the figures, and what each is from, are in
 `olmo_fn.planner.accelerators`:
 
-- A product of matrices takes whole rounds of its tiles at a share of the peak, attention the share of its backend, for pairs
+- A product of matrices takes whole rounds of its tiles at a share of the peak; those of experts, each of which fills tiles of
+  its own, take as long as their matrices take to be read if that is longer. Attention takes the share of its backend, for pairs
   that see each other; elementwise kernels move their bytes at a share of the memory's bandwidth.
 - The host takes so long for each launch. It runs ahead of the GPU; where all its launches take longer than the GPU's work,
   that is how long a sweep takes.
 - A collective moves (n - 1) / n of its tensor over the slowest link of its group, an all_reduce twice that. It takes `LAUNCH`,
   and `HOP` for each of the n - 1 steps of a ring, an all_reduce for the 2 log n of a tree. A group with g ranks in a machine
   drives g network cards.
-- Weights and gradients (``fsdp``, ``dp_replicate``) travel while a neighbouring segment computes: a segment takes the longer
-  of the two, and its computing lacks the multiprocessors that the collective occupies. ``tp`` and ``cp`` collectives are
-  waited for. A pipeline gathers its weights before it begins and scatters its gradients when it has ended, which nothing
-  overlaps with; its sends overlap as its simulation says.
+- Weights and gradients (``fsdp``, for experts ``edp``, and ``dp_replicate``) travel while a neighbouring segment computes: a
+  segment takes the longer of the two, and its computing lacks the multiprocessors that the collective occupies. What stages
+  send, over ``tp``, ``cp`` and to experts and back over ``ep``, is waited for, also where a shared network computes meanwhile.
+  A pipeline gathers its weights before it begins and scatters its gradients when it has ended, which nothing overlaps with;
+  its sends overlap as its simulation says.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from olmo_fn.train.accelerators import Accelerator
 
 HOP = {"link": 1e-6, "network": 5e-6}  # seconds from one rank to the next
 LAUNCH = 10e-6  # seconds a collective takes before anything moves
-OVERLAPPED = ("fsdp", "dp_replicate")
+OVERLAPPED = ("fsdp", "edp", "dp_outer", "dp_replicate")
 HOST = 50e9  # bytes/s between a device and its host's memory, one way: PCIe 5, 16 lanes
 
 
@@ -57,7 +59,7 @@ class Clock:
     seconds: float
     computing: float
     waiting: float
-    """For tp, cp and what of fsdp traffic is longer than what it overlaps with."""
+    """For tp, cp, ep and what of fsdp traffic is longer than what it overlaps with."""
     update: float
     bubble: float
     """The part of the pipeline's time that a rank waits for others."""
@@ -85,7 +87,7 @@ def clock(plan: PlanInput, profile: Profile, gpu: Accelerator) -> Clock:
         for label in labels:
             for busy, piece in ((forward, profile[label].forward.seen), (backward, profile[label].backward.seen)):
                 one = _computing(piece, gpu)
-                busy[stage] += max(_with_traffic(mesh, one, piece.traffic, gpu), piece.host / HOST)
+                busy[stage] += max(_with_traffic(mesh, one, piece.traffic + piece.beyond, gpu), piece.host / HOST)
                 computing, seen.products, seen.moved = computing + one, seen.products + piece.products, seen.moved + piece.moved
                 seen.attention.update(piece.attention)
                 seen.launches.update(piece.launches)
@@ -115,12 +117,13 @@ def clock(plan: PlanInput, profile: Profile, gpu: Accelerator) -> Clock:
 
 
 def _computing(seen: Seen, gpu: Accelerator) -> float:
-    products = (seen.tiled - seen.fp8) / PRODUCTS + seen.fp8 / (2 * PRODUCTS_FP8)
+    products = (seen.tiled - seen.fp8 - seen.grouped) / PRODUCTS + seen.fp8 / (2 * PRODUCTS_FP8)
+    experts = max(seen.grouped / (PRODUCTS * gpu.peak), seen.fed / (STREAM * gpu.bandwidth))
     attention = 0.0
     for key, flops in seen.attention.items():
         backend, way = key.split()
         attention += flops / ATTENTION[backend][way == "backward"]
-    return (products + attention) / gpu.peak + seen.moved / (STREAM * gpu.bandwidth)
+    return (products + attention) / gpu.peak + experts + seen.moved / (STREAM * gpu.bandwidth)
 
 
 def _with_traffic(mesh: Mesh, computing: float, traffic: Traffic, gpu: Accelerator) -> float:
@@ -183,5 +186,6 @@ def link(mesh: Mesh, axis: str, gpu: Accelerator) -> str:
 
 def _inside(mesh: Mesh, axis: str, gpu: Accelerator) -> tuple[int, int]:
     """How many ranks are from one of an axis to the next, and how many of the axis are in a machine."""
-    stride = prod(getattr(mesh, name) for name in FINEST[FINEST.index(members(axis)[-1]) + 1 :])
+    last = next((name for name in reversed(members(axis)) if mesh.degree(name) > 1), members(axis)[-1])
+    stride = prod(getattr(mesh, name) for name in FINEST[FINEST.index(last) + 1 :])
     return stride, max(1, min(mesh.degree(axis), gpu.node // stride))

@@ -27,9 +27,12 @@ WITHIN = 2.0  # a trace finds at most so many times the bytes
 
 
 class Sizes(NamedTuple):
-    """Of one label: entries of its parameters, and what its matrices take in and give out for a token."""
+    """Of one label: entries of its parameters, those of experts among them, and what its matrices take in and give out for a
+    token: those of experts for each of the experts that it goes to.
+    """
 
     parameters: int
+    experts: int
     widths: int
 
 
@@ -40,8 +43,12 @@ def sizes(cfg: Config) -> tuple[dict[Label, Sizes], float]:
     assert step.grads.chain is not None
     for label, stages in by_label(step.grads.chain.stages).items():
         leaves = [spec for stage in stages for path in stage.paths for _, spec in tree.items(tree.at(specs, path), path)]
-        widths = sum(sum(spec.shape[-2:]) for spec in leaves if len(spec.shape) > 1)
-        found[label] = Sizes(sum(spec.size for spec in leaves), widths)
+        times = getattr(cfg.model.layers[label].feed_forward, "top_k", 1) if isinstance(label, int) else 1
+        many = [spec for spec in leaves if "experts" in spec.axes]
+        widths = sum(sum(spec.shape[-2:]) for spec in leaves if len(spec.shape) == 2) + times * sum(
+            sum(s.shape[-2:]) for s in many
+        )
+        found[label] = Sizes(sum(spec.size for spec in leaves), sum(spec.size for spec in many), widths)
     slots = step.init(abstract(specs)).slots
     slot_bytes = sum(x.nbytes for slot in slots.values() for _, x in tree.items(slot))
     return found, slot_bytes / sum(spec.size for _, spec in tree.items(specs))
@@ -56,15 +63,15 @@ def _rank_memory(plan: PlanInput, rank: int) -> float:
     model, r, mesh, how = plan.cfg.model, plan.cfg.recipe, plan.mesh, plan.cut.pipeline
     (by, slots), held, item = sizes(without_layout(plan.cfg)), plan.held(rank), 2 if plan.dtype == "bfloat16" else 4
     tokens = plan.rows * r.sequence_length / mesh.cp
-    entries, largest = (
-        sum(by[label].parameters for label in held) / mesh.tp,
-        max(by[label].parameters for label in held) / mesh.tp,
-    )
-    rest = entries * (4 + slots + 4) / mesh.degree("fsdp")
+    rest = sum(by[label].parameters for label in held) / mesh.tp * (4 + slots + 4) / mesh.degree("fsdp")
+    used = [(by[label].parameters - by[label].experts * (1 - 1 / mesh.ep)) / mesh.tp for label in held]
+    entries, largest = sum(used), max(used)
     if mesh.pp > 1:
         in_use = entries * (item + 4)  # gathered weights and whole gradients, for the whole step
     else:
         in_use = (entries if plan.cfg.mesh.keep_gathered else 2 * largest) * item + 2 * 4 * largest
+        if mesh.degree("fsdp") > 1 == mesh.degree("edp"):  # experts that no other rank has are copied once, and never gathered
+            in_use += sum(by[label].experts for label in held) / mesh.tp / mesh.ep * (item if item < 4 else 0)
     layer = max((by[label].widths for label in held if isinstance(label, int)), default=0) * item * tokens / mesh.tp
     stream = model.d_model * item * tokens / mesh.tp
     layers = sum(isinstance(label, int) for label in held) / how.chunks
@@ -85,8 +92,10 @@ def seconds(plan: PlanInput, gpu: Accelerator) -> float:
     full = r.remat in ("full", "selective")
     blocks = [one for label, one in by.items() if isinstance(label, int)]
     times, entries = r.accumulate * plan.microbatches, sum(one.parameters for one in by.values()) / mesh.pp / mesh.tp
+    experts = sum(one.experts for one in by.values()) / mesh.pp / mesh.tp
+    sent = entries - experts if mesh.ep > 1 else entries  # over fsdp; experts over the rest of it
     tokens, layers = plan.rows * r.sequence_length / mesh.cp, len(blocks) / mesh.pp
-    stream, layer = model.d_model * item * tokens, blocks[0].widths * item * tokens / mesh.tp
+    stream, layer = model.d_model * item * tokens, blocks[-1].widths * item * tokens / mesh.tp
     products = flops_per_sequence(model, r.sequence_length) * r.batch_size / mesh.size * (4 / 3 if full else 1)
     moved = times * layers * layer * (6 if full else 4)
     computing = products / (PRODUCTS * gpu.peak) + moved / (STREAM * gpu.bandwidth)
@@ -99,8 +108,13 @@ def seconds(plan: PlanInput, gpu: Accelerator) -> float:
     waited += travels("cp", "all_gather", 2 * sweeps * times * layers, stream * mesh.cp / mesh.tp)
     once = 1 if mesh.pp > 1 else r.accumulate  # a pipeline gathers once for all its micro-batches
     gathers = 1 if mesh.pp > 1 or plan.cfg.mesh.keep_gathered else 2
-    beside = travels("fsdp", "all_gather", gathers * once * layers, item * entries / layers)
-    beside += travels("fsdp", "reduce_scatter", once * layers, 4 * entries / layers)
+    beside = travels("fsdp", "all_gather", gathers * once * layers, item * sent / layers)
+    beside += travels("fsdp", "reduce_scatter", once * layers, 4 * sent / layers)
+    if mesh.ep > 1:
+        beside += travels("edp", "all_gather", gathers * once * layers, item * experts / mesh.ep / layers)
+        beside += travels("edp", "reduce_scatter", once * layers, 4 * experts / mesh.ep / layers)
+        top_k = max(getattr(block.feed_forward, "top_k", 0) for block in model.layers)
+        waited += travels("ep", "all_to_all", 2 * sweeps * times * layers, min(top_k, mesh.ep) * stream)
     beside += travels("dp_replicate", "all_reduce", once * layers, 4 * entries / mesh.degree("fsdp") / layers)
     update = (2 * (4 + slots) + 8) * entries / mesh.degree("fsdp") / (STREAM * gpu.bandwidth)
     if mesh.pp == 1:

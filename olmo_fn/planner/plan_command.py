@@ -30,6 +30,8 @@ class Plan:
     """Sequences a step; 0: the preset's."""
     sequence_length: Annotated[int, Range(0, 1 << 24), tyro.conf.arg(name="sequence-length")] = 0
     """Tokens a sequence; 0: the preset's."""
+    skew: Annotated[float, Range(1, 1 << 16)] = 1.0
+    """Where processes share experts, plan the one that has so many times the even number of tokens for its experts."""
     picture: Annotated[str, PATH] = ""
     """Draw the memory of the layouts here, a PNG; needs the extra plot."""
     published: bool = False
@@ -60,7 +62,7 @@ def run(args: Plan, presets: Mapping[str, Config]) -> str:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("layouts", total=1.0)
         found = search(
-            replace(base, gpu=args.gpu, gpus=args.gpus, recipe=replace(r, accumulate=1)),
+            replace(base, gpu=args.gpu, gpus=args.gpus, skew=args.skew, recipe=replace(r, accumulate=1)),
             args.gpus,
             args.best,
             lambda words, part: progress.update(task, description=words, completed=part),

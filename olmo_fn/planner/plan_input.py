@@ -120,7 +120,9 @@ class PlanInput:
         """With another mesh, or other fields of ``recipe``, ``optim`` and ``mesh``, which have no name in common."""
         cfg, degrees = (
             self.cfg,
-            {**mesh.degrees, "dp_replicate": mesh.dp_replicate if mesh.dp_replicate > 1 else None} if mesh else {},
+            {**mesh.degrees, "ep": mesh.ep, "dp_replicate": mesh.dp_replicate if mesh.dp_replicate > 1 else None}
+            if mesh
+            else {},
         )
         for section in ("recipe", "optim", "mesh"):
             part = getattr(cfg, section)
@@ -144,6 +146,8 @@ def check(plan: PlanInput) -> PlanInput:
     cfg, mesh = plan.cfg, plan.mesh
     cfg.check()
     cfg.check_processes(mesh.size)
+    if cfg.skew > 1 and not any(block.feed_forward.num_experts for block in cfg.model.layers):
+        raise ValueError(f"--skew {cfg.skew:g} is of the tokens for experts, and the model has none; leave it out")
     if cfg.recipe.engine != "tape":
         raise ValueError(
             f"what --recipe.engine {cfg.recipe.engine} keeps is not known on paper; plan with --recipe.engine tape"

@@ -295,7 +295,7 @@ class Watch:
         def fn(p: Tree, x: Any, ctx: Any) -> Any:
             if self.now[0] in ("begin", "forward"):
                 self.next("forward", label)
-            return stage.fn(p, x, ctx)
+            return stage.fn(p, x, replace(ctx, backend=replace(ctx.backend, skew=self.cfg.skew)))
 
         return stage._replace(fn=fn)
 

@@ -88,7 +88,7 @@ def time(found: Estimate) -> str:
         ("computing", f"{c.computing:.3f} s", peaks),
         ("  products", f"{(c.products + c.attention) / 1e12:,.1f} TFLOP", sizes),
         ("  host", f"{c.host:.3f} s", calls),
-        ("waiting for others", f"{c.waiting:.3f} s", "tp, cp, and what weights and gradients take longer than computing"),
+        ("waiting for others", f"{c.waiting:.3f} s", "tp, cp, ep, and what weights and gradients take longer than computing"),
         ("optimizer", f"{c.update:.3f} s", ""),
         ("pipeline bubble", f"{c.bubble:.1%}", "of the pipeline's time"),
         ("a step", f"{c.seconds:.3f} s", f"{tokens:,.0f} tokens/s, {c.tokens:,.0f} a device, {c.mfu:.1%} of its peak (MFU)"),

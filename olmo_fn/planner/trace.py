@@ -41,6 +41,7 @@ PRODUCTS = {
     aten._grouped_mm: _grouped_flops,
 }
 """How many FLOPs an operation has, of those that are counted: products of matrices, attention, convolutions."""
+GROUPED = (aten._grouped_mm, aten.bmm)
 PLAIN = (aten.mm, aten.addmm, aten.addmm_)
 EMPTY = {aten.new_empty.default, aten.empty_like.default, aten.empty.memory_format}
 """What allocates, and moves nothing."""
@@ -65,10 +66,13 @@ class Seen:
     products: int = 0  # FLOPs of products of matrices, without attention's
     tiled: int = 0  # the same, filled up to whole rounds of tiles
     fp8: int = 0  # of these, FLOPs of products in 8 bits
+    grouped: int = 0  # and of groups of rows, each by a matrix of its own, as experts have them
+    fed: int = 0  # bytes that these read and write
     attention: Counter[str] = field(default_factory=Counter)  # FLOPs of pairs that see each other, "forward" and "backward"
     moved: int = 0  # bytes that elementwise operations read and write
     launches: Counter[str] = field(default_factory=Counter)  # "eager" kernels, and calls of "compiled" functions
     traffic: Traffic = field(default_factory=Counter)
+    beyond: Traffic = field(default_factory=Counter)  # bytes of exchanges in which more comes than goes, of what is more
     host: int = 0  # bytes copied to host memory or back
 
 
@@ -169,7 +173,10 @@ class Trace(TorchDispatchMode):
         count = PRODUCTS.get(func._overloadpacket)
         if count is not None and not self._on_chip:
             given = leaves(args) if func._overloadpacket in PLAIN else args  # some forms of these are given a dtype, too
-            self._product(func._overloadpacket, count(*given, **(kwargs or {}), out_val=out), out)
+            flops = count(*given, **(kwargs or {}), out_val=out)
+            self._product(func._overloadpacket, flops, out, *groups_of(func._overloadpacket, out, args, kwargs or {}))
+            if func._overloadpacket in GROUPED:
+                self.seen.fed += nbytes((args, kwargs, out))
         if self._fused is None:
             self.seen.launches["eager"] += not self._on_chip and func not in EMPTY
             if count is None and func not in EMPTY:
@@ -180,11 +187,11 @@ class Trace(TorchDispatchMode):
             self._made(out)
         return out
 
-    def _product(self, kind: Any, flops: int, out: Tensor) -> None:
-        rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
-        full = tiled(flops, rows, columns)
+    def _product(self, kind: Any, flops: int, out: Tensor, groups: int, rows: int) -> None:
+        full = tiled(flops, rows, out.shape[-1], groups)
         self.seen.products, self.seen.tiled = self.seen.products + flops, self.seen.tiled + full
         self.seen.fp8 += full if kind in SCALED else 0
+        self.seen.grouped += full if kind in GROUPED else 0
 
     def _collective(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, x = func._schema.name.split("::")[1], args[0]
@@ -204,6 +211,8 @@ class Trace(TorchDispatchMode):
             out = torch.empty_like(x)
         self.seen.traffic[group, kind, "calls"] += 1
         self.seen.traffic[group, kind, "bytes"] += (out if kind == "all_gather" else x).nbytes
+        if kind == "all_to_all":
+            self.seen.beyond[group, kind, "bytes"] += max(0, out.nbytes - x.nbytes)
         self._made(out)
         if kind == "all_gather":
             self._sent[out.untyped_storage()._cdata] = x
@@ -346,6 +355,14 @@ class OnGpu(TorchFunctionMode):
 
 def _is_cuda(device: Any) -> bool:
     return (isinstance(device, torch.device) and device.type == "cuda") or (isinstance(device, str) and device[:4] == "cuda")
+
+
+def groups_of(kind: Any, out: Tensor, args: Any, kwargs: Any) -> tuple[int, int]:
+    """How many groups a product has, and rows in each of them; those of experts are taken to be even."""
+    if kind not in GROUPED:
+        return 1, math.prod(out.shape[:-1])
+    groups = len(args[2] if len(args) > 2 else kwargs["offs"]) if kind == aten._grouped_mm else len(out)
+    return groups, out.shape[1] if out.ndim == 3 else -(-len(out) // groups)
 
 
 def leaves(value: Any) -> tuple[Tensor, ...]:

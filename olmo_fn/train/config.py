@@ -245,6 +245,8 @@ class Config:
     """Only for --dry-run: processes there would be. 0: the product of the degrees of --mesh that are given."""
     gpu: Annotated[Literal["a100", "h100", "h200", "b200", "mi300x"], INVISIBLE] = "h100"
     """Only for --dry-run: the accelerator that memory and time are estimated for."""
+    skew: Annotated[float, Range(1, 1 << 16), INVISIBLE] = 1.0
+    """Only for --dry-run: over --mesh.ep, plan the process that has so many times the even number of tokens for its experts."""
 
     def check(self) -> None:
         """Raise ValueError, in one line with the fix, if the numbers do not fit together."""

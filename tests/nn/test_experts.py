@@ -20,7 +20,7 @@ from olmo_fn.models import transformer
 from olmo_fn.models.config import Attention, Block, Model, dense
 from olmo_fn.models.settings.moe import MoE
 from olmo_fn.nn.context import Context
-from olmo_fn.nn.experts import Work, by_experts, grouped_gradient, grouped_mm, rows_of, rows_of_some, slots_of, take
+from olmo_fn.nn.experts import Work, by_experts, grouped_gradient, grouped_mm, rows_of, rows_of_some, slots_of, take, written
 from olmo_fn.nn.experts import put as put_rows
 from olmo_fn.nn.moe import MoEForm, active
 from olmo_fn.nn.router import RouterForm, choose, route
@@ -58,6 +58,13 @@ def test_products_of_groups_are_those_of_each(dtype: torch.dtype, width: int) ->
     torch.testing.assert_close(
         grouped_gradient(even, d_even, 2, 4), grouped_gradient(even, d_even, torch.tensor([2, 2, 2, 2]), 4), **close
     )
+
+
+def test_what_a_kernel_leaves_unwritten_is_zero() -> None:
+    """Whatever is there for an expert without rows, NaN included."""
+    found = torch.full((3, 2, 2), torch.nan)
+    found[1] = 1.0
+    assert written(found, torch.tensor([0, 4, 0])).sum((1, 2)).tolist() == [0.0, 4.0, 0.0]
 
 
 def test_no_rows_at_all() -> None:

@@ -89,6 +89,10 @@ LAYOUTS = [
     ("olmo2-7b", Mesh(pp=4, dp_shard=8), {"batch_size": 64, "pp_microbatches": 8}),
     ("olmo2-7b", Mesh(pp=4, dp_shard=8), {"batch_size": 64, "pp_schedule": "interleaved", "pp_chunks": 2}),
     ("olmo2-32b", Mesh(dp_shard=128, tp=2), {"batch_size": 128, "remat": "full"}),
+    ("olmoe-1b-7b", Mesh(dp_shard=8), {"batch_size": 8}),
+    ("olmoe-1b-7b", Mesh(dp_shard=8, ep=8), {"batch_size": 8}),
+    ("olmoe-1b-7b", Mesh(dp_shard=16, ep=4), {"batch_size": 16, "remat": "full"}),
+    ("qwen3-30b-a3b", Mesh(pp=4, dp_shard=8, ep=8), {"batch_size": 64, "pp_microbatches": 8}),
 ]
 
 

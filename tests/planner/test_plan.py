@@ -54,6 +54,11 @@ def dtype_of(plan):
 
 # --- one process ------------------------------------------------------------------------------------------------------
 
+ALL = {"num_experts": 4, "top_k": 4}
+"""Every token goes to all experts, so that their loads are even, as a plan has them, whatever the router has learned."""
+ROOM = {"capacity_factor": 1.0}
+"""Rows have places of a fixed number, whatever the router does."""
+
 SINGLE = {
     "plain": {},
     "bf16": {"dtype": "bfloat16"},
@@ -72,7 +77,7 @@ SINGLE = {
     "muon": {"optim": {"name": "muon"}},
     "lora": {"lora": Lora(rank=4), "accumulate": 2},
     "experts": {"moe": {}, "accumulate": 2},
-    "experts in bf16, remat": {"moe": {"balance_rate": 0.1}, "dtype": "bfloat16", "remat": "full"},
+    "experts in bf16, remat": {"moe": {**ALL, "balance_rate": 0.1}, "dtype": "bfloat16", "remat": "full"},
     "experts with a capacity": {"moe": {"capacity_factor": 1.0, "shared_size": 32}, "remat": "selective"},
     "frozen": {"freeze": ("embed", "blocks.0.*"), "accumulate": 2},
     "one of many blocks frozen": {"freeze": ("blocks.2.*",), "n_layers": 7, "accumulate": 2},
@@ -100,11 +105,6 @@ def test_memory_of_one_process(fields):
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
-
-ALL = {"num_experts": 4, "top_k": 4}
-"""Every token goes to all experts, so that their loads are even, as a plan has them, whatever the router has learned."""
-ROOM = {"capacity_factor": 1.0}
-"""Rows have places of a fixed number, whatever the router does."""
 
 LAYOUTS = {
     "fsdp": (Mesh(dp_shard=2), {}, {}),
@@ -186,6 +186,33 @@ def test_uneven_loads_are_those_of_the_plan_together(pool):
         counted = [one[axis, kind] for one in real]
         assert {calls for calls, _ in counted} == {planned[axis, kind, "calls"]}
         assert sum(size for _, size in counted) == 2 * planned[axis, kind, "bytes"]
+
+
+@pytest.mark.parametrize("dispatch", ["exchange", "gather"])
+def test_a_skew_is_what_the_busiest_rank_does(pool, dispatch):
+    """A router of zeros sends every token to the first two of four experts, which are both on the first of two ranks."""
+    mesh = Mesh(dp_shard=2, ep=2)
+    plan = plan_of(mesh, moe={"num_experts": 4, "dispatch": dispatch}, init_std=0.0)
+    counted = pool.run(plan_ranks.rank_traffic, plan.cfg, dtype_of(plan), mesh=mesh)
+    busiest, idle = pool.run(plan_ranks.rank_peak, plan.cfg, dtype_of(plan), mesh=mesh)
+    even, skewed = (replace(plan, cfg=replace(plan.cfg, skew=skew)) for skew in (1.0, 2.0))
+    sent = shared_groups(mesh, traffic(skewed, profile_of(skewed)))
+    assert counted[0] == {
+        (axis, kind): (n, sent[axis, kind, "bytes"]) for (axis, kind, unit), n in sent.items() if unit == "calls"
+    }
+    assert peak_memory(skewed, profile_of(skewed)).total == pytest.approx(busiest, rel=0.01)
+    assert idle < peak_memory(even, profile_of(even)).total < busiest
+    ours, theirs = (clock(one, profile_of(one), ACCELERATORS["h100"]) for one in (even, skewed))
+    experts = 3 * 2 * 3 * 64 * 48 * 2 * 128 * plan.rows * plan.cfg.model.n_layers  # products, 2, matrices, two for a token
+    assert theirs.products - ours.products == experts
+    more = replace(plan, cfg=replace(plan.cfg, skew=9.0))
+    assert peak_memory(more, profile_of(more)).total == peak_memory(skewed, profile_of(skewed)).total  # there are no more
+
+
+def test_a_skew_of_no_experts_is_refused():
+    plan = plan_of()
+    with pytest.raises(ValueError, match=r"--skew 2 is of the tokens for experts, and the model has none"):
+        check(replace(plan, cfg=replace(plan.cfg, skew=2.0)))
 
 
 def test_a_block_stands_for_all_of_its_kind():

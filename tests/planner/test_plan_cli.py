@@ -17,6 +17,7 @@ from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.mesh.settings import MeshConfig
 from olmo_fn.models.config import dense
 from olmo_fn.models.count import num_params
+from olmo_fn.models.settings.moe import MoE
 from olmo_fn.planner import tables
 from olmo_fn.planner.estimate import estimate
 from olmo_fn.planner.fit import remedy
@@ -113,6 +114,19 @@ def test_the_flags_of_a_layout_are_the_layout():
             one.plan.microbatches,
             one.plan.cfg.recipe.remat,
         )
+
+
+def test_layouts_share_experts_as_far_as_these_go():
+    """And what the search prints of them is what it estimated, as for all layouts."""
+    six = replace(SMALL.model, block=replace(SMALL.model.block, feed_forward=MoE(num_experts=6, top_k=2, expert_size=32)))
+    assert {one.mesh.ep for one in layouts(SMALL, 4)} == {1}
+    assert {one.mesh.ep for one in layouts(replace(SMALL, model=six), 4)} == {1, 2}
+    base = CONFIGS["olmoe-tiny"]
+    cfg = replace(base, recipe=replace(base.recipe, batch_size=32, sequence_length=64))
+    found = next(one for one in layouts(cfg, 8) if one.mesh.ep == 4 and one.mesh.dp_shard == 8)
+    words = [*shlex.split(flags(found.cfg, cfg)), "--recipe.batch-size", "32", "--recipe.sequence-length", "64"]
+    assert plan_input(training.parse(["olmoe-tiny", *words], CONFIGS, "train.py")).mesh == found.mesh
+    assert search(cfg, 4, best=1)[0].fits
 
 
 def test_search_on_the_command_line(tmp_path, capsys):
