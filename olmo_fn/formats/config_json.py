@@ -14,11 +14,12 @@ from olmo_fn.formats.families import Family
 from olmo_fn.formats.families_moe import MOE_FAMILIES, feed_forward, spelled_out
 from olmo_fn.formats.hybrids import EVERY as DENSE
 from olmo_fn.formats.keys import Keys
+from olmo_fn.formats.qwen3_next import QWEN3_NEXT
 from olmo_fn.models.config import Attention, Block, GatedDelta, Model, MoE
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, NoScaling, YaRN
 
 CONFIG = "config.json"
-EVERY = (*DENSE, *MOE_FAMILIES)
+EVERY = (*DENSE, *MOE_FAMILIES, QWEN3_NEXT)
 """Every architecture that is read and written."""
 NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 """transformers' defaults of these are of the tokenizers of its first models."""

@@ -35,7 +35,8 @@ class Family(NamedTuple):
 
     ``tensors``: from a model and its parameters under their usual names, where they are in its files, if they are elsewhere.
     ``aliases``: pairs of parts of tensors' names that stand for each other in its files. ``joined``: ends of the names of
-    tensors that together are right, but may be divided at other rows than the model's.
+    tensors that together are right, but may be divided at other rows than the model's. ``passed_over``: starts of the names of
+    tensors that released files have, and that no part of the model is.
     """
 
     architecture: str
@@ -45,6 +46,7 @@ class Family(NamedTuple):
     tensors: Callable[[Model, Mapping[str, Stored]], dict[str, Stored]] | None = None
     aliases: tuple[tuple[str, str], ...] = ()
     joined: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
 
 def read_olmo2(keys: Keys) -> Model:

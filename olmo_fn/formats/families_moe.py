@@ -131,6 +131,7 @@ def experts(
     size: str = "intermediate_size",
     default: int | None = None,
     norm: float | None = None,
+    normed: bool = False,
 ) -> MoE:
     """The experts of every layer, of the width ``size``; defaults where the keys do not say it."""
     keys.must_be("hidden_act", "silu", "swish")
@@ -142,7 +143,7 @@ def experts(
         num_experts=keys.whole(names[0], many),
         top_k=keys.whole("num_experts_per_tok", top_k),
         expert_size=keys.whole(size, default),
-        weight_norm=norm or (1.0 if keys.flag("norm_topk_prob") else None),
+        weight_norm=norm or (1.0 if keys.flag("norm_topk_prob", normed) else None),
         balance_loss=keys.number("router_aux_loss_coef", balance) if keys.get("router_aux_loss_coef", balance) != 0 else 0.0,
         router_z_loss=0.0,
     )

@@ -63,7 +63,7 @@ class Directory:
         offset, shape = box or Box.whole(name.here)
         out = torch.empty(shape, dtype=torch.float32)
         if not name.stacked:
-            read(self.tensors[name.name], name, 0, Box(offset, shape), out)
+            read(as_seen(self.tensors[name.name], name), name, 0, Box(offset, shape), out)
         for i in range(shape[0] if name.stacked else 0):  # a matrix after the other: of a tensor of its own, or below others
             number = offset[0] + i
             tensor, before = self.tensors[name.name.format(number)], 0 if name.split else number * name.seen[1]
@@ -88,6 +88,13 @@ def read(tensor: StoredTensor | Joined, name: Stored, before: int, box: Box, out
                 out[at] = part
 
 
+def as_seen(tensor: StoredTensor | Joined, name: Stored) -> StoredTensor | Joined:
+    """A tensor that is all of a parameter, in as many dims as that: a gate of one output is a matrix there."""
+    if isinstance(tensor, Joined) or name.rows or len(tensor.shape) == len(name.seen):
+        return tensor
+    return tensor._replace(shape=name.seen)
+
+
 def below_each_other(tensor: StoredTensor | Joined) -> StoredTensor | Joined:
     """The matrices of a tensor with three dims as one."""
     if isinstance(tensor, Joined) or len(tensor.shape) < 3:
@@ -110,7 +117,9 @@ def open_directory(path: str | Path, model: Model | None = None) -> Directory:
         raise ValueError(f"{folder} holds another model: {', '.join(differ)}{hint}")
     files = open_tensors(folder)
     names = names_in(raw, there, files)
-    tensors = as_named(files, names, family_of(Keys(raw, str(folder / CONFIG))))
+    family = family_of(Keys(raw, str(folder / CONFIG)))
+    files = {name: tensor for name, tensor in files.items() if not name.startswith(family.passed_over)}
+    tensors = as_named(files, names, family)
     found = Directory(folder, raw, there, names, tensors)
     check_tensors(found)
     return found

@@ -5,14 +5,15 @@ A layer is ``linear_attention`` or ``full_attention`` by ``layer_types``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from olmo_fn.formats.families import FAMILIES, Family, attention, depth, model, shortest, silu, sizes
 from olmo_fn.formats.keys import Keys
-from olmo_fn.formats.rope import FULL, Rotation, full_json, one_rope, rotation
-from olmo_fn.models.config import Attention, Block, GatedDelta, Model, PreNorm, RMSNorm
+from olmo_fn.formats.rope import FULL, Rotation, full_json, one_rope, part_rope
+from olmo_fn.models.config import Attention, Block, FeedForwardSettings, GatedDelta, Model, PreNorm, RMSNorm
 
 if TYPE_CHECKING:
     from olmo_fn.formats.names import Stored
@@ -38,7 +39,7 @@ def read_olmo_hybrid(keys: Keys) -> Model:
     )
     turned = "rope_theta" not in (rope := keys.object("rope_parameters")) or rope["rope_theta"] is not None
     full = attention(keys, one_rope(keys)) if turned else replace(attention(keys, Rotation(1.0)), rope_layers="none")
-    return of_layers(keys, PreNorm(mixer=mixer), Block(mixer=full))
+    return of_layers(keys, PreNorm(mixer=mixer), Block(mixer=full), silu(keys))
 
 
 def write_olmo_hybrid(m: Model) -> dict[str, Any]:
@@ -68,11 +69,18 @@ CONVOLUTIONS = tuple(f"linear_attn.{one}_conv1d.weight" for one in "qkv")
 
 
 def read_qwen3_5(keys: Keys) -> Model:
-    """Gated DeltaNet and gated attention, whose heads are rotated in part; gains around 0. The language model alone."""
+    """Gated DeltaNet and gated attention, a dense network behind each. The language model alone."""
     keys.must_be("attn_output_gate", True)
     keys.must_be("mlp_only_layers", [])
     keys.must_be("mtp_num_hidden_layers", 0)
     keys.get("mamba_ssm_dtype")  # of a cache
+    # Sections are of positions in images; those of a text are the same in all.
+    return gated(keys, silu(keys), part_rope(keys, 0.25, of_images=("mrope_section", "mrope_interleaved")), kv_heads=4)
+
+
+def gated(keys: Keys, feed_forward: FeedForwardSettings, rope: tuple[Rotation, float], kv_heads: int) -> Model:
+    """Gated DeltaNet and attention with a gate, of whose heads a part is rotated; gains around 0: what Qwen's hybrids have."""
+    keys.must_be("attention_bias", False)  # it would have one of the gate, too
     mixer = GatedDelta(
         n_heads=keys.whole("linear_num_key_heads", 16),
         n_value_heads=keys.whole("linear_num_value_heads", 32),
@@ -82,16 +90,11 @@ def read_qwen3_5(keys: Keys) -> Model:
         negative_eigenvalues=False,
         gate_norm_eps=keys.number("rms_norm_eps"),
     )
-    rope = dict(keys.object("rope_parameters"))
-    fraction = rope.pop("partial_rotary_factor", keys.get("partial_rotary_factor", 0.25))
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-        raise keys.refused("rope_parameters", "partial_rotary_factor must be above 0 and at most 1")
-    for name in ("mrope_section", "mrope_interleaved"):  # of positions in images; those of a text are the same in all sections
-        rope.pop(name, None)
-    turned = rotation(keys, rope, "rope_parameters", keys.number("rope_theta", 10_000.0))
-    more: dict[str, Any] = {"qk_norm": "head", "zero_centred": True, "gate": "element", "rope_fraction": float(fraction)}
-    full = attention(keys, turned, head_dim=256, kv_heads=4, **more)
-    return replace(of_layers(keys, PreNorm(mixer=mixer), PreNorm(mixer=full)), norm=RMSNorm(zero_centred=True))
+    turned, fraction = rope
+    more: dict[str, Any] = {"qk_norm": "head", "zero_centred": True, "gate": "element", "rope_fraction": fraction}
+    full = attention(keys, turned, head_dim=256, kv_heads=kv_heads, **more)
+    found = of_layers(keys, PreNorm(mixer=mixer), PreNorm(mixer=full), feed_forward)
+    return replace(found, norm=RMSNorm(zero_centred=True))
 
 
 def write_qwen3_5(m: Model) -> dict[str, Any]:
@@ -103,39 +106,49 @@ def write_qwen3_5(m: Model) -> dict[str, Any]:
 
 def qwen3_5_tensors(m: Model, names: Mapping[str, Stored]) -> dict[str, Stored]:
     """Queries, keys and values are one matrix there, and one convolution; each head of attention has its gate behind it."""
-    from olmo_fn.formats.names import Rows
+    renamed = {"w_gate": "in_proj_z", "to_decay": "in_proj_a", "to_beta": "in_proj_b"}
+    return fused(m, names, renamed, side_by_side={"in_proj_qkv": ("w_q", "w_k", "w_v")})
 
+
+def fused(
+    m: Model,
+    names: Mapping[str, Stored],
+    renamed: Mapping[str, str],
+    side_by_side: Mapping[str, Sequence[str]],
+    by_head: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> dict[str, Stored]:
+    """Where the parameters of Qwen's hybrids are: each head of attention has its gate behind it, three convolutions are one,
+    and of recurrent layers some are ``renamed``, and others one tensor: ``side_by_side``, or key head after key head.
+    """
+    renamed = {"out_norm": "norm", "w_out": "out_proj", **renamed}
+    side_by_side = {"conv1d": ("q_conv", "k_conv", "v_conv"), **side_by_side}
     found = dict(names)
     for layer, block in enumerate(m.layers):
         at, inside = f"blocks.{layer}.attention.", f"model.layers.{layer}."
         if isinstance(block.mixer, GatedDelta):
-            for name, theirs in QWEN3_5.items():
-                found[at + name] = names[at + name]._replace(name=f"{inside}linear_attn.{theirs}")
-            for kind, theirs in ((f"{at}w_{{}}", "in_proj_qkv"), (f"{at}{{}}_conv", "conv1d")):
-                parts = [names[kind.format(one)] for one in "qkv"]
-                first, height = 0, sum(part.shape[0] for part in parts)
-                for one, part in zip("qkv", parts, strict=True):
-                    found[kind.format(one)] = part._replace(
-                        name=f"{inside}linear_attn.{theirs}.weight",
-                        shape=(height, *part.shape[1:]),
-                        rows=Rows(first, part.shape[0], height),
-                    )
-                    first += part.shape[0]
+            for name, theirs in renamed.items():
+                found[at + name] = names[at + name]._replace(name=f"{inside}linear_attn.{theirs}.weight")
+            for turns, tensors in ((1, side_by_side), (block.mixer.n_heads, by_head)):
+                for theirs, parts in tensors.items():
+                    found |= in_turns(names, [at + name for name in parts], f"{inside}linear_attn.{theirs}.weight", turns)
         else:
-            k, query = block.mixer.width(m.d_model), names[f"{at}w_q"]
-            for first, name in ((0, "w_q"), (k, "w_gate")):
-                shape = (2 * query.shape[0], query.shape[1])
-                found[at + name] = query._replace(shape=shape, rows=Rows(first, k, 2 * k))
+            paths = [f"{at}w_q", f"{at}w_gate"]
+            found |= in_turns(names, paths, names[paths[0]].name, block.mixer.n_heads)
     return found
 
 
-QWEN3_5 = {
-    "w_gate": "in_proj_z.weight",
-    "to_decay": "in_proj_a.weight",
-    "to_beta": "in_proj_b.weight",
-    "out_norm": "norm.weight",
-    "w_out": "out_proj.weight",
-}
+def in_turns(names: Mapping[str, Stored], paths: Sequence[str], tensor: str, turns: int) -> dict[str, Stored]:
+    """Parameters that share a ``tensor``, each with an equal part of its rows in each of the ``turns``."""
+    from olmo_fn.formats.names import Rows
+
+    heights = [names[path].shape[0] // turns for path in paths]
+    stride, first, found = sum(heights), 0, {}
+    for path, height in zip(paths, heights, strict=True):
+        shape, rows = (turns * stride, *names[path].shape[1:]), Rows(first, height, stride)
+        found[path] = names[path]._replace(name=tensor, shape=shape, rows=rows)
+        first += height
+    return found
+
 
 EVERY = (
     *FAMILIES,
@@ -153,13 +166,12 @@ EVERY = (
 """Those, and the dense ones."""
 
 
-def of_layers(keys: Keys, linear: Block, full: Block) -> Model:
-    """A model of such blocks in the order of ``layer_types``."""
+def of_layers(keys: Keys, linear: Block, full: Block, feed_forward: FeedForwardSettings) -> Model:
+    """A model of such blocks, which have a network behind their mixer, in the order of ``layer_types``."""
     n, interval = depth(keys), keys.whole("full_attention_interval", 4)
     found = keys.get("layer_types", [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(n)])
     if not isinstance(found, list) or len(found) != n or {FULL, LINEAR} != {str(kind) for kind in found}:
         raise keys.refused("layer_types", f"it must name {FULL} or {LINEAR} for each of the {n} layers, and both of them")
-    feed_forward = silu(keys)
     blocks = {LINEAR: replace(linear, feed_forward=feed_forward), FULL: replace(full, feed_forward=feed_forward)}
     pattern = tuple(blocks[kind] for kind in shortest(found))
     return replace(model(keys, full.mixer, feed_forward), block=pattern[-1], pattern=pattern)

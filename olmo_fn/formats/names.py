@@ -180,7 +180,7 @@ def _stored(block: str, name: Names, here: tuple[int, ...], program: Program) ->
     stack, there = "{}" in name.huggingface, program == "huggingface"
     transposed = bool(block) and (len(here) == 2 or stack) and (there or name.turned)
     shape = (*here[:-2], *here[:-3:-1]) if transposed else here
-    shape = shape[1:] if stack and there else name.shape if not there and name.shape else shape
+    shape = shape[1:] if stack and there else (name.huggingface_shape if there else name.shape) or shape
     offset = getattr(name, f"{program}_offset")
     return Stored(block + getattr(name, program), shape, here, transposed, offset, stack and there)
 

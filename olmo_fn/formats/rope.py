@@ -34,6 +34,20 @@ def one_rope(keys: Keys, default: float = 10_000.0) -> Rotation:
     return agreed(keys, rotation(keys, new, "rope_parameters", default) if new else None, old) or Rotation(default)
 
 
+def part_rope(keys: Keys, fraction: float, of_images: Sequence[str] = ()) -> tuple[Rotation, float]:
+    """The rotation of all layers, and which part of each head has it; ``fraction`` where no key says that, and ``of_images``
+    are fields of ``rope_parameters`` that change nothing of texts. In ``rope_parameters`` the part has precedence.
+    """
+    new = {name: value for name, value in keys.object("rope_parameters").items() if name not in of_images}
+    inside, outside = new.pop("partial_rotary_factor", None), keys.get("partial_rotary_factor", fraction)
+    part, where = (outside, "partial_rotary_factor") if inside is None else (inside, "rope_parameters")
+    if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part <= 1:
+        raise keys.refused(where, "partial_rotary_factor must be above 0 and at most 1")
+    theta = keys.number("rope_theta", 10_000.0)
+    found = agreed(keys, rotation(keys, new, "rope_parameters", theta) if new else None, old_form(keys, theta))
+    return found or Rotation(theta), float(part)
+
+
 def ropes_by_layer_type(keys: Keys, windows: Sequence[int | None]) -> tuple[Rotation, Rotation]:
     """The rotations of the layers with full attention, and of those with a window.
 

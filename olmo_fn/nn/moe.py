@@ -176,4 +176,5 @@ def names_of(form: MoEForm) -> dict[str, Names]:
         "experts.w_up": (whole, (E * F, width) if whole else (E * width, F)),
         "experts.w_down": (False, (E * F, width)),
     }
-    return MOE_NAMES | {name: MOE_NAMES[name]._replace(turned=turned, shape=shape) for name, (turned, shape) in flat.items()}
+    found = {name: MOE_NAMES[name]._replace(turned=turned, shape=shape) for name, (turned, shape) in flat.items()}
+    return MOE_NAMES | found | {"shared.w_mix": MOE_NAMES["shared.w_mix"]._replace(huggingface_shape=(1, D))}

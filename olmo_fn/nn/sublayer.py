@@ -25,7 +25,8 @@ class Names(NamedTuple):
 
     Of matrices that are stacked here (E, in, out) Hugging Face has one tensor each, whose name has its number for ``{}``. The
     offsets are what is added to theirs to get ours: 1 for a gain that is kept around 0 there, and around 1 here. ``shape``: of
-    OLMo-core's, where it has the same entries in another number of dims. ``turned``: OLMo-core too has matrices (out, in).
+    OLMo-core's, where it has the same entries in another number of dims, and ``huggingface_shape`` of theirs. ``turned``:
+    OLMo-core too has matrices (out, in).
     """
 
     huggingface: str
@@ -34,6 +35,7 @@ class Names(NamedTuple):
     olmo_core_offset: float = 0.0
     shape: tuple[int, ...] = ()
     turned: bool = True
+    huggingface_shape: tuple[int, ...] = ()
 
 
 def no_cache(rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> Tree:

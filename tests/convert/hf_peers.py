@@ -87,6 +87,20 @@ CASES = {
     "olmo_hybrid-nope": ("olmo_hybrid", HYBRID | {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
     "qwen3_5": ("qwen3_5_text", HYBRID | {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}),
     "qwen3_5-tied": ("qwen3_5_text", HYBRID | {"linear_num_value_heads": 6, "tie_word_embeddings": True}),
+    "qwen3_next": (
+        "qwen3_next",
+        HYBRID
+        | EXPERTS
+        | {
+            "linear_num_value_heads": 6,
+            "shared_expert_intermediate_size": 12,
+            "rope_parameters": PLAIN | {"partial_rotary_factor": 0.5},
+        },
+    ),
+    "qwen3_next-tied": (
+        "qwen3_next",
+        HYBRID | EXPERTS | {"num_experts_per_tok": 3, "norm_topk_prob": False, "tie_word_embeddings": True},
+    ),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from olmo_fn import spec, tree
-from olmo_fn.formats import families_moe, hybrids
+from olmo_fn.formats import config_json, families_moe, hybrids
 from olmo_fn.formats.config_json import differences, json_of
 from olmo_fn.formats.huggingface import open_directory, write_directory
 from olmo_fn.formats.names import Stored
@@ -100,6 +101,7 @@ def test_the_law_of_experts_bites(way: str) -> None:
 FEED_FORWARD = SwiGLU(hidden_size=12)
 QWEN = {"value_head_dim": 5, "negative_eigenvalues": False, "gate_norm_eps": 1e-6}
 GATED = {"qk_norm": "head", "zero_centred": True, "gate": "element", "rope_fraction": 0.5}
+SHARED = MoE(num_experts=5, top_k=2, expert_size=8, weight_norm=1.0, shared_size=6, shared_mix="gate")
 HYBRIDS = {
     "olmo-hybrid": (
         PreNorm(mixer=GatedDelta(n_heads=2, head_dim=3, conv_size=3), feed_forward=FEED_FORWARD),
@@ -119,13 +121,17 @@ HYBRIDS = {
             feed_forward=FEED_FORWARD,
         ),
     ),
+    "qwen3-next": (
+        PreNorm(mixer=GatedDelta(n_heads=2, n_value_heads=6, head_dim=3, **QWEN), feed_forward=SHARED),
+        PreNorm(mixer=Attention(n_heads=4, n_kv_heads=2, head_dim=8, **GATED), feed_forward=SHARED),
+    ),
 }
 
 
 def hybrid(name: str) -> Model:
     """A model whose files have tensors that are several parameters, or names of their own."""
     recurrent, attention = HYBRIDS[name]
-    norm = RMSNorm(zero_centred=name == "qwen3.5")
+    norm = RMSNorm(zero_centred=name.startswith("qwen"))
     return Model(8, 3, 20, attention, (recurrent, attention), norm, tie_embeddings=norm.zero_centred, init_std=0.3)
 
 
@@ -135,23 +141,43 @@ def test_law_11_of_hybrids(name: str, dtype: torch.dtype) -> None:
     law(hybrid(name), 0, dtype)
 
 
-def test_the_law_of_hybrids_bites() -> None:
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("qwen3.5", "w_q", "w_k"),
+        ("qwen3.5", "w_q", "w_gate"),
+        ("qwen3-next", "w_q", "w_k"),
+        ("qwen3-next", "w_v", "w_gate"),
+        ("qwen3-next", "to_beta", "to_decay"),
+    ],
+)
+def test_the_law_of_hybrids_bites(name: str, one: str, other: str) -> None:
     """Rows of a fused tensor in another order, both ways alike: the bits come back, and transformers computes another thing."""
-    real = hybrids.qwen3_5_tensors
+    law(hybrid(name), 0, torch.float32)
+    swaps = 0
 
-    def swapped(m, names):
+    def swapped(real, m, names):
+        nonlocal swaps
         found = real(m, names)
         for layer in range(m.n_layers):
-            at = f"blocks.{layer}.attention."
-            for one, other in (("w_q", "w_k"), ("w_q", "w_gate")):
-                a, b = found[at + one], found.get(at + other)
-                if b and b.rows and a.name == b.name:
-                    found[at + one], found[at + other] = a._replace(rows=b.rows), b._replace(rows=a.rows)
+            a, b = (found.get(f"blocks.{layer}.attention.{part}") for part in (one, other))
+            if a and b and a.rows and b.rows and a.name == b.name:
+                found[f"blocks.{layer}.attention.{one}"] = a._replace(rows=b.rows)
+                found[f"blocks.{layer}.attention.{other}"] = b._replace(rows=a.rows)
+                swaps += 1
         return found
 
-    families = tuple(f._replace(tensors=swapped) if f.tensors is real else f for f in hybrids.EVERY)
-    with patch("olmo_fn.formats.config_json.EVERY", families):
-        caught(law, hybrid("qwen3.5"), 0, torch.float32)
+    families = tuple(f._replace(tensors=partial(swapped, f.tensors)) if f.tensors else f for f in config_json.EVERY)
+    with patch.object(config_json, "EVERY", families):
+        caught(law, hybrid(name), 0, torch.float32)
+    assert swaps
+
+
+def test_the_law_of_turns_bites() -> None:
+    """Key heads side by side, as Qwen 3.5 has them, and not one after the other."""
+    real = hybrids.in_turns
+    with patch.object(hybrids, "in_turns", lambda names, paths, tensor, turns: real(names, paths, tensor, 1)):
+        caught(law, hybrid("qwen3-next"), 0, torch.float32)
 
 
 @pytest.mark.parametrize("way", ["up and gate", "not transposed", "another window"])
