@@ -1,7 +1,8 @@
 """Pictures: ``olmo-fn plot schedule cosine wsd --lr 4e-4 --warmup 2000 --total 100000 -o lr.png``.
 
 ``schedule`` draws learning rates: of schedules by name, of presets, of runs. ``range-test`` draws the loss of a learning-rate
-range test over the rate, and says where it falls fastest. A run draws its own loss when it ends (`plot_loss`).
+range test over the rate, and says where it falls fastest. ``runs`` draws several runs' losses (`olmo_fn.plot_runs`). A run
+draws its own when it ends (`plot_loss`).
 """
 
 from __future__ import annotations

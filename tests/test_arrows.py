@@ -50,6 +50,7 @@ KNOWS: dict[str, set[str]] = {
     "show": RUN,
     "plot": RUN | {"picture"},
     "plot_loads": {"picture", "train"},
+    "plot_runs": {"picture", "train", "models", "plot"},
     "cli": RUN
     | {
         "presets",
@@ -61,6 +62,7 @@ KNOWS: dict[str, set[str]] = {
         "evaluate",
         "plot",
         "plot_loads",
+        "plot_runs",
         "convert",
         "show",
     },

@@ -74,13 +74,13 @@ def average(words: Sequence[str]) -> int:
 
 
 def plot(words: Sequence[str]) -> int:
-    """Pictures of learning rates."""
-    from olmo_fn import plot
+    """Pictures of learning rates, and of runs."""
+    from olmo_fn import plot, plot_runs
     from olmo_fn.train.schedules import ScheduleSettings
 
     presets, choices, rest = with_use(words)
     schedules = choices[ScheduleSettings]
-    commands = {"schedule": plot.arguments_of(schedules), "range-test": plot.PlotRangeTest}
+    commands = {"schedule": plot.arguments_of(schedules), "range-test": plot.PlotRangeTest, "runs": plot_runs.PlotRuns}
     name, *rest = rest or ["--help"]
     if name in ("-h", "--help"):
         print(f"usage: olmo-fn plot {{{','.join(commands)}}} …\n\n{plot.__doc__}\nolmo-fn plot COMMAND --help says more")
@@ -91,6 +91,8 @@ def plot(words: Sequence[str]) -> int:
     args = parse(commands[name], f"olmo-fn plot {name}", rest)
     if name == "range-test":
         print(plot.draw_range_test(args))
+    elif name == "runs":
+        print(plot_runs.draw_runs(args))
     else:
         print(plot.draw_schedules(args, schedules, presets))
     return 0

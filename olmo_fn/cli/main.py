@@ -17,7 +17,7 @@ COMMANDS = {
     "pipeline": "a pipeline schedule, drawn and counted",
     "replay": "a step of a run once more, bit for bit, with the text that it saw",
     "average": "the mean of checkpoints",
-    "plot": "pictures of learning rates, and of a range test",
+    "plot": "pictures of learning rates, of a range test, and of runs",
     "checkpoint": "list the checkpoints of a run, and say which are whole",
     "tokenize": "text to token files",
     "data": "what token files, mixtures and steps hold",

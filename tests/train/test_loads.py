@@ -12,6 +12,7 @@ import torch
 from programs import context
 
 from olmo_fn.checkpoint import load, newest_whole
+from olmo_fn.cli import main as cli
 from olmo_fn.data.settings import Data
 from olmo_fn.models.config import Attention, Block, Model
 from olmo_fn.models.settings.moe import MoE
@@ -84,3 +85,17 @@ def test_a_dense_run_has_none_of_it(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert not any(name.startswith(("load", "router", "dropped")) for line in lines for name in line)
     assert plot_loads(tmp_path / "run") is None
     assert not caplog.records, "nor is any of its lines said to be left out"
+
+
+def test_runs_in_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        trained(run_of(tmp_path / name))
+    runs = [str(tmp_path / name) for name in ("a", "b")]
+    for over in ("tokens", "steps", "flops"):
+        picture = tmp_path / f"{over}.png"
+        assert cli.main(["plot", "runs", *runs, "--over", over, "-o", str(picture)]) == 0
+        assert capsys.readouterr().out.strip() == str(picture)
+        assert picture.stat().st_size > 5000
+    for words, said in (([], "name the folders of runs"), ([str(tmp_path)], "has no step in metrics.jsonl")):
+        assert cli.main(["plot", "runs", *words]) == 2
+        assert said in capsys.readouterr().err
