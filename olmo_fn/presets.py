@@ -18,13 +18,10 @@ from olmo_fn.models.families import (
     OLMO2,
     OLMO3,
     OLMO3_LONG,
-    OLMO_HYBRID,
-    OLMO_HYBRID_LONG,
     QWEN3,
-    QWEN3_5,
     SMOLLM2,
-    olmo_hybrid,
 )
+from olmo_fn.models.families_hybrid import OLMO_HYBRID, OLMO_HYBRID_LONG, QWEN3_5, QWEN3_NEXT, olmo_hybrid
 from olmo_fn.models.families_moe import MIXTRAL, OLMO3MOE, OLMOE, QWEN3MOE, SMALLMOE
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.loss import CrossEntropy
@@ -117,4 +114,5 @@ CONFIGS: dict[str, Config] = {
     **pretraining(OLMO_HYBRID, "olmo-hybrid", 8192),
     **pretraining(OLMO_HYBRID_LONG, "olmo-hybrid", 65_536),
     **pretraining(QWEN3_5, "qwen3.5", 8192),
+    **pretraining(QWEN3_NEXT, "qwen3next", 8192),
 }

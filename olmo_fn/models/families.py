@@ -12,8 +12,6 @@ from typing import Any
 
 from olmo_fn.models.config import (
     Attention,
-    Block,
-    GatedDelta,
     GeGLU,
     Head,
     Model,
@@ -26,6 +24,7 @@ from olmo_fn.models.config import (
     dense,
     modified,
 )
+from olmo_fn.models.families_hybrid import OLMO_HYBRID, OLMO_HYBRID_LONG, QWEN3_5, QWEN3_NEXT
 from olmo_fn.models.families_moe import MIXTRAL, OLMO3MOE, OLMOE, QWEN3MOE, SMALLMOE
 from olmo_fn.models.settings.rope_scaling import Interpolation, NoScaling, Stepwise, YaRN
 
@@ -215,69 +214,6 @@ SMOLLM2: dict[str, Model] = {
 """SmolLM2."""
 
 
-def hybrid(recurrent: Block, attention: Block, d_model: int, n_layers: int, **options: Any) -> Model:
-    """Three blocks with a state, then one with attention, over the depth."""
-    return Model(d_model, n_layers, block=attention, pattern=(recurrent,) * 3 + (attention,), **options)
-
-
-def olmo_hybrid(d_model: int, n_layers: int, n_heads: int, hidden_size: int, *, rope: bool = True, **options: Any) -> Model:
-    """An OLMo-hybrid: Gated DeltaNet, whose keys are 3/4 as wide as the heads of attention, in blocks with norms on the inputs
-    as transformers has them, beside blocks of OLMo 2.
-
-    >>> [block.mixer.name for block in olmo_hybrid(64, 5, 4, 96).layers]
-    ['gated-delta', 'gated-delta', 'gated-delta', 'attention', 'gated-delta']
-    """
-    mixer = GatedDelta(n_heads=n_heads, head_dim=3 * d_model // (4 * n_heads))
-    attention = Attention(n_heads=n_heads, rope_layers="all" if rope else "none")
-    feed_forward = SwiGLU(hidden_size=hidden_size)
-    blocks = PreNorm(mixer=mixer, feed_forward=feed_forward), Block(mixer=attention, feed_forward=feed_forward)
-    return hybrid(*blocks, d_model, n_layers, **options)
-
-
-OLMO_HYBRID: dict[str, Model] = {"olmo-hybrid-7b": olmo_hybrid(3840, 32, 30, 11008)}
-"""OLMo-hybrid as its first two stages train it."""
-OLMO_HYBRID_LONG: dict[str, Model] = {"olmo-hybrid-7b-long": olmo_hybrid(3840, 32, 30, 11008, rope=False)}
-"""OLMo-hybrid as released, whose long-context stage drops the rotary positions."""
-
-
-def qwen3_5(
-    d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, hidden_size: int, n_value_heads: int, *, tie: bool
-) -> Model:
-    """A Qwen 3.5, the language model alone: Gated DeltaNet with several heads of values for one of keys, and attention with a
-    gate and a quarter of each head rotated.
-    """
-    sizes: dict[str, Any] = {"n_heads": 16, "n_value_heads": n_value_heads, "head_dim": 128, "value_head_dim": 128}
-    attention = Attention(
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=256,
-        qk_norm="head",
-        zero_centred=True,
-        gate="element",
-        rope_theta=1e7,
-        rope_fraction=0.25,
-    )
-    recurrent = GatedDelta(**sizes, negative_eigenvalues=False, gate_norm_eps=1e-6)
-    feed_forward = SwiGLU(hidden_size=hidden_size)
-    return hybrid(
-        PreNorm(mixer=recurrent, feed_forward=feed_forward),
-        PreNorm(mixer=attention, feed_forward=feed_forward),
-        d_model,
-        n_layers,
-        vocab_size=248_320,
-        norm=RMSNorm(zero_centred=True),
-        tie_embeddings=tie,
-    )
-
-
-QWEN3_5: dict[str, Model] = {
-    "qwen3.5-0.8b": qwen3_5(1024, 24, 8, 2, 3584, 16, tie=True),
-    "qwen3.5-4b": qwen3_5(2560, 32, 16, 4, 9216, 32, tie=True),
-    "qwen3.5-9b": qwen3_5(4096, 32, 16, 4, 12288, 32, tie=False),
-    "qwen3.5-27b": qwen3_5(5120, 64, 24, 4, 17408, 48, tie=False),
-}
-"""Qwen 3.5, the dense language models, without the towers for images."""
-
 FAMILIES: dict[str, dict[str, Model]] = {
     "olmo2": OLMO2,
     "olmo3": {**OLMO3, **OLMO3_LONG},
@@ -294,4 +230,5 @@ FAMILIES: dict[str, dict[str, Model]] = {
     "mixtral": MIXTRAL,
     "olmo-hybrid": {**OLMO_HYBRID, **OLMO_HYBRID_LONG},
     "qwen3.5": QWEN3_5,
+    "qwen3next": QWEN3_NEXT,
 }

@@ -116,8 +116,19 @@ RELEASED = {
         "rope_parameters": {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
                             "rope_theta": 10000000, "rope_type": "default"}, "vocab_size": 248320,
     },
+    "qwen3-next-80b-a3b": {
+        "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "attention_bias": False, "bos_token_id": 151643,
+        "decoder_sparse_step": 1, "eos_token_id": 151645, "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048,
+        "intermediate_size": 5120, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_value_head_dim": 128, "max_position_embeddings": 262144, "mlp_only_layers": [],
+        "moe_intermediate_size": 512, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 512,
+        "num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2, "output_router_logits": False,
+        "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000000,
+        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "tie_word_embeddings": False,
+        "use_sliding_window": False, "vocab_size": 151936,
+    },
 }  # fmt: skip
-"""Of the last two, which are released with other parts or by another name, what transformers has for their sizes."""
+"""Of OLMo-hybrid and Qwen 3.5, released with other parts or by another name, what transformers has for their sizes."""
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -305,6 +316,7 @@ SMALL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "vocab_size": 9,
     "num_hidden_layers": 2, "num_attention_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
 }  # fmt: skip
+NEXT = {**RELEASED["qwen3-next-80b-a3b"], "num_hidden_layers": 4}
 OLMO3 = {**SMALL, "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "rope_theta": 5e5}
 REFUSED = [
     (SMALL, {"hidden_act": "gelu"}, 'hidden_act is "gelu"; no model here computes that, only "silu" or "swish"'),
@@ -325,6 +337,13 @@ REFUSED = [
     (SMALL, {"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
     (SMALL, {"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not read here; there are Olmo2ForCausalLM, Olmo3"),
     (OLMO3, {"rope_theta": 1e4}, "transformers 4 takes it for all layers, 5 for those with full attention alone"),
+    (NEXT, {"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\]; no model here computes that"),
+    (NEXT, {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+    (NEXT, {"attention_bias": True}, "attention_bias is true"),
+    (NEXT, {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0"),
+    (NEXT, {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; .* above 0 and at most 1"),
+    (NEXT, {"rope_parameters": {"partial_rotary_factor": 0}}, "rope_parameters is .*above 0 and at most 1"),
+    (NEXT, {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "keep one of them"),
     (OLMO3, {"layer_types": ["full_attention"]}, "layer_types is .*for each of the 2 layers"),
     (OLMO3, {"layer_types": ["chunked_attention"] * 2}, "layer_types"),
     (OLMO3, {"layer_types": ["sliding_attention"] * 2, "sliding_window": 0}, "sliding_window is 0"),

@@ -244,6 +244,7 @@ RELEASED = {
     "mixtral-8x22b": 140_620_634_112,
     "olmo-hybrid-7b": 7_430_870_688,
     "qwen3.5-9b": 8_953_803_264,
+    "qwen3-next-80b-a3b": 79_674_391_296,
 }
 """Parameters of the released models (of OLMo 3 with the vocabulary padded as here), and OLMo-core's of its own sizes."""
 
