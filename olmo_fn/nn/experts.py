@@ -155,22 +155,27 @@ class _Put(AutogradFunction):
 # --- products of many experts -----------------------------------------------------------------------------------------
 
 
-def grouped_mm(x: Tensor, w: Tensor, counts: Tensor | int) -> Tensor:
-    """Each expert's rows of ``x`` (R, D) times its matrix of ``w`` (E, D, F): (R, F)."""
+def grouped_mm(x: Tensor, w: Tensor, counts: Tensor | int, ends: Tensor | None = None) -> Tensor:
+    """Each expert's rows of ``x`` (R, D) times its matrix of ``w`` (E, D, F): (R, F); ``ends``: `ends_of` counts."""
     if isinstance(counts, int):
         return torch.bmm(x.view(len(w), counts, -1), w).flatten(0, 1)
     if _fits(x, w):
-        return F.grouped_mm(x, w, offs=counts.cumsum(0).int())
+        return F.grouped_mm(x, w, offs=ends_of(counts) if ends is None else ends)
     parts = x.split(numbers(counts, len(x)))
     return torch.cat([part @ matrix for part, matrix in zip(parts, w, strict=True)])
 
 
-def grouped_gradient(x: Tensor, d_y: Tensor, counts: Tensor | int, E: int) -> Tensor:
+def ends_of(counts: Tensor) -> Tensor:
+    """Where the rows of each expert end, as torch's grouped product wants to know it: int32."""
+    return counts.cumsum(0, dtype=torch.int32)
+
+
+def grouped_gradient(x: Tensor, d_y: Tensor, counts: Tensor | int, E: int, ends: Tensor | None = None) -> Tensor:
     """The gradient of ``w`` in `grouped_mm`: ``x``ᵀ ``d_y`` of each expert's rows, (E, D, F)."""
     if isinstance(counts, int):
         return torch.bmm(x.view(E, counts, -1).mT, d_y.view(E, counts, -1))
     if _fits(x, d_y):
-        found = F.grouped_mm(x.T, d_y, offs=counts.cumsum(0).int())
+        found = F.grouped_mm(x.T, d_y, offs=ends_of(counts) if ends is None else ends)
         return written(found, counts) if _leaves_gaps(x) else found
     sizes = numbers(counts, len(x))
     return torch.stack([a.T @ b for a, b in zip(x.split(sizes), d_y.split(sizes), strict=True)])
@@ -216,19 +221,20 @@ def grouped_gated(kernel: Kernel, activation: Activation, counts: Tensor | int) 
 
     def vjp(tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Callable[..., Any]]:
         (w_gate, w_up, w_down), (x, weight) = tensors, inputs
-        gate, up = grouped_mm(x, w_gate, counts), grouped_mm(x, w_up, counts)
-        y = grouped_mm(kernel(forward)(gate, up, weight[:, None]), w_down, counts)
+        ends = None if isinstance(counts, int) else ends_of(counts)
+        gate, up = grouped_mm(x, w_gate, counts, ends), grouped_mm(x, w_up, counts, ends)
+        y = grouped_mm(kernel(forward)(gate, up, weight[:, None]), w_down, counts, ends)
 
         def pullback(d_y: Tensor) -> tuple[Sequence[Callable[[], Tensor]], Sequence[Tensor]]:
             d_y = d_y.contiguous()
-            d_hidden = grouped_mm(d_y, w_down.mT, counts)
+            d_hidden = grouped_mm(d_y, w_down.mT, counts, ends)
             hidden, d_gate, d_up, d_weight = kernel(gradient)(gate, up, weight[:, None], d_hidden)
-            d_x = grouped_mm(d_gate, w_gate.mT, counts) + grouped_mm(d_up, w_up.mT, counts)
+            d_x = grouped_mm(d_gate, w_gate.mT, counts, ends) + grouped_mm(d_up, w_up.mT, counts, ends)
             E = len(w_gate)
             d_weights = (
-                lambda: grouped_gradient(x, d_gate, counts, E),
-                lambda: grouped_gradient(x, d_up, counts, E),
-                lambda: grouped_gradient(hidden, d_y, counts, E),
+                lambda: grouped_gradient(x, d_gate, counts, E, ends),
+                lambda: grouped_gradient(x, d_up, counts, E, ends),
+                lambda: grouped_gradient(hidden, d_y, counts, E, ends),
             )
             return d_weights, (d_x, d_weight[:, 0])
 

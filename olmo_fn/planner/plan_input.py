@@ -146,8 +146,7 @@ def check(plan: PlanInput) -> PlanInput:
     cfg, mesh = plan.cfg, plan.mesh
     cfg.check()
     cfg.check_processes(mesh.size)
-    if cfg.skew > 1 and not any(block.feed_forward.num_experts for block in cfg.model.layers):
-        raise ValueError(f"--skew {cfg.skew:g} is of the tokens for experts, and the model has none; leave it out")
+    check_skew(cfg)
     if cfg.recipe.engine != "tape":
         raise ValueError(
             f"what --recipe.engine {cfg.recipe.engine} keeps is not known on paper; plan with --recipe.engine tape"
@@ -158,6 +157,12 @@ def check(plan: PlanInput) -> PlanInput:
     elif cfg.mesh.pp_chunks > 1 or cfg.mesh.pp_split:
         raise ValueError("--mesh.pp-chunks and --mesh.pp-split are for pipelines; add --mesh.pp 2 or more")
     return plan
+
+
+def check_skew(cfg: Config) -> None:
+    """ValueError for a skew without experts."""
+    if cfg.skew > 1 and not any(block.feed_forward.num_experts for block in cfg.model.layers):
+        raise ValueError(f"--skew {cfg.skew:g} is of the tokens for experts, and the model has none; leave it out")
 
 
 def can_run(plan: PlanInput) -> bool:

@@ -9,7 +9,7 @@ from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.parallel.pipeline.schedule import Kind
 from olmo_fn.planner import formulas
 from olmo_fn.planner.estimate import RESERVED, Estimate, estimate
-from olmo_fn.planner.plan_input import PlanInput, can_run
+from olmo_fn.planner.plan_input import PlanInput, can_run, check_skew
 from olmo_fn.train.accelerators import ACCELERATORS
 from olmo_fn.train.config import Config
 
@@ -30,6 +30,7 @@ def search(cfg: Config, gpus: int, best: int = 5, progress: Progress = lambda wo
     Of layouts that differ only in how data-parallel ranks are split into copies, or in micro-batches, only the best is named.
     ``progress`` is called with what is being done, and how much of all is.
     """
+    check_skew(cfg)
     gpu, found, traced = ACCELERATORS[cfg.gpu], dict[tuple[object, ...], Estimate](), 0
     progress("all layouts, roughly", 0.0)
     room = HOPELESS * (gpu.memory - RESERVED)

@@ -12,13 +12,14 @@ from traced import traced_step
 from olmo_fn import tree
 from olmo_fn.core.layout import compute_copies, compute_copy
 from olmo_fn.models.config import Model
-from olmo_fn.models.families import OLMO2
+from olmo_fn.models.families import OLMO2, OLMOE
 from olmo_fn.testing import FakeCuda, Seen, Trace
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.optimizers import AdamW
 from olmo_fn.train.schedules import Constant
 
-BUDGETS = {"olmo2-7b": (1, 8192, 2000), "olmo2-1b": (4, 4096, 900)}
+MODELS = {**OLMO2, **OLMOE}
+BUDGETS = {"olmo2-7b": (1, 8192, 2000), "olmo2-1b": (4, 4096, 900), "olmoe-1b-7b": (1, 4096, 2200)}
 """Sequences, their length, and the most launches of a step: eager kernels and calls of compiled functions together."""
 
 
@@ -44,8 +45,8 @@ def whole(two: Seen, three: Seen, blocks: int) -> Seen:
 @pytest.mark.parametrize("name", BUDGETS)
 def test_launches_of_a_step(fake_cuda: FakeCuda, name: str):
     rows, length, most = BUDGETS[name]
-    two, three = steps(fake_cuda, OLMO2[name], rows, length)
-    found = whole(two, three, OLMO2[name].n_layers)
+    two, three = steps(fake_cuda, MODELS[name], rows, length)
+    found = whole(two, three, MODELS[name].n_layers)
     print(f"{name}, {rows} x {length}: {found.table(40)}")
     assert found.launched <= most, found.table(40)
     assert not found.syncs

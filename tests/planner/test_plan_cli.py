@@ -27,6 +27,7 @@ from olmo_fn.train.accelerators import ACCELERATORS
 from olmo_fn.train.config import Config, Recipe, Run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plan-olmo2-32b.txt"
+PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
 DRY_RUN = "olmo2-32b --dry-run --mesh.dp-shard 64 --mesh.tp 8 --mesh.pp 2"
 COUNTS = "\n\nparameters  "
 SMALL = Config(dense(64, 8, 4, 160, vocab_size=512), recipe=Recipe(batch_size=32, sequence_length=64), run=Run(steps=5000))
@@ -41,6 +42,19 @@ def test_dry_run_of_32b(capsys):
     assert plan == GOLDEN.read_text(), (
         f"if this is meant: python train.py {DRY_RUN}, what comes before the counts, into {GOLDEN}"
     )
+
+
+def test_dry_run_of_experts(capsys):
+    """What the page shows is what its command says, for even loads and for twice as many of them."""
+    (command,) = re.findall(r"^    python train\.py (qwen3-30b-a3b .*)$", PAGE, re.M)
+    for more in ("", " --skew 2"):
+        assert train.main(shlex.split(command + more)) == 0
+        lines = capsys.readouterr().out.partition("\n100,000 steps")[0].splitlines()
+        shown = [line for line in lines if line.startswith(("at its peak", "computing", "waiting for others", "a step"))]
+        if not more:
+            shown = lines[[line.startswith("GiB a rank") for line in lines].index(True) :]
+        assert len(shown) >= 4
+        assert not [line for line in shown if f"{line}\n" not in PAGE]
 
 
 def test_what_does_not_fit_names_the_flag_that_helps(capsys):
@@ -139,6 +153,10 @@ def test_search_on_the_command_line(tmp_path, capsys):
     assert "2 x A100" in printed
     assert "--mesh.dp-" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["plan", "olmoe-tiny", "--gpus", "2", "--best", "1", "--skew", "2", *small]) == 0
+    assert "--mesh.dp-" in capsys.readouterr().out
+    assert cli.main(["plan", "olmo2-14m", "--gpus", "2", "--skew", "2", *small]) == 2
+    assert "--skew 2 is of the tokens for experts" in capsys.readouterr().err
     assert cli.main(["plan", "olmo2-14", "--gpus", "8"]) == 2
     assert "neither a preset nor a config.yaml" in capsys.readouterr().err
     assert cli.main(["plan", "olmo2-32b", "--gpus", "1", "--gpu", "a100"]) == 2
