@@ -31,6 +31,19 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return a, b, c, d
 
 
+def of_entries(rows: Tensor, columns: Tensor, width: int, key: tuple[int, int]) -> Tensor:
+    """A word of 32 bits, in int64, for each channel of the tokens in ``columns`` (R,) of sequences ``rows`` (B,): (B, R, width).
+
+    A function of the numbers of a token in the run, and so the same in every layout, and when a step is computed again.
+
+    >>> of_entries(torch.tensor([7]), torch.tensor([0, 1]), 3, (0, 0)).shape
+    torch.Size([1, 2, 3])
+    """
+    channels = torch.arange(-(-width // 4), device=rows.device)  # a counter gives four words
+    high, low = (rows >> 32 & MASK)[:, None, None], (rows & MASK)[:, None, None]
+    return torch.stack(philox((channels, columns[:, None], low, high), key), -1).flatten(-2)[..., :width]
+
+
 def normal(seed: int | Tensor, step: Tensor, path: str, entries: Tensor) -> Tensor:
     """A standard normal number, fp32, for each of the ``entries``, by their numbers in the whole parameter at ``path``.
 

@@ -51,8 +51,12 @@ def _sorted(experts: Tensor, E: int) -> tuple[Tensor, Tensor]:
     return experts.argsort(stable=True), counts[:E]
 
 
-def rows_of(experts: Tensor, E: int) -> Rows:
-    """The rows of choices ``experts`` (N, k), those of an expert in the order of tokens; nothing waits for their numbers."""
+def rows_of(experts: Tensor, E: int, multiple: int = 1) -> Rows:
+    """The rows of choices ``experts`` (N, k), those of an expert in the order of tokens; nothing waits for their numbers, unless
+    each expert has rows up to a ``multiple`` above 1.
+    """
+    if multiple > 1:
+        return rows_of_some(experts, E, None, multiple, usual=experts.numel())
     return permuted(*_sorted(experts.flatten(), E))
 
 
@@ -99,14 +103,19 @@ def numbers(counts: Tensor, *usual: int) -> list[int]:
 
 
 def take(x: Tensor, rows: Rows, k: int = 1) -> Tensor:
-    """The rows of tokens ``x`` (N, …), each of which has k choices; 0 for a row without a choice. Differentiable once."""
-    found: Tensor = _Take.apply(x, rows, k)
+    """The rows (R, …) of tokens ``x`` (N, …), each of which has k choices; 0 for a row without a choice. Differentiable once.
+
+    >>> x, rows = torch.tensor([5.0, 7.0]), rows_of(torch.tensor([[1], [0]]), E=2)
+    >>> take(x, rows), put(take(x, rows), rows)
+    (tensor([7., 5.]), tensor([5., 7.]))
+    """
+    found: Tensor = _Linear.apply(x, _take, _put, rows, k)
     return found
 
 
 def put(y: Tensor, rows: Rows, k: int = 1) -> Tensor:
     """The transpose of `take`: each token's rows of ``y`` (R, …) added up, (N, …)."""
-    found: Tensor = _Put.apply(y, rows, k)
+    found: Tensor = _Linear.apply(y, _put, _take, rows, k)
     return found
 
 
@@ -122,41 +131,33 @@ def _put(y: Tensor, rows: Rows, k: int) -> Tensor:
     return y[rows.row] if k == 1 else y[rows.row].unflatten(0, (-1, k)).sum(1)
 
 
-class _Take(AutogradFunction):
+class _Linear(AutogradFunction):
+    """``fn(x, *args)``, linear in x, whose ``transpose(g, *args)`` is its backward."""
+
     @staticmethod
-    def forward(x: Tensor, rows: Rows, k: int) -> Tensor:
-        return _take(x, rows, k)
+    def forward(x: Tensor, fn: Function, transpose: Function, *args: Any) -> Any:
+        return fn(x, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.args = inputs[1:]
+        _, _, ctx.transpose, *ctx.args = inputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _put(g, *ctx.args), None, None
-
-
-class _Put(AutogradFunction):
-    @staticmethod
-    def forward(y: Tensor, rows: Rows, k: int) -> Tensor:
-        return _put(y, rows, k)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.args = inputs[1:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Any:
-        return _take(g, *ctx.args), None, None
+        return ctx.transpose(g, *ctx.args), None, None, *[None] * len(ctx.args)
 
 
 # --- products of many experts -----------------------------------------------------------------------------------------
 
 
 def grouped_mm(x: Tensor, w: Tensor, counts: Tensor | int, ends: Tensor | None = None) -> Tensor:
-    """Each expert's rows of ``x`` (R, D) times its matrix of ``w`` (E, D, F): (R, F); ``ends``: `ends_of` counts."""
+    """Each expert's rows of ``x`` (R, D) times its matrix of ``w`` (E, D, F): (R, F); ``ends``: `ends_of` counts.
+
+    >>> x, w = torch.ones(3, 2), torch.stack((torch.eye(2), 5 * torch.eye(2)))
+    >>> grouped_mm(x, w, torch.tensor([1, 2]))[:, 0]
+    tensor([1., 5., 5.])
+    """
     if isinstance(counts, int):
         return torch.bmm(x.view(len(w), counts, -1), w).flatten(0, 1)
     if _fits(x, w):
@@ -298,9 +299,7 @@ def everywhere(work: Work, ep: Axis) -> Tensor:
 
 def alone(ctx: Context, work: Work) -> Tensor:
     """All experts are here."""
-    rows, k, multiple = _rows(work), work.experts.shape[1], rows_at_once(work.x)
-    if work.kept is None and multiple > 1:
-        rows = rows_of_some(work.experts, work.E, None, multiple, usual=work.experts.numel())
+    rows, k = _rows(work, rows_at_once(work.x)), work.experts.shape[1]
     x, weight = take(work.x, rows, k), take(work.weights.flatten(), rows)
     return put(_computed(ctx, work, x, weight, rows.counts), rows, k)
 
@@ -313,8 +312,10 @@ def rows_at_once(x: Tensor) -> int:
     return 64 if x.dtype == torch.bfloat16 and x.device.type != "cuda" else 1
 
 
-def _rows(work: Work) -> Rows:
-    return rows_of(work.experts, work.E) if work.kept is None else slots_of(work.experts, work.E, work.kept, work.most)
+def _rows(work: Work, multiple: int = 1) -> Rows:
+    if work.kept is None:
+        return rows_of(work.experts, work.E, multiple)
+    return slots_of(work.experts, work.E, work.kept, work.most)
 
 
 def gathered(ctx: Context, work: Work, ep: Axis) -> Tensor:
@@ -350,8 +351,7 @@ def exchanged(ctx: Context, work: Work, ep: Axis) -> Callable[[], Tensor]:
         sent, received = both[: ep.size], both[ep.size :]
         of = torch.arange(mine, device=work.x.device).repeat(ep.size)
         of = of.repeat_interleave(coming.flatten(), output_size=sum(received))
-        multiple = rows_at_once(work.x)
-        by_expert = rows_of(of, mine) if multiple == 1 else rows_of_some(of, mine, None, multiple, usual=len(of))
+        by_expert = rows_of(of, mine, rows_at_once(work.x))
     x = exchange(take(work.x, rows, k), sent, received, ep)
     weight = exchange(take(work.weights.flatten(), rows), sent, received, ep)
 

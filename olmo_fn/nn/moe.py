@@ -63,14 +63,13 @@ def moe_sublayer(form: MoEForm) -> Sublayer:
     def apply(p: Tree, x: Tensor, ctx: Context) -> Result:
         axes, B = ctx.backend.axes, len(x)
         routed = route(ctx, router, p, x)
-        drops = router.capacity_factor is not None and ctx.labels is not None
-        kept, most = within_capacity(ctx, router, routed.experts) if drops else (None, 0)
         h = x if not form.latent else x @ enter(merged(p["w_latent_in"]), axes.tp)
         h, weights = all_gather(h, 1, axes.tp), all_gather(routed.weights, 1, axes.tp)
         experts = all_gather(routed.experts, 1, axes.tp)
         matrices = tuple(merged(p["experts"][name]) for name in ("w_gate", "w_up", "w_down"))
         N = h.shape[0] * h.shape[1]
-        everywhere = None if kept is None else all_gather(kept.to(experts.dtype), 1, axes.tp).bool().view(N, -1)
+        drops = router.capacity_factor is not None and ctx.labels is not None
+        kept, most = within_capacity(ctx, router, experts) if drops else (None, 0)
         work = Work(
             h.reshape(N, width),
             experts.view(N, -1),
@@ -78,7 +77,7 @@ def moe_sublayer(form: MoEForm) -> Sublayer:
             E,
             matrices,  # type: ignore[arg-type]
             form.activation,
-            everywhere,
+            None if kept is None else kept.view(N, -1),
             most,
         )
         arriving = by_experts(ctx, work, form.dispatch)
@@ -87,7 +86,7 @@ def moe_sublayer(form: MoEForm) -> Sublayer:
         if form.latent:
             y = Norm(form.norm_eps)(ctx, p["latent_norm"], y) if form.latent_norm else y
             y = y @ enter(merged(p["w_latent_out"]), axes.tp)
-        metrics = {**routed.metrics, "dropped": _dropped(everywhere, work, routed.metrics["load"])}
+        metrics = {**routed.metrics, "dropped": _dropped(kept, routed.metrics["load"])}
         return mixed(y, shared), Aux(routed.loss, metrics)
 
     def _shared(p: Tree, x: Tensor, ctx: Context) -> Tensor:
@@ -143,7 +142,7 @@ def active(form: MoEForm) -> int:
     return form.d_model * form.router.experts + routed + shared + 2 * form.d_model * form.latent
 
 
-def _dropped(kept: Tensor | None, work: Work, load: Tensor) -> Tensor:
+def _dropped(kept: Tensor | None, load: Tensor) -> Tensor:
     """Choices that no expert had room for."""
     return load.new_zeros(()) if kept is None else (~kept).sum().to(load.dtype)
 

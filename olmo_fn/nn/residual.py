@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
-from olmo_fn.core.random import MASK, philox
+from olmo_fn.core.random import of_entries
 from olmo_fn.nn.norm import Norm
 from olmo_fn.tree import Tree
 
@@ -58,9 +57,5 @@ def drop(y: Tensor, rate: float, rows: Tensor, columns: Tensor, place: int) -> T
     >>> sorted(set(y.flatten().tolist())), 230 < (y == 0).sum() < 270
     ([0.0, 1.3333333730697632], tensor(True))
     """
-    D = y.shape[-1]
-    channels = torch.arange(-(-D // 4), device=y.device)  # a counter gives four words
-    high, low = (rows >> 32 & MASK)[:, None, None], (rows & MASK)[:, None, None]
-    words = philox((channels, columns[:, None], low, high), (place, 0x0D50))
-    keep = torch.stack(words, -1).flatten(-2)[..., :D] >= int(rate * 2**32)
+    keep = of_entries(rows, columns, y.shape[-1], (place, 0x0D50)) >= int(rate * 2**32)
     return y * (keep / (1 - rate)).to(y.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from olmo_fn.core.chain import Metric, wide
-from olmo_fn.core.random import MASK, philox
+from olmo_fn.core.random import of_entries
 from olmo_fn.mesh.axis import Axes
 from olmo_fn.mesh.collectives import all_gather, enter, psum
 from olmo_fn.nn.context import Context
@@ -149,10 +149,8 @@ def _jittered(ctx: Context, form: RouterForm, x: Tensor) -> Tensor:
         return x
     assert ctx.columns is not None
     columns = ctx.columns.chunk(ctx.backend.axes.tp.size)[ctx.backend.axes.tp.index]
-    channels = torch.arange(-(-x.shape[-1] // 4), device=x.device)
-    high, low = (ctx.rows >> 32 & MASK)[:, None, None], (ctx.rows & MASK)[:, None, None]
-    words = torch.stack(philox((channels, columns[:, None], low, high), (form.place, 0x317E)), -1).flatten(-2)
-    return x * (1 + form.jitter * (words[..., : x.shape[-1]] * 2.0**-31 - 1)).to(x.dtype)
+    words = of_entries(ctx.rows, columns, x.shape[-1], (form.place, 0x317E))
+    return x * (1 + form.jitter * (words * 2.0**-31 - 1)).to(x.dtype)
 
 
 def capacity(form: RouterForm, tokens: int) -> int:
@@ -166,13 +164,12 @@ def capacity(form: RouterForm, tokens: int) -> int:
 
 
 def within_capacity(ctx: Context, form: RouterForm, experts: Tensor) -> tuple[Tensor, int]:
-    """Which choices ``experts`` (B, R, k) of this rank's positions are among the first of their expert in the order of tokens,
-    a mask; and how many of one expert the ranks of ``tp`` together can have. The order is that of the whole sequence, or of all
-    sequences.
+    """Which choices ``experts`` (B, R, k), of the R positions that ranks of ``tp`` have together, are among the first of their
+    expert in the order of tokens, a mask of that shape; and how many of one expert they can be. The order is that of the whole
+    sequence, or of all sequences.
     """
-    axes, (B, R, k) = ctx.backend.axes, experts.shape
-    every = all_gather(experts, 1, axes.tp)
-    here, T = every.shape[1], every.shape[1] * axes.cp.size
+    axes, (B, R, k), every = ctx.backend.axes, experts.shape, experts
+    T = R * axes.cp.size
     columns = ctx.columns if ctx.columns is not None else ctx.positions
     if axes.cp.size > 1:  # ranks have pieces of the sequence that are no neighbours
         at = all_gather(columns, 0, axes.cp)
@@ -185,8 +182,7 @@ def within_capacity(ctx: Context, form: RouterForm, experts: Tensor) -> tuple[Te
     if form.capacity_over == "batch":
         kept = kept.chunk(axes.data.size)[axes.data.index]
     kept = kept[:, columns] if axes.cp.size > 1 else kept
-    mine = kept.chunk(axes.tp.size, 1)[axes.tp.index].reshape(B, R, k)
-    return mine, min(most, B * here) if form.capacity_over == "batch" else B * min(most, here)
+    return kept, min(most, B * R) if form.capacity_over == "batch" else B * min(most, R)
 
 
 def ranks_of(experts: Tensor, E: int) -> Tensor:
