@@ -163,7 +163,7 @@ def parameters(model: Model) -> str:
     """The number of parameters in three digits; nothing where the blocks are of somebody's own."""
     entries = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
     for layer, block in enumerate(model.layers):
-        a, hidden = block.mixer, [rows(getattr(block, name, None), layer) for name in ("feed_forward", "dense")]
+        a, hidden = block.mixer, [rows(one) for one in (block.feed_forward.at(layer), getattr(block, "dense", None))]
         if type(a) not in (Attention, GatedDelta) or None in hidden:
             return ""
         width = a.width(model.d_model)
@@ -176,21 +176,14 @@ def parameters(model: Model) -> str:
     return f"{entries / 10**exponent:.3g} {'B' if exponent == 9 else 'M'}"
 
 
-def rows(network: object, layer: int) -> int | None:
+def rows(network: object) -> int | None:
     """The rows, as wide as the stream, of the matrices of a feed-forward network; None of one of somebody's own."""
     if network is None:
         return 0
     if isinstance(network, MoE):
-        if layer < network.dense_layers:
-            return 3 * network.dense_size
         inner = network.num_experts * network.expert_size
         return network.num_experts + 3 * (inner + network.shared_size)
     return (3 if isinstance(network, Gated) else 2) * network.hidden_size if isinstance(network, Gated | GELU) else None
-
-
-def _experts(model: Model) -> int:
-    """The most experts of a layer."""
-    return max(block.feed_forward.num_experts for block in model.pattern or (model.block,))
 
 
 def check_start(cfg: Config) -> None:
@@ -200,7 +193,7 @@ def check_start(cfg: Config) -> None:
     if not cfg.run.start_from or folder is None:
         return
     old_cfg = read_config(folder)
-    if _experts(cfg.model) and not _experts(old_cfg.model):
+    if cfg.model.num_experts and not old_cfg.model.num_experts:
         raise ValueError(
             f"--run.start-from {str(start)!r} has no experts, and this model has; make some of its feed-forward networks with "
             f"olmo-fn convert upcycle {shlex.quote(str(start))} RUN, and start from that"

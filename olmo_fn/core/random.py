@@ -32,7 +32,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def of_entries(rows: Tensor, columns: Tensor, width: int, key: tuple[int, int]) -> Tensor:
-    """A word of 32 bits, in int64, for each channel of the tokens in ``columns`` (R,) of sequences ``rows`` (B,): (B, R, width).
+    """A word of 32 bits, in int64, for each channel of tokens in ``columns`` (R,) of sequences ``rows`` (B,): (B, R, width).
 
     A function of the numbers of a token in the run, and so the same in every layout, and when a step is computed again.
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from olmo_fn.fields import values
-from olmo_fn.formats.families import Family
-from olmo_fn.formats.families_moe import MOE_FAMILIES, feed_forward, spelled_out
-from olmo_fn.formats.hybrids import EVERY as DENSE
+from olmo_fn.formats.families import FAMILIES, Family
+from olmo_fn.formats.families_moe import MOE_FAMILIES, spelled_out
+from olmo_fn.formats.hybrids import HYBRID_FAMILIES
 from olmo_fn.formats.keys import Keys
 from olmo_fn.formats.qwen3_next import QWEN3_NEXT
 from olmo_fn.models.config import Attention, Block, GatedDelta, Model, MoE
 from olmo_fn.models.settings.rope_scaling import AdjustedBase, NoScaling, YaRN
 
 CONFIG = "config.json"
-EVERY = (*DENSE, *MOE_FAMILIES, QWEN3_NEXT)
+EVERY = (*FAMILIES, *HYBRID_FAMILIES, *MOE_FAMILIES, QWEN3_NEXT)
 """Every architecture that is read and written."""
 NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 """transformers' defaults of these are of the tokenizers of its first models."""
@@ -141,7 +141,7 @@ def canonical(model: Model) -> Model:
 
 
 def _block(block: Any, model: Model, layer: int) -> Any:
-    block = replace(block, feed_forward=_experts(feed_forward(model, layer)))
+    block = replace(block, feed_forward=_experts(block.feed_forward.at(layer)))
     if isinstance(block.mixer, Attention):
         return replace(block, mixer=_attention(block.mixer, model, layer), dropout=0.0)
     return replace(block, mixer=_recurrent(block.mixer, model), dropout=0.0) if isinstance(block.mixer, GatedDelta) else block

@@ -157,15 +157,9 @@ def moe_of(m: Model) -> MoE:
     raise AttributeError("a model without experts")
 
 
-def feed_forward(m: Model, layer: int) -> Any:
-    """The settings of a layer's network, which of the first layers may be a dense one in place of experts."""
-    found = m.layers[layer].feed_forward
-    return SwiGLU(hidden_size=found.dense_size) if layer < getattr(found, "dense_layers", 0) else found
-
-
 def spelled_out(m: Model) -> Model:
     """The same model with each layer's own network, where some of the first have a dense one in place of experts."""
-    found = [replace(block, feed_forward=feed_forward(m, layer)) for layer, block in enumerate(m.layers)]
+    found = [replace(block, feed_forward=block.feed_forward.at(layer)) for layer, block in enumerate(m.layers)]
     return m if found == list(m.layers) else replace(m, block=found[-1], pattern=tuple(shortest(found)))
 
 

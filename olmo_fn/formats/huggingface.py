@@ -112,7 +112,7 @@ def open_directory(path: str | Path, model: Model | None = None) -> Directory:
     raw = read_json(folder)
     there = model_of(raw, str(folder / CONFIG))
     if model is not None and (differ := differences(there, model)):
-        dense = bool(num_experts(model)) and not num_experts(there)
+        dense = bool(model.num_experts) and not there.num_experts
         hint = "; olmo-fn convert upcycle makes a model with experts of a dense one" if dense else ""
         raise ValueError(f"{folder} holds another model: {', '.join(differ)}{hint}")
     files = open_tensors(folder)
@@ -225,11 +225,6 @@ def write_directory(
         write_tensors(draft, targets, (tensor for _, tensor in assembled(names, parameters)), shard_bytes, advance)
         write_json(draft / CONFIG, config)
         more(draft)
-
-
-def num_experts(model: Model) -> int:
-    """The most that a layer has."""
-    return max(block.feed_forward.num_experts for block in model.layers)
 
 
 def _same(a: StoredTensor | Joined, b: StoredTensor | Joined) -> bool:

@@ -1,4 +1,4 @@
-"""The architectures of transformers with recurrent layers, and `EVERY` one that is read and written. Imports no torch.
+"""The architectures of transformers with recurrent layers. Imports no torch.
 
 A layer is ``linear_attention`` or ``full_attention`` by ``layer_types``.
 """
@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from olmo_fn.formats.families import FAMILIES, Family, attention, depth, model, shortest, silu, sizes
+from olmo_fn.formats.families import Family, attention, depth, model, shortest, silu, sizes
 from olmo_fn.formats.keys import Keys
 from olmo_fn.formats.rope import FULL, Rotation, full_json, one_rope, part_rope
 from olmo_fn.models.config import Attention, Block, FeedForwardSettings, GatedDelta, Model, PreNorm, RMSNorm
@@ -150,8 +150,7 @@ def in_turns(names: Mapping[str, Stored], paths: Sequence[str], tensor: str, tur
     return found
 
 
-EVERY = (
-    *FAMILIES,
+HYBRID_FAMILIES = (
     Family(
         "OlmoHybridForCausalLM",
         "olmo_hybrid",
@@ -163,7 +162,6 @@ EVERY = (
     ),
     Family("Qwen3_5ForCausalLM", "qwen3_5_text", read_qwen3_5, write_qwen3_5, qwen3_5_tensors),
 )
-"""Those, and the dense ones."""
 
 
 def of_layers(keys: Keys, linear: Block, full: Block, feed_forward: FeedForwardSettings) -> Model:

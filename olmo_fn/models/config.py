@@ -120,7 +120,12 @@ class Model:
     @property
     def balance_rate(self) -> float:
         """How far biases of experts move in a step (`olmo_fn.transforms.balance`); 0 without any."""
-        return max(getattr(block.feed_forward, "balance_rate", 0.0) for block in self.pattern or (self.block,))
+        return max(block.feed_forward.balance_rate for block in self.pattern or (self.block,))
+
+    @property
+    def num_experts(self) -> int:
+        """The most experts of a layer; 0 of a dense model."""
+        return max(block.feed_forward.num_experts for block in self.pattern or (self.block,))
 
     def deviations(self, layer: int) -> tuple[float, float]:
         """Standard deviations of the initial matrices of a block: of those that read the stream, and of those that add to it.
@@ -146,7 +151,7 @@ class Model:
 
     def check_mesh(self, tp: int, cp: int, cp_method: str, ep: int = 1) -> None:
         """ValueError, with the flags and a way out, if ranks of these degrees cannot share the blocks."""
-        if ep > 1 and not any(block.feed_forward.num_experts for block in self.pattern or (self.block,)):
+        if ep > 1 and not self.num_experts:
             raise ValueError(f"--mesh.ep is {ep}, and the model has no experts; leave --mesh.ep at 1")
         for block in self.pattern or (self.block,):
             block.feed_forward.check_experts(ep)

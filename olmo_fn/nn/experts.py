@@ -52,8 +52,8 @@ def _sorted(experts: Tensor, E: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(experts: Tensor, E: int, multiple: int = 1) -> Rows:
-    """The rows of choices ``experts`` (N, k), those of an expert in the order of tokens; nothing waits for their numbers, unless
-    each expert has rows up to a ``multiple`` above 1.
+    """The rows of choices ``experts`` (N, k), those of an expert in the order of tokens; nothing waits for their numbers,
+    unless each expert has rows up to a ``multiple`` above 1.
     """
     if multiple > 1:
         return rows_of_some(experts, E, None, multiple, usual=experts.numel())

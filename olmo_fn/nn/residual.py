@@ -53,6 +53,7 @@ class Residual(NamedTuple):
 def drop(y: Tensor, rate: float, rows: Tensor, columns: Tensor, place: int) -> Tensor:
     """``y`` (B, R, D) with entries dropped by their numbers: ``rows`` (B,), ``columns`` (R,) and the channel.
 
+    >>> import torch
     >>> y = drop(torch.ones(1, 1, 1000), 0.25, torch.tensor([7]), torch.tensor([0]), 0)
     >>> sorted(set(y.flatten().tolist())), 230 < (y == 0).sum() < 270
     ([0.0, 1.3333333730697632], tensor(True))

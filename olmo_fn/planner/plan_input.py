@@ -161,7 +161,7 @@ def check(plan: PlanInput) -> PlanInput:
 
 def check_skew(cfg: Config) -> None:
     """ValueError for a skew without experts."""
-    if cfg.skew > 1 and not any(block.feed_forward.num_experts for block in cfg.model.layers):
+    if cfg.skew > 1 and not cfg.model.num_experts:
         raise ValueError(f"--skew {cfg.skew:g} is of the tokens for experts, and the model has none; leave it out")
 
 

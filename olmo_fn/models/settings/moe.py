@@ -64,7 +64,7 @@ class MoE(FeedForwardSettings):
     """Over which tokens loads are to be even: all sequences that are computed at once, on all processes, or each sequence."""
     router_z_loss: Annotated[float, Range(0, 1e9)] = 0.001
     """Weight of the loss that keeps the router's logits small, divided by the number of layers."""
-    balance_rate: Annotated[float, Range(0, 1e9)] = 0.0
+    balance_rate: Annotated[float, Range(0, 1e9)] = 0.0  # type: ignore[misc]
     """How far a bias of each expert's score moves in a step, towards even loads, without a loss (Wang et al. 2024)."""
     dispatch: Literal["auto", "exchange", "gather"] = "auto"
     """Over --mesh.ep: tokens travel to their experts and back, or all tokens are gathered everywhere; auto: what is less."""
@@ -74,10 +74,14 @@ class MoE(FeedForwardSettings):
         """Whether training wants to know the numbers of sequences: for jitter."""
         return self.jitter > 0
 
+    def at(self, layer: int) -> FeedForwardSettings:
+        """The settings of layer ``layer``: of the first ones those of a dense network."""
+        return SwiGLU(hidden_size=self.dense_size) if layer < self.dense_layers else self
+
     def build(self, model: Model, layer: int) -> Sublayer:
         """The sublayer of block ``layer``: one of the dense ones, or a mixture."""
-        if layer < self.dense_layers:
-            return SwiGLU(hidden_size=self.dense_size).build(model, layer)
+        if (dense := self.at(layer)) is not self:
+            return dense.build(model, layer)
         from olmo_fn.nn.moe import MoEForm, moe_sublayer
 
         std, residual = model.deviations(layer)

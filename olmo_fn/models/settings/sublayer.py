@@ -40,11 +40,17 @@ class FeedForwardSettings(MixerSettings):
 
     num_experts: ClassVar[int] = 0
     """Those of a mixture of experts."""
+    balance_rate: ClassVar[float] = 0.0
+    """How far biases of experts' scores move in a step."""
 
     @property
     def drops(self) -> bool:
         """Whether training wants to know the numbers of sequences, by which it draws."""
         return False
+
+    def at(self, layer: int) -> FeedForwardSettings:
+        """The settings of layer ``layer``: these, unless some layers have another network."""
+        return self
 
     def check_experts(self, ep: int) -> None:
         """ValueError, with the arithmetic, if ``ep`` ranks cannot share its experts."""
