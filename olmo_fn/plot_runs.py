@@ -8,10 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from olmo_fn.models.count import flops_per_token
 from olmo_fn.picture import figure
 from olmo_fn.plot import THOUSANDS, Words, centred_mean, save
-from olmo_fn.train.folder import read_config
 from olmo_fn.train.observers.jsonl import read_evaluations, read_metrics
 
 
@@ -60,5 +58,8 @@ def unit_of(run: Path, over: str) -> float:
     """What a step, or a token, counts along the picture."""
     if over != "flops":
         return 1.0
+    from olmo_fn.models.count import flops_per_token  # these need torch, and the help does not
+    from olmo_fn.train.folder import read_config
+
     cfg = read_config(run)
     return flops_per_token(cfg.model, cfg.recipe.sequence_length)
