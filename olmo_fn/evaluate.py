@@ -89,8 +89,8 @@ def _opened(session: Session, args: Evaluate) -> tuple[Mapping[str, TokenSet], S
     from olmo_fn.data.documents import chunks, documents
     from olmo_fn.data.heldout import TokenSet, by_name, named
     from olmo_fn.data.inputs import expand as expand_texts
-    from olmo_fn.data.meta import check_vocabulary
-    from olmo_fn.data.source import eos_id_of, masked, metas_beside, open_files
+    from olmo_fn.data.meta import check_vocabulary, metas_beside
+    from olmo_fn.data.source import eos_id_of, masked, open_files
     from olmo_fn.data.tokens import HELDOUT_FILE, check_vocab, expand, smallest_dtype
 
     cfg, words = session.cfg, [named(word, word) for word in args.files]

@@ -11,7 +11,8 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import tyro
 
-from olmo_fn.data.meta import read_meta
+from olmo_fn.data.meta import folder_of, read_meta
+from olmo_fn.data.stores import head, is_remote
 from olmo_fn.data.tokenizer import Tokenizer, byte_level, load
 from olmo_fn.data.tokens import SIZES, Dtype, TokenFile, expand, open_tokens, read_tokens
 
@@ -77,7 +78,7 @@ class Found(NamedTuple):
 
 def inspect(path: str, dtype: str = "auto", eos_id: int | None = None) -> Found:
     """What the token file at ``path`` is. ValueError for what is none."""
-    meta = read_meta(Path(path).parent)
+    meta = read_meta(folder_of(path))
     if dtype != "auto":
         why = "as asked"
     elif meta:
@@ -101,8 +102,9 @@ def guess_dtype(path: str) -> str:
 
     A file of bytes is told from one of uint16 by its high bytes, which in text are as any others.
     """
-    size = os.path.getsize(path)
-    raw = np.fromfile(path, np.uint8, min(size, 8 * LOOK))
+    remote = head(path) if is_remote(path) else None
+    size = remote.size if remote else os.path.getsize(path)
+    raw = np.frombuffer(remote.read(0, 8 * LOOK), np.uint8) if remote else np.fromfile(path, np.uint8, 8 * LOOK)
     for name in ("uint64", "uint32"):
         if size % SIZES[name] == 0 and len(ids := raw[: len(raw) // 8 * 8].view(name)) and ids.max() < LARGEST_VOCAB:
             return name

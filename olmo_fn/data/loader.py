@@ -16,12 +16,12 @@ from olmo_fn.data.sizes import Sizes
 
 
 def labels_of(input_ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """The next token inside the row (B, T); IGNORE at the row's end and where that token is masked.
+    """The next token inside the row, (B, T) int64; IGNORE at the row's end and where that token is masked.
 
     >>> labels_of(np.array([[5, 6, 7, 8]]), np.array([[True, True, False, True]]))
     array([[   6, -100,    8, -100]])
     """
-    labels = np.empty_like(input_ids)
+    labels = np.empty(input_ids.shape, np.int64)
     labels[:, :-1] = input_ids[:, 1:]
     labels[:, -1] = IGNORE
     if mask is not None:
@@ -94,4 +94,4 @@ class Loader:
         mask = batch.pop("label_mask", None)
         if "labels" not in batch:
             batch["labels"] = labels_of(batch["input_ids"], mask)
-        return {name: torch.from_numpy(x) for name, x in batch.items()}
+        return {name: torch.from_numpy(x.astype(np.int64, copy=False)) for name, x in batch.items()}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from olmo_fn.data.stores import NotShown, each, head, is_remote
 from olmo_fn.data.tokenizer import Tokenizer
 from olmo_fn.data.tokens import SIZES
 
@@ -38,12 +39,36 @@ class Meta(NamedTuple):
     """UTF-8 bytes of the text of each file, by its name and number of tokens."""
 
 
-def read_meta(folder: Path) -> Meta | None:
-    """The ``meta.json`` in ``folder``; None if there is none, or none of the tokenizing command's."""
-    path = folder / "meta.json"
+def folder_of(path: str) -> str:
+    """The folder of a file, on a disk or in a store.
+
+    >>> folder_of("s3://bucket/tokens/part-00000.npy"), folder_of("part-00000.npy")
+    ('s3://bucket/tokens', '.')
+    """
+    return path.rpartition("/")[0] if is_remote(path) else str(Path(path).parent)
+
+
+def metas_beside(paths: Iterable[str]) -> dict[str, Meta]:
+    """What the tokenizing command wrote in the folders of token files, by folder, where it did. ValueError if a store fails."""
+    folders = [*dict.fromkeys(map(folder_of, paths))]
+    found = each(read_meta, folders) if any(map(is_remote, folders)) else map(read_meta, folders)
+    return {folder: meta for folder, meta in zip(folders, found, strict=True) if meta}
+
+
+def read_meta(folder: str) -> Meta | None:
+    """The ``meta.json`` in ``folder``; None if there is none to be read, or none of the tokenizing command's."""
+    path = f"{folder}/meta.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if os.path.isfile(path) else None
-    except (OSError, ValueError, RecursionError):
+        if is_remote(path):
+            remote = head(path)
+            text = remote.read(0, remote.size).decode()
+        else:
+            text = Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else "null"
+    except (OSError, NotShown, UnicodeDecodeError):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
         return None
 
     def of(record: object, name: str, kind: type) -> Any:
@@ -59,9 +84,9 @@ def read_meta(folder: Path) -> Meta | None:
     return Meta(dtype, vocabulary, {key: value for key, value in num_bytes.items() if value is not None})
 
 
-def check_vocabulary(metas: Mapping[Path, Meta], tokenizer: Tokenizer | None, name: str) -> None:
+def check_vocabulary(metas: Mapping[str, Meta], tokenizer: Tokenizer | None, name: str) -> None:
     """ValueError if the token files in the folders of ``metas`` are of several tokenizers, or not of this, named ``name``."""
-    known = [(f"the token files in {str(folder)!r}", meta.vocabulary) for folder, meta in metas.items()]
+    known = [(f"the token files in {folder!r}", meta.vocabulary) for folder, meta in metas.items()]
     if tokenizer:
         own = Vocabulary(tokenizer.eos_id, tokenizer.vocab_size, tokenizer.vocab_hash)
         known.insert(0, (f"the tokenizer {name!r}", own))

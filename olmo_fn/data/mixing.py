@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from olmo_fn.data.shuffle import keyed
+from olmo_fn.data.shuffle import keyed_range
 
 TURN = 1 << 32
 STRIDE = 2_654_435_769  # 2^32 / golden ratio, odd
@@ -181,8 +181,9 @@ class Mixture:
             drawn = before[s] + np.arange(len(at))
             passes, places = np.divmod(drawn, self.sizes[s])
             for nth in np.unique(passes):
-                these = passes == nth
-                inside = keyed(places[these], self.sizes[s], self.seed + 1_000_003 * int(s), int(nth) + 1)
+                these = np.flatnonzero(passes == nth)  # one behind the other
+                start, seed = int(places[these[0]]), self.seed + 1_000_003 * int(s)
+                inside = keyed_range(start, start + len(these), self.sizes[s], seed, int(nth) + 1)
                 numbers[at[these]] = self.offsets[s] + inside
         return numbers
 

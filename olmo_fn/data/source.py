@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import filterfalse
 from pathlib import Path
@@ -15,11 +15,11 @@ from olmo_fn.data.instances import TokenData
 from olmo_fn.data.instances.variable import BucketLoader
 from olmo_fn.data.loader import Loader
 from olmo_fn.data.megatron import is_megatron, read_index
-from olmo_fn.data.meta import Meta, check_vocabulary, read_meta
+from olmo_fn.data.meta import Meta, check_vocabulary, folder_of, metas_beside
 from olmo_fn.data.mix import find_mix, read_mix
 from olmo_fn.data.settings import Data, cache_dir
 from olmo_fn.data.sizes import Sizes
-from olmo_fn.data.stores import is_remote
+from olmo_fn.data.stores import each, is_remote
 from olmo_fn.data.token_tables import converted, is_table
 from olmo_fn.data.tokenizer import Tokenizer, load, located
 from olmo_fn.data.tokens import (
@@ -132,50 +132,46 @@ def _check(data: Data) -> None:
         raise ValueError(f"--data.{name} needs --data.paths; the default corpus has a tokenizer of its own")
 
 
-def _check_apart(paths: tuple[str, ...], heldout_paths: tuple[str, ...], metas: Mapping[Path, Meta]) -> None:
+def _check_apart(paths: tuple[str, ...], heldout_paths: tuple[str, ...], metas: Mapping[str, Meta]) -> None:
     """ValueError if what is to be held out would be trained on."""
     held_out = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, filterfalse(is_remote, heldout_paths))}
     if both := {*paths} & {*heldout_paths}:
         raise ValueError(f"{min(both)!r} is in --data.paths and in --data.heldout-paths; take it out of one")
-    for path in filterfalse(is_remote, paths):
-        if held_out and ((stat := os.stat(path)).st_dev, stat.st_ino) in held_out:
+    for path in paths:
+        if held_out and not is_remote(path) and ((stat := os.stat(path)).st_dev, stat.st_ino) in held_out:
             raise ValueError(f"{path!r} is in --data.paths and in --data.heldout-paths; take it out of one")
-        if Path(path).name == HELDOUT_FILE and (folder := Path(path).parent) in metas:
+        if Path(path).name == HELDOUT_FILE and (folder := folder_of(path)) in metas:
             raise ValueError(
-                f"{path!r} in --data.paths is what the tokenizing command held out; train on {str(folder / 'part-*.npy')!r}, "
+                f"{path!r} in --data.paths is what the tokenizing command held out; train on {f'{folder}/part-*.npy'!r}, "
                 "or give the file another name"
             )
 
 
-def metas_beside(paths: Iterable[str]) -> dict[Path, Meta]:
-    """What the tokenizing command wrote in the folders of token files, where it did."""
-    folders = {Path(path).parent: None for path in paths if not is_remote(path)}
-    return {folder: meta for folder in folders if (meta := read_meta(folder))}
-
-
 def open_files(
-    paths: Sequence[str], dtype: str, vocab_size: int, metas: Mapping[Path, Meta], cache: Path | None = None, limit: int = 0
+    paths: Sequence[str], dtype: str, vocab_size: int, metas: Mapping[str, Meta], cache: Path | None = None, limit: int = 0
 ) -> tuple[TokenFile, ...]:
     """The token files; ``auto`` is what meta.json beside them says, or else OLMo-core's choice, if the file may be of it."""
-    files = []
-    for path in paths:
-        meta = None if is_remote(path) else metas.get(Path(path).parent)
+
+    def opened(path: str) -> TokenFile:
+        meta = metas.get(folder_of(path))
         auto = meta.dtype if meta else smallest_dtype(vocab_size)
         if not is_remote(path) and is_megatron(path):
             auto = read_index(path).dtype
         elif not is_remote(path) and is_table(path) and cache:
             auto = auto if dtype == "auto" else dtype
             path = converted(path, auto, cache.with_name("tables"))
-        files.append(open_tokens(path, auto if dtype == "auto" else dtype, cache, limit))
+        file = open_tokens(path, auto if dtype == "auto" else dtype, cache, limit)
         if dtype == "auto" and not meta and not is_megatron(path):
-            check_type(files[-1])
-    return tuple(files)
+            check_type(file)
+        return file
+
+    return tuple(each(opened, paths) if any(map(is_remote, paths)) else map(opened, paths))
 
 
-def eos_id_of(data: Data, tokenizer: Tokenizer | None, beside: tuple[Path, Meta] | None, vocab_size: int) -> int | None:
+def eos_id_of(data: Data, tokenizer: Tokenizer | None, beside: tuple[str, Meta] | None, vocab_size: int) -> int | None:
     """The end-of-document token: of the settings, the tokenizer, or as written beside the files; None if nobody knows."""
     known = tokenizer.eos_id if tokenizer else beside[1].vocabulary.eos_id if beside else None
-    whose = f"of the tokenizer {data.tokenizer!r}" if tokenizer else f"in {str(beside[0] / 'meta.json')!r}" if beside else ""
+    whose = f"of the tokenizer {data.tokenizer!r}" if tokenizer else f"in {f'{beside[0]}/meta.json'!r}" if beside else ""
     if known is not None and not 0 <= known < vocab_size:
         raise ValueError(
             f"the end-of-document token {whose} is {known}; it must be from 0 to below {vocab_size:,}, the vocabulary"
@@ -213,12 +209,12 @@ def _check_size(train: Loader | BucketLoader, files: tuple[TokenFile, ...]) -> N
         )
 
 
-def masked(files: Sequence[TokenFile], mask_paths: Sequence[str], metas: Mapping[Path, Meta]) -> list[TokenSet]:
+def masked(files: Sequence[TokenFile], mask_paths: Sequence[str], metas: Mapping[str, Meta]) -> list[TokenSet]:
     """The tokens of each file with its label mask, if there are any, and the bytes that the tokenizing command has counted."""
     masks = [read_tokens(mask) for mask in open_masks(expand(mask_paths), files)]
     found = []
     for i, file in enumerate(files):
-        path, tokens = Path(file.path), read_tokens(file)
-        written = metas[path.parent].num_bytes.get((path.name, file.num_tokens)) if path.parent in metas else None
+        meta, tokens = metas.get(folder_of(file.path)), read_tokens(file)
+        written = meta.num_bytes.get((os.path.basename(file.path), file.num_tokens)) if meta else None
         found.append(TokenSet(tokens, masks[i] if masks else None, written))
     return found

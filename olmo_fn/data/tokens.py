@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from olmo_fn.data.stores import Remote, head, is_remote, listed
+from olmo_fn.data.stores import PAGE, Remote, head, is_remote, listed
 
 Dtype: TypeAlias = Literal["auto", "uint8", "uint16", "uint32", "uint64"]
 
@@ -255,33 +255,42 @@ def read_tokens(file: TokenFile, start: int = 0, stop: int | None = None) -> np.
     return tokens if sys.byteorder == "little" else tokens.byteswap()
 
 
-def read_rows(file: TokenFile, starts: Sequence[int], length: int) -> np.ndarray:
-    """``length`` tokens from each of ``starts`` on: (starts, length) of the file's dtype. ValueError as `read_tokens` has."""
-    rows = np.empty((len(starts), length), file.dtype)
-    if file.remote is None:
-        try:
-            opened, data, size = _opened(file).fileno(), rows.view(np.uint8), length * rows.itemsize
-            for row, start in zip(data, starts, strict=True):
-                if os.preadv(opened, [row.data], file.header + start * rows.itemsize) != size:
-                    row[:] = read_tokens(file, start, start + length).view(np.uint8)  # or says what is wrong
-        except OSError as e:
-            raise ValueError(f"cannot read the token file {file.path!r}: {e.strerror}") from None
-        return rows if sys.byteorder == "little" else rows.byteswap()
-    places = [(file.header + start * rows.itemsize, file.header + (start + length) * rows.itemsize) for start in starts]
-    for row, found in zip(rows, file.remote.read_all(places), strict=True):
-        row[:] = np.frombuffer(found, file.dtype)
-    return rows if sys.byteorder == "little" else rows.byteswap()
+def read_rows(file: TokenFile, starts: Sequence[int], rows: np.ndarray, at: Sequence[int]) -> None:
+    """Read T tokens from each of ``starts`` on, the i-th into the row ``at[i]`` of the array ``rows`` (B, T).
+
+    ``rows`` are of the file's dtype or a wider one. ValueError as `read_tokens` has.
+    """
+    length, width = rows.shape[1], np.dtype(file.dtype).itemsize
+    if file.remote:
+        places = [(file.header + start * width, file.header + (start + length) * width) for start in starts]
+        for i, found in zip(at, file.remote.read_all(places), strict=True):
+            rows[i] = np.frombuffer(found, np.dtype(file.dtype).newbyteorder("<"))
+        return
+    if rows.dtype != file.dtype or sys.byteorder == "big":
+        for i, start in zip(at, starts, strict=True):
+            rows[i] = read_tokens(file, start, start + length)
+        return
+    try:
+        opened, data, size = _opened(file).fileno(), rows.reshape(-1).view(np.uint8).data, length * width
+        for i, start in zip(at, starts, strict=True):
+            if os.preadv(opened, [data[i * size : (i + 1) * size]], file.header + start * width) != size:
+                rows[i] = read_tokens(file, start, start + length)  # or says what is wrong
+    except OSError as e:
+        raise ValueError(f"cannot read the token file {file.path!r}: {e.strerror}") from None
 
 
 def check_vocab(files: Iterable[TokenFile], vocab_size: int, scan_bytes: int = SCAN_BYTES) -> None:
     """ValueError naming file, offset and value of the first token that is not below ``vocab_size``.
 
-    Reads about ``scan_bytes`` at most, the first part of every file; `Instances.read` checks the rest when it is used.
+    Reads about ``scan_bytes`` at most, the first part of every file, and of a file elsewhere what came with its beginning;
+    `Instances.read` checks the rest when it is used.
     """
     files = [f for f in files if vocab_size < 256 ** SIZES[f.dtype]]
-    total = sum(f.num_tokens * SIZES[f.dtype] for f in files)
+    total = sum(f.num_tokens * SIZES[f.dtype] for f in files if not f.remote)
     for file in files:
         stop = file.num_tokens if total <= scan_bytes else -(-file.num_tokens * scan_bytes // total)
+        if file.remote:
+            stop = min(file.num_tokens, (PAGE - file.header) // SIZES[file.dtype])
         for start in range(0, stop, CHUNK):
             chunk = read_tokens(file, start, min(start + CHUNK, stop))
             if chunk.max() >= vocab_size:

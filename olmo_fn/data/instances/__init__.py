@@ -90,9 +90,9 @@ class Instances(Protocol):
     def read(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """The instances ``numbers`` (B,), as arrays (B, T) by name.
 
-        ``input_ids`` int64, and optionally ``label_mask`` bool, False for a token whose prediction is not in the loss;
-        ``labels`` int64, where they are not the next token; ``documents`` int64, numbers that tell the documents of a row
-        apart, so that the model sees each by itself. ValueError names the file, the offset and the value of a bad token.
+        ``input_ids`` of any type of integers, and optionally ``label_mask`` bool, False for a token whose prediction is not in
+        the loss; ``labels`` int64, where they are not the next token; ``documents`` int64, numbers that tell the documents of a
+        row apart, so that the model sees each by itself. ValueError names the file, the offset and the value of a bad token.
         """
         ...
 

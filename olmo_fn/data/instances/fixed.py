@@ -60,21 +60,23 @@ class Windows:
         return Origin(self.files[file].path, start)
 
     def read(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """``input_ids`` (B, T) int64 of the windows ``numbers`` (B,), and ``label_mask`` (B, T) bool if there are masks.
+        """``input_ids`` (B, T) of the windows ``numbers`` (B,), and ``label_mask`` (B, T) bool if there are masks.
 
-        ValueError naming file, offset and value for a token that is not in the vocabulary.
+        The tokens are of the type of their files, the widest of them. ValueError naming file, offset and value for a token that
+        is not in the vocabulary.
         """
-        t, many = self.sequence_length, len(numbers)
-        file = np.searchsorted(self.ends, numbers, side="right")
+        t, file = self.sequence_length, np.searchsorted(self.ends, numbers, side="right")
         starts = t * (np.asarray(numbers, np.int64) - np.concatenate([[0], self.ends])[file])
-        ids, mask = np.empty((many, t), np.int64), np.empty((many, t), np.bool_)
-        for f in np.unique(file):
+        used = np.unique(file).tolist()
+        arrays = {"input_ids": np.empty((len(file), t), np.result_type(*(self.files[f].dtype for f in used or [0])))}
+        if self.masks:
+            arrays["label_mask"] = np.empty((len(file), t), np.bool_)
+        for f in used:
             at = np.flatnonzero(file == f)
-            rows = read_rows(self.files[f], starts[at].tolist(), t)
-            if rows.size and rows.max() >= self.vocab_size:
-                row, column = np.argwhere(rows >= self.vocab_size)[0]
-                raise vocab_error(self.files[f], int(starts[at[row]] + column), self.vocab_size)
-            ids[slice(None) if len(at) == many else at] = rows
-            if self.masks:
-                mask[at] = read_rows(self.masks[f], starts[at].tolist(), t)
-        return {"input_ids": ids, "label_mask": mask} if self.masks else {"input_ids": ids}
+            for rows, of in zip(arrays.values(), (self.files, self.masks), strict=False):
+                read_rows(of[f], starts[at].tolist(), rows, at.tolist())
+        ids = arrays["input_ids"]
+        if ids.size and ids.max() >= self.vocab_size:
+            row, column = np.argwhere(ids >= self.vocab_size)[0]
+            raise vocab_error(self.files[file[row]], int(starts[row] + column), self.vocab_size)
+        return arrays

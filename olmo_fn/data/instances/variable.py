@@ -175,7 +175,7 @@ class BucketLoader:
         length = self.length(step)
         arrays = self.buckets.read(self.numbers(step)[rows or slice(None)])
         ids, mask = arrays["input_ids"][:, :length], arrays["label_mask"][:, :length]
-        return {"input_ids": torch.from_numpy(ids.copy()), "labels": torch.from_numpy(labels_of(ids, mask))}
+        return {"input_ids": torch.from_numpy(ids.astype(np.int64)), "labels": torch.from_numpy(labels_of(ids, mask))}
 
     def _members(self, length: int) -> np.ndarray:
         found = self.buckets.members[length]
