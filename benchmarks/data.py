@@ -16,10 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from olmo_fn.data.loader import labels_of
+from olmo_fn.data.stores import PAGE
 from olmo_fn.testing.object_server import serving
 
 VOCAB = 50_000
@@ -62,8 +65,8 @@ def ours(folder: Path, length: int, batch: int, batches: int) -> float:
     return batches * batch * length / (time.perf_counter() - start)
 
 
-def gather(folder: Path, length: int, batch: int, batches: int) -> float:
-    """Tokens a second of the same rows out of memory maps, into int64, with nothing else."""
+def gather(folder: Path, length: int, batch: int, batches: int, labels: bool = False) -> float:
+    """Tokens a second of the same rows out of memory maps, into int64, with nothing else; or also ``labels`` of them."""
     maps = [np.memmap(path, np.uint16, "r") for path in sorted(folder.glob("*.npy"))]
     per = len(maps[0]) // length
     order = np.random.default_rng(0).permutation(per * len(maps))
@@ -75,6 +78,8 @@ def gather(folder: Path, length: int, batch: int, batches: int) -> float:
         for f, m in enumerate(rows):
             here = numbers // per == f
             out[here] = m[numbers[here] % per]
+        if labels:
+            labels_of(out)
     return batches * batch * length / (time.perf_counter() - start)
 
 
@@ -87,7 +92,8 @@ def torch_loader(folder: Path, length: int, batch: int, batches: int) -> float |
     import torch
 
     rows = np.concatenate([np.fromfile(path, np.uint16) for path in sorted(folder.glob("*.npy"))[:1]])
-    table = datasets.Dataset.from_dict({"input_ids": list(rows[: len(rows) // length * length].reshape(-1, length))})
+    columns = {"input_ids": list(rows[: len(rows) // length * length].reshape(-1, length))}
+    table = datasets.Dataset(datasets.table.InMemoryTable.from_pydict(columns), fingerprint="tokens")
     loader = iter(torch.utils.data.DataLoader(table.with_format("torch"), batch_size=batch, shuffle=True))
     next(loader)
     start, done = time.perf_counter(), 0
@@ -110,16 +116,17 @@ def waits(folder: Path, url: str, step_seconds: float, steps: int, length: int, 
     cache = tempfile.mkdtemp(dir=folder)
     data = Data(paths, dtype="uint16", eos_id=0, heldout_fraction=0.0, cache_dir=cache)
     source = open_data(data, VOCAB, constant_sizes(batch, length))
-    batches, waited = prefetch(source.train, 0, steps + 1), 0.0
-    next(batches)
-    start = time.perf_counter()
+    assert source.train.num_instances * length * 2 > steps * batch * PAGE, "pages of one step would serve the next"
+    waited = []
+    batches = prefetch(source.train, 0, steps)
     while True:
         asked = time.perf_counter()
         if next(batches, None) is None:
             break
-        waited += time.perf_counter() - asked
+        waited.append(time.perf_counter() - asked)
         time.sleep(step_seconds)
-    return waited / (time.perf_counter() - start)
+    later = waited[2:]  # nothing was read ahead of the first two
+    return sum(later) / (sum(later) + step_seconds * len(later))
 
 
 def main() -> None:
@@ -142,9 +149,18 @@ def main() -> None:
             rng.integers(1, VOCAB, args.length * args.batch * args.batches // args.files * 5 // 4, dtype=np.uint16).tofile(
                 folder / f"{i}.npy"
             )
+        large = folder / "large"
+        large.mkdir()
+        for i in range(args.files):
+            rng.integers(1, VOCAB, args.steps * args.batch * PAGE // args.files, dtype=np.uint16).tofile(large / f"{i}.npy")
         sizes = (args.length, args.batch, args.batches)
         for _ in range(args.rounds):
-            for label, figure in {"gather": gather, "ours": ours, "datasets": torch_loader}.items():
+            for label, figure in {
+                "gather": gather,
+                "gather, labels": partial(gather, labels=True),
+                "ours": ours,
+                "datasets": torch_loader,
+            }.items():
                 if (value := figure(folder, *sizes)) is not None:
                     found.setdefault(label, []).append(value)
             if args.peer_python:
@@ -153,11 +169,11 @@ def main() -> None:
                 found.setdefault("olmo-core", []).append(json.loads(done.stdout.splitlines()[-1]))
         middle = {label: statistics.median(values) for label, values in found.items()}
         ratios = {f"ours / {label}": middle["ours"] / value for label, value in middle.items() if label != "ours"}
-        waited = {"disk": waits(folder, "", args.step, args.steps, args.length, args.batch)}
+        waited = {"disk": waits(large, "", args.step, args.steps, args.length, args.batch)}
         with serving() as (objects, address):
             objects.delay = 0.05
-            objects.update({path.name: path.read_bytes() for path in folder.glob("*.npy")})
-            waited["server"] = waits(folder, address, args.step, args.steps, args.length, args.batch)
+            objects.update({path.name: path.read_bytes() for path in large.glob("*.npy")})
+            waited["server"] = waits(large, address, args.step, args.steps, args.length, args.batch)
         print(json.dumps({"tokens_per_second": middle, "ratios": ratios, "waiting": waited}))
     sys.exit(0)
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -42,6 +43,27 @@ def command(path: Path, tokenizer: Path, out: Path, workers: int) -> tuple[float
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return time.perf_counter() - begin, busy
+
+
+def largest(path: Path, tokenizer: Path, out: Path, workers: int) -> tuple[float, float]:
+    """Seconds of the command, and the MB that the largest of its processes had at most."""
+    words = [sys.executable, "-m", "olmo_fn", "tokenize", str(path), "--output", str(out), "--tokenizer", str(tokenizer)]
+    begin, most = time.perf_counter(), 0.0
+    with subprocess.Popen([*words, "--workers", str(workers)], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            time.sleep(0.2)
+            for pid in (process.pid, *children(process.pid)):
+                with suppress(OSError, StopIteration):  # it has ended
+                    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                    most = max(most, int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024)
+    return time.perf_counter() - begin, most
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    with suppress(OSError):
+        return [int(one) for path in Path(f"/proc/{pid}/task").glob("*/children") for one in path.read_text().split()]
+    return []
 
 
 def library(path: Path, tokenizer: Path) -> tuple[float, float]:
@@ -80,8 +102,7 @@ def main() -> None:
         if ratios:
             print(f"median ratio {median(ratios):.2f} of {args.rounds} rounds, {args.workers} workers, {size:.0f} MB")
         else:
-            seconds, _ = command(path, tokenizer, out, args.workers)
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+            seconds, peak = largest(path, tokenizer, out, args.workers)
             print(f"{size:.0f} MB in {seconds:.0f} s, {size / seconds:.1f} MB/s; the largest process had {peak:.0f} MB")
 
 

@@ -107,7 +107,7 @@ def text_of(record: Any, field: str, where: str, skip_missing: bool = False) -> 
         value = value[name] if there else None
     if isinstance(value, str):
         # JSON can escape half a surrogate pair, which UTF-8 cannot hold.
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if skip_missing:
         return None
     if not isinstance(record, dict):

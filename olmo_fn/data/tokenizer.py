@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ class Tokenizer:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as e:  # the library raises bare Exceptions
             raise ValueError(f"the tokenizer cannot encode this text: {e}") from None
-        return [np.array([*e.ids, self.eos_id], dtype=np.int64) for e in encodings]
+        return [np.fromiter(chain(e.ids, (self.eos_id,)), np.int64, len(e) + 1) for e in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ``ids``; special tokens are left out, bytes that are not UTF-8 are replaced.

@@ -112,7 +112,8 @@ class Session:
             sources = torch.from_numpy(read.sources(step))
             for part, rows in zip(parts, slices, strict=True):
                 part["sources"] = sources[rows]
-        return with_packing({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, self.process.device)
+        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
+        return with_packing(whole, self.process.device)
 
     @cached_property
     def reported_sources(self) -> tuple[str, ...]:

@@ -14,14 +14,14 @@ from olmo_fn.data.curricula import batch_order
 from olmo_fn.data.instances import TokenData
 from olmo_fn.data.instances.documents import MaskedDocuments
 from olmo_fn.data.instances.filtered import Filtered, RepetitionFilter
-from olmo_fn.data.instances.fixed import FixedLength
+from olmo_fn.data.instances.fixed import FixedLength, Windows
 from olmo_fn.data.instances.interleaved import Interleaved
 from olmo_fn.data.instances.joined import Joined
 from olmo_fn.data.instances.packed import Packed, best_fit, next_fit
 from olmo_fn.data.instances.padded import Padded
 from olmo_fn.data.instances.variable import VariableLength
 from olmo_fn.data.loader import Loader
-from olmo_fn.data.shuffle import keyed, shuffled
+from olmo_fn.data.shuffle import BLOCK, keyed, keyed_range, shuffled
 from olmo_fn.data.sizes import constant_sizes, together
 from olmo_fn.data.tokens import open_masks, open_tokens
 
@@ -239,6 +239,34 @@ def test_fits_hold_each_document_once_and_no_instance_too_many(lens, capacity):
     for order, first in (best_fit(lens, capacity), next_fit(lens, capacity)):
         assert sorted(order.tolist()) == list(range(len(lens)))
         assert all(lens[order[a:b]].sum() <= capacity and b > a for a, b in pairwise(first))
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_places_of_the_keyed_order_come_in_blocks(data):
+    """Whatever part of it is asked for, over the borders of blocks and of epochs."""
+    n = data.draw(st.integers(1, 3 * BLOCK))
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))
+    assert np.array_equal(keyed_range(start, stop, n, 5, 2), keyed(np.arange(start, stop), n, 5, 2))
+    first, count = data.draw(st.integers(0, 3 * n)), data.draw(st.integers(0, 2 * n))
+    whole = np.concatenate([keyed(np.arange(n), n, 5, epoch) for epoch in range(1, 7)])
+    assert np.array_equal(shuffled(first, count, n, 1, 5, "keyed"), whole[first : first + count])
+
+
+@given(st.lists(st.sampled_from(["u1", "u2", "u4", "u8"]), min_size=1, max_size=4), st.booleans(), st.data())
+@settings(max_examples=30, deadline=None)
+def test_windows_of_files_of_several_types(tmp_path_factory, dtypes, header, data):
+    """Rows are read to where they belong, those of narrow files beside those of wide ones; with headers and without."""
+    folder, files, windows = tmp_path_factory.mktemp("types"), [], []
+    for i, dtype in enumerate(dtypes):
+        tokens = np.random.default_rng(i).integers(0, 250, 23 + i).astype(f"<{dtype}")
+        np.save(folder / f"{i}.npy", tokens) if header else tokens.tofile(folder / f"{i}.npy")
+        files.append(open_tokens(str(folder / f"{i}.npy"), np.dtype(dtype).name))
+        windows += [tokens[at : at + 4].astype(np.int64) for at in range(0, len(tokens) - 3, 4)]
+    numbers = np.array(data.draw(st.lists(st.integers(0, len(windows) - 1), max_size=9)), np.int64)
+    found = Windows(tuple(files), 4, 256).read(numbers)["input_ids"]
+    assert found.shape == (len(numbers), 4)
+    assert np.array_equal(found.astype(np.int64), np.array([windows[n] for n in numbers]).reshape(-1, 4))
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**62), st.integers(1, 9))

@@ -1,5 +1,6 @@
 """Token files elsewhere: the same tokens as on a disk, whatever the server does; pages that processes share; errors by name."""
 
+import json
 import os
 import threading
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from olmo_fn.cli import main as cli
 from olmo_fn.data import stores
 from olmo_fn.data.identity import difference, identity
+from olmo_fn.data.meta import read_meta
 from olmo_fn.data.settings import Data
 from olmo_fn.data.sizes import constant_sizes
 from olmo_fn.data.source import open_data
@@ -120,6 +122,61 @@ def test_a_run_reads_the_same_batches_from_elsewhere(server, tmp_path):
         assert all(here[name].equal(there[name]) for name in here)
     with pytest.raises(ValueError, match="take it out of one"):
         open_data(Data((f"{address}/a.npy",), (f"{address}/a.npy",), dtype="uint16"), 256, constant_sizes(4, 64))
+
+
+META = {"dtype": "uint32", "vocab_size": 257, "eos_id": 3, "files": {"part-00000.npy": {"tokens": 4000, "bytes": 9000}}}
+
+
+def test_meta_json_is_read_beside_files(server):
+    objects, address = server
+    objects["web/part-00000.npy"] = TOKENS[:4000].astype("<u4").tobytes()
+    objects["web/meta.json"] = json.dumps(META).encode()
+    path = f"{address}/web/part-00000.npy"
+    opened = open_data(Data((path,), heldout_fraction=0.1), 257, constant_sizes(4, 64))
+    assert opened.eos_id == 3
+    assert opened.train.instances.files[0].dtype == "uint32"
+    assert np.array_equal(opened.train.instances.read(np.array([1]))["input_ids"][0], TOKENS[64:128])
+    objects["other/part-00000.npy"] = objects["web/part-00000.npy"]
+    objects["other/meta.json"] = json.dumps(META | {"eos_id": 4}).encode()
+    both = Data((path,), heldout_paths=(f"{address}/other/part-00000.npy",))
+    with pytest.raises(ValueError, match=r"other' are of another tokenizer \(257 ids, end of document 4\)"):
+        open_data(both, 257, constant_sizes(4, 64))
+    assert cli.main(["data", "inspect", path, "--documents", "1"]) == 0
+
+
+@pytest.mark.parametrize("content", [b"[1]", b'{"dtype": "float"}', b"\xff", b"{", b"[" * 100_000])
+def test_what_is_no_meta_json_is_none(server, content):
+    objects, address = server
+    objects["web/meta.json"] = content
+    assert read_meta(f"{address}/web") is None
+
+
+def test_a_store_that_shows_no_meta_json_has_none_and_one_that_fails_is_an_error(server):
+    objects, address = server
+    assert read_meta(f"{address}/web") is None
+    objects["web/meta.json"] = json.dumps(META).encode()
+    objects.fail = [403]
+    assert read_meta(f"{address}/web") is None
+    objects.fail = [400]
+    with pytest.raises(ValueError, match=r"cannot read http://.*/web/meta\.json"):
+        read_meta(f"{address}/web")
+
+
+def test_a_bad_token_is_found_at_the_start_in_the_beginning_and_later_where_it_is_used(server, tmp_path):
+    """Nobody waits for gigabytes to be read that are looked at again when they are used."""
+    objects, address = server
+    bad = TOKENS.copy()
+    bad[1_000_000] = 60_000
+    objects["bad.npy"] = bad.tobytes()
+    data = Data((f"{address}/bad.npy",), dtype="uint16", heldout_fraction=0.0, order="sequential", cache_dir=str(tmp_path))
+    source = open_data(data, 256, constant_sizes(4, 64))
+    assert sum(method == "GET" for method, _, _ in objects.requests) <= 3
+    with pytest.raises(ValueError, match=r"token 60000 at offset 1,000,000 of 'http"):
+        source.train(1_000_000 // 256)
+    bad[1000] = 60_000
+    objects["bad.npy"] = bad.tobytes()
+    with pytest.raises(ValueError, match=r"token 60000 at offset 1,000 of 'http"):
+        open_data(data, 256, constant_sizes(4, 64))
 
 
 def test_addresses():
