@@ -6,12 +6,15 @@ import csv
 import gzip
 import hashlib
 import os
+import zlib
+from io import StringIO
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from olmo_fn.data.megatron import is_megatron, read_index
+from olmo_fn.data.stores import NotShown, read_whole
 from olmo_fn.data.tokens import CHUNK, TokenFile, read_tokens
 
 Boundaries: TypeAlias = Literal["eos", "metadata"]
@@ -74,14 +77,14 @@ def _written(file: TokenFile) -> np.ndarray:
         return read_index(file.path).bounds
     path = file.path.removesuffix(".npy") + ".csv.gz"
     try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as lines:
-            rows = [(int(row[0]), int(row[1])) for row in csv.reader(lines) if row and row[0].isdecimal()]
-    except FileNotFoundError:
+        text = gzip.decompress(read_whole(path)).decode()
+        rows = [(int(row[0]), int(row[1])) for row in csv.reader(StringIO(text, "")) if row and row[0].isdecimal()]
+    except (FileNotFoundError, NotShown):
         raise ValueError(
             f"{path!r} is not there, which says where the documents of {file.path!r} end; leave out "
             "--data.boundaries metadata to find them by their last token"
         ) from None
-    except (OSError, EOFError, ValueError, IndexError, csv.Error) as error:
+    except (OSError, EOFError, ValueError, IndexError, csv.Error, zlib.error) as error:
         raise ValueError(f"cannot read the documents of {path!r}: {error}; a line is FIRST,END,…") from None
     bounds = np.array(rows, np.int64).reshape(-1, 2)
     wrong = np.flatnonzero((bounds[:, 0] > bounds[:, 1]) | (bounds[:, 1] > file.num_tokens))
@@ -95,5 +98,6 @@ def _written(file: TokenFile) -> np.ndarray:
 
 
 def _key(file: TokenFile, eos_id: int, bos_id: int | None) -> str:
-    what = (os.path.abspath(file.path), file.dtype, file.num_tokens, file.mtime_ns, eos_id, bos_id)
+    where = (file.path, file.remote.tag) if file.remote else (os.path.abspath(file.path), file.mtime_ns)
+    what = (*where, file.dtype, file.num_tokens, eos_id, bos_id)
     return hashlib.sha256(repr(what).encode()).hexdigest()[:24]

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from olmo_fn.data.stores import NotShown, read_whole
+
 MAGIC = b"MMIDIDX\x00\x00"
 TYPES = {1: "uint8", 4: "uint32", 5: "uint64", 8: "uint16"}  # 4 and 5 are signed there, and no id is negative
 
@@ -36,10 +38,11 @@ def read_index(path: str) -> MegatronIndex:
     """The index of the tokens at ``path``. ValueError, one line, for what is none."""
     name = path.removesuffix(".bin") + ".idx"
     try:
-        with open(name, "rb") as file:
-            data = file.read()
+        data = read_whole(name)
     except OSError as error:
         raise ValueError(f"{path!r} needs its index, and {name!r} cannot be read: {error.strerror}") from None
+    except NotShown as error:
+        raise ValueError(f"{path!r} needs its index: {error}") from None
     if not data.startswith(MAGIC) or len(data) < 34:
         raise ValueError(f"{name!r} is no index of Megatron-LM; a file of tokens alone is called .npy")
     version, kind, count, ends = struct.unpack_from("<QBQQ", data, len(MAGIC))

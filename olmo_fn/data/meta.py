@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from olmo_fn.data.stores import NotShown, each, head, is_remote
+from olmo_fn.data.stores import NotShown, each, is_remote, read_whole
 from olmo_fn.data.tokenizer import Tokenizer
 from olmo_fn.data.tokens import SIZES
 
@@ -59,15 +58,11 @@ def read_meta(folder: str) -> Meta | None:
     """The ``meta.json`` in ``folder``; None if there is none to be read, or none of the tokenizing command's."""
     path = f"{folder}/meta.json"
     try:
-        if is_remote(path):
-            remote = head(path)
-            text = remote.read(0, remote.size).decode()
-        else:
-            text = Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else "null"
-    except (OSError, NotShown, UnicodeDecodeError):
+        data = read_whole(path)
+    except (OSError, NotShown):
         return None
     try:
-        found = json.loads(text)
+        found = json.loads(data.decode())
     except (ValueError, RecursionError):
         return None
 

@@ -93,7 +93,7 @@ def open_data(data: Data, model_vocab_size: int, sizes: Sizes, show: bool = True
     pages = cache_dir(data) / "pages", int(data.page_cache_gb * 1e9)
     files, heldout_files = (open_files(p, data.dtype, vocab_size, metas, *pages) for p in (paths, heldout_paths))
     eos_id = eos_id_of(data, tokenizer, next(iter(metas.items()), None), vocab_size)
-    masks = open_masks(expand(data.label_mask_paths), files)
+    masks = open_masks(expand(data.label_mask_paths), files, *pages)
     check_vocab(files + heldout_files, vocab_size)
     pad_id = data.pad_id if data.pad_id is not None else eos_id or 0
     for flag, token in (("bos", data.bos_id), ("pad", pad_id)):
@@ -155,9 +155,9 @@ def open_files(
     def opened(path: str) -> TokenFile:
         meta = metas.get(folder_of(path))
         auto = meta.dtype if meta else smallest_dtype(vocab_size)
-        if not is_remote(path) and is_megatron(path):
+        if is_megatron(path):
             auto = read_index(path).dtype
-        elif not is_remote(path) and is_table(path) and cache:
+        elif is_table(path) and cache:
             auto = auto if dtype == "auto" else dtype
             path = converted(path, auto, cache.with_name("tables"))
         file = open_tokens(path, auto if dtype == "auto" else dtype, cache, limit)

@@ -151,6 +151,14 @@ def head(url: str, folder: Path | None = None, limit: int = 0) -> Remote:
         return Remote(url, meta["size"], str(meta["e_tag"] or meta["last_modified"]), folder, limit)
 
 
+def read_whole(path: str) -> bytes:
+    """A small file, on a disk or in a store. OSError for one on a disk that cannot be read, ValueError as `head` for others."""
+    if not is_remote(path):
+        return Path(path).read_bytes()
+    remote = head(path)
+    return remote.read(0, remote.size)
+
+
 def get(remote: Remote, start: int, stop: int) -> bytes:
     """Bytes of an object, by one request. ValueError as `head`, and for an object that is another than it was."""
     if stop <= start:

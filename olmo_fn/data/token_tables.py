@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from olmo_fn.data.stores import is_remote
 from olmo_fn.progress import progress
 
 ENDINGS = (".parquet", ".pq", ".arrow", ".feather")
@@ -29,6 +30,8 @@ def converted(path: str, dtype: str, cache: Path, show: bool = True) -> str:
     Beside it lies a ``.csv.gz`` with where each row begins and ends, for ``--data.boundaries metadata``. ValueError if the
     table has no column of lists of integers (input_ids, tokens, token_ids), or one that ``dtype`` cannot hold.
     """
+    if is_remote(path):
+        raise ValueError(f"{path} is a table, and these are read from a disk alone; copy it there, or make token files of it")
     stat = os.stat(path)
     what = os.path.abspath(path), stat.st_size, stat.st_mtime_ns, dtype
     key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]

@@ -193,11 +193,13 @@ def check_type(file: TokenFile) -> None:
             )
 
 
-def open_masks(paths: Sequence[str], files: Sequence[TokenFile]) -> tuple[TokenFile, ...]:
-    """The label masks ``paths`` of ``files``. ValueError when they do not go together."""
+def open_masks(
+    paths: Sequence[str], files: Sequence[TokenFile], cache: Path | None = None, limit: int = 0
+) -> tuple[TokenFile, ...]:
+    """The label masks ``paths`` of ``files``; ``cache`` as `open_tokens` has it. ValueError when they do not go together."""
     if paths and len(paths) != len(files):
         raise ValueError(f"{len(paths)} label mask files for {len(files)} token files; give one for each, in their order")
-    masks = tuple(open_tokens(path, "bool") for path in paths)
+    masks = tuple(open_tokens(path, "bool", cache, limit) for path in paths)
     for mask, file in zip(masks, files, strict=False):
         if mask.num_tokens != file.num_tokens:
             raise ValueError(

@@ -1,8 +1,11 @@
 """Token files elsewhere: the same tokens as on a disk, whatever the server does; pages that processes share; errors by name."""
 
+import gzip
 import json
 import os
+import struct
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +14,9 @@ from hypothesis import strategies as st
 
 from olmo_fn.cli import main as cli
 from olmo_fn.data import stores
+from olmo_fn.data.bounds import document_bounds
 from olmo_fn.data.identity import difference, identity
+from olmo_fn.data.megatron import MAGIC
 from olmo_fn.data.meta import read_meta
 from olmo_fn.data.settings import Data
 from olmo_fn.data.sizes import constant_sizes
@@ -142,6 +147,36 @@ def test_meta_json_is_read_beside_files(server):
     with pytest.raises(ValueError, match=r"other' are of another tokenizer \(257 ids, end of document 4\)"):
         open_data(both, 257, constant_sizes(4, 64))
     assert cli.main(["data", "inspect", path, "--documents", "1"]) == 0
+
+
+def test_documents_and_masks_are_read_beside_files(server, tmp_path):
+    """Of dolma, of Megatron-LM, and as the end-of-document token says; of an object that changed they are found anew."""
+    objects, address = server
+    objects["a.csv.gz"] = gzip.compress(b"0,10,id,src,1\n10,4000,id,src,1\n")
+    mask = TOKENS % 3 > 0
+    objects["mask.npy"] = mask.tobytes()
+    objects["m.bin"] = TOKENS[:50].tobytes()
+    ends = np.array([20, 30], "<i4").tobytes() + np.array([0, 40], "<i8").tobytes() + np.array([0, 1, 2], "<i8").tobytes()
+    objects["m.idx"] = MAGIC + struct.pack("<QBQQ", 1, 8, 2, 3) + ends
+    a, m = f"{address}/a.npy", f"{address}/m.bin"
+    for path, expected in ((a, [[0, 10], [10, 4000]]), (m, [[0, 20], [20, 50]])):
+        assert document_bounds(open_tokens(path, "uint16"), 0, boundaries="metadata").tolist() == expected
+    assert open_data(Data((m,), heldout_fraction=0.0), 256, constant_sizes(1, 8)).train.instances.files[0].dtype == "uint16"
+    objects["x.bin"], objects["t.arrow"] = b"1234", b"ARROW1"
+    with pytest.raises(ValueError, match=r"needs its index: http://.*/x\.idx is not there"):
+        open_data(Data((f"{address}/x.bin",)), 256, constant_sizes(1, 8))
+    with pytest.raises(ValueError, match=r"mask\.csv\.gz' is not there"):
+        document_bounds(open_tokens(f"{address}/mask.npy", "uint8"), 0, boundaries="metadata")
+    for shift in (0, 1):
+        objects["a.npy"] = (TOKENS ^ shift).tobytes()
+        found = document_bounds(open_tokens(a, "uint16", tmp_path, 10**9), 8, cache=tmp_path)
+        assert np.array_equal(found[:, 1], np.flatnonzero((TOKENS ^ shift) == 8) + 1)
+    masked = Data((a,), dtype="uint16", label_mask_paths=(f"{address}/mask.npy",), heldout_fraction=0.0, order="sequential")
+    batch = open_data(replace(masked, cache_dir=str(tmp_path)), 256, constant_sizes(2, 8)).train(5)
+    expected = np.where(mask, (TOKENS ^ 1).astype(np.int64), -100)[80:96].reshape(2, 8)
+    assert np.array_equal(batch["labels"][:, :-1], expected[:, 1:])
+    with pytest.raises(ValueError, match="is a table, and these are read from a disk alone"):
+        open_data(Data((f"{address}/t.arrow",)), 256, constant_sizes(1, 8))
 
 
 @pytest.mark.parametrize("content", [b"[1]", b'{"dtype": "float"}', b"\xff", b"{", b"[" * 100_000])
