@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -23,6 +26,21 @@ def write_whole(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(beside, path)
     sync(path.parent)
+
+
+@contextmanager
+def filling(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which is at ``path`` in the end, whole; on an error there is none. For caches that many processes
+    and threads fill: each writes one of its own, and the last has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.draft")
+    try:
+        with draft.open("wb") as file:
+            yield file
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from olmo_fn.data.megatron import is_megatron, read_index
 from olmo_fn.data.stores import NotShown, read_whole
 from olmo_fn.data.tokens import CHUNK, TokenFile, read_tokens
+from olmo_fn.files import filling
 
 Boundaries: TypeAlias = Literal["eos", "metadata"]
 
@@ -38,10 +39,8 @@ def document_bounds(
     ends = np.concatenate([_ends(file, start, eos_id, bos_id) for start in range(0, file.num_tokens, CHUNK)])
     bounds = np.stack([np.concatenate([[0], ends[:-1]])[: len(ends)], ends], axis=1).astype(np.int64)
     if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        draft = kept.with_name(f"{kept.stem}.{os.getpid()}.draft.npy")
-        np.save(draft, bounds)
-        draft.replace(kept)
+        with filling(kept) as out:
+            np.save(out, bounds)
     return bounds
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,8 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+from olmo_fn.files import filling
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -94,14 +95,10 @@ class Remote:
         return data
 
     def _keep(self, n: int, data: bytes) -> None:
-        draft = self.place / f"{n}.{os.getpid()}.{time.monotonic_ns()}.draft"
         try:
-            self.place.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(data)
-            draft.replace(self.place / str(n))
+            with filling(self.place / str(n)) as file:
+                file.write(data)
         except OSError as error:  # a full disk: the run goes on without
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
             warnings.warn(
                 f"{self.folder} cannot keep pages of {self.url} ({error.strerror}): they are read again", stacklevel=2
             )

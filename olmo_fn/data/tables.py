@@ -17,22 +17,42 @@ CELL_BYTES = 1 << 26
 class Table(NamedTuple):
     """A table on disk that is read in ``groups`` of rows: parquet's row groups, arrow's record batches."""
 
-    names: list[str]
+    schema: Any
     groups: int
+    rows: int
     word: str
     reader: Any
 
+    @property
+    def names(self) -> list[str]:
+        """Of the columns."""
+        return list(self.schema.names)
+
     def column(self, group: int, name: str) -> list[Any]:
-        """The values of one column in one group."""
+        """The values of one column in one group. One group is read each time that a table is opened."""
         if self.word == "row group":
             return list(self.reader.read_row_group(group, columns=[name]).column(name).to_pylist())
         if hasattr(self.reader, "get_batch"):
             batch = self.reader.get_batch(group)
         else:  # a stream; it is mapped into memory, so that what is passed over is not read
             batch = next(islice(self.reader, group, None))
-        column = batch.column(batch.schema.get_field_index(name))
-        column.validate(full=True)  # or what is damaged might be read beyond its end
-        return list(column.to_pylist())
+        return list(_checked(batch, name).to_pylist())
+
+    def arrays(self, name: str) -> Iterator[Any]:
+        """All values of one column, in arrays of pyarrow, one behind the other."""
+        if self.word == "row group":
+            batches = self.reader.iter_batches(4096, columns=[name])
+        elif hasattr(self.reader, "get_batch"):
+            batches = map(self.reader.get_batch, range(self.groups))
+        else:
+            batches = self.reader
+        return (_checked(batch, name) for batch in batches)
+
+
+def _checked(batch: Any, name: str) -> Any:
+    column = batch.column(batch.schema.get_field_index(name))
+    column.validate(full=True)  # or what is damaged might be read beyond its end
+    return column
 
 
 @contextmanager
@@ -48,19 +68,20 @@ def table(path: str) -> Iterator[Table]:
     try:
         if parquet_file:
             with parquet.ParquetFile(path) as file:
-                yield Table(file.schema_arrow.names, file.num_row_groups, "row group", file)
+                yield Table(file.schema_arrow, file.num_row_groups, file.metadata.num_rows, "row group", file)
             return
         with pyarrow.memory_map(path) as mapped:
             if mapped.read(6) == b"ARROW1":
                 with ipc.open_file(mapped) as file:
-                    yield Table(file.schema.names, file.num_record_batches, "record batch", file)
+                    rows = sum(file.get_batch(i).num_rows for i in range(file.num_record_batches))
+                    yield Table(file.schema, file.num_record_batches, rows, "record batch", file)
                 return
             mapped.seek(0)
             with ipc.open_stream(mapped) as stream:
-                groups = sum(1 for _ in stream)
+                counts = [batch.num_rows for batch in stream]
             mapped.seek(0)
             with ipc.open_stream(mapped) as stream:
-                yield Table(stream.schema.names, groups, "record batch", stream)
+                yield Table(stream.schema, len(counts), sum(counts), "record batch", stream)
     except (pyarrow.ArrowException, OSError, UnicodeError) as e:
         kind = "a parquet file" if parquet_file else "an arrow or feather file"
         raise ValueError(f"{path!r} is not {kind} that can be read: {e}") from None

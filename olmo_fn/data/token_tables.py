@@ -5,23 +5,23 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from olmo_fn.data.inputs import ARROW, PARQUET, endings
 from olmo_fn.data.stores import is_remote
+from olmo_fn.data.tables import table
+from olmo_fn.files import filling
 from olmo_fn.progress import progress
 
-ENDINGS = (".parquet", ".pq", ".arrow", ".feather")
 COLUMNS = ("input_ids", "tokens", "token_ids")
 
 
 def is_table(path: str) -> bool:
     """Whether ``path`` has the ending of a table."""
-    return path.lower().endswith(ENDINGS)
+    return endings(path)[0] in PARQUET + ARROW
 
 
 def converted(path: str, dtype: str, cache: Path, show: bool = True) -> str:
@@ -39,57 +39,24 @@ def converted(path: str, dtype: str, cache: Path, show: bool = True) -> str:
     bounds = target.with_suffix(".csv.gz")
     if target.is_file() and bounds.is_file():
         return str(target)
-    cache.mkdir(parents=True, exist_ok=True)
-    drafts = [part.with_name(f"{part.name}.{os.getpid()}.draft") for part in (target, bounds)]
     at, most = 0, int(np.iinfo(dtype).max)
     with (
-        _batches(path) as (total, batches),
-        progress(f"reading {Path(path).name}", total, show) as advance,
-        open(drafts[0], "wb") as tokens,
-        gzip.open(drafts[1], "wt") as rows,
+        table(path) as found,
+        progress(f"reading {Path(path).name}", found.rows, show) as advance,
+        filling(target) as tokens,
+        filling(bounds) as packed,
+        gzip.open(packed, "wt") as rows,
     ):
-        for values, lengths in batches:
+        for lists in found.arrays(_column(found.schema, path)):
+            values, lengths = lists.flatten().to_numpy(zero_copy_only=False), np.diff(lists.offsets.to_numpy())
             if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= most:
                 raise ValueError(f"{path!r} has the id {int(values.max())}, which {dtype} cannot hold; give --data.dtype")
-            values.astype(np.dtype(dtype).newbyteorder("<")).tofile(tokens)
+            tokens.write(values.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
             for length in lengths.tolist():
                 rows.write(f"{at},{at + length}\n")
                 at += length
             advance(len(lengths))
-    for draft, final in zip(drafts, (target, bounds), strict=True):
-        draft.replace(final)
     return str(target)
-
-
-@contextmanager
-def _batches(path: str) -> Iterator[tuple[int, Iterator[tuple[np.ndarray, np.ndarray]]]]:
-    """The number of rows, and of each batch of them all values and the lengths."""
-    try:
-        import pyarrow as arrow
-        from pyarrow import ipc, parquet
-    except ImportError:
-        raise ValueError(f"reading {path!r} needs pyarrow: pip install 'olmo-fn[parquet]'") from None
-    try:
-        if path.lower().endswith((".parquet", ".pq")):
-            with parquet.ParquetFile(path) as file:
-                name = _column(file.schema_arrow, path)
-                yield (
-                    file.metadata.num_rows,
-                    map(_values, (batch.column(0) for batch in file.iter_batches(4096, columns=[name]))),
-                )
-            return
-        with arrow.memory_map(path) as source:
-            try:
-                reader = ipc.open_file(source)
-                batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            except arrow.ArrowInvalid:  # as Hugging Face datasets writes it
-                source.seek(0)
-                reader = ipc.open_stream(source)
-                batches = list(reader)
-            name = _column(reader.schema, path)
-            yield sum(batch.num_rows for batch in batches), (_values(batch.column(name)) for batch in batches)
-    except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path!r} is no table that can be read: {error}") from None
 
 
 def _column(schema: Any, path: str) -> str:
@@ -105,7 +72,3 @@ def _column(schema: Any, path: str) -> str:
         f"{path!r} has no column of lists of tokens ({', '.join(COLUMNS)}), but {', '.join(schema.names)}; text is tokenized "
         f"first: olmo-fn tokenize {path} --output tokens"
     )
-
-
-def _values(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    return column.flatten().to_numpy(zero_copy_only=False), np.diff(column.offsets.to_numpy())

@@ -92,5 +92,5 @@ def test_mistakes_with_tables(tmp_path):
     with pytest.raises(ValueError, match="which uint16 cannot hold"):
         run_of(str(tmp_path / "negative.parquet"), tmp_path)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1" + bytes(100))
-    with pytest.raises(ValueError, match="is no table that can be read"):
+    with pytest.raises(ValueError, match="is not a parquet file that can be read"):
         run_of(str(tmp_path / "bad.parquet"), tmp_path)
