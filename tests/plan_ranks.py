@@ -70,14 +70,9 @@ def sharded_step(connection, cfg, dtype):
     return step, step.init(step.execution.layout.placement.init(0))
 
 
-def rank_peak(connection, cfg, dtype):
-    step, state = sharded_step(connection, cfg, dtype)
-    return measure(step, cfg, state, step.execution.layout)
-
-
-def rank_traffic(connection, cfg, dtype):
-    """(axis, kind) -> (count, bytes) of one step."""
+def rank_step(connection, cfg, dtype):
+    """Of one step: (axis, kind) -> (count, bytes), and the bytes at its largest moment."""
     step, state = sharded_step(connection, cfg, dtype)
     with Traffic(connection.axes) as traffic:
-        step(state, step.execution.layout.sharing.as_given(batch_of(cfg)))
-    return {(axis, kind): (moved.calls, moved.whole) for (kind, axis), moved in traffic.moved.items()}
+        peak = measure(step, cfg, state, step.execution.layout)
+    return {(axis, kind): (moved.calls, moved.whole) for (kind, axis), moved in traffic.moved.items()}, peak

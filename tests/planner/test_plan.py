@@ -157,8 +157,7 @@ def test_traffic_and_memory_of_ranks(pool, mesh, options, fields):
     """Counts and bytes of all collectives are exact; memory is within 1 %, in a pipeline 10 %."""
     plan = plan_of(mesh, options, **fields)
     found = profile_of(plan)
-    counted = pool.run(plan_ranks.rank_traffic, plan.cfg, dtype_of(plan), mesh=mesh)
-    peaks = pool.run(plan_ranks.rank_peak, plan.cfg, dtype_of(plan), mesh=mesh)
+    counted, peaks = zip(*pool.run(plan_ranks.rank_step, plan.cfg, dtype_of(plan), mesh=mesh), strict=True)
     each = mesh.size // mesh.pp
     for rank in range(mesh.pp):
         planned = {}
@@ -179,7 +178,7 @@ def test_uneven_loads_are_those_of_the_plan_together(pool):
     mesh = Mesh(dp_shard=2, ep=2)
     plan = plan_of(mesh, moe={"dispatch": "exchange"})
     planned = shared_groups(mesh, traffic(plan, profile_of(plan)))
-    real = pool.run(plan_ranks.rank_traffic, plan.cfg, dtype_of(plan), mesh=mesh)
+    real = [counted for counted, _ in pool.run(plan_ranks.rank_step, plan.cfg, dtype_of(plan), mesh=mesh)]
     rows = ("dp_shard", "all_to_all")
     assert real[0][rows] != real[1][rows]
     for axis, kind in real[0]:
@@ -193,11 +192,10 @@ def test_a_skew_is_what_the_busiest_rank_does(pool, dispatch):
     """A router of zeros sends every token to the first two of four experts, which are both on the first of two ranks."""
     mesh = Mesh(dp_shard=2, ep=2)
     plan = plan_of(mesh, moe={"num_experts": 4, "dispatch": dispatch}, init_std=0.0)
-    counted = pool.run(plan_ranks.rank_traffic, plan.cfg, dtype_of(plan), mesh=mesh)
-    busiest, idle = pool.run(plan_ranks.rank_peak, plan.cfg, dtype_of(plan), mesh=mesh)
+    (counted, busiest), (_, idle) = pool.run(plan_ranks.rank_step, plan.cfg, dtype_of(plan), mesh=mesh)
     even, skewed = (replace(plan, cfg=replace(plan.cfg, skew=skew)) for skew in (1.0, 2.0))
     sent = shared_groups(mesh, traffic(skewed, profile_of(skewed)))
-    assert counted[0] == {
+    assert counted == {
         (axis, kind): (n, sent[axis, kind, "bytes"]) for (axis, kind, unit), n in sent.items() if unit == "calls"
     }
     assert peak_memory(skewed, profile_of(skewed)).total == pytest.approx(busiest, rel=0.01)
