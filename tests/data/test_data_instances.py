@@ -17,6 +17,7 @@ from olmo_fn.data.instances.filtered import Filtered, RepetitionFilter
 from olmo_fn.data.instances.fixed import FixedLength, Windows
 from olmo_fn.data.instances.interleaved import Interleaved
 from olmo_fn.data.instances.joined import Joined
+from olmo_fn.data.instances.operators import concatenate
 from olmo_fn.data.instances.packed import Packed, best_fit, next_fit
 from olmo_fn.data.instances.padded import Padded
 from olmo_fn.data.instances.variable import VariableLength
@@ -267,6 +268,16 @@ def test_windows_of_files_of_several_types(tmp_path_factory, dtypes, header, dat
     found = Windows(tuple(files), 4, 256).read(numbers)["input_ids"]
     assert found.shape == (len(numbers), 4)
     assert np.array_equal(found.astype(np.int64), np.array([windows[n] for n in numbers]).reshape(-1, 4))
+
+
+def test_instances_of_several_types_are_put_together(tmp_path):
+    """The ids of wide files do not wrap around in the type of narrow ones."""
+    parts = []
+    for dtype, first in (("uint8", 0), ("uint32", 90_000), ("uint64", 70_000)):
+        np.arange(first, first + 8, dtype=dtype).tofile(tmp_path / dtype)
+        parts.append(FixedLength().build(TokenData((open_tokens(str(tmp_path / dtype), dtype),), 4, 100_000)))
+    found = concatenate(*parts).read(np.array([5, 0, 3]))["input_ids"]
+    assert found.tolist() == [[*range(70_004, 70_008)], [*range(4)], [*range(90_004, 90_008)]]
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**62), st.integers(1, 9))

@@ -1,9 +1,21 @@
 """Instances made of instances: one behind the other, a part, a sample, a mixture. Values, and nothing is copied.
 
-web, code = FixedLength().build(...), Packed().build(...)
-train, held_out = split(web, 0.99)
-everything = concatenate(train, resize(code, 2.5, seed=0))
-mixed = mix([train, code], [0.7, 0.3], [1, 4], seed=0)
+>>> import tempfile
+>>> from olmo_fn.data.instances import TokenData
+>>> from olmo_fn.data.instances.fixed import FixedLength
+>>> from olmo_fn.data.tokens import open_tokens
+>>> file = tempfile.NamedTemporaryFile(suffix=".npy")
+>>> np.arange(40, dtype=np.uint16).tofile(file.name)
+>>> web = FixedLength().build(TokenData((open_tokens(file.name, "uint16"),), sequence_length=4, vocab_size=100))
+>>> train, held_out = split(web, 0.8)
+>>> len(train), len(held_out)
+(8, 2)
+>>> everything = concatenate(train, resize(held_out, 1.5, seed=None))
+>>> everything.read(np.array([0, 9, 10]))["input_ids"].tolist()
+[[0, 1, 2, 3], [36, 37, 38, 39], [32, 33, 34, 35]]
+>>> mixed = mix([train, held_out], [0.7, 0.3], [1, 2], seed=0, length=4)
+>>> [len(part) for part in mixed.parts]
+[7, 3]
 """
 
 from __future__ import annotations
@@ -51,8 +63,9 @@ class Concatenated:
             at = np.flatnonzero(part == p)
             arrays = self.parts[int(p)].read(inside[at])
             for name, x in arrays.items():
-                if name not in found:
-                    found[name] = np.full((len(numbers), *x.shape[1:]), name == "label_mask", x.dtype)
+                if name not in found:  # wide enough for all parts, whose files may be of other types
+                    dtype = np.bool_ if x.dtype == np.bool_ else np.int64
+                    found[name] = np.full((len(numbers), *x.shape[1:]), name == "label_mask", dtype)
                 found[name][at] = x
         return found
 
@@ -102,7 +115,11 @@ def concatenate(*parts: Instances) -> Concatenated:
 
 
 def sliced(instances: Instances, start: int, stop: int) -> Slice:
-    """Those from ``start`` to before ``stop``."""
+    """Those from ``start`` to before ``stop``, which may be negative, as in a list.
+
+    >>> len(sliced(Chosen(instances=None, numbers=np.arange(9)), -4, -1))
+    3
+    """
     first, last, _ = slice(start, stop).indices(len(instances))
     return Slice(instances, first, max(0, last - first))
 
@@ -124,7 +141,11 @@ def sample(instances: Instances, count: int, seed: int | None) -> Chosen:
 
 
 def resize(instances: Instances, factor: float, seed: int | None) -> Chosen:
-    """A sample of ``factor`` times as many, rounded down."""
+    """A sample of ``factor`` times as many, rounded down.
+
+    >>> resize(Chosen(instances=None, numbers=np.arange(2)), 2.5, seed=None).numbers.tolist()
+    [0, 1, 0, 1, 0]
+    """
     return sample(instances, int(len(instances) * factor), seed)
 
 
