@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -23,15 +24,17 @@ from torch import Tensor
 
 from olmo_fn import tree
 from olmo_fn.checkpoint import Saver, load
+from olmo_fn.core.capture import capture
 from olmo_fn.core.step import State, Step
 from olmo_fn.data.settings import Data
 from olmo_fn.kernels.attention_backend import AttentionBackend, need_of
 from olmo_fn.kernels.attention_table import BACKENDS
 from olmo_fn.models import transformer
-from olmo_fn.models.config import Model, dense, modified
+from olmo_fn.models.config import GatedDelta, Model, MoE, PreNorm, dense, modified
 from olmo_fn.models.count import flops_per_token
 from olmo_fn.models.families import OLMO2
 from olmo_fn.spec import Spec, init
+from olmo_fn.testing.recording import recorded_graphs
 from olmo_fn.train.config import Config, Recipe, Run
 from olmo_fn.train.optimizers import OPTIMIZERS, SGD, AdamW
 from olmo_fn.train.recipe import recipe
@@ -103,7 +106,10 @@ def batch_of(cfg: Config, device: torch.device, seed: int = 0) -> dict[str, Tens
     shape = cfg.recipe.batch_size, cfg.recipe.sequence_length
     ids, labels = (torch.randint(cfg.model.vocab_size, shape, generator=generator) for _ in range(2))
     labels[:, ::8] = -100
-    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+    batch = {"input_ids": ids, "labels": labels}
+    if cfg.data.mask_documents:
+        batch["documents"] = (torch.arange(shape[1]) // 48).expand(shape).contiguous()
+    return {name: x.to(device) for name, x in batch.items()}
 
 
 def random_state(step: Step, model: Model, device: torch.device) -> State:
@@ -158,6 +164,10 @@ def parity(b: Bench) -> None:
         "grouped": modified(small, n_kv_heads=2),
         "windowed": modified(small, window_pattern=(48, -1)),
         "documents": small,
+        "experts": replace(small, block=replace(small.block, feed_forward=MoE(num_experts=4, top_k=4, expert_size=96))),
+        "hybrid": replace(
+            small, pattern=(PreNorm(mixer=GatedDelta(n_heads=4), feed_forward=small.block.feed_forward), small.block)
+        ),
     }
     cpu = torch.device("cpu")
     for name, model in models.items():
@@ -189,23 +199,25 @@ def attention(b: Bench) -> None:
     best = {"forward": 0.0, "backward": 0.0}
     lengths, K = b.pick((4096, 8192), (256,)), 128
     for T in lengths:
-        for name, window, H, N in (("causal", None, 32, 32), ("window", T // 2, 32, 32), ("grouped", None, 40, 8)):
+        kinds = ("causal", None, 32, 32), ("window", T // 2, 32, 32), ("grouped", None, 40, 8), ("documents", None, 32, 32)
+        for name, window, H, N in kinds:
             H, N = b.pick((H, N), (4, 2))
+            documents = (torch.arange(T, device=b.device) // (T // 4))[None] if name == "documents" else None
             q, k, v, g = (
                 torch.randn(1, T, heads, K, device=b.device, dtype=torch.bfloat16).transpose(1, 2) for heads in (H, N, N, H)
             )
-            pairs = T * T / 2 if window is None else T * window - window * window / 2
-            rows = slice(T - 64, T)
-            exact, _ = tiles()(q[:, :, rows].double(), k.double(), v.double(), window=window, offset=T - 64)
+            pairs = T * T / (8 if documents is not None else 2) if window is None else T * window - window * window / 2
+            rows, given = slice(T - 64, T), {"window": window, "documents": documents}
+            exact, _ = tiles()(q[:, :, rows].double(), k.double(), v.double(), offset=T - 64, **given)
             for backend in BACKENDS:
-                if backend.lacks(need_of(q, k, window=window)) or (backend.name == "tiles" and T > 4096):
+                if backend.lacks(need_of(q, k, **given)) or (backend.name == "tiles" and T > 4096):
                     continue
-                out, pullback = backend(q, k, v, window=window)
+                out, pullback = backend(q, k, v, **given)
                 error = float((out[:, :, rows].double() - exact).norm() / exact.norm())
                 figure = f"{backend.name} {name} T {T}"
                 b.say(f"{figure} error", float(f"{error:.2g}"), None, "<= 0.01", error <= 0.01)
                 for way, flops, fn in (
-                    ("forward", 4 * pairs * K * H, partial(backend, q, k, v, window=window)),
+                    ("forward", 4 * pairs * K * H, partial(backend, q, k, v, **given)),
                     ("backward", 10 * pairs * K * H, partial(pullback, out, g)),
                 ):
                     rate = flops / b.seconds(fn) / 1e12
@@ -250,9 +262,15 @@ def measured_step(b: Bench, name: str, cfg: Config, steps: int) -> float:
         b.say(f"{name}: peak (GB)", round(used / 1e9, 2), planned and round(planned / 1e9, 2), "within 7 %", close)
         retries = torch.cuda.memory_stats()["num_alloc_retries"]
         b.say(f"{name}: allocations again", retries, 0, "0", retries == 0)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            state, metrics = step(state, batch)
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA] if cuda else [activity.CPU]) as profile:
+        state, metrics = step(state, batch)
+        if cuda:
             torch.cuda.synchronize()
+    trace = Path(b.out.name).with_name(f"trace-{name.replace(' ', '-')}.json.gz")
+    profile.export_chrome_trace(str(trace))
+    b.say(f"{name}: trace", trace.name)
+    if cuda:
         kernels = [event for event in profile.events() if str(event.device_type).endswith("CUDA")]
         b.say(f"{name}: kernels a step", len(kernels))
         busy = sum(event.self_device_time_total for event in kernels) / 1e6 / seconds
@@ -297,6 +315,34 @@ def step(b: Bench) -> None:
     for name in ("1B", "1B remat"):
         measured_step(b, name, steps_of(b.fake)[name], b.pick(8, 1))
         collect(b)
+
+
+def captured(b: Bench) -> None:
+    """Steps of 190M as a CUDA graph beside the same steps without one: the same losses, and how much faster."""
+    model = b.pick(OLMO2["olmo2-190m"], dense(64, 2, 4, 128, vocab_size=256))
+    rows, length = b.pick((4, 1024), (2, 64))
+    frozen = b.pick((), ("embed",))  # whose gradient on a CPU finds out on the host which rows there are
+    cfg = config(model, rows, length, dtype=b.pick("bfloat16", "float32"), compile=not b.fake, freeze=frozen)
+    plain = recipe(cfg, b.pick(torch.bfloat16, torch.float32))
+    graphs = capture(recorded_graphs, "cpu") if b.fake else capture()
+    losses, times = [], []
+    for made in (plain, graphs(plain)):
+        torch.manual_seed(0)
+        state, found, batch = random_state(made, model, b.device), [], batch_of(cfg, b.device)
+        steps = b.pick(20, 6)
+        for n in range(steps):
+            if n == steps // 2:
+                float(found[-1])
+                start = time.perf_counter()
+            state, metrics = made(state, batch)
+            found.append(metrics["loss"])
+        losses.append([float(x) for x in found])
+        times.append((time.perf_counter() - start) / (steps - steps // 2))
+        del state
+        collect(b)
+    worst = max(abs(x - y) for x, y in zip(*losses, strict=True))
+    b.say("difference of losses with a graph", float(f"{worst:.2g}"), 0, "<= 0.01", worst <= 0.01)
+    b.speed("steps with a graph, beside those without", times[0] / times[1], 1.0, "x")
 
 
 def slice_of_7b(b: Bench) -> None:
@@ -356,21 +402,27 @@ def nccl(b: Bench) -> None:
 
 
 class StopAt:
-    """An observer that ends a run after a step."""
+    """An observer that ends a run after a step: by what it answers, or as a cluster does, by SIGTERM."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, by_signal: bool = False) -> None:
+        self.step, self.by_signal = step, by_signal
 
     def __call__(self, event: Any) -> str | None:
         """What the loop asks of each event."""
-        return "far enough" if getattr(event, "step", 0) == self.step < 8 else None
+        if getattr(event, "step", 0) != self.step or self.step == 8:
+            return None
+        if not self.by_signal:
+            return "far enough"
+        signal.raise_signal(signal.SIGTERM)
+        self.step = 8  # once
+        return None
 
     def close(self) -> None:
         """Nothing is open."""
 
 
 def trainer(b: Bench) -> None:
-    """A run, and the same run that stops half way and goes on: the same losses, to the bit."""
+    """A run, and the same run that stops half way, asked to or by SIGTERM, and goes on: the same losses, to the bit."""
     import numpy as np
 
     from olmo_fn.train.loop import train
@@ -382,24 +434,27 @@ def trainer(b: Bench) -> None:
             np.random.default_rng(0).integers(1, 250, 100_000, dtype=np.uint16).tofile(Path(folder, "tokens.npy"))
             data = Data(paths=(f"{folder}/tokens.npy",), dtype="uint16", heldout_fraction=0.01, cache_dir=f"{folder}/cache")
             cfg = config(dense(64, 2, 4, 128, vocab_size=256), 4, 64, compile=False, dtype="float32")
-            losses = []
-            for name, stops in (("whole", (8,)), ("halves", (4, 8))):
+            losses, codes = [], []
+            for name, stops in (("whole", (8,)), ("halves", (4, 8)), ("terminated", (4, 8))):
                 for steps in stops:
                     run = Run(
                         folder=f"{folder}/{name}", steps=8, sample="", threads=1, checkpoint_every=4, device=b.device.type
                     )
                     with redirect_stdout(StringIO()):
-                        train(replace(cfg, data=data, run=run), [StopAt(steps)])
+                        ended = train(replace(cfg, data=data, run=run), [StopAt(steps, name == "terminated")])
+                    codes.append(ended.exit_code)
                 lines = read_metrics(Path(folder, name, "metrics.jsonl"))
                 losses.append({line["step"]: line["loss"] for line in lines if "loss" in line})
-            same = losses[0] == losses[1] and len(losses[0]) >= 2
-            b.say("losses of a run that was resumed", same, True, "equal", same)
+            same = losses[0] == losses[1] == losses[2] and len(losses[0]) >= 2
+            b.say("losses of runs that were resumed", same, True, "equal", same)
+            b.say("exit codes", codes, [0, 0, 0, 143, 0], "SIGTERM is 143", codes == [0, 0, 0, 143, 0])
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 SECTIONS: tuple[tuple[Callable[[Bench], None], float], ...] = (
     (card, 5), (parity, 60), (attention, 35), (step, 100), (slice_of_7b, 40), (checkpoint, 25), (nccl, 10), (trainer, 20),
+    (captured, 20),
 )  # fmt: skip
 """Most valuable first, with the seconds that each may take."""
 

@@ -8,7 +8,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from helpers import batch_of, caught, same_bits
-from recording import RecordedGraph, recorded_graphs
 
 from olmo_fn import tree
 from olmo_fn.core import capture as module
@@ -18,6 +17,7 @@ from olmo_fn.models import transformer
 from olmo_fn.models.config import dense
 from olmo_fn.optim import adamw, muon, partition, schedule_free_adamw, sgd, soap, warmup_cosine
 from olmo_fn.spec import init
+from olmo_fn.testing.recording import RecordedGraph, recorded_graphs
 from olmo_fn.transforms import gradient_noise, merge, skip_steps
 
 MODEL = dense(8, 2, 2, 12, vocab_size=32)

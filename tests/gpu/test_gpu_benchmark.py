@@ -10,7 +10,7 @@ from pathlib import Path
 from programs import ROOT, python
 
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
-SECTIONS = {"card", "parity", "attention", "step", "slice_of_7b", "checkpoint", "nccl", "trainer"}
+SECTIONS = {"card", "parity", "attention", "step", "slice_of_7b", "checkpoint", "nccl", "trainer", "captured"}
 
 
 def test_every_section_runs(tmp_path: Path):
