@@ -17,10 +17,8 @@ from torch import Tensor
 
 from olmo_fn.kernels import new_op
 
-ROWS, BLOCKS = (
-    32,
-    128,
-)  # in a backward pass: of a block of threads at least, which first adds up the gains' gradients of its own
+ROWS = 32  # in a backward pass: of a block of threads at least, which first adds up the gains' gradients of its own
+BLOCKS = 128  # and so many blocks at most
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 

@@ -57,6 +57,7 @@ def test_products_are_seen():
     assert compile_triton(product, signature, {"M": 256, "N": 256, "BLOCK": 64}, 90, num_warps=4).spills > 0
 
 
+@pytest.mark.slow
 def test_generated_code():
     """The kernels that Inductor makes for an H100 of a norm and of its backward: counted, compiled, and read."""
     rows = table("--only", "residual", "--tokens", "4096", "--d-model", "512")

@@ -46,7 +46,7 @@ def hybrid_of(case: Case) -> Case:
     return case._replace(model=replace(model, pattern=kinds))
 
 
-@pytest.mark.parametrize(("ranks", "count"), [(2, 8), (3, 3), (4, 8), (8, 3)])
+@pytest.mark.parametrize(("ranks", "count"), [(2, 5), (3, 2), (4, 5), (8, 2)])
 def test_law_2_layouts_of_hybrids(pool: Pool, ranks: int, count: int) -> None:
     """Any mesh, schedule, rematerialisation and engine that fits, documents or not, in fp64 to 1e-10."""
     phases = (Phase.explicit, Phase.reuse, Phase.generate)

@@ -152,7 +152,17 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("mesh", "options", "fields"), LAYOUTS.values(), ids=LAYOUTS.keys())
+SLOW = {
+    *("fsdp, remat of all but attention", "fsdp, two ahead", "hsdp, reduced in bf16", "ddp", "fsdp, muon", "cp gather"),
+    *("pp x fsdp", "pp x fsdp, rows", "experts, fsdp", "ep x replicas", "ep x fsdp, muon"),
+}
+"""Each is like another one but for a part that a third one has."""
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options", "fields"),
+    [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, case in LAYOUTS.items()],
+)
 def test_traffic_and_memory_of_ranks(pool, mesh, options, fields):
     """Counts and bytes of all collectives are exact; memory is within 1 %, in a pipeline 10 %."""
     plan = plan_of(mesh, options, **fields)

@@ -93,7 +93,7 @@ def test_transformers_computes_the_same(run, tmp_path, capsys):
     assert same_bits(parameters(tmp_path / "back"), parameters(run))
 
 
-@pytest.mark.parametrize("mesh", ["--mesh.cp 2", "--mesh.dp-shard 2"])
+@pytest.mark.parametrize("mesh", ["--mesh.cp 2", pytest.param("--mesh.dp-shard 2", marks=pytest.mark.slow)])
 def test_ranks_share_the_work(run, tokens, tmp_path, mesh):
     shared = train(tokens, tmp_path / "shared", "--nproc", "2", *mesh.split())
     assert losses(shared) == pytest.approx(losses(run), rel=1e-3)

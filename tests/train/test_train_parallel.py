@@ -70,7 +70,7 @@ def alone(tmp_path_factory, tokens):
         "--mesh.dp-shard 2",
         pytest.param("--mesh.dp-replicate 2 --mesh.dp-shard 1", marks=pytest.mark.slow),
         pytest.param("--mesh.tp 2", marks=pytest.mark.slow),
-        "--mesh.pp 2",
+        pytest.param("--mesh.pp 2", marks=pytest.mark.slow),  # below, after another mesh
         pytest.param("--mesh.cp 2 --mesh.cp-method ring", marks=pytest.mark.slow),
     ],
 )

@@ -47,6 +47,7 @@ def test_a_config_comes_back_as_it_was(config: Config) -> None:
     assert from_yaml(to_yaml(config), Config, CHOICES) == config
 
 
+@examples(30)
 @given(st.text())
 def test_any_text_survives(text: str) -> None:
     config = Config(OLMO2["olmo2-1m"], run=Run(folder=text, sample=text))
