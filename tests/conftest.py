@@ -20,6 +20,7 @@ settings.register_profile("nightly", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook, which reads the groups, must come after it
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One of xdist's workers has all tests on real ranks, so that there are eight of these and not eight a worker; one has all
     that are traced in a process with a fake GPU. Tests that need a GPU are skipped where there is none.
