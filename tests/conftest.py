@@ -6,11 +6,13 @@ For tensors of the tests' size more threads are slower, above all on a busy mach
 import os
 import shutil
 
-import pytest
-import torch
-from hypothesis import settings
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start, too; torch reads it when it is imported
 
-from olmo_fn.testing import FakeCuda, Pool
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from olmo_fn.testing import FakeCuda, Pool  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -16,6 +16,12 @@ from olmo_fn.mesh.mesh import Mesh
 from olmo_fn.testing import Pool, RankFailed
 
 
+def test_one_worker_has_all_tests_on_ranks(request, pool):
+    """Or each of xdist's workers would have processes of its own: with pytest 9.2 xdist 3.8 knows no groups."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@ranks")
+
+
 def total(connection, x):
     """The sum of ``x + rank`` over the ranks, and who did it."""
     value = x + connection.rank
