@@ -8,11 +8,11 @@ import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start, too; torch reads it when it is imported
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
 
-from olmo_fn.testing import FakeCuda, Pool  # noqa: E402
+from olmo_fn.testing import FakeCuda, Pool
 
 torch.set_num_threads(1)
 
