@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,8 @@ def metas_beside(paths: Iterable[str]) -> dict[str, Meta]:
 def read_meta(folder: str) -> Meta | None:
     """The ``meta.json`` in ``folder``; None if there is none to be read, or none of the tokenizing command's."""
     path = f"{folder}/meta.json"
+    if not is_remote(path) and not os.path.isfile(path):  # a pipe, say, which nobody writes to
+        return None
     try:
         data = read_whole(path)
     except (OSError, NotShown):

@@ -19,9 +19,19 @@ class Table(NamedTuple):
 
     schema: Any
     groups: int
-    rows: int
     word: str
     reader: Any
+    streamed: int = 0
+    """Rows of a stream."""
+
+    @property
+    def rows(self) -> int:
+        """How many there are. Of an arrow file every batch is looked at for that."""
+        if self.word == "row group":
+            return int(self.reader.metadata.num_rows)
+        if hasattr(self.reader, "get_batch"):
+            return sum(self.reader.get_batch(i).num_rows for i in range(self.groups))
+        return self.streamed
 
     @property
     def names(self) -> list[str]:
@@ -68,20 +78,19 @@ def table(path: str) -> Iterator[Table]:
     try:
         if parquet_file:
             with parquet.ParquetFile(path) as file:
-                yield Table(file.schema_arrow, file.num_row_groups, file.metadata.num_rows, "row group", file)
+                yield Table(file.schema_arrow, file.num_row_groups, "row group", file)
             return
         with pyarrow.memory_map(path) as mapped:
             if mapped.read(6) == b"ARROW1":
                 with ipc.open_file(mapped) as file:
-                    rows = sum(file.get_batch(i).num_rows for i in range(file.num_record_batches))
-                    yield Table(file.schema, file.num_record_batches, rows, "record batch", file)
+                    yield Table(file.schema, file.num_record_batches, "record batch", file)
                 return
             mapped.seek(0)
             with ipc.open_stream(mapped) as stream:
                 counts = [batch.num_rows for batch in stream]
             mapped.seek(0)
             with ipc.open_stream(mapped) as stream:
-                yield Table(stream.schema, len(counts), sum(counts), "record batch", stream)
+                yield Table(stream.schema, len(counts), "record batch", stream, sum(counts))
     except (pyarrow.ArrowException, OSError, UnicodeError) as e:
         kind = "a parquet file" if parquet_file else "an arrow or feather file"
         raise ValueError(f"{path!r} is not {kind} that can be read: {e}") from None
