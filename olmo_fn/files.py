@@ -32,6 +32,14 @@ def write_whole(path: Path, data: bytes) -> None:
 def filling(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which is at ``path`` in the end, whole; on an error there is none. For caches that many processes
     and threads fill: each writes one of its own, and the last has it.
+
+    >>> import tempfile
+    >>> place = Path(tempfile.mkdtemp(), "cache", "a")
+    >>> with filling(place) as file:
+    ...     file.write(b"all of it"), place.exists()
+    (9, False)
+    >>> place.read_bytes()
+    b'all of it'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.draft")

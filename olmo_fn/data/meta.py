@@ -49,10 +49,13 @@ def folder_of(path: str) -> str:
 
 
 def metas_beside(paths: Iterable[str]) -> dict[str, Meta]:
-    """What the tokenizing command wrote in the folders of token files, by folder, where it did. ValueError if a store fails."""
+    """What the tokenizing command wrote in the folders of token files, by folder, where it did. ValueError if a store fails.
+
+    >>> metas_beside(["no/such/part-00000.npy"])
+    {}
+    """
     folders = [*dict.fromkeys(map(folder_of, paths))]
-    found = each(read_meta, folders) if any(map(is_remote, folders)) else map(read_meta, folders)
-    return {folder: meta for folder, meta in zip(folders, found, strict=True) if meta}
+    return {folder: meta for folder, meta in zip(folders, each(read_meta, folders), strict=True) if meta}
 
 
 def read_meta(folder: str) -> Meta | None:

@@ -165,7 +165,7 @@ def open_files(
             check_type(file)
         return file
 
-    return tuple(each(opened, paths) if any(map(is_remote, paths)) else map(opened, paths))
+    return tuple(each(opened, paths))
 
 
 def eos_id_of(data: Data, tokenizer: Tokenizer | None, beside: tuple[str, Meta] | None, vocab_size: int) -> int | None:

@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 from olmo_fn.files import filling
 
-S = TypeVar("S")
 T = TypeVar("T")
 PAGE = 1 << 18  # bytes: what a request takes about as long to answer as to send
 SCHEMES = {
@@ -149,7 +148,11 @@ def head(url: str, folder: Path | None = None, limit: int = 0) -> Remote:
 
 
 def read_whole(path: str) -> bytes:
-    """A small file, on a disk or in a store. OSError for one on a disk that cannot be read, ValueError as `head` for others."""
+    """A small file, on a disk or in a store. OSError for one on a disk that cannot be read, ValueError as `head` for others.
+
+    >>> read_whole("/dev/null")
+    b''
+    """
     if not is_remote(path):
         return Path(path).read_bytes()
     remote = head(path)
@@ -196,14 +199,16 @@ def listed(pattern: str) -> list[str]:
         return sorted(name for name in names if fnmatch.fnmatchcase(name, pattern))
 
 
-def each(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
-    """``function`` of each of the ``items``, many at a time: so a store is asked about thousands of files in little time.
+def each(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:
+    """``function`` of each of the ``paths``; if some are in a store many at once, so that thousands take little time.
 
     >>> each(len, ["ab", "c"])
     [2, 1]
     """
+    if not any(map(is_remote, paths)):
+        return [*map(function, paths)]
     with ThreadPoolExecutor(32, "store") as pool:  # not that of the pages, which what is called here may wait for
-        return list(pool.map(function, items))
+        return list(pool.map(function, paths))
 
 
 class NotShown(ValueError):
