@@ -107,7 +107,8 @@ def checkpoint(words: Sequence[str]) -> int:
 
 def tokenize(words: Sequence[str]) -> int:
     """Text to token files."""
-    from olmo_fn.data.tokenize import Tokenize, run
+    from olmo_fn.data.tokenize import Tokenize
+    from olmo_fn.data.tokenize_command import run
 
     return run(parse(Tokenize, "olmo-fn tokenize", words))
 
@@ -115,14 +116,14 @@ def tokenize(words: Sequence[str]) -> int:
 def data(words: Sequence[str]) -> int:
     """What token files, mixtures and steps hold; and text to token files."""
     from olmo_fn import show
-    from olmo_fn.data import inspect, mix_command
-    from olmo_fn.data import tokenize as tokenizing
+    from olmo_fn.data import inspect, mix_command, tokenize_command
+    from olmo_fn.data.tokenize import Tokenize
 
     ways: dict[str, tuple[type, Callable[[Any], int]]] = {
         "inspect": (inspect.Inspect, inspect.run),
         "show": (show.Show, show.run),
         "mix": (mix_command.ShowMix, mix_command.run),
-        "tokenize": (tokenizing.Tokenize, tokenizing.run),
+        "tokenize": (Tokenize, tokenize_command.run),
     }
     return one_of("data", ways, words)
 

@@ -20,7 +20,8 @@ from olmo_fn.data.documents import chunks, documents
 from olmo_fn.data.filters import open_filter
 from olmo_fn.data.inputs import expand
 from olmo_fn.data.tables import csv_rows
-from olmo_fn.data.tokenize import Tokenize, summary, tokenize
+from olmo_fn.data.tokenize import Tokenize, tokenize
+from olmo_fn.data.tokenize_command import summary
 
 TEXTS = [f"{i}: a, 'b' \"c\"\nStraße\t日本 \r\n" for i in range(50)]
 
